@@ -1,0 +1,109 @@
+"""The contract of an engine: everything Weight bus asks of vLLM, SGLang or a model of your own.
+
+Does no I/O. One `Engine` stands for one inference engine with one worker per rank. The consumer
+service is its only caller and never calls two of its methods at once, except `state`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from msgspec import Struct
+
+from weightbus.schemas.placement import Segment
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Inspected
+
+__all__ = ("Engine", "EngineReport")
+
+
+class EngineReport(Struct, frozen=True, kw_only=True):
+    """What an engine says of itself."""
+
+    version: int
+    """The version it serves or last served; -1: none."""
+    paused: bool
+    """Requests wait."""
+    touched: bool
+    """An update began and did not end whole: it must not serve before one does."""
+    ranks: int
+
+
+class Engine(ABC):
+    """One inference engine.
+
+    Every method takes `deadline_s`, its whole budget in seconds, and raises:
+
+    Raises:
+        DeadlineExceeded: the budget ran out.
+        WorkerLost: a worker is gone.
+        EngineUnavailable: the engine cannot be reached or refused.
+    """
+
+    kind: ClassVar[str]
+    """`torch`, `vllm`, ...: shown to monitors."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> int:
+        """Number of workers."""
+
+    @abstractmethod
+    async def describe(
+        self, layout_digest: str, layout: bytes, deadline_s: float
+    ) -> tuple[Described, ...]:
+        """What every rank needs of a layout, in rank order. Serving goes on.
+
+        `layout` is as `encode_layout` made it. Engines cache by digest.
+
+        Raises:
+            ApplyFailed: a worker refused the layout; its live parameters are not touched.
+        """
+
+    @abstractmethod
+    async def attach(
+        self,
+        layout_digest: str,
+        needs_digests: Sequence[str],
+        cells: Sequence[Sequence[Cell]],
+        deadline_s: float,
+    ) -> tuple[Attached, ...]:
+        """Compile every rank's plan; `cells[rank]` are what it shall digest. Serving goes on.
+
+        Raises:
+            ApplyFailed: a worker refused; its live parameters are not touched.
+        """
+
+    @abstractmethod
+    async def pause(self, deadline_s: float) -> None:
+        """Returns when no request is running; requests that come wait. Idempotent."""
+
+    @abstractmethod
+    async def apply(
+        self,
+        version: int,
+        layout_digest: str,
+        sources: Mapping[int, Sequence[Segment]],
+        deadline_s: float,
+    ) -> tuple[Applied, ...]:
+        """Write `version` into the live parameters of the ranks named in `sources`. Paused only.
+
+        Returns, in the order of `sources`, once every device is synchronised. It raises only when
+        no rank writes any more, or when a rank that might is lost.
+
+        Raises:
+            ApplyFailed: a worker failed; `touched` says whether a parameter may have been written.
+        """
+
+    @abstractmethod
+    async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
+        """What every rank's parameters hold now, read back if `layout_digest` is given."""
+
+    @abstractmethod
+    async def resume(self, version: int, deadline_s: float) -> None:
+        """Serve `version`: requests that waited run on it. Only after every rank's proof."""
+
+    @abstractmethod
+    async def state(self, deadline_s: float) -> EngineReport:
+        """What the engine serves; callable at any time."""

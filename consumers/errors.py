@@ -1,0 +1,121 @@
+"""Errors of the engine's side. Does no I/O. Each builds its own message from typed fields."""
+
+from __future__ import annotations
+
+from weightbus.schemas.errors import WeightBusError
+
+__all__ = (
+    "ApplyFailed",
+    "ConsumerError",
+    "DeadlineExceeded",
+    "DigestMismatch",
+    "EngineUnavailable",
+    "PlanError",
+    "ProofFailed",
+    "RouteUnavailable",
+    "SegmentUnavailable",
+    "TornRead",
+    "TraceRefused",
+    "WorkerLost",
+)
+
+
+class ConsumerError(WeightBusError):
+    """Base of the engine side's errors."""
+
+    touched: bool = False
+    """True: a live parameter may have been written before this was raised."""
+
+
+class PlanError(ConsumerError):
+    """A plan cannot be made or bound: what the layout offers and what the engine needs disagree."""
+
+    def __init__(self, thing: str, value: object, limit: str) -> None:
+        self.thing, self.value, self.limit = thing, value, limit
+        super().__init__(f"{thing} is {value}: {limit}")
+
+
+class TraceRefused(ConsumerError):
+    """A model's `load_weights` cannot be turned into a plan; the engine's own loader is taken."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model, self.reason = model, reason
+        super().__init__(f"load_weights of {model} cannot be traced: {reason}")
+
+
+class SegmentUnavailable(ConsumerError):
+    """A segment cannot be opened: absent, too short, outside the allowed roots, or elsewhere."""
+
+    def __init__(self, segment: str, value: object, limit: str) -> None:
+        self.segment, self.value, self.limit = segment, value, limit
+        super().__init__(f"segment {segment} is {value}: {limit}")
+
+
+class TornRead(ConsumerError):
+    """A segment was written again while (or before) it was read."""
+
+    def __init__(self, segment: str, expected: int, found: int) -> None:
+        self.segment, self.expected, self.found = segment, expected, found
+        super().__init__(
+            f"segment {segment} has generation {found}: it must be {expected} before and after reading"
+        )
+
+
+class RouteUnavailable(ConsumerError):
+    """A route cannot reach a segment from this rank."""
+
+    def __init__(self, route: str, reason: str) -> None:
+        self.route, self.reason = route, reason
+        super().__init__(f"route {route} is not available: {reason}")
+
+
+class DeadlineExceeded(ConsumerError):
+    """A stage did not end within its budget."""
+
+    def __init__(self, stage: str, deadline_s: float) -> None:
+        self.stage, self.deadline_s = stage, deadline_s
+        super().__init__(f"{stage} did not end within its deadline of {deadline_s:g} s")
+
+
+class WorkerLost(ConsumerError):
+    """A worker of the engine is gone or does not answer."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        self.rank, self.reason = rank, reason
+        super().__init__(f"worker of rank {rank} is lost: {reason}")
+
+
+class ApplyFailed(ConsumerError):
+    """A worker answered `Failed`; `cause` is the name of its error class."""
+
+    def __init__(self, rank: int, cause: str, reason: str, *, touched: bool) -> None:
+        self.rank, self.cause, self.reason, self.touched = rank, cause, reason, touched
+        super().__init__(f"rank {rank}: {cause}: {reason}")
+
+
+class EngineUnavailable(ConsumerError):
+    """The engine cannot be reached, or refused a command."""
+
+    def __init__(self, engine: str, reason: str) -> None:
+        self.engine, self.reason = engine, reason
+        super().__init__(f"engine {engine} is not available: {reason}")
+
+
+class ProofFailed(ConsumerError):
+    """What a parameter holds is not what the plan makes of the same checkpoint."""
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        self.parameter, self.reason = parameter, reason
+        super().__init__(f"parameter {parameter}: {reason}")
+
+
+class DigestMismatch(ConsumerError):
+    """The digests of all ranks do not add up to the publisher's."""
+
+    def __init__(self, expected: str, found: str, tensors: tuple[str, ...]) -> None:
+        self.expected, self.found, self.tensors = expected, found, tensors
+        named = ", ".join(tensors[:8]) or "not known: the publisher offers no digest per tensor"
+        more = f" and {len(tensors) - 8} more" if len(tensors) > 8 else ""
+        super().__init__(
+            f"weights digest is {found}: the publisher's is {expected}; tensors at fault: {named}{more}"
+        )

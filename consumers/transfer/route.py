@@ -1,0 +1,63 @@
+"""The contract of a route: one way for bytes to reach the live parameters of some ranks.
+
+Does no I/O. `local` reads in place; `broadcast` and `p2p` go through staging. A route decides
+nothing: the plan has chosen it, its ranks and its deadlines.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from weightbus.consumers.engines.engine import Engine
+from weightbus.schemas.base import RouteName
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.placement import Placement, Segment
+from weightbus.schemas.rounds import RoundPlan
+from weightbus.schemas.worker import Applied
+
+__all__ = ("Route", "Transfer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One engine's share of one route of one round."""
+
+    engine: Engine
+    ranks: tuple[int, ...]
+    """Ranks of this engine that the plan sends this way."""
+    version: int
+    layout: Layout
+    layout_digest: str
+    placement: Placement
+    plan: RoundPlan
+    begin_write: Callable[[], Awaitable[None]]
+    """Awaited once before the first byte goes to a live parameter; it pauses the engine."""
+    deadline_s: float
+
+
+class Route(ABC):
+    """One way to move bytes."""
+
+    name: ClassVar[RouteName]
+
+    @abstractmethod
+    def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
+        """For every segment, the way this route would take. Moves nothing; called before `Join`.
+
+        Raises:
+            RouteUnavailable: some segment cannot be reached by this route from this host.
+        """
+
+    @abstractmethod
+    async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
+        """Bring the version to every rank of `transfer.ranks`; returns in that order.
+
+        Cancelling leaves no thread writing to a live parameter.
+
+        Raises:
+            RouteUnavailable, SegmentUnavailable, TornRead, ApplyFailed, WorkerLost,
+            DeadlineExceeded: `touched` says whether a live parameter may have been written.
+        """

@@ -1,0 +1,83 @@
+"""What a trainer says: a version is ready, a part of one is, a version is gone. Does no I/O."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from weightbus.schemas.base import (
+    Count,
+    Digest64,
+    Message,
+    Nanoseconds,
+    ObjectDigest,
+    RankNumber,
+    Reason,
+    Token,
+    Version,
+)
+from weightbus.schemas.placement import Placement
+
+__all__ = ("CheckpointPart", "CheckpointReady", "CheckpointRetired")
+
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=128)], Annotated[str, Meta(max_length=4096)]],
+    Meta(max_length=64),
+]
+Paths = Annotated[
+    tuple[Annotated[str, Meta(min_length=1, max_length=4096)], ...], Meta(max_length=4096)
+]
+
+
+class CheckpointReady(Message, frozen=True, kw_only=True):
+    """One version of a model's weights can be read.
+
+    Either `layout_digest` and `placement` are given (layout in the object store), or `files` alone:
+    safetensors files from whose headers every reader derives the same layout.
+    """
+
+    model: Token
+    version: Version
+    producer: Token
+    """Who published; with model and version it makes the message id, so a repeat is dropped."""
+    layout_digest: ObjectDigest | None = None
+    placement: Placement = ()
+    files: Paths = ()
+    """Absolute paths of safetensors files, as the readers see them."""
+    weights_digest: Digest64 | None = None
+    """Shard-additive digest of the whole model; None: the publisher offers no proof."""
+    tensor_digests: ObjectDigest | None = None
+    """Object whose content is the digest of every tensor, in layout order, 8 bytes each, little endian."""
+    created_ns: Nanoseconds = 0
+    valid_until_ns: Nanoseconds = 0
+    """When the placement stops being readable by itself; 0: until `CheckpointRetired`."""
+    metadata: Metadata = {}
+
+
+class CheckpointPart(Message, frozen=True, kw_only=True):
+    """One trainer rank's part of a version; sealed with the others' by the publisher of rank 0."""
+
+    model: Token
+    version: Version
+    producer: Token
+    """The publisher group's name: the same on every rank."""
+    rank: RankNumber
+    world_size: Annotated[int, Meta(ge=1, le=65_536)]
+    layout_digest: ObjectDigest
+    """The part's own layout: whole tensors' specs, but only this rank's shards and segments."""
+    placement: Placement
+    shard_digests: ObjectDigest | None = None
+    """Object with the partial digest of every shard of the part, 8 bytes each, little endian."""
+    created_ns: Nanoseconds = 0
+
+
+class CheckpointRetired(Message, frozen=True, kw_only=True):
+    """A version can no longer be read; sent before its slot is written again."""
+
+    model: Token
+    version: Version
+    producer: Token
+    reason: Reason = ""
+    active_readers: Count = 0
+    """Leases that had not ended when the publisher gave up waiting for them."""

@@ -1,0 +1,69 @@
+"""Placement: where each segment of a layout is for one version. Does no I/O.
+
+A placement may offer several ways to one segment; the reader takes the nearest it can use.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+__all__ = (
+    "CudaSegment",
+    "FileSegment",
+    "HostId",
+    "Placement",
+    "RemoteSegment",
+    "Segment",
+    "SharedMemorySegment",
+)
+
+HostId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
+"""Kernel boot id plus the identity of /dev/shm: two containers that do not share memory are two hosts."""
+
+Generation = Annotated[int, Meta(ge=0, lt=2**63)]
+Handle = Annotated[bytes, Meta(max_length=1024)]
+
+
+class FileSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="file"):
+    """A whole file; byte 0 of the segment is byte 0 of the file."""
+
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    """Absolute path as the reader sees it; must lie under the reader's allowed roots."""
+
+
+class SharedMemorySegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="shared_memory"):
+    """A named POSIX shared-memory block: a header of `SHM_HEADER_BYTES`, then the segment's bytes."""
+
+    name: Annotated[str, Meta(pattern=r"^weightbus-[A-Za-z0-9_.-]{1,200}\Z")]
+    """Name below /dev/shm."""
+    host_id: HostId
+    generation: Generation
+    """Value of the header's generation word while this version is whole (always even)."""
+
+
+class CudaSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="cuda"):
+    """A GPU allocation exported by CUDA IPC."""
+
+    handle: Handle
+    host_id: HostId
+    device_uuid: Annotated[str, Meta(min_length=1, max_length=64)]
+    generation: Generation
+
+
+class RemoteSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="remote"):
+    """A registered region that can be read from another host."""
+
+    protocol: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
+    session: Annotated[str, Meta(min_length=1, max_length=256)]
+    address: Annotated[int, Meta(ge=0, lt=2**63)]
+    generation: Generation
+
+
+Segment = FileSegment | SharedMemorySegment | CudaSegment | RemoteSegment
+
+Ways = Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=8)]
+
+Placement = Annotated[tuple[Ways, ...], Meta(max_length=4096)]
+"""For every segment of the layout, in its order, the ways to reach it."""

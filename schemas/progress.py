@@ -1,0 +1,150 @@
+"""What a consumer reports while it works: stages, updates, state, and what could not be read.
+
+Does no I/O. These are the messages that monitors live on; no update depends on anyone reading them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from weightbus.schemas.base import (
+    Count,
+    Digest64,
+    Message,
+    Nanoseconds,
+    RankNumber,
+    Reason,
+    RouteName,
+    Seconds,
+    SizeBytes,
+    Stage,
+    Token,
+    Version,
+)
+from weightbus.schemas.placement import HostId
+
+__all__ = (
+    "DeadLetter",
+    "EngineState",
+    "EngineStatus",
+    "StageComplete",
+    "UpdateComplete",
+    "UpdateFailed",
+    "Verified",
+)
+
+EngineStatus = Literal["starting", "serving", "updating", "quarantined", "stopping"]
+"""`quarantined`: paused, because its parameters may be a mix; it serves again after a whole update."""
+
+Verified = Literal["verified", "not_offered"]
+"""`verified`: the digests of all ranks add up to the publisher's. `not_offered`: it gave none."""
+
+TraceId = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
+SpanId = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
+ErrorName = Annotated[str, Meta(max_length=128)]
+ServedVersion = Annotated[int, Meta(ge=-1)]
+
+
+class StageComplete(Message, frozen=True, kw_only=True):
+    """One timed stage of one update has ended: the twin of a span."""
+
+    model: Token
+    version: Version
+    round: Token
+    engine: Token
+    stage: Stage
+    rank: RankNumber | None = None
+    """None: a stage of the whole engine (`negotiate`, `commit`)."""
+    route: RouteName | None = None
+    bytes: SizeBytes = 0
+    start_ns: Nanoseconds
+    end_ns: Nanoseconds
+    ok: bool = True
+    error: Reason = ""
+    trace_id: TraceId = ""
+    span_id: SpanId = ""
+    parent_span_id: SpanId = ""
+
+
+class UpdateComplete(Message, frozen=True, kw_only=True):
+    """An engine serves a version, whole and (if the publisher offered a digest) proven."""
+
+    model: Token
+    version: Version
+    round: Token
+    engine: Token
+    verified: Verified
+    weights_digest: Digest64 | None = None
+    """The digest that all ranks' parts added up to."""
+    routes: Annotated[tuple[RouteName, ...], Meta(max_length=3)]
+    bytes: SizeBytes
+    start_ns: Nanoseconds
+    """When the consumer received `CheckpointReady`."""
+    end_ns: Nanoseconds
+    """When the engine served again."""
+    paused_s: Seconds = 0.0
+    direct_parameters: Count = 0
+    """Parameters written in place by the plan, over all ranks."""
+    processed_parameters: Count = 0
+    """Parameters that went through the engine's own loader, over all ranks."""
+    reason: Reason = ""
+    """Why the engine's own loader was taken, if it was."""
+    trace_id: TraceId = ""
+
+
+class UpdateFailed(Message, frozen=True, kw_only=True):
+    """An engine did not reach a version, and why."""
+
+    model: Token
+    version: Version
+    round: Token
+    engine: Token
+    cause: ErrorName
+    """Name of the error class, such as `TornRead`."""
+    reason: Reason
+    """The error's message: thing, value and limit."""
+    stage: Stage | None = None
+    served_version: ServedVersion = -1
+    """What the engine serves now; -1: nothing (it is paused or empty)."""
+    quarantined: bool = False
+    """Its parameters may be a mix: it stays paused until an update ends whole."""
+    start_ns: Nanoseconds = 0
+    end_ns: Nanoseconds = 0
+    trace_id: TraceId = ""
+
+
+class EngineState(Message, frozen=True, kw_only=True):
+    """Heartbeat of an engine: the value of its presence key."""
+
+    model: Token
+    engine: Token
+    consumer: Token
+    host_id: HostId
+    status: EngineStatus
+    version: ServedVersion = -1
+    """The version it serves; -1: none."""
+    target_version: ServedVersion = -1
+    """The version it is moving to; -1: none."""
+    ranks: Annotated[int, Meta(ge=1, le=65_536)] = 1
+    engine_kind: Annotated[str, Meta(max_length=64)] = ""
+    updated_ns: Nanoseconds = 0
+
+
+class DeadLetter(Message, frozen=True, kw_only=True):
+    """What could not be read, and why. Nothing else happened because of it."""
+
+    model: Token
+    subject: Annotated[str, Meta(max_length=512)]
+    """Where it was found."""
+    reason: Reason
+    field: Annotated[str, Meta(max_length=512)] = "$"
+    value: Annotated[str, Meta(max_length=256)] = ""
+    limit: Annotated[str, Meta(max_length=512)] = ""
+    content_type: Annotated[str, Meta(max_length=128)] = ""
+    payload: Annotated[bytes, Meta(max_length=1024)] = b""
+    """Its first kilobyte."""
+    payload_bytes: SizeBytes = 0
+    reported_by: Annotated[str, Meta(max_length=64)] = ""
+    reported_ns: Nanoseconds = 0

@@ -1,0 +1,43 @@
+"""The header of a shared-memory segment: what writer and reader agree on. Does no I/O.
+
+The header is a seqlock: the writer makes `generation` odd before it touches the data and even again
+after; a reader that knows the generation it was promised checks it before and after reading.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from weightbus.schemas.errors import MessageInvalid
+
+__all__ = ("SHM_GENERATION_OFFSET", "SHM_HEADER_BYTES", "pack_shm_header", "unpack_shm_header")
+
+SHM_HEADER_BYTES = 4096
+"""The data begins one page after the block's start, so that it can be registered with a device."""
+
+SHM_GENERATION_OFFSET = 16
+"""Where the 8-byte little-endian generation word lies in the header."""
+
+_MAGIC = b"wbus-shm"
+_HEADER = struct.Struct("<8sQQ")  # magic, data size in bytes, generation
+
+
+def pack_shm_header(size_bytes: int, generation: int) -> bytes:
+    """The first bytes of a block whose data area holds `size_bytes`."""
+    return _HEADER.pack(_MAGIC, size_bytes, generation)
+
+
+def unpack_shm_header(header: bytes | memoryview) -> tuple[int, int]:
+    """(size_bytes, generation) of a block.
+
+    Raises:
+        MessageInvalid: the block is too short or was not written by a Weight bus publisher.
+    """
+    if len(header) < _HEADER.size:
+        raise MessageInvalid(
+            "shared-memory header", "$", len(header), f"at least {_HEADER.size} bytes"
+        )
+    magic, size_bytes, generation = _HEADER.unpack_from(header)
+    if magic != _MAGIC:
+        raise MessageInvalid("shared-memory header", "magic", magic, f"must be {_MAGIC!r}")
+    return size_bytes, generation

@@ -1,0 +1,197 @@
+"""What a consumer and its engine's workers say to each other over ZeroMQ `ipc://`. Does no I/O.
+
+Strict request and reply: the consumer asks, the worker answers with the matching reply or `Failed`,
+carrying the same `request`. Handles travel as bytes in structs; nothing is unpickled.
+Between hosts of one engine nothing of this is spoken: it never leaves the machine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from weightbus.schemas.base import (
+    Count,
+    Message,
+    Nanoseconds,
+    ObjectDigest,
+    RankNumber,
+    Reason,
+    Seconds,
+    SizeBytes,
+    Stage,
+    Version,
+)
+from weightbus.schemas.layout import Index, Shape
+from weightbus.schemas.needs import Needs
+from weightbus.schemas.placement import Segment
+
+__all__ = (
+    "Applied",
+    "Apply",
+    "Attach",
+    "Attached",
+    "Cell",
+    "Describe",
+    "Described",
+    "Detach",
+    "Detached",
+    "Failed",
+    "Inspect",
+    "Inspected",
+    "StageTiming",
+    "WorkerReply",
+    "WorkerRequest",
+)
+
+Request = Annotated[int, Meta(ge=0, lt=2**63)]
+
+
+class Cell(Struct, frozen=True, array_like=True, gc=False):
+    """A box of a tensor whose partial digest a rank reports.
+
+    Over all ranks, two cells of one tensor are either the same box (replicas, which are compared) or
+    do not overlap; together they hold every element of every tensor.
+    """
+
+    tensor: Index
+    starts: Shape
+    sizes: Shape
+    copy: Annotated[int, Meta(ge=-1)]
+    """Index into `Needs.copies` of the copy that holds the box; -1: no rank needs it, and it is
+    read from the source for the sum's sake."""
+
+
+class StageTiming(Struct, frozen=True, array_like=True):
+    """One timed stage inside a worker."""
+
+    stage: Stage
+    start_ns: Nanoseconds
+    end_ns: Nanoseconds
+    bytes: SizeBytes = 0
+
+
+class Describe(Message, frozen=True, kw_only=True):
+    """What do you need of this layout?"""
+
+    request: Request
+    layout_digest: ObjectDigest
+    layout: bytes
+    """The layout, as `encode_layout` made it."""
+    deadline_s: Seconds
+
+
+class Described(Message, frozen=True, kw_only=True):
+    request: Request
+    rank: RankNumber
+    world_size: Annotated[int, Meta(ge=1)]
+    instance: Annotated[str, Meta(max_length=64)]
+    """Of the worker process; another one means that everything attached is gone."""
+    device: Annotated[str, Meta(max_length=64)] = "cpu"
+    free_bytes: SizeBytes = 0
+    needs_digest: ObjectDigest
+    needs: Needs
+    untraced_reason: Reason = ""
+    """Not empty: the model cannot be traced; `needs` holds whole tensors and no destination, and
+    every update takes the engine's own loader."""
+
+
+class Attach(Message, frozen=True, kw_only=True):
+    """Compile the plan for this layout and prepare to report these cells."""
+
+    request: Request
+    layout_digest: ObjectDigest
+    needs_digest: ObjectDigest
+    cells: tuple[Cell, ...]
+    roots: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    """Directories below which files may be read."""
+    host_id: Annotated[str, Meta(max_length=128)] = ""
+    """The consumer's host id; shared memory of another one is not opened."""
+    deadline_s: Seconds
+
+
+class Attached(Message, frozen=True, kw_only=True):
+    request: Request
+    rank: RankNumber
+    tiles: Count
+    tile_bytes: SizeBytes
+
+
+class Apply(Message, frozen=True, kw_only=True):
+    """Write this version into the live parameters, now. The engine is paused."""
+
+    request: Request
+    version: Version
+    layout_digest: ObjectDigest
+    sources: Annotated[tuple[Segment, ...], Meta(max_length=4096)]
+    """For every segment of the layout, in its order, the one way to take."""
+    deadline_s: Seconds
+
+
+class Applied(Message, frozen=True, kw_only=True):
+    """The device is synchronised and every byte of this rank is written; not yet proven."""
+
+    request: Request
+    rank: RankNumber
+    version: Version
+    bytes: SizeBytes
+    cell_digests: bytes
+    """Partial digest of every cell, in the order of `Attach.cells`: 8 bytes each, little endian."""
+    stages: tuple[StageTiming, ...] = ()
+    direct_parameters: Count = 0
+    processed_parameters: Count = 0
+    reason: Reason = ""
+    """Why the engine's own loader was taken, if it was."""
+
+
+class Failed(Message, frozen=True, kw_only=True):
+    """The request was not carried out."""
+
+    request: Request
+    rank: RankNumber
+    error: Annotated[str, Meta(max_length=128)]
+    """Name of the error class."""
+    reason: Reason
+    touched: bool = False
+    """True: a live parameter may have been written; the engine must not serve."""
+
+
+class Inspect(Message, frozen=True, kw_only=True):
+    """What do your parameters hold now?"""
+
+    request: Request
+    layout_digest: ObjectDigest | None = None
+    """Given: read the digests of the attached cells back from the live parameters."""
+    deadline_s: Seconds
+
+
+class Inspected(Message, frozen=True, kw_only=True):
+    request: Request
+    rank: RankNumber
+    instance: Annotated[str, Meta(max_length=64)]
+    version: Annotated[int, Meta(ge=-1)]
+    """The version whose bytes were written last, whole; -1: none."""
+    touched: bool
+    """True: an update began and did not end whole."""
+    cell_digests: bytes = b""
+    """As in `Applied`, but read back now; empty if not asked for. Cells that cannot be read back
+    (copy -1, casts, parameters that the engine repacks) are 0 and listed in `unreadable`."""
+    unreadable: tuple[Index, ...] = ()
+    """Numbers of the cells that cannot be read back."""
+
+
+class Detach(Message, frozen=True, kw_only=True):
+    """Forget what was attached: close segments, free plans. Parameters stay as they are."""
+
+    request: Request
+    deadline_s: Seconds
+
+
+class Detached(Message, frozen=True, kw_only=True):
+    request: Request
+    rank: RankNumber
+
+
+WorkerRequest = Describe | Attach | Apply | Inspect | Detach
+WorkerReply = Described | Attached | Applied | Inspected | Detached | Failed
