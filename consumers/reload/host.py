@@ -1,0 +1,81 @@
+"""What an engine's adapter gives to the reload machinery, inside the engine's own worker process.
+
+Does no I/O. One `ModelHost` stands for one rank's model. Everything else about updating it (tracing,
+proof, plan, move, digest) is engine-independent and lives beside this file.
+
+Every method is called on the worker's main thread, by `ReloadWorker` only, and never while a forward
+pass runs if it changes the live model. Whatever a method raises becomes a `Failed` reply.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+__all__ = ("ModelHost", "Weights")
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+"""Checkpoint tensors by name, in the layout's order, made while they are iterated over."""
+
+
+class ModelHost(ABC):
+    """One rank's model inside an engine, and the engine's own ways to load it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of the model's architecture, for messages."""
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """Where the live parameters are: `cpu`, `cuda:0`, ..."""
+
+    @abstractmethod
+    def live_model(self) -> nn.Module:
+        """The model that serves. Its parameters are written in place."""
+
+    @abstractmethod
+    def scratch_model(self) -> nn.Module:
+        """A new model of the same architecture, rank and world size on `meta`.
+
+        As the engine builds it before loading: not processed afterwards. Building it leaves the
+        live model and the engine's registries as they are. It must start with the same parameter
+        names, shapes, strides and ties that the live model had when it was built.
+        """
+
+    @abstractmethod
+    def load_weights(self, model: nn.Module, weights: Weights) -> None:
+        """The engine's mapping of checkpoint tensors to the parameters of `model` (a scratch one).
+
+        Only the mapping (`model.load_weights(weights)`), without what an engine does afterwards.
+        """
+
+    @abstractmethod
+    def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
+        """Load the live model by the engine's own reload lifecycle, post-processing included.
+
+        `weights` are private CPU copies: the engine may keep or change them. `modules` None means the
+        whole checkpoint; else `weights` are exactly the tensors that these modules (names as in
+        `named_modules`) are made of, and no other module may be left changed.
+        Must return only when nothing reads `weights` any more.
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Returns when the device has done everything that was asked of it."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Memory of the device that staging may take now."""
+
+    def may_stay_uncovered(self, buffer: str, *, persistent: bool) -> bool:
+        """Whether a buffer that `load_weights` does not write is known not to be of the checkpoint.
+
+        `persistent` says whether it would be in a `state_dict`. Parameters are never excused.
+        """
+        del buffer
+        return not persistent
