@@ -35,6 +35,7 @@ __all__ = (
     "Group",
     "Join",
     "Member",
+    "Proven",
     "RankOffer",
     "RankRoute",
     "RoundComplete",
@@ -43,7 +44,7 @@ __all__ = (
 
 Epoch = Annotated[int, Meta(ge=0, lt=2**31)]
 CommitPolicy = Literal["each", "together"]
-"""`each`: an engine serves the version once its own proof holds. `together`: once the leader says so."""
+"""`each`: an engine serves once its own proof holds. `together`: once the leader says so."""
 
 
 class RankOffer(Struct, frozen=True, kw_only=True):
@@ -63,7 +64,7 @@ Offers = Annotated[tuple[RankOffer, ...], Meta(min_length=1, max_length=4096)]
 
 
 class Join(Message, frozen=True, kw_only=True):
-    """An engine wants to take part in a round. Repeated until a plan is seen; the last one counts."""
+    """An engine wants to take part in a round. Repeated until a plan comes; the last one counts."""
 
     model: Token
     version: Version
@@ -75,6 +76,8 @@ class Join(Message, frozen=True, kw_only=True):
     ranks: Offers
     served_version: Annotated[int, Meta(ge=-1)] = -1
     """What the engine serves now; -1: nothing yet."""
+    checkpoint_ns: Nanoseconds = 0
+    """`created_ns` of the `CheckpointReady`: tells a version that was published again from the first."""
     joined_ns: Nanoseconds = 0
 
 
@@ -117,9 +120,9 @@ class Budgets(Struct, frozen=True, kw_only=True):
     prepare_s: Seconds = 30.0
     """Layout fetched, needs described, sources opened."""
     transfer_s: Seconds = 120.0
-    """From the first byte moved to the last rank's proof; covers pause, fetch, h2d, broadcast, reload."""
+    """From the first byte moved to the last rank's proof: pause, fetch, h2d, broadcast, reload."""
     commit_s: Seconds = 10.0
-    """From an engine's own proof to serving: waiting for `Commit` under `together`, and resuming."""
+    """From an engine's own proof to serving: waiting for `Commit` (`together`), and resuming."""
     round_s: Seconds = 180.0
     """From the plan to `RoundComplete`; who has not reported by then is lost."""
 
@@ -138,11 +141,26 @@ class RoundPlan(Message, frozen=True, kw_only=True):
     bucket_bytes: SizeBytes = 256 * 2**20
     budgets: Budgets = Budgets()
     commit: CommitPolicy = "each"
+    checkpoint_ns: Nanoseconds = 0
+    """`created_ns` of the `CheckpointReady` that this plan brings."""
     created_ns: Nanoseconds = 0
 
 
+class Proven(Message, frozen=True, kw_only=True):
+    """Under `together`: this engine holds the version, whole and proven, and waits for `Commit`.
+
+    Repeated until `Commit` comes or the wait's budget runs out: then it serves the version by itself.
+    """
+
+    model: Token
+    version: Version
+    round: Token
+    epoch: Epoch
+    engine: Token
+
+
 class Commit(Message, frozen=True, kw_only=True):
-    """Under `together`: every engine that is still in the round has proof; serve the version now."""
+    """Under `together`: every engine still in the round has its proof; serve the version now."""
 
     model: Token
     version: Version

@@ -1,0 +1,71 @@
+"""The settings of one round machine, and the planner that it is given. Does no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from weightbus.schemas.base import Token
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.placement import HostId
+from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, RoundPlan
+
+__all__ = ("DEFAULT_PERMANENT_CAUSES", "PlanRequest", "Planner", "RoundConfig")
+
+DEFAULT_PERMANENT_CAUSES = frozenset({"MessageInvalid", "PlanError", "RouteUnavailable"})
+"""Errors that the same version would meet again: it is not tried a second time."""
+
+
+class RoundConfig(Struct, frozen=True, kw_only=True):
+    """Who this consumer is, and how long it waits. Durations are seconds."""
+
+    model: Token
+    engine: Token
+    consumer: Token
+    """Instance id of this consumer process."""
+    host_id: HostId
+    commit: CommitPolicy = "each"
+    """Policy of the rounds that this consumer leads."""
+    budgets: Budgets = Budgets()
+    """Deadlines of the rounds that this consumer leads, and of its own preparation."""
+    join_window_s: float = 0.2
+    """How long a leader waits for engines that are present and have not joined."""
+    repeat_s: float = 0.1
+    """How often `Join` and `Proven` are said again until they are answered."""
+    round_ttl_s: float = 3.0
+    """After how long a silent leader's lease expires; it is renewed three times as often."""
+    negotiate_s: float = 10.0
+    """From `Join` to a plan; then the engine goes on alone. Must outlive one dead leader."""
+    replan_s: float = 15.0
+    """From a broken broadcast group to the next plan; then the engine goes on alone. Must outlive a
+    member's presence key and a dead leader."""
+    max_attempts: int = 2
+    """How often one version is tried while the engine serves another."""
+    backoff_s: float = 1.0
+    """Pause before the second attempt; doubled before each later one."""
+    backoff_max_s: float = 30.0
+    permanent_causes: frozenset[str] = DEFAULT_PERMANENT_CAUSES
+    peer_causes: frozenset[str] = frozenset({"PeerLost"})
+    """Errors by which a transfer says that another member of its group failed: it waits for the next
+    plan."""
+
+
+class PlanRequest(Struct, frozen=True, kw_only=True):
+    """Everything that a plan is made of. The planner fills the fields of the same name from it."""
+
+    joins: tuple[Join, ...]
+    """The engines to plan for, in the order of their ids."""
+    ready: CheckpointReady
+    round: str
+    epoch: int
+    leader: str
+    late: bool
+    """True: one engine alone, whose peers must not be disturbed: `local` or `p2p`."""
+    commit: CommitPolicy
+    budgets: Budgets
+    now_ns: int
+
+
+Planner = Callable[[PlanRequest], RoundPlan]
+"""Pure. Raises `PlanError` if some rank can be reached by no route."""
