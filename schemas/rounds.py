@@ -77,7 +77,7 @@ class Join(Message, frozen=True, kw_only=True):
     served_version: Annotated[int, Meta(ge=-1)] = -1
     """What the engine serves now; -1: nothing yet."""
     checkpoint_ns: Nanoseconds = 0
-    """`created_ns` of the `CheckpointReady`: tells a version that was published again from the first."""
+    """`created_ns` of the `CheckpointReady`: tells a version published again from the first."""
     joined_ns: Nanoseconds = 0
 
 
@@ -149,7 +149,7 @@ class RoundPlan(Message, frozen=True, kw_only=True):
 class Proven(Message, frozen=True, kw_only=True):
     """Under `together`: this engine holds the version, whole and proven, and waits for `Commit`.
 
-    Repeated until `Commit` comes or the wait's budget runs out: then it serves the version by itself.
+    Repeated until `Commit` comes or the wait's budget runs out; then it serves the version alone.
     """
 
     model: Token

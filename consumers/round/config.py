@@ -47,8 +47,8 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     backoff_max_s: float = 30.0
     permanent_causes: frozenset[str] = DEFAULT_PERMANENT_CAUSES
     peer_causes: frozenset[str] = frozenset({"PeerLost"})
-    """Errors by which a transfer says that another member of its group failed: it waits for the next
-    plan."""
+    """Errors by which a transfer says that another member of its group failed: the next plan is
+    waited for."""
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True):

@@ -5,9 +5,9 @@ of every timer, and feeds them in the order in which they happened.
 
 - Every `Prepare`, `Transfer` and `Resume` is answered exactly once, by its deadline, with the event
   that carries its `token`; a cancelled `Prepare` may stay unanswered.
-- What is heard on the bus may come late, twice, in any order, or never; own messages may come back.
-- After a reconnect the driver reads the last `CheckpointReady` and the last `RoundPlan` of the round
-  in hand from the streams and feeds them as if they had just come.
+- What is heard on the bus may come late, twice, in any order, or never, and own messages may come
+  back. After a reconnect the driver reads the last `CheckpointReady` and the last `RoundPlan` of
+  the round in hand from the streams and feeds them as if they had just come.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Started(Struct, frozen=True):
     served_version: int
     """The version it serves, or served last; -1: none."""
     touched: bool
-    """True: its parameters may be a mix, or are whole but not proven: it is paused, and must stay so
-    until an update ends whole. An engine that is paused but was never written to is resumed by the
+    """True: its parameters may be a mix, or are whole but not proven: it is paused, and stays so
+    until an update ends whole. An engine that is paused but was not written to is resumed by the
     driver before it feeds this."""
 
 
@@ -107,8 +107,8 @@ class LeaseWon(Struct, frozen=True):
 
     round: str
     epoch: int
-    """The lease's revision in the store: greater than that of every earlier `LeaseWon` of this round
-    on any consumer, also of this one's. It is what makes two leaders of one epoch impossible."""
+    """The lease's revision in the store: greater than in every earlier `LeaseWon` of this round, on
+    any consumer and on this one. It is what makes two leaders of one epoch impossible."""
 
 
 class LeaseHeld(Struct, frozen=True):
@@ -212,7 +212,7 @@ class ResumeFailed(Struct, frozen=True):
 
 
 class TimerFired(Struct, frozen=True):
-    """A timer of `SetTimer`; one that was replaced or cancelled meanwhile is ignored by its token."""
+    """A timer of `SetTimer`; one that was replaced or cancelled is ignored by its token."""
 
     name: str
     token: int

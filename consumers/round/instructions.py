@@ -1,9 +1,9 @@
 """What a round machine wants done: its only output. Does no I/O.
 
 The driver executes the instructions of one `handle` call in their order, without waiting for the
-long ones (`Prepare`, `Transfer`, `Resume`, `Campaign`): those run as tasks whose results come back as
-events. At most one of `Prepare`, `Transfer` and `Resume` is under way at any time; a `Prepare` that is
-being cancelled is let go of the engine before the next one begins.
+long ones (`Prepare`, `Transfer`, `Resume`, `Campaign`): those run as tasks whose results come back
+as events. At most one of `Prepare`, `Transfer` and `Resume` is under way at any time; a `Prepare`
+that is being cancelled has let go of the engine before the next one begins.
 
 Points in time are nanoseconds of the clock whose readings the driver passes to `handle`.
 """
