@@ -1,0 +1,125 @@
+"""Where spans are sent to, if anywhere: OTLP settings, the exporter of the protocol, the losses.
+
+Reads nothing by itself: `OtlpSettings.from_env` is given the environment by an entry point. The
+exporters are the extra `otlp`; they are imported only when an endpoint is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, Literal, cast, get_args
+from urllib.parse import unquote, urlsplit
+
+from msgspec import Struct
+
+from weightbus.tracing.errors import ExporterMissing, TelemetryInvalid
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+__all__ = ("EXPORT_TIMEOUT_S", "ExportLosses", "OtlpProtocol", "OtlpSettings", "open_exporter")
+
+OtlpProtocol = Literal["http/protobuf", "grpc"]
+
+EXPORT_TIMEOUT_S: Final = 5
+"""How long one batch may take, retries included, before it is given up."""
+
+_EXPORTER_MODULES: Final[Mapping[OtlpProtocol, str]] = {
+    "http/protobuf": "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+}
+
+
+class OtlpSettings(Struct, frozen=True, kw_only=True):
+    """One collector."""
+
+    endpoint: str
+    """URL that spans are sent to: for HTTP the whole of it, `http://collector:4318/v1/traces`; for
+    gRPC `http://collector:4317` (`https` for TLS)."""
+    protocol: OtlpProtocol = "http/protobuf"
+    headers: Mapping[str, str] = {}
+    """Sent with every request: authorisation of the collector, for example."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> OtlpSettings | None:
+        """The standard variables `OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT`, `PROTOCOL`, `HEADERS`.
+
+        None if no endpoint is set, or `OTEL_SDK_DISABLED` is true.
+
+        Raises:
+            TelemetryInvalid: a variable holds what cannot be used.
+        """
+        for_traces = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
+        for_all = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+        if not (for_traces or for_all) or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+            return None
+        protocol = _protocol(_variable(environ, "PROTOCOL") or "http/protobuf")
+        # By the OTLP specification the path is added to the variable for all signals only.
+        endpoint = for_traces or (
+            for_all if protocol == "grpc" else for_all.rstrip("/") + "/v1/traces"
+        )
+        if urlsplit(endpoint).scheme not in ("http", "https"):
+            raise TelemetryInvalid(
+                "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint, "must begin with http:// or https://"
+            )
+        headers = _headers(_variable(environ, "HEADERS"))
+        return cls(endpoint=endpoint, protocol=protocol, headers=headers)
+
+
+class ExportLosses(Struct, frozen=True, kw_only=True):
+    """Spans that never reached the collector, by cause."""
+
+    queue_full: int = 0
+    """Ended while the queue was full, or after the telemetry was closed."""
+    refused: int = 0
+    """Given up by the exporter: no connection, refused, or no answer in time."""
+    unsent: int = 0
+    """Still waiting, or on their way, when the deadline of the shutdown came."""
+
+    @property
+    def total(self) -> int:
+        return self.queue_full + self.refused + self.unsent
+
+
+def open_exporter(settings: OtlpSettings) -> SpanExporter:
+    """The exporter of OpenTelemetry for these settings. It connects when it first exports.
+
+    Raises:
+        ExporterMissing: the extra `otlp` is not installed.
+    """
+    try:
+        module = import_module(_EXPORTER_MODULES[settings.protocol])
+    except ImportError as error:
+        raise ExporterMissing(settings.protocol, settings.endpoint) from error
+    exporter = module.OTLPSpanExporter(
+        endpoint=settings.endpoint, headers=dict(settings.headers), timeout=EXPORT_TIMEOUT_S
+    )
+    return cast("SpanExporter", exporter)
+
+
+def _variable(environ: Mapping[str, str], name: str) -> str:
+    for_traces = environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}", "").strip()
+    return for_traces or environ.get(f"OTEL_EXPORTER_OTLP_{name}", "").strip()
+
+
+def _protocol(value: str) -> OtlpProtocol:
+    for protocol in get_args(OtlpProtocol):
+        if value == protocol:
+            return cast("OtlpProtocol", protocol)
+    raise TelemetryInvalid(
+        "OTEL_EXPORTER_OTLP_PROTOCOL", value, f"must be one of {', '.join(get_args(OtlpProtocol))}"
+    )
+
+
+def _headers(value: str) -> dict[str, str]:
+    """`name=value,name=value`, percent-encoded; names in lower case, as gRPC demands."""
+    headers = {}
+    for number, part in enumerate(value.split(",") if value else (), start=1):
+        name, separator, content = part.partition("=")
+        if not separator or not name.strip():  # not shown: headers hold secrets
+            raise TelemetryInvalid(
+                "OTEL_EXPORTER_OTLP_HEADERS", f"<entry {number}>", "must be name=value,..."
+            )
+        headers[unquote(name.strip()).lower()] = unquote(content.strip())
+    return headers

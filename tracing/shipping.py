@@ -1,0 +1,119 @@
+"""Hands ended spans to an exporter, from a thread of its own, and counts what does not arrive.
+
+Owns one daemon thread and one bounded queue. Invariants: `on_end` never waits for the exporter and
+never raises, so a collector that is absent, slow or refuses costs an update nothing; the exporter
+is touched by the thread alone; `close` returns within its deadline, whatever the exporter does;
+every span is either delivered or counted in `losses`.
+
+OpenTelemetry's own `BatchSpanProcessor` promises none of the last three: its drops are not counted,
+and its shutdown hands the exporter no deadline (open-telemetry/opentelemetry-python issue 4555).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from weightbus.tracing.otlp import ExportLosses
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+__all__ = ("SpanShipper",)
+
+QUEUE_SPANS: Final = 4096
+"""Spans that may wait; what comes on top of a full queue is dropped."""
+
+BATCH_SPANS: Final = 512
+"""Most spans of one export."""
+
+BATCH_DELAY_S: Final = 1.0
+"""How long a batch that is not full waits for more."""
+
+
+class SpanShipper(SpanProcessor):
+    """A span processor with bounded memory, bounded shutdown and a count of its losses."""
+
+    def __init__(
+        self,
+        exporter: SpanExporter,
+        *,
+        queue_spans: int = QUEUE_SPANS,
+        batch_spans: int = BATCH_SPANS,
+        batch_delay_s: float = BATCH_DELAY_S,
+    ) -> None:
+        self._exporter = exporter
+        self._queue_spans, self._batch_spans = queue_spans, batch_spans
+        self._batch_delay_s = batch_delay_s
+        self._changed = threading.Condition()
+        self._waiting: deque[ReadableSpan] = deque()
+        self._exporting = 0
+        self._closing = False
+        self._queue_full = self._refused = self._unsent = 0
+        self.last_error: Exception | None = None
+        """What the exporter raised last, if it ever raised."""
+        self._thread = threading.Thread(target=self._run, name="weightbus-spans", daemon=True)
+        self._thread.start()
+
+    @property
+    def losses(self) -> ExportLosses:
+        """What was lost so far."""
+        with self._changed:
+            return ExportLosses(
+                queue_full=self._queue_full, refused=self._refused, unsent=self._unsent
+            )
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Queue a span that has ended; drop and count it when there is no room."""
+        if span.context is None or not span.context.trace_flags.sampled:
+            return
+        with self._changed:
+            if self._closing or len(self._waiting) >= self._queue_spans:
+                self._queue_full += 1
+            else:
+                self._waiting.append(span)
+                self._changed.notify()
+
+    def close(self, deadline_s: float) -> ExportLosses:
+        """Send what waits, for at most `deadline_s`, then give up the rest. Idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(deadline_s)
+        with self._changed:
+            self._unsent += len(self._waiting) + self._exporting
+            self._waiting.clear()
+            self._exporting = 0
+        return self.losses
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            delivered = self._export(batch)
+            with self._changed:
+                if not delivered:
+                    self._refused += self._exporting  # 0 once `close` has given the batch up
+                self._exporting = 0
+        self._exporter.shutdown()
+
+    def _next_batch(self) -> tuple[ReadableSpan, ...]:
+        """Wait for spans; empty once closed and nothing is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            self._changed.wait_for(self._batch_is_due, self._batch_delay_s)
+            size = min(len(self._waiting), self._batch_spans)
+            self._exporting = size
+            return tuple(self._waiting.popleft() for _ in range(size))
+
+    def _batch_is_due(self) -> bool:
+        return self._closing or len(self._waiting) >= self._batch_spans
+
+    def _export(self, batch: tuple[ReadableSpan, ...]) -> bool:
+        try:
+            return self._exporter.export(batch) is SpanExportResult.SUCCESS
+        except Exception as error:  # noqa: BLE001 - foreign code; counted, and told at the end
+            self.last_error = error
+            return False

@@ -1,0 +1,353 @@
+"""Spans, and the twin on the bus of every stage's span.
+
+Owns, if spans are exported, a tracer provider and a `SpanShipper` of its own; touches no global of
+OpenTelemetry. Invariants: a span always has ids, exported or not; a `StageComplete` has the ids,
+the parent and the times of its span; no span ends before it starts, whatever the wall clock does;
+nothing here waits while an update runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, structs
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+)
+from opentelemetry.trace import Span as OtelSpan
+
+from weightbus.schemas.base import RouteName, Stage
+from weightbus.schemas.progress import StageComplete
+from weightbus.tracing import attributes as names
+from weightbus.tracing.attributes import AttributeValue
+from weightbus.tracing.context import SpanRef
+from weightbus.tracing.ids import new_span_id, new_trace_id
+from weightbus.tracing.otlp import ExportLosses, OtlpSettings, open_exporter
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from weightbus.tracing.shipping import SpanShipper
+
+__all__ = ("Emit", "Span", "StageScope", "StageSpan", "Telemetry", "open_telemetry")
+
+Emit = Callable[[StageComplete], None]
+"""Where a twin goes: queues it for the bus and returns at once. It must not raise."""
+
+SHUTDOWN_S: Final = 2.0
+"""How long a program that ends waits for its last spans to be sent."""
+
+REASON_CHARACTERS: Final = 4096
+"""Limit of `schemas.base.Reason`."""
+
+_logger = logging.getLogger(__name__)
+
+
+class StageScope(Struct, frozen=True):
+    """Whose update a stage belongs to."""
+
+    model: str
+    version: int
+    round: str
+    engine: str
+
+    def attributes(self) -> dict[str, AttributeValue]:
+        return {
+            names.MODEL: self.model,
+            names.VERSION: self.version,
+            names.ROUND: self.round,
+            names.ENGINE: self.engine,
+        }
+
+
+class Span:
+    """A span that is open."""
+
+    def __init__(self, span: OtelSpan) -> None:
+        self._span = span
+        self.ref = SpanRef.of(span.get_span_context())
+        """Parent of what is done within it, and what goes into the headers of messages."""
+
+    def set(self, key: str, value: AttributeValue) -> None:
+        """Set one attribute."""
+        self._span.set_attribute(key, value)
+
+    def _end(self, end_ns: int, error_type: str = "", reason: str = "") -> None:
+        if error_type:
+            self._span.set_attribute(names.ERROR_TYPE, error_type)
+            self._span.set_status(Status(StatusCode.ERROR, reason))
+        self._span.end(end_ns)
+
+
+class StageSpan(Span):
+    """The span of a stage that is running."""
+
+    def __init__(self, span: OtelSpan, twin: StageComplete) -> None:
+        super().__init__(span)
+        self._twin = structs.replace(twin, trace_id=self.ref.trace_id, span_id=self.ref.span_id)
+        self.bytes = 0
+        """Bytes moved by the stage; set it before the stage ends."""
+
+    def _complete(self, end_ns: int, error_type: str = "", reason: str = "") -> StageComplete:
+        """End the span; returns its twin."""
+        self.set(names.BYTES, self.bytes)
+        self._end(end_ns, error_type, reason)
+        return structs.replace(
+            self._twin, bytes=self.bytes, end_ns=end_ns, ok=not error_type, error=reason
+        )
+
+
+class Telemetry:
+    """Makes spans. Without a tracer they have ids and go nowhere."""
+
+    def __init__(self, tracer: Tracer | None = None, shipper: SpanShipper | None = None) -> None:
+        self._tracer, self._shipper = tracer, shipper
+
+    @property
+    def losses(self) -> ExportLosses:
+        """Spans that were to be exported and did not arrive, so far."""
+        return ExportLosses() if self._shipper is None else self._shipper.losses
+
+    @contextmanager
+    def span(
+        self,
+        name: str,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        parent: SpanRef | None = None,
+        attributes: Mapping[str, AttributeValue] = {},
+        links: Sequence[SpanRef] = (),
+    ) -> Iterator[Span]:
+        """A span around a block; what the block raises marks it as failed and goes on.
+
+        Without a parent it begins a trace of its own.
+        """
+        clock = _Stopwatch()
+        span = Span(self._begin(name, kind, parent, attributes, links, clock.start_ns))
+        error_type = reason = ""
+        try:
+            yield span
+        except BaseException as error:
+            error_type, reason = type(error).__name__, _reason_of(error)
+            raise
+        finally:
+            span._end(clock.now_ns(), error_type, reason)
+
+    def publish_span(
+        self, subject: str, *, model: str, version: int, parent: SpanRef | None = None
+    ) -> AbstractContextManager[Span]:
+        """The producer's span of one version; its ref goes into the headers of `CheckpointReady`."""
+        return self.span(
+            names.messaging_span_name("publish", subject),
+            kind=SpanKind.PRODUCER,
+            parent=parent,
+            attributes={
+                **names.messaging_attributes("send", "publish", subject),
+                names.MODEL: model,
+                names.VERSION: version,
+            },
+        )
+
+    def update_span(
+        self, subject: str, scope: StageScope, *, parent: SpanRef | None
+    ) -> AbstractContextManager[Span]:
+        """A consumer's span of one update: child of the publish span, parent of its stages.
+
+        `subject` is where `CheckpointReady` was received, `parent` the ref in its headers.
+        """
+        return self.span(
+            names.messaging_span_name("update", subject),
+            kind=SpanKind.CONSUMER,
+            parent=parent,
+            attributes={
+                **names.messaging_attributes("process", "update", subject),
+                **scope.attributes(),
+            },
+        )
+
+    @contextmanager
+    def stage(
+        self,
+        emit: Emit,
+        scope: StageScope,
+        stage: Stage,
+        *,
+        rank: int | None = None,
+        route: RouteName | None = None,
+        parent: SpanRef | None = None,
+    ) -> Iterator[StageSpan]:
+        """A stage around a block: its span, and when that ends its twin to `emit`.
+
+        What the block raises, a cancellation too, is told by both and goes on.
+        """
+        clock = _Stopwatch()
+        span = self._begin_stage(scope, stage, rank, route, parent, clock.start_ns)
+        error_type = reason = ""
+        try:
+            yield span
+        except BaseException as error:
+            error_type, reason = type(error).__name__, _reason_of(error)
+            raise
+        finally:
+            emit(span._complete(clock.now_ns(), error_type, reason))
+
+    def record_stage(
+        self,
+        emit: Emit,
+        scope: StageScope,
+        stage: Stage,
+        *,
+        start_ns: int,
+        end_ns: int,
+        bytes: int = 0,  # noqa: A002 - the word of the contract
+        rank: int | None = None,
+        route: RouteName | None = None,
+        parent: SpanRef | None = None,
+    ) -> SpanRef:
+        """A stage that has ended already, timed inside a worker: its span, and its twin to `emit`.
+
+        An end before the start (a wall clock that was set back) counts as the start.
+        """
+        span = self._begin_stage(scope, stage, rank, route, parent, start_ns)
+        span.bytes = bytes
+        emit(span._complete(max(start_ns, end_ns)))
+        return span.ref
+
+    def _begin_stage(
+        self,
+        scope: StageScope,
+        stage: Stage,
+        rank: int | None,
+        route: RouteName | None,
+        parent: SpanRef | None,
+        start_ns: int,
+    ) -> StageSpan:
+        attributes = scope.attributes() | {names.STAGE: stage}
+        if rank is not None:
+            attributes[names.RANK] = rank
+        if route is not None:
+            attributes[names.ROUTE] = route
+        twin = StageComplete(
+            model=scope.model,
+            version=scope.version,
+            round=scope.round,
+            engine=scope.engine,
+            stage=stage,
+            rank=rank,
+            route=route,
+            start_ns=start_ns,
+            end_ns=start_ns,
+            parent_span_id="" if parent is None else parent.span_id,
+        )
+        span = self._begin(stage, SpanKind.INTERNAL, parent, attributes, (), start_ns)
+        return StageSpan(span, twin)
+
+    def _begin(
+        self,
+        name: str,
+        kind: SpanKind,
+        parent: SpanRef | None,
+        attributes: Mapping[str, AttributeValue],
+        links: Sequence[SpanRef],
+        start_ns: int,
+    ) -> OtelSpan:
+        if self._tracer is None:
+            return _unexported_span(parent)
+        # A message's span has its parent in the process that sent the message.
+        remote = kind is SpanKind.CONSUMER
+        return self._tracer.start_span(
+            name,
+            context=Context() if parent is None else parent.as_parent(remote=remote),
+            kind=kind,
+            attributes=attributes,
+            links=[Link(link.as_context()) for link in links],
+            start_time=start_ns,
+        )
+
+
+@contextmanager
+def open_telemetry(
+    service: str,
+    *,
+    otlp: OtlpSettings | None = None,
+    exporter: SpanExporter | None = None,
+    resource: Mapping[str, str] = {},
+    shutdown_s: float = SHUTDOWN_S,
+) -> Iterator[Telemetry]:
+    """Telemetry of one process or service; ending, it waits at most `shutdown_s` for what is unsent.
+
+    Spans go to the collector of `otlp`, or to `exporter`, or nowhere. `resource` adds attributes
+    that every span of this service has.
+
+    Raises:
+        ExporterMissing: `otlp` is given, but the extra `otlp` is not installed.
+    """
+    if otlp is not None:
+        exporter = open_exporter(otlp)
+    if exporter is None:
+        yield Telemetry()
+        return
+    from weightbus.tracing.sdk import make_tracer
+    from weightbus.tracing.shipping import SpanShipper
+
+    shipper = SpanShipper(exporter)
+    try:
+        yield Telemetry(make_tracer(service, shipper, resource), shipper)
+    finally:
+        losses = shipper.close(shutdown_s)
+        if losses.total:
+            _logger.warning(
+                "%d spans of %s were lost: %d refused by the collector, %d unsent at the end, "
+                "%d without room%s",
+                losses.total,
+                service,
+                losses.refused,
+                losses.unsent,
+                losses.queue_full,
+                "" if shipper.last_error is None else f"; last error: {shipper.last_error!r}",
+            )
+
+
+class _Stopwatch:
+    """Wall time that cannot run backwards: from its start on it goes by the steady clock."""
+
+    def __init__(self) -> None:
+        self.start_ns = time.time_ns()
+        self._started_ns = time.perf_counter_ns()
+
+    def now_ns(self) -> int:
+        return self.start_ns + time.perf_counter_ns() - self._started_ns
+
+
+def _unexported_span(parent: SpanRef | None) -> OtelSpan:
+    """A span that has ids, those of its trace if there is one, and is recorded nowhere."""
+    inherited = None if parent is None else parent.as_context()
+    return NonRecordingSpan(
+        SpanContext(
+            trace_id=new_trace_id() if inherited is None else inherited.trace_id,
+            span_id=new_span_id(),
+            is_remote=False,
+            trace_flags=TraceFlags(TraceFlags.SAMPLED)
+            if inherited is None
+            else inherited.trace_flags,
+            trace_state=None if inherited is None else inherited.trace_state,
+        )
+    )
+
+
+def _reason_of(error: BaseException) -> str:
+    """`TornRead: segment ...`, or the class name alone; within the limit of a message's reason."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 3] + "..."
