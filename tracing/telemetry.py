@@ -148,7 +148,7 @@ class Telemetry:
     def publish_span(
         self, subject: str, *, model: str, version: int, parent: SpanRef | None = None
     ) -> AbstractContextManager[Span]:
-        """The producer's span of one version; its ref goes into the headers of `CheckpointReady`."""
+        """The producer's span of one version; its ref goes into the headers of the event."""
         return self.span(
             names.messaging_span_name("publish", subject),
             kind=SpanKind.PRODUCER,
@@ -286,7 +286,7 @@ def open_telemetry(
     resource: Mapping[str, str] = {},
     shutdown_s: float = SHUTDOWN_S,
 ) -> Iterator[Telemetry]:
-    """Telemetry of one process or service; ending, it waits at most `shutdown_s` for what is unsent.
+    """Telemetry of one process or service; its end waits at most `shutdown_s` for unsent spans.
 
     Spans go to the collector of `otlp`, or to `exporter`, or nowhere. `resource` adds attributes
     that every span of this service has.

@@ -1,0 +1,123 @@
+"""The standard variables of OTLP are read as its specification says; a missing extra is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from weightbus.tracing.errors import TelemetryInvalid
+from weightbus.tracing.otlp import OtlpSettings
+
+PREFIX = "OTEL_EXPORTER_OTLP_"
+
+
+@pytest.mark.parametrize(("environ", "expected"), [
+    ({}, None),
+    ({"ENDPOINT": ""}, None),
+    ({"ENDPOINT": "http://c:4318"}, OtlpSettings(endpoint="http://c:4318/v1/traces")),
+    ({"ENDPOINT": "http://c:4318/otel/"}, OtlpSettings(endpoint="http://c:4318/otel/v1/traces")),
+    ({"TRACES_ENDPOINT": "http://c/in"}, OtlpSettings(endpoint="http://c/in")),
+    (
+        {"ENDPOINT": "http://c:4318", "TRACES_ENDPOINT": "https://t/v1/traces"},
+        OtlpSettings(endpoint="https://t/v1/traces"),
+    ),
+    (
+        {"ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"},
+        OtlpSettings(endpoint="http://c:4317", protocol="grpc"),
+    ),
+    (
+        {"ENDPOINT": "http://c:4317", "PROTOCOL": "http/protobuf", "TRACES_PROTOCOL": "grpc"},
+        OtlpSettings(endpoint="http://c:4317", protocol="grpc"),
+    ),
+    (
+        {"ENDPOINT": "http://c", "HEADERS": "Authorization=Bearer%20x=, tenant = a "},
+        OtlpSettings(
+            endpoint="http://c/v1/traces", headers={"authorization": "Bearer x=", "tenant": "a"}
+        ),
+    ),
+])  # fmt: skip
+def test_settings_follow_the_standard_variables(
+    environ: dict[str, str], expected: OtlpSettings | None
+) -> None:
+    assert (
+        OtlpSettings.from_env({PREFIX + key: value for key, value in environ.items()}) == expected
+    )
+
+
+def test_settings_are_none_when_the_sdk_is_disabled() -> None:
+    environ = {PREFIX + "ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "TRUE"}
+    assert OtlpSettings.from_env(environ) is None
+
+
+@pytest.mark.parametrize(("variable", "value", "setting"), [
+    ("ENDPOINT", "collector:4318", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    ("PROTOCOL", "http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    ("HEADERS", "tenant=a,secret", "OTEL_EXPORTER_OTLP_HEADERS"),
+])  # fmt: skip
+def test_settings_are_refused_by_name_when_a_variable_cannot_be_used(
+    variable: str, value: str, setting: str
+) -> None:
+    environ = {PREFIX + "ENDPOINT": "http://c:4318", PREFIX + variable: value}
+    with pytest.raises(TelemetryInvalid, match=setting) as caught:
+        OtlpSettings.from_env(environ)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_telemetry_names_the_extra_when_the_exporter_is_not_installed(protocol: str) -> None:
+    program = f"""
+import sys
+sys.modules["opentelemetry.exporter"] = None  # what the import system keeps for "not there"
+from weightbus.tracing.errors import ExporterMissing
+from weightbus.tracing.otlp import OtlpSettings
+from weightbus.tracing.telemetry import open_telemetry
+try:
+    with open_telemetry("x", otlp=OtlpSettings(endpoint="http://c:1", protocol={protocol!r})):
+        pass
+except ExporterMissing as error:
+    print(error)
+"""
+    assert "pip install weightbus[otlp]" in _run(program)
+
+
+def test_telemetry_imports_neither_sdk_nor_exporter_when_nothing_is_exported() -> None:
+    program = """
+import sys
+from weightbus.tracing.telemetry import open_telemetry
+with open_telemetry("x") as telemetry, telemetry.span("y"):
+    pass
+heavy = ("opentelemetry.sdk", "opentelemetry.exporter", "grpc", "requests", "rich", "torch")
+print([name for name in heavy if name in sys.modules])
+"""
+    assert _run(program).strip() == "[]"
+
+
+def test_ids_are_valid_when_the_sdk_is_disabled_but_an_exporter_is_given() -> None:
+    program = """
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from weightbus.tracing.telemetry import open_telemetry
+exporter = InMemorySpanExporter()
+with open_telemetry("x", exporter=exporter) as telemetry, telemetry.span("a") as a:
+    with telemetry.span("b", parent=a.ref) as b:
+        pass
+assert a.ref.trace_id == b.ref.trace_id != "0" * 32, (a.ref, b.ref)
+assert a.ref.span_id != b.ref.span_id, (a.ref, b.ref)
+print(exporter.get_finished_spans())
+"""
+    assert _run(program, OTEL_SDK_DISABLED="true").strip() == "()"
+
+
+def _run(program: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

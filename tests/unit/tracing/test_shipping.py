@@ -1,0 +1,111 @@
+"""No exporter, however broken, makes a span's end wait or the shutdown exceed its deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from weightbus.tracing.otlp import ExportLosses
+from weightbus.tracing.shipping import SpanShipper
+
+GENEROUS_S = 30.0
+
+
+class FakeExporter(SpanExporter):
+    """Takes batches as a test wants them taken."""
+
+    def __init__(self, *, result: SpanExportResult | Exception = SpanExportResult.SUCCESS) -> None:
+        self.result = result
+        self.batches: list[list[str]] = []
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.closed = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.entered.set()
+        self.gate.wait(GENEROUS_S)
+        if isinstance(self.result, Exception):
+            raise self.result
+        self.batches.append([span.name for span in spans])
+        return self.result
+
+    def shutdown(self) -> None:
+        self.closed.set()
+
+
+def end_spans(shipper: SpanShipper, *names: str) -> None:
+    """Begin and end one span of each name."""
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(shipper)
+    for name in names:
+        provider.get_tracer("test").start_span(name).end()
+
+
+def test_shipper_delivers_everything_in_batches_when_it_is_closed() -> None:
+    exporter = FakeExporter()
+    shipper = SpanShipper(exporter, batch_spans=2, batch_delay_s=GENEROUS_S)
+    end_spans(shipper, "a", "b", "c")
+    assert shipper.close(GENEROUS_S) == ExportLosses()
+    assert exporter.batches == [["a", "b"], ["c"]]
+    assert exporter.closed.is_set()
+
+
+def test_shipper_sends_without_being_closed_when_the_delay_is_over() -> None:
+    exporter = FakeExporter()
+    shipper = SpanShipper(exporter, batch_delay_s=0.001)
+    end_spans(shipper, "a")
+    assert exporter.entered.wait(GENEROUS_S)
+    shipper.close(GENEROUS_S)
+
+
+def test_shipper_drops_and_counts_when_the_queue_is_full() -> None:
+    exporter = FakeExporter()
+    exporter.gate.clear()
+    shipper = SpanShipper(exporter, queue_spans=2, batch_spans=1, batch_delay_s=0.001)
+    end_spans(shipper, "on its way")
+    assert exporter.entered.wait(GENEROUS_S)
+    end_spans(shipper, "a", "b", "c", "d", "e")
+    assert shipper.losses == ExportLosses(queue_full=3)
+    exporter.gate.set()
+    assert shipper.close(GENEROUS_S) == ExportLosses(queue_full=3)
+    assert exporter.batches == [["on its way"], ["a"], ["b"]]
+
+
+def test_shipper_counts_what_the_exporter_refuses() -> None:
+    shipper = SpanShipper(FakeExporter(result=SpanExportResult.FAILURE))
+    end_spans(shipper, "a", "b")
+    assert shipper.close(GENEROUS_S) == ExportLosses(refused=2)
+
+
+def test_shipper_goes_on_and_keeps_the_error_when_the_exporter_raises() -> None:
+    error = ConnectionError("no route")
+    shipper = SpanShipper(FakeExporter(result=error), batch_spans=1)
+    end_spans(shipper, "a", "b")
+    assert shipper.close(GENEROUS_S) == ExportLosses(refused=2)
+    assert shipper.last_error is error
+
+
+def test_shipper_closes_within_its_deadline_when_the_exporter_hangs() -> None:
+    exporter = FakeExporter()
+    exporter.gate.clear()
+    shipper = SpanShipper(exporter, batch_spans=2, batch_delay_s=GENEROUS_S)
+    end_spans(shipper, "a", "b", "c")
+    assert exporter.entered.wait(GENEROUS_S)
+    before = time.monotonic()
+    assert shipper.close(0.05) == ExportLosses(unsent=3)
+    assert time.monotonic() - before < GENEROUS_S / 2
+    exporter.gate.set()
+    assert exporter.closed.wait(GENEROUS_S), "the thread ends once the exporter lets go"
+    assert shipper.losses == ExportLosses(unsent=3)
+
+
+def test_shipper_counts_spans_that_end_after_it_was_closed() -> None:
+    shipper = SpanShipper(FakeExporter())
+    assert shipper.close(GENEROUS_S) == ExportLosses()
+    end_spans(shipper, "late")
+    assert shipper.losses == ExportLosses(queue_full=1)
