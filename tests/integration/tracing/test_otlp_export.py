@@ -1,0 +1,141 @@
+"""Spans arrive at a collector as one whole tree; a broken collector costs nothing but spans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from tests.integration.tracing.collector import (
+    free_port,
+    hanging_collector,
+    open_collector,
+)
+from weightbus.schemas.progress import StageComplete
+from weightbus.tracing.otlp import OtlpSettings
+from weightbus.tracing.telemetry import StageScope, open_telemetry
+
+SUBJECT = "weightbus.minilm.checkpoint.ready"
+SCOPE = StageScope("minilm", 7, "v7-1", "a")
+
+CONSUMER = """
+import json, os, sys
+from weightbus.tracing.context import SpanRef
+from weightbus.tracing.otlp import OtlpSettings
+from weightbus.tracing.telemetry import StageScope, open_telemetry
+
+subject, headers = sys.argv[1], json.loads(sys.argv[2])
+scope, twins = StageScope("minilm", 7, "v7-1", "a"), []
+with (
+    open_telemetry("consumer", otlp=OtlpSettings.from_env(os.environ), shutdown_s=30) as telemetry,
+    telemetry.update_span(subject, scope, parent=SpanRef.from_headers(headers)) as update,
+):
+    with telemetry.stage(twins.append, scope, "negotiate", parent=update.ref):
+        pass
+    for rank in (0, 1):
+        with telemetry.stage(
+            twins.append, scope, "fetch", rank=rank, route="local", parent=update.ref
+        ) as fetch:
+            fetch.bytes = 4096
+        telemetry.record_stage(
+            twins.append, scope, "reload", start_ns=twins[-1].start_ns, end_ns=twins[-1].end_ns,
+            rank=rank, route="local", parent=fetch.ref,
+        )
+    try:
+        with telemetry.stage(twins.append, scope, "commit", parent=update.ref):
+            raise TimeoutError("no commit")
+    except TimeoutError:
+        pass
+print(json.dumps([[t.trace_id, t.span_id, t.parent_span_id, t.start_ns, t.end_ns] for t in twins]))
+"""
+
+
+def test_collector_has_one_whole_trace_when_two_processes_export_over_http() -> None:
+    with open_collector() as collector:
+        environ = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20t",
+        }
+        with (
+            open_telemetry(
+                "trainer", otlp=OtlpSettings.from_env(environ), shutdown_s=30
+            ) as trainer,
+            trainer.publish_span(SUBJECT, model="minilm", version=7) as publish,
+        ):
+            headers = json.dumps(publish.ref.headers())
+        done = subprocess.run(
+            [sys.executable, "-c", CONSUMER, SUBJECT, headers],
+            env=environ, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    twins = json.loads(done.stdout)
+    (published,), consumed = collector.spans["trainer"], collector.spans["consumer"]
+    assert all(sent["authorization"] == "Bearer t" for sent in collector.headers)
+    assert_whole_tree([published, *consumed], root=published)
+    stages = {span.span_id.hex(): span for span in consumed if span.kind == Span.SPAN_KIND_INTERNAL}
+    assert len(stages) == len(twins) == 6
+    for trace_id, span_id, parent_span_id, start_ns, end_ns in twins:
+        span = stages[span_id]
+        assert span.trace_id.hex() == trace_id
+        assert span.parent_span_id.hex() == parent_span_id
+        assert (span.start_time_unix_nano, span.end_time_unix_nano) == (start_ns, end_ns)
+    failed = [span for span in consumed if span.status.code == span.status.STATUS_CODE_ERROR]
+    assert [(span.name, span.status.message) for span in failed] == [
+        ("commit", "TimeoutError: no commit")
+    ]
+
+
+def assert_whole_tree(spans: list[Span], *, root: Span) -> None:
+    """One trace, one root, every parent is there, no time runs backwards."""
+    assert {span.trace_id for span in spans} == {root.trace_id}
+    by_id = {span.span_id: span for span in spans}
+    assert len(by_id) == len(spans)
+    assert [span.name for span in spans if not span.parent_span_id] == [root.name]
+    orphans = [s.name for s in spans if s.parent_span_id and s.parent_span_id not in by_id]
+    assert orphans == []
+    for span in spans:
+        assert span.end_time_unix_nano >= span.start_time_unix_nano
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_update_goes_on_and_losses_are_counted_when_the_collector_refuses(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_collector() as collector:
+        collector.status = status
+        run_one_update(collector.url)
+    assert collector.spans == {}
+    assert "2 spans of consumer were lost" in caplog.text
+
+
+def test_update_goes_on_and_losses_are_counted_when_no_collector_is_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run_one_update(f"http://127.0.0.1:{free_port()}")
+    assert "2 spans of consumer were lost" in caplog.text
+
+
+def test_shutdown_is_bounded_and_losses_are_counted_when_the_collector_hangs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with hanging_collector() as url:
+        before = time.monotonic()
+        run_one_update(url)
+        assert time.monotonic() - before < 20
+    assert "2 unsent at the end" in caplog.text
+
+
+def run_one_update(url: str) -> None:
+    """An update with one stage, under telemetry that may wait 0.2 s at its end."""
+    settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
+    twins = list[StageComplete]()
+    with (
+        open_telemetry("consumer", otlp=settings, shutdown_s=0.2) as telemetry,
+        telemetry.update_span(SUBJECT, SCOPE, parent=None) as update,
+        telemetry.stage(twins.append, SCOPE, "fetch", parent=update.ref),
+    ):
+        pass
+    assert [twin.ok for twin in twins] == [True]
