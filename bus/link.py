@@ -1,0 +1,433 @@
+"""The connection to the NATS server: the only module that knows nats-py.
+
+Owns one nats-py client. Its exceptions, callbacks and logging end here: they become `BusError`s.
+
+- A lost connection is silent: requests wait for the next one, and are sent again if they were under
+  way; listeners hear of every reconnect. After `reconnect_for_s` without a server the link fails,
+  for good, with one `BusUnavailable` that reaches every request and every listener.
+- A request that was sent again may have been carried out twice: callers make that harmless
+  (`Nats-Msg-Id`).
+- nats-py's `flush`, `rtt` and `drain` are not used: a cancelled one leaves a future behind on which
+  the client's read loop dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+import nats.errors
+from anyio.abc import TaskGroup
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from weightbus.bus.background import open_background
+from weightbus.bus.errors import (
+    BusTimeout,
+    BusUnavailable,
+    PayloadTooLarge,
+    ServerTooOld,
+    SettingInvalid,
+)
+from weightbus.bus.server import MINIMUM_VERSION, is_too_old
+from weightbus.bus.settings import BusSettings
+
+__all__ = ("Incoming", "Link", "Listener", "NoResponders", "open_link")
+
+_RECONNECT_WAIT_S = 0.25
+_PING_INTERVAL_S = 5
+_MAX_OUTSTANDING_PINGS = 2
+"""A server that is silent for 15 s counts as lost."""
+_CLOSE_TIMEOUT_S = 2.0
+_AUTHORIZATION = "authorization"
+
+logging.getLogger("nats").addHandler(logging.NullHandler())  # nothing of it goes to stderr
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message as it came."""
+
+    subject: str
+    headers: Mapping[str, str]
+    payload: bytes
+    received_ns: int
+
+
+class NoResponders(Exception):
+    """Nobody serves the subject of a request. Stays inside the bus."""
+
+
+class Listener(Protocol):
+    """Who wants to know what becomes of the connection. Both methods return at once."""
+
+    def reconnected_nowait(self) -> None:
+        """Connected again; whatever was published meanwhile was missed."""
+
+    def failed_nowait(self, error: BusUnavailable) -> None:
+        """The link has failed, for good."""
+
+
+class Link:
+    """One connection; made by `open_link`."""
+
+    url: str
+    """Where it was told to connect, without credentials."""
+
+    def __init__(self, settings: BusSettings, url: str, tasks: TaskGroup) -> None:
+        self.url = _without_credentials(url)
+        self._servers = url.split(",")
+        self._settings = settings
+        self._tasks = tasks
+        self._client = Client()
+        self._up = anyio.Event()
+        self._failure: str | None = None
+        self._closing = False
+        self._last_error = "no server answers"
+        self._in_flight: set[anyio.CancelScope] = set()
+        self._listeners: list[Listener] = []
+        self._connecting = anyio.CancelScope()
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set() and self._failure is None
+
+    async def request(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        operation: str,
+    ) -> Incoming:
+        """One request and its answer; sent again after a reconnect. `operation` is for messages.
+
+        Raises:
+            NoResponders: nobody serves the subject.
+            BusTimeout, BusUnavailable, PayloadTooLarge
+        """
+        self._check_size(subject, payload)
+        timeout_s = self._settings.request_timeout_s
+        while True:
+            await self.wait_until_up()
+            with anyio.CancelScope() as scope:
+                self._in_flight.add(scope)
+                try:
+                    return _incoming(
+                        await self._client.request(
+                            subject, payload, timeout=timeout_s, headers=_headers(headers)
+                        )
+                    )
+                except nats.errors.NoRespondersError:
+                    raise NoResponders(subject) from None
+                except nats.errors.TimeoutError:
+                    raise BusTimeout(operation, timeout_s) from None
+                except (nats.errors.Error, OSError) as error:
+                    raise self._unavailable(_reason(error)) from None
+                finally:
+                    self._in_flight.discard(scope)
+
+    async def request_many(
+        self,
+        subject: str,
+        payload: bytes,
+        *,
+        is_last: Callable[[Incoming], bool],
+        operation: str,
+    ) -> list[Incoming]:
+        """One request and all its answers, up to and with the one that `is_last`.
+
+        Raises:
+            NoResponders: nobody serves the subject.
+            BusTimeout: not all answers came within `request_timeout_s`.
+            BusUnavailable, PayloadTooLarge
+        """
+        self._check_size(subject, payload)
+        timeout_s = self._settings.request_timeout_s
+        while True:
+            await self.wait_until_up()
+            answers: list[Incoming] = []
+            complete = anyio.Event()
+
+            def deliver(
+                answer: Incoming,
+                answers: list[Incoming] = answers,
+                complete: anyio.Event = complete,
+            ) -> None:
+                answers.append(answer)
+                if _is_no_responders(answer) or is_last(answer):
+                    complete.set()
+
+            inbox = str(self._client.new_inbox())
+            with anyio.CancelScope() as scope:
+                self._in_flight.add(scope)
+                try:
+                    async with self.subscribe(inbox, deliver):
+                        await self.publish(subject, payload, reply=inbox)
+                        with anyio.move_on_after(timeout_s):
+                            await complete.wait()
+                finally:
+                    self._in_flight.discard(scope)
+            if complete.is_set():
+                if _is_no_responders(answers[-1]):
+                    raise NoResponders(subject)
+                return answers
+            if not scope.cancelled_caught:
+                raise BusTimeout(operation, timeout_s)
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: Mapping[str, str] | None = None,
+        *,
+        reply: str = "",
+    ) -> None:
+        """Send without an acknowledgement.
+
+        Raises:
+            BusUnavailable, PayloadTooLarge
+        """
+        self._check_size(subject, payload)
+        await self.wait_until_up()
+        try:
+            await self._client.publish(subject, payload, reply, _headers(headers))
+        except (nats.errors.Error, OSError) as error:
+            raise self._unavailable(_reason(error)) from None
+
+    @asynccontextmanager
+    async def subscribe(
+        self, subject: str, deliver: Callable[[Incoming], None]
+    ) -> AsyncIterator[None]:
+        """Hand every message of a subject to `deliver`, which must not raise or wait.
+
+        Entered before the server knows of it: a later request's answer says that it does.
+
+        Raises:
+            BusUnavailable
+        """
+
+        async def receive(message: Msg) -> None:
+            deliver(_incoming(message))
+
+        await self.wait_until_up()
+        try:
+            subscription = await self._client.subscribe(
+                subject, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+        except nats.errors.Error as error:
+            raise self._unavailable(_reason(error)) from None
+        try:
+            yield
+        finally:
+            with (
+                anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True),
+                suppress(nats.errors.Error, OSError),
+            ):
+                await subscription.unsubscribe()
+
+    @contextmanager
+    def listen(self, listener: Listener) -> Iterator[None]:
+        """Tell `listener` of reconnects and of the failure, while the context is open."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    async def wait_until_up(self) -> None:
+        """Returns while connected; waits out a lost connection.
+
+        Raises:
+            BusUnavailable: it was lost for `reconnect_for_s`, or ended for good.
+        """
+        await self._up.wait()
+        if self._failure is not None:
+            raise BusUnavailable(self.url, self._failure)
+
+    async def connect(self) -> None:
+        """The first connection; called once, by `open_link`."""
+        options = _security(self._settings)
+        timeout_s = self._settings.connect_timeout_s
+        with anyio.move_on_after(timeout_s), self._connecting:
+            try:
+                await self._client.connect(
+                    self._servers,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnected,
+                    reconnected_cb=self._on_reconnected,
+                    closed_cb=self._on_closed,
+                    name=self._settings.name,
+                    connect_timeout=timeout_s,
+                    reconnect_time_wait=_RECONNECT_WAIT_S,
+                    max_reconnect_attempts=-1,
+                    ping_interval=_PING_INTERVAL_S,
+                    max_outstanding_pings=_MAX_OUTSTANDING_PINGS,
+                    **options,
+                )
+            except (nats.errors.Error, OSError, ValueError) as error:
+                self._last_error = _reason(error)
+            else:
+                self._check_version()
+                self._up.set()
+                return
+        raise BusUnavailable(self.url, self._last_error)
+
+    async def close(self) -> None:
+        self._closing = True
+        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
+            await self._client.close()
+
+    def _check_version(self) -> None:
+        found = self._client.connected_server_version
+        version = f"{found.major}.{found.minor}.{found.patch}"
+        if is_too_old(version):
+            raise ServerTooOld(self.url, version, ".".join(map(str, MINIMUM_VERSION)))
+
+    def _check_size(self, subject: str, payload: bytes) -> None:
+        limit_bytes = self._client.max_payload
+        if len(payload) > limit_bytes:
+            raise PayloadTooLarge(subject, len(payload), limit_bytes)
+
+    def _unavailable(self, reason: str) -> BusUnavailable:
+        return BusUnavailable(self.url, self._failure or reason)
+
+    async def _on_error(self, error: Exception) -> None:
+        """nats-py reports here what it goes on after; during an outage it is the reason."""
+        self._last_error = _reason(error)
+        _log.debug("nats: %s", self._last_error)
+        if _AUTHORIZATION in self._last_error.lower() or isinstance(error, ssl.SSLError):
+            self._connecting.cancel()  # the first connection only: trying again would not help
+
+    async def _on_disconnected(self) -> None:
+        if self._closing or not self._up.is_set():
+            return
+        self._up = anyio.Event()
+        for scope in self._in_flight:
+            scope.cancel()
+        self._tasks.start_soon(self._limit_outage, self._up)
+
+    async def _limit_outage(self, up: anyio.Event) -> None:
+        allowed_s = self._settings.reconnect_for_s
+        with anyio.move_on_after(allowed_s):
+            await up.wait()
+            return
+        self._fail(f"lost for {allowed_s:g} s: {self._last_error}")
+        await self._client.close()
+
+    async def _on_reconnected(self) -> None:
+        self._up.set()
+        for listener in tuple(self._listeners):
+            listener.reconnected_nowait()
+
+    async def _on_closed(self) -> None:
+        """nats-py closes by itself on errors that it does not reconnect after."""
+        if not self._closing:
+            self._fail(_reason(self._client.last_error) or self._last_error)
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is not None:
+            return
+        self._failure = reason
+        self._up.set()
+        for scope in self._in_flight:
+            scope.cancel()
+        for listener in tuple(self._listeners):
+            listener.failed_nowait(BusUnavailable(self.url, reason))
+
+
+@asynccontextmanager
+async def open_link(settings: BusSettings, url: str) -> AsyncIterator[Link]:
+    """Connect.
+
+    Raises:
+        BusUnavailable: no server within `connect_timeout_s`, or it refused us.
+        ServerTooOld: its version is below `MINIMUM_VERSION`.
+        SettingInvalid: certificates or credentials cannot be read.
+    """
+    async with open_background() as tasks:
+        link = Link(settings, url, tasks)
+        try:
+            await link.connect()
+            yield link
+        finally:
+            await link.close()
+
+
+def _incoming(message: Msg) -> Incoming:
+    return Incoming(message.subject, message.headers or {}, message.data, time.time_ns())
+
+
+def _headers(headers: Mapping[str, str] | None) -> dict[str, str] | None:
+    return dict(headers) if headers else None
+
+
+def _is_no_responders(answer: Incoming) -> bool:
+    return not answer.payload and answer.headers.get("Status") == "503"
+
+
+def _reason(error: Exception | None) -> str:
+    return "" if error is None else (str(error) or type(error).__name__)
+
+
+def _without_credentials(url: str) -> str:
+    """URLs may hold `user:password@`; error messages and logs must not."""
+    return ",".join(
+        f"{scheme}{sep}{rest.rpartition('@')[2]}" if sep else part.rpartition("@")[2]
+        for part in url.split(",")
+        for scheme, sep, rest in (part.partition("://"),)
+    )
+
+
+def _security(settings: BusSettings) -> dict[str, Any]:
+    """Arguments of nats-py's connect for TLS and credentials.
+
+    Raises:
+        SettingInvalid: a file cannot be read, or the package nkeys is missing.
+    """
+    options: dict[str, Any] = {}
+    for setting, argument in (
+        ("credentials_file", "user_credentials"),
+        ("nkey_seed_file", "nkeys_seed"),
+    ):
+        path: Path | None = getattr(settings, setting)
+        if path is not None:
+            _check_nkeys(setting, path)
+            options[argument] = str(path)
+    if settings.tls_ca_file or settings.tls_cert_file:
+        options["tls"] = _tls_context(settings)
+    return options
+
+
+def _check_nkeys(setting: str, path: Path) -> None:
+    try:
+        import nkeys  # noqa: F401
+    except ImportError:
+        raise SettingInvalid(
+            setting, str(path), "needs the package nkeys: `pip install nats-py[nkeys]`"
+        ) from None
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise SettingInvalid(setting, str(path), f"cannot be read: {error.strerror}") from None
+
+
+def _tls_context(settings: BusSettings) -> ssl.SSLContext:
+    ca, cert, key = settings.tls_ca_file, settings.tls_cert_file, settings.tls_key_file
+    setting, path = "tls_ca_file", ca
+    try:
+        context = ssl.create_default_context(cafile=str(ca) if ca else None)
+        if cert is not None:
+            setting, path = "tls_cert_file", cert
+            context.load_cert_chain(str(cert), str(key) if key else None)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingInvalid(setting, str(path), f"cannot be used: {error}") from None
+    return context
