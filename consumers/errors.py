@@ -16,6 +16,9 @@ __all__ = (
     "SegmentUnavailable",
     "TornRead",
     "TraceRefused",
+    "TransferCancelled",
+    "TransferError",
+    "VersionRetired",
     "WorkerLost",
 )
 
@@ -57,7 +60,8 @@ class TornRead(ConsumerError):
     def __init__(self, segment: str, expected: int, found: int) -> None:
         self.segment, self.expected, self.found = segment, expected, found
         super().__init__(
-            f"segment {segment} has generation {found}: it must be {expected} before and after reading"
+            f"segment {segment} has generation {found}: "
+            f"it must be {expected} before and after reading"
         )
 
 
@@ -117,5 +121,32 @@ class DigestMismatch(ConsumerError):
         named = ", ".join(tensors[:8]) or "not known: the publisher offers no digest per tensor"
         more = f" and {len(tensors) - 8} more" if len(tensors) > 8 else ""
         super().__init__(
-            f"weights digest is {found}: the publisher's is {expected}; tensors at fault: {named}{more}"
+            f"weights digest is {found}: the publisher's is {expected}; "
+            f"tensors at fault: {named}{more}"
         )
+
+
+class VersionRetired(ConsumerError):
+    """A version's publisher has withdrawn it: its bytes may be overwritten at any time."""
+
+    def __init__(self, version: int, reason: str) -> None:
+        self.version, self.reason = version, reason
+        super().__init__(f"version {version} can no longer be read: {reason}")
+
+
+class TransferCancelled(ConsumerError):
+    """The plan that a transfer ran was withdrawn."""
+
+    def __init__(self, round: str, epoch: int) -> None:
+        self.round, self.epoch = round, epoch
+        super().__init__(f"the transfer of round {round}, epoch {epoch}, was cancelled")
+
+
+class TransferError(ConsumerError):
+    """A transfer failed. `cause` names what failed first; `touched` says how the engine is left."""
+
+    def __init__(self, error: WeightBusError, *, touched: bool) -> None:
+        self.cause = error.cause if isinstance(error, ApplyFailed) else type(error).__name__
+        self.reason = str(error)
+        self.touched = touched
+        super().__init__(self.reason)

@@ -15,6 +15,8 @@ __all__ = (
     "SCHEMA_VERSION",
     "Count",
     "Digest64",
+    "DtypeName",
+    "INT64_MAX",
     "Message",
     "Name",
     "Nanoseconds",
@@ -33,12 +35,16 @@ SCHEMA_VERSION = 1
 """Major version of the contract. A message of another major version is refused."""
 
 INT64_MAX = 2**63 - 1
+"""Largest integer of the contract; msgspec's bounds end here too."""
 
 Token = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="One subject token.")]
 """A model, engine, producer or round id: one NATS subject token, `[A-Za-z0-9_-]{1,64}`."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
 """A tensor or parameter name."""
+
+DtypeName = Annotated[str, Meta(min_length=1, max_length=16)]
+"""A dtype as safetensors names it: a key of `DTYPE_BYTES`."""
 
 Reason = Annotated[str, Meta(max_length=4096)]
 """Text for a person: why something failed."""

@@ -48,7 +48,7 @@ class CheckpointReady(Message, frozen=True, kw_only=True):
     weights_digest: Digest64 | None = None
     """Shard-additive digest of the whole model; None: the publisher offers no proof."""
     tensor_digests: ObjectDigest | None = None
-    """Object whose content is the digest of every tensor, in layout order, 8 bytes each, little endian."""
+    """Object with the digest of every tensor, in layout order, 8 bytes each, little endian."""
     created_ns: Nanoseconds = 0
     valid_until_ns: Nanoseconds = 0
     """When the placement stops being readable by itself; 0: until `CheckpointRetired`."""

@@ -1,7 +1,7 @@
 """Layout: what a checkpoint looks like, the same for every version.
 
 Does no I/O. A layout is content-addressed: its digest is the SHA-256 of its canonical MessagePack
-encoding (`encode_layout_canonical`), and it travels zlib-compressed through the object store.
+encoding, and it travels zlib-compressed through the object store (`layout_codec`).
 Structs are array-like, because a large model has 140,000 tensors.
 """
 
@@ -11,7 +11,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from weightbus.schemas.base import Name, SizeBytes
+from weightbus.schemas.base import DtypeName, Name, SizeBytes
+from weightbus.schemas.limits import MAX_SEGMENTS, MAX_SHARDS, MAX_TENSORS
 
 __all__ = ("Layout", "SegmentSpec", "ShardSpec", "TensorSpec")
 
@@ -24,7 +25,7 @@ class TensorSpec(Struct, frozen=True, array_like=True, gc=False):
     """One whole checkpoint tensor, independent of how it is cut."""
 
     name: Name
-    dtype: str
+    dtype: DtypeName
     """A key of `DTYPE_BYTES`."""
     shape: Shape
     """Extent of each dimension; () is a scalar, an extent of 0 an empty tensor."""
@@ -59,6 +60,6 @@ class Layout(Struct, frozen=True, array_like=True, gc=False):
     every element of every tensor is in a shard.
     """
 
-    tensors: tuple[TensorSpec, ...]
-    shards: tuple[ShardSpec, ...]
-    segments: tuple[SegmentSpec, ...]
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+    shards: Annotated[tuple[ShardSpec, ...], Meta(max_length=MAX_SHARDS)]
+    segments: Annotated[tuple[SegmentSpec, ...], Meta(max_length=MAX_SEGMENTS)]

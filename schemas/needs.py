@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from weightbus.schemas.base import Name
+from weightbus.schemas.base import DtypeName, Name
 from weightbus.schemas.layout import Index, Shape
+from weightbus.schemas.limits import MAX_COPIES, MAX_FILLS, MAX_PARAMETERS, MAX_TRANSFORMS
 
 __all__ = ("Copy", "Fill", "Needs", "ParameterSpec", "Transform", "UnaryOp")
 
@@ -25,7 +26,7 @@ class ParameterSpec(Struct, frozen=True, array_like=True, gc=False):
     """One live parameter or buffer of a rank."""
 
     name: Name
-    dtype: str
+    dtype: DtypeName
     shape: Shape
     strides: Strides
     """In elements, per dimension of `shape`."""
@@ -49,7 +50,7 @@ class Copy(Struct, frozen=True, array_like=True, gc=False):
     sizes: Shape
     parameter: Index
     offset: Elements
-    """Element of the parameter's memory (counted from its first element) that takes the box's first."""
+    """Which element of the parameter's memory, counted from its first, takes the box's first."""
     strides: Strides
     """Elements of the parameter per step in each dimension of the tensor."""
     transform: Annotated[int, Meta(ge=-1)] = -1
@@ -69,7 +70,7 @@ class Fill(Struct, frozen=True, array_like=True, gc=False):
 class Needs(Struct, frozen=True, array_like=True, gc=False):
     """Everything one rank wants of one layout. Content-addressed like a layout."""
 
-    parameters: tuple[ParameterSpec, ...]
-    copies: tuple[Copy, ...]
-    fills: tuple[Fill, ...] = ()
-    transforms: tuple[Transform, ...] = ()
+    parameters: Annotated[tuple[ParameterSpec, ...], Meta(max_length=MAX_PARAMETERS)]
+    copies: Annotated[tuple[Copy, ...], Meta(max_length=MAX_COPIES)]
+    fills: Annotated[tuple[Fill, ...], Meta(max_length=MAX_FILLS)] = ()
+    transforms: Annotated[tuple[Transform, ...], Meta(max_length=MAX_TRANSFORMS)] = ()

@@ -9,6 +9,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from weightbus.schemas.base import INT64_MAX
+
 __all__ = (
     "CudaSegment",
     "FileSegment",
@@ -20,9 +22,9 @@ __all__ = (
 )
 
 HostId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
-"""Kernel boot id plus the identity of /dev/shm: two containers that do not share memory are two hosts."""
+"""Kernel boot id plus the identity of /dev/shm: containers that share no memory are two hosts."""
 
-Generation = Annotated[int, Meta(ge=0, lt=2**63)]
+Generation = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 Handle = Annotated[bytes, Meta(max_length=1024)]
 
 
@@ -34,7 +36,7 @@ class FileSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="file
 
 
 class SharedMemorySegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="shared_memory"):
-    """A named POSIX shared-memory block: a header of `SHM_HEADER_BYTES`, then the segment's bytes."""
+    """A named POSIX shared-memory block: `SHM_HEADER_BYTES` of header, then the segment's bytes."""
 
     name: Annotated[str, Meta(pattern=r"^weightbus-[A-Za-z0-9_.-]{1,200}\Z")]
     """Name below /dev/shm."""
@@ -57,7 +59,7 @@ class RemoteSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="re
 
     protocol: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
     session: Annotated[str, Meta(min_length=1, max_length=256)]
-    address: Annotated[int, Meta(ge=0, lt=2**63)]
+    address: Annotated[int, Meta(ge=0, le=INT64_MAX)]
     generation: Generation
 
 

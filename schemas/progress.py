@@ -36,7 +36,7 @@ __all__ = (
 )
 
 EngineStatus = Literal["starting", "serving", "updating", "quarantined", "stopping"]
-"""`quarantined`: paused, because its parameters may be a mix; it serves again after a whole update."""
+"""`quarantined`: paused, its parameters may be a mix; it serves again after a whole update."""
 
 Verified = Literal["verified", "not_offered"]
 """`verified`: the digests of all ranks add up to the publisher's. `not_offered`: it gave none."""

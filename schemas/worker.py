@@ -12,6 +12,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from weightbus.schemas.base import (
+    INT64_MAX,
     Count,
     Message,
     Nanoseconds,
@@ -24,6 +25,7 @@ from weightbus.schemas.base import (
     Version,
 )
 from weightbus.schemas.layout import Index, Shape
+from weightbus.schemas.limits import MAX_CELLS
 from weightbus.schemas.needs import Needs
 from weightbus.schemas.placement import Segment
 
@@ -41,18 +43,26 @@ __all__ = (
     "Inspect",
     "Inspected",
     "StageTiming",
+    "WorkerMessage",
     "WorkerReply",
     "WorkerRequest",
 )
 
-Request = Annotated[int, Meta(ge=0, lt=2**63)]
+Request = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+
+Digests = Annotated[bytes, Meta(max_length=8 * MAX_CELLS)]
+"""64-bit digests, 8 bytes each, little endian."""
+
+
+class WorkerMessage(Message, frozen=True, kw_only=True):
+    """Base of what is said over `ipc://`: it may be larger than a message of the bus."""
 
 
 class Cell(Struct, frozen=True, array_like=True, gc=False):
     """A box of a tensor whose partial digest a rank reports.
 
-    Over all ranks, two cells of one tensor are either the same box (replicas, which are compared) or
-    do not overlap; together they hold every element of every tensor.
+    Over all ranks, two cells of one tensor are either the same box (replicas, which are compared)
+    or do not overlap; together they hold every element of every tensor.
     """
 
     tensor: Index
@@ -72,7 +82,7 @@ class StageTiming(Struct, frozen=True, array_like=True):
     bytes: SizeBytes = 0
 
 
-class Describe(Message, frozen=True, kw_only=True):
+class Describe(WorkerMessage, frozen=True, kw_only=True):
     """What do you need of this layout?"""
 
     request: Request
@@ -82,7 +92,7 @@ class Describe(Message, frozen=True, kw_only=True):
     deadline_s: Seconds
 
 
-class Described(Message, frozen=True, kw_only=True):
+class Described(WorkerMessage, frozen=True, kw_only=True):
     request: Request
     rank: RankNumber
     world_size: Annotated[int, Meta(ge=1)]
@@ -97,13 +107,13 @@ class Described(Message, frozen=True, kw_only=True):
     every update takes the engine's own loader."""
 
 
-class Attach(Message, frozen=True, kw_only=True):
+class Attach(WorkerMessage, frozen=True, kw_only=True):
     """Compile the plan for this layout and prepare to report these cells."""
 
     request: Request
     layout_digest: ObjectDigest
     needs_digest: ObjectDigest
-    cells: tuple[Cell, ...]
+    cells: Annotated[tuple[Cell, ...], Meta(max_length=MAX_CELLS)]
     roots: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
     """Directories below which files may be read."""
     host_id: Annotated[str, Meta(max_length=128)] = ""
@@ -111,14 +121,14 @@ class Attach(Message, frozen=True, kw_only=True):
     deadline_s: Seconds
 
 
-class Attached(Message, frozen=True, kw_only=True):
+class Attached(WorkerMessage, frozen=True, kw_only=True):
     request: Request
     rank: RankNumber
     tiles: Count
     tile_bytes: SizeBytes
 
 
-class Apply(Message, frozen=True, kw_only=True):
+class Apply(WorkerMessage, frozen=True, kw_only=True):
     """Write this version into the live parameters, now. The engine is paused."""
 
     request: Request
@@ -129,23 +139,23 @@ class Apply(Message, frozen=True, kw_only=True):
     deadline_s: Seconds
 
 
-class Applied(Message, frozen=True, kw_only=True):
+class Applied(WorkerMessage, frozen=True, kw_only=True):
     """The device is synchronised and every byte of this rank is written; not yet proven."""
 
     request: Request
     rank: RankNumber
     version: Version
     bytes: SizeBytes
-    cell_digests: bytes
-    """Partial digest of every cell, in the order of `Attach.cells`: 8 bytes each, little endian."""
-    stages: tuple[StageTiming, ...] = ()
+    cell_digests: Digests
+    """Partial digest of every cell, in the order of `Attach.cells`."""
+    stages: Annotated[tuple[StageTiming, ...], Meta(max_length=4096)] = ()
     direct_parameters: Count = 0
     processed_parameters: Count = 0
     reason: Reason = ""
     """Why the engine's own loader was taken, if it was."""
 
 
-class Failed(Message, frozen=True, kw_only=True):
+class Failed(WorkerMessage, frozen=True, kw_only=True):
     """The request was not carried out."""
 
     request: Request
@@ -157,7 +167,7 @@ class Failed(Message, frozen=True, kw_only=True):
     """True: a live parameter may have been written; the engine must not serve."""
 
 
-class Inspect(Message, frozen=True, kw_only=True):
+class Inspect(WorkerMessage, frozen=True, kw_only=True):
     """What do your parameters hold now?"""
 
     request: Request
@@ -166,7 +176,7 @@ class Inspect(Message, frozen=True, kw_only=True):
     deadline_s: Seconds
 
 
-class Inspected(Message, frozen=True, kw_only=True):
+class Inspected(WorkerMessage, frozen=True, kw_only=True):
     request: Request
     rank: RankNumber
     instance: Annotated[str, Meta(max_length=64)]
@@ -174,21 +184,21 @@ class Inspected(Message, frozen=True, kw_only=True):
     """The version whose bytes were written last, whole; -1: none."""
     touched: bool
     """True: an update began and did not end whole."""
-    cell_digests: bytes = b""
+    cell_digests: Digests = b""
     """As in `Applied`, but read back now; empty if not asked for. Cells that cannot be read back
     (copy -1, casts, parameters that the engine repacks) are 0 and listed in `unreadable`."""
-    unreadable: tuple[Index, ...] = ()
+    unreadable: Annotated[tuple[Index, ...], Meta(max_length=MAX_CELLS)] = ()
     """Numbers of the cells that cannot be read back."""
 
 
-class Detach(Message, frozen=True, kw_only=True):
+class Detach(WorkerMessage, frozen=True, kw_only=True):
     """Forget what was attached: close segments, free plans. Parameters stay as they are."""
 
     request: Request
     deadline_s: Seconds
 
 
-class Detached(Message, frozen=True, kw_only=True):
+class Detached(WorkerMessage, frozen=True, kw_only=True):
     request: Request
     rank: RankNumber
 

@@ -1,4 +1,4 @@
-"""Weight bus: freshly trained weights into running inference engines, as events on a message bus."""
+"""Weight bus: fresh weights into running inference engines, as events on a message bus."""
 
 from __future__ import annotations
 
