@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightbus.schemas.base import Stage
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
@@ -114,14 +115,14 @@ class ProofFailed(ConsumerError):
 
 
 class DigestMismatch(ConsumerError):
-    """The digests of all ranks do not add up to the publisher's."""
+    """What the ranks hold is not what was sent: the digests do not add up, or replicas differ."""
 
-    def __init__(self, expected: str, found: str, tensors: tuple[str, ...]) -> None:
-        self.expected, self.found, self.tensors = expected, found, tensors
-        named = ", ".join(tensors[:8]) or "not known: the publisher offers no digest per tensor"
+    def __init__(self, expected: str, found: str, tensors: tuple[str, ...], reason: str) -> None:
+        self.expected, self.found, self.tensors, self.reason = expected, found, tensors, reason
+        named = ", ".join(tensors[:8]) or "not known (the publisher offers no digest per tensor)"
         more = f" and {len(tensors) - 8} more" if len(tensors) > 8 else ""
         super().__init__(
-            f"weights digest is {found}: the publisher's is {expected}; "
+            f"weights digest is {found}, the publisher's is {expected}: {reason}; "
             f"tensors at fault: {named}{more}"
         )
 
@@ -149,4 +150,5 @@ class TransferError(ConsumerError):
         self.cause = error.cause if isinstance(error, ApplyFailed) else type(error).__name__
         self.reason = str(error)
         self.touched = touched
+        self.stage: Stage = "reload"
         super().__init__(self.reason)

@@ -1,0 +1,43 @@
+"""The settings of one consumer. Does no I/O; filled in once, by the entry point."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from weightbus.schemas.base import RouteName, Token
+from weightbus.schemas.rounds import Budgets, CommitPolicy
+
+__all__ = ("ConsumerConfig",)
+
+
+class ConsumerConfig(Struct, frozen=True, kw_only=True):
+    """What a consumer may do, and how long it waits."""
+
+    model: Token
+    """The model its engine serves."""
+    engine: Token
+    """The engine's id: unique among the engines of the model."""
+    host_id: str
+    """As `weightbus.bus.host.host_id` gives it: who shares memory has the same one."""
+    file_roots: tuple[str, ...] = ()
+    """Directories below which files may be read; none: no files at all."""
+    routes: tuple[RouteName, ...] = ("local", "broadcast", "p2p")
+    """Routes that may be taken."""
+    commit: CommitPolicy = "each"
+    """Policy of the rounds that this consumer leads."""
+    join_window_s: float = 0.2
+    """How long a leader waits for the engines that are present."""
+    budgets: Budgets = Budgets()
+    """Deadlines of the rounds that this consumer leads, and of its own preparation."""
+    heartbeat_s: float = 1.0
+    """How often the engine's state is put."""
+    presence_ttl_s: int = 5
+    """After how long a silent engine is gone."""
+    round_ttl_s: int = 3
+    """After how long a silent leader loses its round."""
+    reader_ttl_s: int = 10
+    """After how long a silent reader no longer protects a slot."""
+    command_s: float = 10.0
+    """Budget of a command to the engine that moves no bytes, and of one bus request."""
+    stop_s: float = 10.0
+    """Budget of the whole clean-up."""

@@ -1,0 +1,404 @@
+"""One engine's part of an update: prepare before the plan, transfer and prove after it.
+
+Owns what is known of the engine per layout (needs, cells) and the reader leases; decides nothing: what
+is prepared, transferred or released is the round machine's word. Invariants: the reader lease is taken
+before the retirement is looked for; the engine is paused by `transfer` only, and whatever happens it
+is either proven, or as it was before, or reported as touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import anyio
+import anyio.to_thread
+import numpy as np
+
+from weightbus.bus.connection import Bus
+from weightbus.bus.files import read_layout_of_files
+from weightbus.consumers.config import ConsumerConfig
+from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.consumers.errors import (
+    ConsumerError,
+    DeadlineExceeded,
+    DigestMismatch,
+    RouteUnavailable,
+    TransferCancelled,
+    TransferError,
+    VersionRetired,
+)
+from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cells
+from weightbus.consumers.transfer.route import Route, Transfer
+from weightbus.schemas.base import RouteName
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
+from weightbus.schemas.dtypes import DTYPE_BYTES
+from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.layout_codec import check_placement, encode_layout, layout_digest
+from weightbus.schemas.leases import ReaderLease
+from weightbus.schemas.placement import FileSegment, Placement
+from weightbus.schemas.progress import Verified
+from weightbus.schemas.rounds import RankOffer, RoundPlan
+from weightbus.schemas.worker import Applied, Described, Inspected
+
+__all__ = ("Outcome", "Prepared", "Updater")
+
+_logger = logging.getLogger(__name__)
+
+LAYOUTS_KEPT = 4
+"""Layouts whose needs and cells are kept; the engine keeps its own plans."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that a reader needs to find every byte of one version."""
+
+    layout: Layout
+    layout_digest: str
+    layout_blob: bytes
+    placement: Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """What is known of the engine relative to one layout."""
+
+    described: tuple[Described, ...]
+    need_bytes: tuple[int, ...]
+    cells: CellPlan
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        return tuple(rank.instance for rank in self.described)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A version that this engine can take."""
+
+    manifest: Manifest
+    binding: Binding
+    offers: tuple[RankOffer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a transfer did: every rank holds the version, whole and (if offered) proven."""
+
+    applied: tuple[Applied, ...]
+    """In rank order."""
+    routes: tuple[RouteName, ...]
+    rank_routes: Mapping[int, RouteName]
+    verified: Verified
+    weights_digest: str | None
+    pause_start_ns: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(rank.bytes for rank in self.applied)
+
+    @property
+    def reason(self) -> str:
+        return next((rank.reason for rank in self.applied if rank.reason), "")
+
+
+class Updater:
+    """Prepares and transfers versions for one engine."""
+
+    def __init__(
+        self,
+        config: ConsumerConfig,
+        consumer: str,
+        bus: Bus,
+        engine: Engine,
+        routes: Sequence[Route],
+    ) -> None:
+        self._config = config
+        self._consumer = consumer
+        self._bus = bus
+        self._engine = engine
+        self._routes = {route.name: route for route in routes if route.name in config.routes}
+        self._bindings: OrderedDict[str, Binding] = OrderedDict()
+        self._leases: set[int] = set()
+        self._moving = anyio.CancelScope()
+
+    async def prepare(self, ready: CheckpointReady, deadline_s: float) -> Prepared:
+        """Everything that can be got before a plan. The engine goes on serving.
+
+        Takes the version's reader lease; it is kept, also on failure, until `release`.
+
+        Raises:
+            WeightBusError: the version cannot be taken, and why; the engine is as it was.
+        """
+        try:
+            with anyio.fail_after(deadline_s):
+                await self._take_lease(ready)
+                manifest = await self._manifest(ready)
+                binding = await self._bind(manifest, deadline_s)
+                routes = await self._reachable(manifest)
+        except TimeoutError as error:
+            raise DeadlineExceeded("prepare", deadline_s) from error
+        offers = tuple(
+            RankOffer(
+                rank=rank.rank,
+                device=rank.device,
+                needs_digest=rank.needs_digest,
+                need_bytes=need_bytes,
+                free_bytes=rank.free_bytes,
+                routes=routes,
+            )
+            for rank, need_bytes in zip(binding.described, binding.need_bytes, strict=True)
+        )
+        return Prepared(manifest=manifest, binding=binding, offers=offers)
+
+    async def transfer(
+        self, prepared: Prepared, ready: CheckpointReady, plan: RoundPlan, deadline_s: float
+    ) -> Outcome:
+        """Run this engine's part of a plan. Returns with the engine paused and proven.
+
+        Raises:
+            TransferError: it failed or was cancelled, and nothing writes to the engine any more.
+                If `touched`, it stays paused; otherwise it does what it did before.
+        """
+        pause = _Pause(self._engine, self._config.command_s)
+        try:
+            with anyio.fail_after(deadline_s), anyio.CancelScope() as self._moving:
+                applied, rank_routes = await self._move(prepared, plan, pause, deadline_s)
+                verified = await self._prove(prepared, ready, applied)
+            if self._moving.cancelled_caught:
+                raise TransferCancelled(plan.round, plan.epoch)
+        except (WeightBusError, TimeoutError) as error:
+            touched = await pause.undo_unless_touched()
+            if isinstance(error, TimeoutError):
+                error = DeadlineExceeded("transfer", deadline_s)
+            raise TransferError(error, touched=touched) from error
+        except BaseException:
+            await pause.undo_unless_touched()
+            raise
+        return Outcome(
+            applied=applied,
+            routes=tuple(dict.fromkeys(rank_routes.values())),
+            rank_routes=rank_routes,
+            verified=verified,
+            weights_digest=ready.weights_digest,
+            pause_start_ns=pause.start_ns,
+        )
+
+    def cancel_transfer(self) -> None:
+        """End the transfer that runs, if one does; `transfer` then raises."""
+        self._moving.cancel()
+
+    async def resume(self, version: int, deadline_s: float) -> None:
+        """Let the engine serve the version that its parameters hold, proven."""
+        await self._engine.resume(version, deadline_s)
+
+    async def renew_leases(self) -> None:
+        """Keep the reader leases that are held; to be called well within their TTL."""
+        for version in sorted(self._leases):
+            await self._bus.reader_leases.renew(self._lease(version), self._config.reader_ttl_s)
+
+    async def release(self, version: int) -> None:
+        """Drop the reader lease of a version: its publisher may overwrite it."""
+        if version in self._leases:
+            self._leases.discard(version)
+            await self._bus.reader_leases.release(self._config.model, version, self._config.engine)
+
+    def _lease(self, version: int) -> ReaderLease:
+        return ReaderLease(
+            model=self._config.model,
+            version=version,
+            engine=self._config.engine,
+            consumer=self._consumer,
+            taken_ns=time.time_ns(),
+        )
+
+    async def _take_lease(self, ready: CheckpointReady) -> None:
+        """Take the lease, then look whether the version can still be read: in this order."""
+        self._leases.add(ready.version)
+        await self._bus.reader_leases.take(self._lease(ready.version), self._config.reader_ttl_s)
+        if 0 < ready.valid_until_ns < time.time_ns():
+            raise VersionRetired(ready.version, "its placement was valid until a time that is past")
+        last = await self._bus.last(CheckpointRetired, model=ready.model)
+        if last is not None and isinstance(last.message, CheckpointRetired):
+            retired = last.message
+            if retired.producer == ready.producer and retired.version >= ready.version:
+                raise VersionRetired(ready.version, retired.reason or "its publisher retired it")
+
+    async def _manifest(self, ready: CheckpointReady) -> Manifest:
+        """The layout from the store, or from the headers of the files."""
+        if ready.layout_digest is not None:
+            digest, placement = ready.layout_digest, ready.placement
+            layout, blob = await self._bus.layouts.get(digest)
+        else:
+            layout = await anyio.to_thread.run_sync(
+                read_layout_of_files, ready.files, self._config.file_roots
+            )
+            digest, blob = layout_digest(layout), encode_layout(layout)
+            placement = tuple((FileSegment(path=path),) for path in ready.files)
+        check_placement(layout, placement)
+        return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
+
+    async def _bind(self, manifest: Manifest, deadline_s: float) -> Binding:
+        """Needs and cells of the engine for a layout; made once per layout and worker process."""
+        inspected = await self._engine.inspect(None, min(deadline_s, self._config.command_s))
+        known = self._bindings.get(manifest.layout_digest)
+        if known is not None and known.instances == tuple(rank.instance for rank in inspected):
+            self._bindings.move_to_end(manifest.layout_digest)
+            return known
+        described = await self._engine.describe(
+            manifest.layout_digest, manifest.layout_blob, deadline_s
+        )
+        cells, need_bytes = await anyio.to_thread.run_sync(_plan_proof, manifest.layout, described)
+        await self._engine.attach(
+            manifest.layout_digest,
+            tuple(rank.needs_digest for rank in described),
+            cells.cells,
+            deadline_s,
+        )
+        binding = Binding(described=described, need_bytes=need_bytes, cells=cells)
+        self._bindings[manifest.layout_digest] = binding
+        if len(self._bindings) > LAYOUTS_KEPT:
+            self._bindings.popitem(last=False)
+        return binding
+
+    async def _reachable(self, manifest: Manifest) -> tuple[RouteName, ...]:
+        """Routes by which every segment can be reached from here, nearest first."""
+        reachable, refusals = [], []
+        for name, route in self._routes.items():
+            try:
+                await anyio.to_thread.run_sync(route.reach, manifest.layout, manifest.placement)
+            except ConsumerError as error:
+                refusals.append(f"{name}: {error}")
+            else:
+                reachable.append(name)
+        if not reachable:
+            raise RouteUnavailable("any", "; ".join(refusals) or "the configuration allows none")
+        return tuple(reachable)
+
+    async def _move(
+        self, prepared: Prepared, plan: RoundPlan, pause: _Pause, deadline_s: float
+    ) -> tuple[tuple[Applied, ...], dict[int, RouteName]]:
+        """Every rank by its route, side by side. Ends only when all have ended."""
+        (part,) = (part for part in plan.engines if part.engine == self._config.engine)
+        ranks_of: dict[RouteName, list[int]] = {}
+        for rank in part.ranks:
+            ranks_of.setdefault(rank.route, []).append(rank.rank)
+        applied: dict[int, Applied] = {}
+        failures: list[WeightBusError] = []
+
+        async def run_route(name: RouteName, ranks: list[int]) -> None:
+            transfer = Transfer(
+                engine=self._engine,
+                ranks=tuple(ranks),
+                version=plan.version,
+                layout=prepared.manifest.layout,
+                layout_digest=prepared.manifest.layout_digest,
+                placement=prepared.manifest.placement,
+                plan=plan,
+                begin_write=pause.begin,
+                deadline_s=deadline_s,
+            )
+            try:
+                if name not in self._routes:
+                    raise RouteUnavailable(name, "this consumer does not have it")
+                replies = await self._routes[name].transfer(transfer)
+            except WeightBusError as error:
+                failures.append(error)
+            else:
+                applied.update({reply.rank: reply for reply in replies})
+
+        async with anyio.create_task_group() as group:
+            for name, ranks in ranks_of.items():
+                group.start_soon(run_route, name, ranks)
+        if failures:
+            raise failures[0]
+        in_order = tuple(applied[rank.rank] for rank in part.ranks)
+        return in_order, {rank.rank: rank.route for rank in part.ranks}
+
+    async def _prove(
+        self, prepared: Prepared, ready: CheckpointReady, applied: Sequence[Applied]
+    ) -> Verified:
+        """Add up the digests of all ranks.
+
+        Raises:
+            DigestMismatch: they are not the publisher's; it names the tensors if they are known.
+        """
+        sums = tuple(np.frombuffer(rank.cell_digests, dtype="<u8") for rank in applied)
+        layout, cells = prepared.manifest.layout, prepared.binding.cells
+        verdict = await anyio.to_thread.run_sync(
+            verify_cells, layout, cells, sums, ready.weights_digest, None
+        )
+        if verdict.ok:
+            return "verified" if ready.weights_digest is not None else "not_offered"
+        if ready.tensor_digests is not None:
+            blob = await self._bus.objects.get(ready.tensor_digests)
+            verdict = verify_cells(
+                layout, cells, sums, ready.weights_digest, np.frombuffer(blob, dtype="<u8")
+            )
+        raise DigestMismatch(
+            ready.weights_digest or "not offered", verdict.digest, verdict.tensors, verdict.reason
+        )
+
+
+class _Pause:
+    """The pause of one transfer: begun before the first byte is written, undone if none was."""
+
+    def __init__(self, engine: Engine, command_s: float) -> None:
+        self._engine = engine
+        self._command_s = command_s
+        self._lock = anyio.Lock()
+        self._before: tuple[Inspected, ...] | None = None
+        self._served: EngineReport | None = None
+        self.start_ns = 0
+        """When requests began to wait; 0: not paused."""
+
+    async def begin(self) -> None:
+        """Pause the engine, once, however many routes ask."""
+        async with self._lock:
+            if self._before is not None:
+                return
+            report = await self._engine.state(self._command_s)
+            before = await self._engine.inspect(None, self._command_s)
+            self.start_ns = time.time_ns()
+            self._served = report
+            await self._engine.pause(self._command_s)
+            self._before = before
+
+    async def undo_unless_touched(self) -> bool:
+        """Whether a live parameter may have been written; if none was, serve as before.
+
+        Never raises: an engine that does not answer may have been written to.
+        """
+        if self._served is None:
+            return False
+        with anyio.CancelScope(shield=True):
+            try:
+                after = await self._engine.inspect(None, self._command_s)
+                if self._served.touched or _contents(after) != _contents(self._before or after):
+                    return True
+                if not self._served.paused:
+                    await self._engine.resume(self._served.version, self._command_s)
+            except ConsumerError as error:
+                _logger.warning("the engine's parameters count as touched: %s", error)
+                return True
+        return False
+
+
+def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, bool]]:
+    """What the parameters of every rank hold, by process, version and whether it is whole."""
+    return [(rank.instance, rank.version, rank.touched) for rank in ranks]
+
+
+def _plan_proof(layout: Layout, described: Sequence[Described]) -> tuple[CellPlan, tuple[int, ...]]:
+    """The cells of every rank, and how many bytes each rank reads."""
+    sizes = [DTYPE_BYTES[tensor.dtype] for tensor in layout.tensors]
+    need_bytes = tuple(
+        sum(math.prod(copy.sizes) * sizes[copy.tensor] for copy in rank.needs.copies)
+        for rank in described
+    )
+    return plan_cells(layout, tuple(rank.needs for rank in described)), need_bytes
