@@ -1,8 +1,8 @@
-"""What a consumer still has to say: two ordered queues to the bus, so that progress never delays control.
+"""What a consumer still has to say: two queues to the bus, so that progress never delays control.
 
-Owns the queues; `run_outbox` owns the sending. Invariants: control messages leave in their order and
-are said again until the bus has them or is given up (`BusUnavailable` ends the service); progress
-is bounded, and what does not fit or is not taken is counted, never waited for.
+Owns the queues and, while `run` runs, the sending. Invariants: control messages leave in their
+order and are said again until the bus has them or is given up (`BusUnavailable` ends the service);
+progress is bounded, and what does not fit or is not taken is counted, never waited for.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The consumer service: the driver of one round machine, beside one engine.
 
-Owns the tasks that listen, beat, send, keep leases and run the machine's long instructions. It decides
-nothing: everything heard becomes an event, every instruction is carried out, every result becomes
-an event again. Invariants: events are handled one at a time in the order they were fed; an
-instruction that waits runs as a task of its own; leaving the context ends every task, within a deadline.
+Owns the tasks that listen, beat, send, keep leases and run the machine's long instructions. It
+decides nothing: everything heard becomes an event, every instruction is carried out, every result
+becomes an event again. Invariants: events are handled one at a time in the order they were fed; an
+instruction that waits runs as a task of its own; leaving the context ends every task, within a
+deadline.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ async def open_consumer(
 ) -> AsyncIterator[Consumer]:
     """A consumer service beside `engine`; entering means subscribed, leaving means stopped.
 
-    The collaborators are the caller's: they outlive the service. A consumer that is left says so on the
-    bus, ends what it can within `config.stop_s`, and leaves the engine paused if its parameters
+    The collaborators are the caller's: they outlive the service. A consumer that is left says so on
+    the bus, ends what it can within `config.stop_s`, and leaves the engine paused if its parameters
     may be a mix.
 
     Raises:

@@ -1,9 +1,9 @@
 """One engine's part of an update: prepare before the plan, transfer and prove after it.
 
-Owns what is known of the engine per layout (needs, cells) and the reader leases; decides nothing: what
-is prepared, transferred or released is the round machine's word. Invariants: the reader lease is taken
-before the retirement is looked for; the engine is paused by `transfer` only, and whatever happens it
-is either proven, or as it was before, or reported as touched.
+Owns what is known of the engine per layout (needs, cells) and the reader leases; decides nothing:
+what is prepared, transferred or released is the round machine's word. Invariants: the reader lease
+is taken before the retirement is looked for; the engine is paused by `transfer` only, and whatever
+happens it is either proven, or as it was before, or reported as touched.
 """
 
 from __future__ import annotations
