@@ -1,0 +1,104 @@
+"""Errors of the trainer's side. Does no I/O. Each builds its own message from typed fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weightbus.schemas.errors import WeightBusError
+
+__all__ = (
+    "FilesUnreadable",
+    "ProducerError",
+    "PublisherClosed",
+    "SealFailed",
+    "SharedMemoryFull",
+    "SharedMemoryUnavailable",
+    "SlotBusy",
+    "TensorInvalid",
+    "VersionNotNew",
+)
+
+
+class ProducerError(WeightBusError):
+    """Base of the trainer side's errors. None of them spoils the publisher: publish again."""
+
+
+class TensorInvalid(ProducerError):
+    """What was given to be published cannot be described by a layout."""
+
+    def __init__(self, tensor: str, value: object, limit: str) -> None:
+        self.tensor, self.value, self.limit = tensor, value, limit
+        super().__init__(f"tensor {tensor} is {value}: {limit}")
+
+
+class VersionNotNew(ProducerError):
+    """A version must be greater than every one before it: readers ignore what is not newer."""
+
+    def __init__(self, model: str, version: int, newest: int, producer: str) -> None:
+        self.model, self.version, self.newest, self.producer = model, version, newest, producer
+        super().__init__(
+            f"version of {model} is {version}: must be greater than {newest}, "
+            f"which {producer} has published"
+        )
+
+
+class SlotBusy(ProducerError):
+    """Readers still hold the versions that had to be given up for a new one.
+
+    The version in the slot has been retired, so that nobody begins to read it, but it was not
+    overwritten: who reads it already may finish. The newest version is untouched.
+    """
+
+    def __init__(self, version: int, readers: Sequence[str], waited_s: float) -> None:
+        self.version, self.readers, self.waited_s = version, tuple(readers), waited_s
+        super().__init__(
+            f"the slot of version {version} is still read after {waited_s:g} s by: "
+            + ", ".join(self.readers)
+        )
+
+
+class SharedMemoryFull(ProducerError):
+    """There is no room for a slot."""
+
+    def __init__(self, directory: str, need_bytes: int, have_bytes: int) -> None:
+        self.directory, self.need_bytes, self.have_bytes = directory, need_bytes, have_bytes
+        super().__init__(
+            f"{directory} has {have_bytes:,} bytes free: a slot needs {need_bytes:,} bytes, "
+            "and a publisher keeps two slots"
+        )
+
+
+class SharedMemoryUnavailable(ProducerError):
+    """A shared-memory block cannot be made, for another reason than its size."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"shared-memory block {path} cannot be made: {reason}")
+
+
+class SealFailed(ProducerError):
+    """The parts of all ranks did not become one checkpoint; no reader was told of the version.
+
+    `missing` names the ranks whose part this rank has not heard of; a rank other than 0 hears only
+    of those that spoke while it listened.
+    """
+
+    def __init__(self, version: int, reason: str, missing: Sequence[int] = ()) -> None:
+        self.version, self.reason, self.missing = version, reason, tuple(missing)
+        super().__init__(f"version {version} is not sealed: {reason}")
+
+
+class FilesUnreadable(ProducerError):
+    """Files to be published are not there, or cannot be read."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path} cannot be published: {reason}")
+
+
+class PublisherClosed(ProducerError):
+    """The publisher is used after its end."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        super().__init__(f"the publisher of {model} is closed")

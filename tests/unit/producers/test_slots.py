@@ -1,0 +1,91 @@
+"""The shared-memory block: its file, its lock, its generation, and no room for it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from weightbus.producers.errors import SharedMemoryFull, SharedMemoryUnavailable
+from weightbus.producers.slots import SharedBlock
+from weightbus.schemas.shared_memory import SHM_HEADER_BYTES, unpack_shm_header
+
+NAME = "weightbus-test"
+
+
+def test_block_is_private_allocated_and_even_when_created(tmp_path: Path) -> None:
+    block = SharedBlock(NAME, 10_000, 6, tmp_path)
+    found = (tmp_path / NAME).stat()
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert found.st_size == SHM_HEADER_BYTES + 10_000
+    assert found.st_blocks * 512 >= found.st_size
+    assert unpack_shm_header((tmp_path / NAME).read_bytes()) == (10_000, 6)
+    block.close()
+
+
+def test_generation_is_odd_while_written_and_greater_when_written_again(tmp_path: Path) -> None:
+    block = SharedBlock(NAME, 4, 0, tmp_path)
+    data = block.begin_write()
+    assert unpack_shm_header((tmp_path / NAME).read_bytes()) == (4, 1)
+    data[:] = b"abcd"
+    assert block.end_write() == 2
+    assert (tmp_path / NAME).read_bytes()[SHM_HEADER_BYTES:] == b"abcd"
+    block.begin_write()
+    assert block.generation == 3
+    del data
+    block.close()
+
+
+def test_generation_stays_odd_when_a_write_is_given_up_and_begun_again(tmp_path: Path) -> None:
+    block = SharedBlock(NAME, 4, 2, tmp_path)
+    block.begin_write()
+    block.begin_write()
+    assert block.generation == 3
+    assert block.end_write() == 4
+    block.close()
+
+
+def test_block_is_locked_until_closed(tmp_path: Path) -> None:
+    block = SharedBlock(NAME, 4, 0, tmp_path)
+    fd = os.open(tmp_path / NAME, os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    block.close()
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(fd)
+    assert not (tmp_path / NAME).exists()
+    block.close()
+
+
+def test_block_goes_when_closed_while_a_view_is_held(tmp_path: Path) -> None:
+    block = SharedBlock(NAME, 4, 0, tmp_path)
+    data = block.begin_write()
+    block.close()
+    data[:] = b"abcd"
+    assert bytes(data) == b"abcd"
+    assert not (tmp_path / NAME).exists()
+
+
+def test_creation_names_need_and_have_when_there_is_no_room(tmp_path: Path) -> None:
+    room = os.statvfs(tmp_path)
+    have_bytes = room.f_bavail * room.f_frsize
+    with pytest.raises(SharedMemoryFull) as full:
+        SharedBlock(NAME, 2 * have_bytes, 0, tmp_path)
+    assert full.value.need_bytes == 2 * have_bytes + SHM_HEADER_BYTES
+    assert 0 < full.value.have_bytes < full.value.need_bytes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_creation_leaves_what_is_there_when_the_name_is_taken(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(b"another's")
+    with pytest.raises(SharedMemoryUnavailable, match="exists"):
+        SharedBlock(NAME, 4, 0, tmp_path)
+    assert (tmp_path / NAME).read_bytes() == b"another's"
+
+
+def test_creation_fails_when_the_directory_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(SharedMemoryUnavailable, match="No such file"):
+        SharedBlock(NAME, 4, 0, tmp_path / "nowhere")

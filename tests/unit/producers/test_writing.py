@@ -1,0 +1,118 @@
+"""Copying into a slot: every dtype, every stride, and digests equal to those of whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from weightbus.bus.digest import digest_tensor
+from weightbus.producers.sealing import add_digests, plan_seal
+from weightbus.producers.shards import Shard, plan_part
+from weightbus.producers.writing import write_part
+from weightbus.schemas.dtypes import DTYPE_BYTES
+
+
+def _never() -> None:
+    pass
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = int(np.prod(shape)) * dtype.itemsize
+    high = 2 if dtype is torch.bool else 256
+    raw = torch.randint(0, high, (size,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).reshape(shape)
+
+
+def test_write_keeps_every_bit_when_given_each_dtype() -> None:
+    names = "bool uint8 int8 float8_e5m2 float8_e4m3fn float8_e8m0fnu int16 uint16 float16 bfloat16"
+    names += " int32 uint32 float32 int64 uint64 float64 complex64"
+    dtypes = [getattr(torch, name) for name in names.split()]
+    assert len(dtypes) == len(DTYPE_BYTES)
+    tensors = {str(d): _random_bits((5, 7), d, seed) for seed, d in enumerate(dtypes)}
+    part = plan_part(tensors)
+    data = bytearray(part.layout.segments[0].size_bytes)
+    digests = write_part(part, memoryview(data), 2, _never)
+    for shard, digest in zip(part.layout.shards, digests, strict=True):
+        tensor = tensors[part.layout.tensors[shard.tensor].name]
+        begin = shard.offset_bytes
+        assert bytes(data[begin : begin + tensor.nbytes]) == _bits(tensor), tensor.dtype
+        assert digest == digest_tensor(np.frombuffer(_bits(tensor), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.t(),
+        lambda t: t[::2, 1::3],
+        lambda t: t[:, 2:3],
+        lambda t: t[0].expand(4, 12),
+        lambda t: t.reshape(2, 3, 12).permute(2, 0, 1),
+        lambda t: torch.view_as_complex(t.reshape(6, 6, 2)).conj(),
+        lambda t: torch.nn.Parameter(t)[1],
+    ],
+    ids=["transposed", "stepped", "column", "expanded", "permuted", "conjugate", "parameter"],
+)
+def test_write_follows_strides_when_a_tensor_is_not_contiguous(
+    view: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    tensor = view(_random_bits((6, 12), torch.float32, 1).nan_to_num(0.0))
+    part = plan_part({"w": tensor})
+    data = bytearray(part.layout.segments[0].size_bytes)
+    write_part(part, memoryview(data), 1, _never)
+    assert bytes(data[: tensor.nbytes]) == _bits(tensor.detach().resolve_conj())
+
+
+def test_digests_of_boxes_add_up_to_those_of_whole_tensors_when_ranks_hold_them() -> None:
+    whole = _random_bits((6, 10), torch.bfloat16, 2)
+    boxes = [
+        Shard("w", whole[:3, :5], (6, 10), (0, 0)),
+        Shard("w", whole[:3, 5:], (6, 10), (0, 5)),
+        Shard("w", whole[3:], (6, 10), (3, 0)),
+    ]
+    parts = [plan_part(boxes[:1]), plan_part(boxes[1:])]
+    digests = []
+    for part in parts:
+        data = bytearray(part.layout.segments[0].size_bytes)
+        digests.append(write_part(part, memoryview(data), 1, _never))
+    plan = plan_seal([part.layout for part in parts])
+    expected = digest_tensor(np.frombuffer(_bits(whole), dtype=np.uint8))
+    assert add_digests(plan, digests).tolist() == [expected]
+
+
+def test_write_takes_many_batches_when_there_are_many_shards() -> None:
+    tensors = {f"t{n}": torch.full((3,), n, dtype=torch.int16) for n in range(10_000)}
+    part = plan_part(tensors)
+    data = bytearray(part.layout.segments[0].size_bytes)
+    calls = []
+    digests = write_part(part, memoryview(data), 3, lambda: calls.append(1))
+    assert len(calls) == 3
+    assert len(digests) == 10_000
+    last = part.layout.shards[-1].offset_bytes
+    assert np.frombuffer(data, np.int16, 3, last).tolist() == [9999] * 3
+
+
+def test_write_stops_when_cancelled_between_batches() -> None:
+    part = plan_part({f"t{n}": torch.ones(1, dtype=torch.uint8) for n in range(5000)})
+    data = bytearray(part.layout.segments[0].size_bytes)
+    calls = []
+
+    class Cancelled(BaseException):
+        pass
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        write_part(part, memoryview(data), 1, check)
+    assert data[0] == 1
+    assert data[part.layout.shards[-1].offset_bytes] == 0
