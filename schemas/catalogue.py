@@ -7,7 +7,7 @@ the message, and a subject token. A message's subject is a function of the messa
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, get_args
 
 from msgspec import Struct
 
@@ -23,21 +23,25 @@ from weightbus.schemas.progress import (
     UpdateFailed,
 )
 from weightbus.schemas.rounds import Abort, Commit, Join, RoundComplete, RoundPlan
+from weightbus.schemas.worker import WorkerReply, WorkerRequest
 
 __all__ = (
     "ALL_RANKS",
     "BUCKETS",
     "CATALOGUE",
     "STREAMS",
+    "WORKER_MESSAGES",
     "BucketEntry",
     "Entry",
     "StreamEntry",
+    "bucket_name",
     "check_prefix",
     "check_token",
     "entry_of",
     "key_of",
     "message_types_of",
     "pattern_of",
+    "stream_name",
     "stream_subjects",
     "subject_of",
 )
@@ -224,8 +228,13 @@ BUCKETS: Final = (
     ),
 )
 
+WORKER_MESSAGES: Final[tuple[type[Message], ...]] = (
+    *get_args(WorkerRequest),
+    *get_args(WorkerReply),
+)
+"""What a consumer and its engine's workers say to each other; never on the bus."""
+
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,3}")
 _FIELD = re.compile(r"\{(\w+)\}")
 
 _ENTRIES: Final = {entry.message: entry for entry in CATALOGUE}
@@ -322,14 +331,22 @@ def check_token(name: str, token: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix itself: one to four tokens.
+    """The prefix itself: the first token of every subject.
 
     Raises:
-        MessageInvalid: it is not a prefix.
+        MessageInvalid: it is not one token.
     """
-    if not _PREFIX.fullmatch(prefix):
-        raise MessageInvalid("subject prefix", "$", prefix, f"must match {_PREFIX.pattern}")
-    return prefix
+    return check_token("prefix", prefix)
+
+
+def stream_name(stream: str, prefix: str) -> str:
+    """What the server calls a stream of the catalogue."""
+    return f"{check_prefix(prefix)}_{stream}"
+
+
+def bucket_name(bucket: str, prefix: str) -> str:
+    """What the server calls a bucket of the catalogue; its stream is `KV_` and this."""
+    return f"{check_prefix(prefix)}_{bucket}"
 
 
 def _fill(template: str, message: Message, prefix: str) -> str:
