@@ -1,10 +1,10 @@
 """What an engine's adapter gives to the reload machinery, inside the engine's own worker process.
 
-Does no I/O. One `ModelHost` stands for one rank's model. Everything else about updating it (tracing,
-proof, plan, move, digest) is engine-independent and lives beside this file.
+Does no I/O. One `ModelHost` stands for one rank's model. Everything else about updating it
+(tracing, proof, plan, move, digest) is engine-independent and lives beside this file.
 
-Every method is called on the worker's main thread, by `ReloadWorker` only, and never while a forward
-pass runs if it changes the live model. Whatever a method raises becomes a `Failed` reply.
+Every method is called on the worker's main thread, by `ReloadWorker` only, and never while a
+forward pass runs if it changes the live model. Whatever a method raises becomes a `Failed` reply.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class ModelHost(ABC):
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
         """Load the live model by the engine's own reload lifecycle, post-processing included.
 
-        `weights` are private CPU copies: the engine may keep or change them. `modules` None means the
-        whole checkpoint; else `weights` are exactly the tensors that these modules (names as in
-        `named_modules`) are made of, and no other module may be left changed.
+        `weights` are private CPU copies: the engine may keep or change them. `modules` None means
+        the whole checkpoint; else `weights` are exactly the tensors that these modules (names as
+        in `named_modules`) are made of, and no other module may be left changed.
         Must return only when nothing reads `weights` any more.
         """
 

@@ -31,8 +31,8 @@ __all__ = ("ReloadWorker",)
 class ReloadWorker:
     """One rank's end of the consumer's requests.
 
-    Not thread-safe: `handle` and `close` are called on the worker's main thread, `handle(Apply)` only
-    while no forward pass runs.
+    Not thread-safe: `handle` and `close` are called on the worker's main thread, `handle(Apply)`
+    only while no forward pass runs.
     """
 
     def __init__(self, host: ModelHost, rank: int, world_size: int) -> None:

@@ -1,0 +1,258 @@
+"""Needs by tracing: what a rank wants of a layout, told by the engine's own `load_weights`.
+
+Does no I/O. `trace_needs` runs the engine's mapping once on a scratch model on `meta` and turns
+what it did into `Needs`. It is a plan only if all of this holds; else `TraceRefused` is raised:
+    every write to the model's state is a copy of a checkpoint tensor's elements, or a constant;
+    no storage was rebound, no tensor of the model appeared or vanished;
+    no checkpoint tensor was changed in place;
+    no two copies meet, unless the later hides the earlier whole;
+    every parameter is written whole, and every buffer that is not known to be something else than
+    a part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from weightbus.consumers.errors import TraceRefused
+from weightbus.consumers.reload.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from weightbus.consumers.reload.host import ModelHost
+from weightbus.consumers.reload.lowering import Lowering
+from weightbus.consumers.reload.memory import (
+    ByteWindow,
+    StateTensor,
+    plain_tensors,
+    state_tensors,
+    storage_id,
+    trace_coverage,
+    window_of,
+)
+from weightbus.consumers.reload.recorder import LoadRecorder, Window, Write
+from weightbus.schemas.layout import Layout, TensorSpec
+from weightbus.schemas.needs import Copy, Needs, ParameterSpec
+
+__all__ = ("Tie", "Trace", "trace_needs", "whole_needs")
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A name whose memory lies inside a parameter's of the needs."""
+
+    name: str
+    parameter: int
+    """Index into `Needs.parameters`."""
+    offset_bytes: int
+    """From the parameter's first byte to its own."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank wants of one layout."""
+
+    needs: Needs
+    """Its parameters are those that something is written to, each under one name."""
+    ties: tuple[Tie, ...]
+    excused: frozenset[str]
+    """Buffers that the checkpoint does not reach."""
+
+
+def trace_needs(host: ModelHost, layout: Layout) -> Trace:
+    """Record the engine's mapping of `layout` on a scratch model.
+
+    Raises:
+        TraceRefused: it cannot be told as a plan; the reason names operation and tensor.
+    """
+    model = host.scratch_model()
+    owners = _owners(host.name, state_tensors(model))
+    before = _memory(model)
+    writes = _record(host, layout, model, before)
+    after = _memory(model)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise TraceRefused(host.name, f"{name} was bound to another tensor")
+    lowering = Lowering(host.name, layout)
+    ties: list[Tie] = []
+    excused: list[str] = []
+    for owner, owned in zip(owners, _by_owner(host.name, owners, writes), strict=True):
+        seen, unreached = _last_writes(host, owner, owned)
+        excused += unreached
+        if seen:
+            number = lowering.add_parameter(owner.spec, owner.window.offset, seen)
+            ties += (
+                Tie(i.name, number, window_of(i.tensor).offset - owner.window.offset)
+                for i in owner.names[1:]
+            )
+    return Trace(lowering.needs(), tuple(ties), frozenset(excused))
+
+
+def whole_needs(layout: Layout) -> Needs:
+    """What a rank reads whose own loader does the work: every tensor, whole.
+
+    Each tensor stands for a parameter of its own, which nothing is ever bound to.
+    """
+    parameters = tuple(
+        ParameterSpec(t.name, t.dtype, t.shape, _contiguous_strides(t.shape))
+        for t in layout.tensors
+    )
+    copies = tuple(
+        Copy(number, (0,) * len(p.shape), p.shape, number, 0, p.strides)
+        for number, p in enumerate(parameters)
+        if 0 not in p.shape
+    )
+    return Needs(parameters, copies)
+
+
+def _record(
+    host: ModelHost, layout: Layout, model: nn.Module, state: Mapping[str, _Memory]
+) -> list[Write]:
+    sources = {number: _meta_tensor(host, spec) for number, spec in enumerate(layout.tensors)}
+    names: dict[int, str] = {}
+    for name, memory in state.items():
+        names.setdefault(memory.storage, name)
+    recorder = LoadRecorder(sources, names)
+    weights = ((layout.tensors[number].name, tensor) for number, tensor in sources.items())
+    try:
+        with torch.no_grad(), recorder:
+            host.load_weights(model, weights)
+    except Exception as error:
+        raise TraceRefused(
+            host.name, recorder.refusal or f"{type(error).__name__}: {error}"
+        ) from error
+    if recorder.refusal is not None:
+        raise TraceRefused(host.name, recorder.refusal)
+    return recorder.writes
+
+
+def _meta_tensor(host: ModelHost, spec: TensorSpec) -> torch.Tensor:
+    if spec.dtype not in TORCH_DTYPES:
+        raise TraceRefused(host.name, f"this torch has no dtype for {spec.name}: {spec.dtype}")
+    return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a name of the model stands for."""
+
+    storage: int
+    window: ByteWindow
+    dtype: torch.dtype
+    alive: torch.UntypedStorage = field(compare=False)
+    """Held, so that no other storage takes its id."""
+
+
+def _memory(model: nn.Module) -> dict[str, _Memory]:
+    """Of every parameter, buffer and plain tensor of the model."""
+    tensors = {item.name: item.tensor for item in state_tensors(model)} | plain_tensors(model)
+    return {
+        name: _Memory(storage_id(t), window_of(t), t.dtype, t.untyped_storage())
+        for name, t in tensors.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A parameter or buffer, and the names whose memory lies inside its own."""
+
+    spec: ParameterSpec
+    storage: int
+    window: ByteWindow
+    names: list[StateTensor]
+
+
+def _owners(model_name: str, state: Sequence[StateTensor]) -> list[_Owner]:
+    """The largest of the tensors that share memory, each with the names that it holds."""
+    first = {item.name: order for order, item in enumerate(state)}
+    windows = {item.name: window_of(item.tensor) for item in state}
+    owners: list[_Owner] = []
+    for item in sorted(
+        state,
+        key=lambda item: (
+            storage_id(item.tensor),
+            windows[item.name].offset,
+            -windows[item.name].end,
+            first[item.name],
+        ),
+    ):
+        if is_traceable_wrapper_subclass(item.tensor):
+            kind = type(item.tensor).__name__
+            raise TraceRefused(model_name, f"{item.name} is a {kind}: not memory of its own")
+        storage, window = storage_id(item.tensor), windows[item.name]
+        last = owners[-1] if owners and owners[-1].storage == storage else None
+        if last is None or window.offset >= last.window.end:
+            if item.tensor.dtype not in DTYPE_NAMES:
+                raise TraceRefused(model_name, f"{item.name} is of dtype {item.tensor.dtype}")
+            spec = ParameterSpec(
+                item.name,
+                DTYPE_NAMES[item.tensor.dtype],
+                tuple(item.tensor.shape),
+                tuple(item.tensor.stride()),
+            )
+            owners.append(_Owner(spec, storage, window, [item]))
+        elif window.end <= last.window.end:
+            last.names.append(item)
+        else:
+            raise TraceRefused(
+                model_name,
+                f"{item.name} and {last.spec.name} overlap in memory, but neither holds the other",
+            )
+    return sorted(owners, key=lambda owner: first[owner.spec.name])
+
+
+def _by_owner(
+    model_name: str, owners: Sequence[_Owner], writes: Sequence[Write]
+) -> list[list[Write]]:
+    """Every write, in order, beside the owner of the memory it goes to; empty ones left out."""
+    owned: list[list[Write]] = [[] for _ in owners]
+    of_storage: dict[int, list[int]] = {}
+    for number, owner in enumerate(owners):
+        of_storage.setdefault(owner.storage, []).append(number)
+    for write in writes:
+        if 0 in write.target.sizes:
+            continue
+        for number in of_storage.get(write.storage, ()):
+            window = owners[number].window
+            if window.offset <= write.target.offset and write.target.end <= window.end:
+                owned[number].append(write)
+                break
+        else:
+            raise TraceRefused(model_name, f"{write.name}: written outside of every parameter")
+    return owned
+
+
+def _last_writes(
+    host: ModelHost, owner: _Owner, writes: Sequence[Write]
+) -> tuple[list[Write], list[str]]:
+    """The writes that are still seen at the end, and the buffers that nothing reaches."""
+    windows = [window_of(item.tensor) for item in owner.names]
+    coverage = trace_coverage([write.target for write in writes], windows)
+    seen = []
+    for write, held, written in zip(writes, coverage.held, coverage.written, strict=True):
+        if held < written and held and isinstance(write.value, Window):
+            raise TraceRefused(
+                host.name, f"a copy to {owner.spec.name} is overwritten, but only in part"
+            )
+        if held:
+            seen.append(write)
+    excused = []
+    for item, missing in zip(owner.names, coverage.uncovered, strict=True):
+        if not missing:
+            continue
+        if item.parameter or not host.may_stay_uncovered(item.name, persistent=item.persistent):
+            raise TraceRefused(
+                host.name, f"{item.name}: {missing} of its bytes are not written by load_weights"
+            )
+        excused.append(item.name)
+    return seen, excused
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
