@@ -69,6 +69,8 @@ class CheckpointPart(Message, frozen=True, kw_only=True):
     placement: Placement
     shard_digests: ObjectDigest | None = None
     """Object with the partial digest of every shard of the part, 8 bytes each, little endian."""
+    error: Reason = ""
+    """Not empty: this rank gives the version up, and why; no other rank need wait for it."""
     created_ns: Nanoseconds = 0
 
 
