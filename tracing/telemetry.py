@@ -211,7 +211,7 @@ class Telemetry:
         *,
         start_ns: int,
         end_ns: int,
-        bytes: int = 0,  # noqa: A002 - the word of the contract
+        bytes: int = 0,
         rank: int | None = None,
         route: RouteName | None = None,
         parent: SpanRef | None = None,
