@@ -7,7 +7,6 @@ from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
     "ExporterMissing",
-    "ModelAmbiguous",
     "RoundUnknown",
     "TelemetryInvalid",
     "TracingError",
@@ -46,13 +45,3 @@ class RoundUnknown(TracingError):
         of_model = "" if model is None else f" of model {model}"
         known = "; recent rounds: " + ", ".join(recent) if recent else ""
         super().__init__(f"the bus does not remember {asked}{of_model}{known}")
-
-
-class ModelAmbiguous(TracingError):
-    """Several models are on the bus and none was named."""
-
-    def __init__(self, models: tuple[str, ...]) -> None:
-        self.models = models
-        super().__init__(
-            f"{len(models)} models are on the bus: choose with --model: {', '.join(models)}"
-        )

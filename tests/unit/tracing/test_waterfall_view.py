@@ -1,0 +1,82 @@
+"""The waterfall's text, letter by letter; and its width at every width."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.unit.tracing.rounds import MODEL, complete, join, ready, stage, whole_round
+from weightbus.schemas.base import Message
+from weightbus.tracing.waterfall import build_waterfall
+from weightbus.tracing.waterfall_view import WaterfallView
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def rendered(
+    messages: list[Message], width: int, *, encoding: str = "utf-8", colour: bool = False
+) -> str:
+    waterfall = build_waterfall(MODEL, "v7", messages)
+    assert waterfall is not None
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    console = Console(
+        file=stream, width=width, force_terminal=colour,
+        color_system="standard" if colour else None, legacy_windows=False,
+    )  # fmt: skip
+    console.print(WaterfallView(waterfall))
+    stream.seek(0)
+    return stream.read()
+
+
+@pytest.mark.parametrize(("name", "width", "encoding"), [
+    ("waterfall_80.txt", 80, "utf-8"),
+    ("waterfall_120.txt", 120, "utf-8"),
+    ("waterfall_80_ascii.txt", 80, "ascii"),
+])  # fmt: skip
+def test_waterfall_text_is_the_golden_one(name: str, width: int, encoding: str) -> None:
+    lines = rendered(whole_round(), width, encoding=encoding).splitlines()
+    assert [line.rstrip() for line in lines] == (GOLDEN / name).read_text().splitlines()
+
+
+@pytest.mark.parametrize("width", [1, 10, 14, 15, 24, 33, 40, 60, 79, 80, 81, 100, 200, 400])
+def test_waterfall_keeps_to_the_width(width: int) -> None:
+    lines = rendered(whole_round(), width).splitlines()
+    assert max(len(line) for line in lines) <= width
+
+
+def test_waterfall_has_escape_sequences_only_when_the_terminal_has_colours() -> None:
+    assert "\x1b[" in rendered(whole_round(), 80, colour=True)
+    assert "\x1b" not in rendered(whole_round(), 80)
+
+
+def test_waterfall_disarms_what_a_peer_wrote_when_it_holds_control_characters() -> None:
+    hostile = stage("a", "fetch", 1, 2, error="x\x1b[2Jy\nz")
+    text = rendered([ready(), hostile], 80)
+    assert "x\\x1b[2Jy\\nz" in text
+
+
+def test_waterfall_is_drawn_when_nothing_took_any_time() -> None:
+    text = rendered([ready(), stage("a", "fetch", 0, 0)], 80)
+    assert "█" in text
+
+
+def test_waterfall_says_what_is_missing_when_the_round_has_only_begun() -> None:
+    text = rendered([join("a")], 80)
+    assert "no plan, not closed yet" in text
+    assert "a  unfinished" in text
+    assert "the earliest message" in text
+
+
+def test_waterfall_bar_is_at_least_one_cell_and_ends_at_the_edge() -> None:
+    messages = [
+        ready(),
+        stage("a", "fetch", 999, 1000),
+        stage("a", "h2d", 0, 1),
+        complete("a", end_ms=1000),
+    ]
+    bars = [line for line in rendered(messages, 80).splitlines() if "█" in line and "all" in line]
+    assert [line.count("█") for line in bars[:2]] == [1, 1]
+    assert len(bars[1]) == 80
