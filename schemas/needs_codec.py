@@ -24,13 +24,15 @@ __all__ = ("check_needs", "decode_needs", "encode_needs", "needs_digest")
 _DECODER = msgspec.msgpack.Decoder(Needs)
 
 
-def encode_needs(needs: Needs) -> bytes:
-    """The blob to store. Checks types, not rules: call `check_needs` on what you have built.
+def encode_needs(needs: Needs, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The blob to store, checked without a layout.
 
     Raises:
-        MessageInvalid: a field does not hold what its type says.
+        MessageInvalid: a field does not hold what its type says, or any rule broken.
     """
-    return compress(canonical("needs", needs))
+    raw = canonical("needs", needs)
+    check_needs(decode_object("needs", raw, _DECODER), limits=limits)
+    return compress(raw)
 
 
 def decode_needs(blob: bytes, limits: Limits = DEFAULT_LIMITS) -> Needs:

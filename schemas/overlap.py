@@ -8,6 +8,7 @@ step is paid from one budget, so that no layout can make the search quadratic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import lt
 
 from msgspec import Struct
 
@@ -82,8 +83,6 @@ def _first_overlapping_pair(group: list[Box], budget: StepBudget) -> tuple[Box, 
     for n, one in enumerate(group):
         budget.spend(len(group) - n)
         for other in group[n + 1 :]:
-            if all(map(int.__lt__, one.starts, other.ends)) and all(
-                map(int.__lt__, other.starts, one.ends)
-            ):
+            if all(map(lt, one.starts, other.ends)) and all(map(lt, other.starts, one.ends)):
                 return one, other
     return None
