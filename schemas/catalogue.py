@@ -22,7 +22,7 @@ from weightbus.schemas.progress import (
     UpdateComplete,
     UpdateFailed,
 )
-from weightbus.schemas.rounds import Abort, Commit, Join, RoundComplete, RoundPlan
+from weightbus.schemas.rounds import Abort, Commit, Join, Proven, RoundComplete, RoundPlan
 from weightbus.schemas.worker import WorkerReply, WorkerRequest
 
 __all__ = (
@@ -142,6 +142,14 @@ CATALOGUE: Final = (
         sender=LEADER,
         receivers=(CONSUMER, MONITOR),
         description="How every rank gets its bytes.",
+    ),
+    Entry(
+        message=Proven,
+        subject="{p}.{model}.round.{round}.proven",
+        stream="PROGRESS",
+        sender=CONSUMER,
+        receivers=(LEADER, MONITOR),
+        description="An engine holds the version, proven, and waits for `Commit`.",
     ),
     Entry(
         message=Commit,
