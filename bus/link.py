@@ -209,7 +209,7 @@ class Link:
     ) -> AsyncIterator[None]:
         """Hand every message of a subject to `deliver`, which must not raise or wait.
 
-        Entered before the server knows of it: a later request's answer says that it does.
+        Entered before the server knows of it: see `settle`.
 
         Raises:
             BusUnavailable
@@ -234,6 +234,15 @@ class Link:
             ):
                 await subscription.unsubscribe()
 
+    async def settle(self) -> None:
+        """Returns once the server has taken in everything that was sent to it before.
+
+        Raises:
+            BusTimeout, BusUnavailable
+        """
+        with suppress(NoResponders):  # an answer, too
+            await self.request("$JS.API.INFO", operation="subscription")
+
     @contextmanager
     def listen(self, listener: Listener) -> Iterator[None]:
         """Tell `listener` of reconnects and of the failure, while the context is open."""
@@ -255,8 +264,10 @@ class Link:
 
     async def connect(self) -> None:
         """The first connection; called once, by `open_link`."""
-        options = _security(self._settings)
         timeout_s = self._settings.connect_timeout_s
+        options = _security(self._settings)
+        options["connect_timeout"] = timeout_s  # nats-py annotates these two as int
+        options["reconnect_time_wait"] = _RECONNECT_WAIT_S
         with anyio.move_on_after(timeout_s), self._connecting:
             try:
                 await self._client.connect(
@@ -266,8 +277,6 @@ class Link:
                     reconnected_cb=self._on_reconnected,
                     closed_cb=self._on_closed,
                     name=self._settings.name,
-                    connect_timeout=timeout_s,
-                    reconnect_time_wait=_RECONNECT_WAIT_S,
                     max_reconnect_attempts=-1,
                     ping_interval=_PING_INTERVAL_S,
                     max_outstanding_pings=_MAX_OUTSTANDING_PINGS,
@@ -320,10 +329,12 @@ class Link:
         with anyio.move_on_after(allowed_s):
             await up.wait()
             return
-        self._fail(f"lost for {allowed_s:g} s: {self._last_error}")
+        self.fail_nowait(f"lost for {allowed_s:g} s: {self._last_error}")
         await self._client.close()
 
     async def _on_reconnected(self) -> None:
+        if self._failure is not None:
+            return
         self._up.set()
         for listener in tuple(self._listeners):
             listener.reconnected_nowait()
@@ -331,9 +342,10 @@ class Link:
     async def _on_closed(self) -> None:
         """nats-py closes by itself on errors that it does not reconnect after."""
         if not self._closing:
-            self._fail(_reason(self._client.last_error) or self._last_error)
+            self.fail_nowait(_reason(self._client.last_error) or self._last_error)
 
-    def _fail(self, reason: str) -> None:
+    def fail_nowait(self, reason: str) -> None:
+        """Nothing will come of this link any more."""
         if self._failure is not None:
             return
         self._failure = reason

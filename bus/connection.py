@@ -1,0 +1,208 @@
+"""The bus: publish, subscribe, look back, and the stores and leases beside the messages.
+
+`open_bus` puts the parts together and owns them all, the embedded server included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TypeVar
+
+from weightbus.bus.background import open_background
+from weightbus.bus.buckets import KeyBucket
+from weightbus.bus.dead_letters import DeadLetters, open_dead_letters
+from weightbus.bus.errors import ServerFailed
+from weightbus.bus.history import merged_scan
+from weightbus.bus.jetstream import JetStream, PublishAck, StoredMessage
+from weightbus.bus.layouts import LayoutStore
+from weightbus.bus.leases import ReaderLeases, RoundLeases
+from weightbus.bus.link import Link, open_link
+from weightbus.bus.objects import ObjectStore
+from weightbus.bus.presence import Presence
+from weightbus.bus.received import HEADER_CONTENT_TYPE, Received, model_of, read
+from weightbus.bus.server import EmbeddedServer, open_server
+from weightbus.bus.settings import BusSettings
+from weightbus.bus.streams import OBJECTS, bucket_name, bus_streams, stream_name
+from weightbus.bus.subscription import Subscription, open_subscription
+from weightbus.schemas.base import Message
+from weightbus.schemas.catalogue import entry_of, pattern_of, subject_of
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, encode
+from weightbus.schemas.errors import MessageInvalid
+from weightbus.schemas.leases import ReaderLease, RoundLease
+from weightbus.schemas.progress import EngineState
+
+__all__ = ("Bus", "open_bus")
+
+M = TypeVar("M", bound=Message)
+
+
+class Bus:
+    """One connection with all that is built on it; made by `open_bus`.
+
+    Its methods, and those of its parts, raise besides what they name:
+
+    Raises:
+        BusUnavailable: the connection is lost for good; nothing works any more.
+        BusTimeout: connected, but the server did not answer in time.
+        RequestRefused: the server answered with an error.
+        MessageInvalid: what we were about to say breaks the contract.
+    """
+
+    settings: BusSettings
+    url: str
+    """Where it is connected; what another process needs to join."""
+    prefix: str
+    objects: ObjectStore
+    layouts: LayoutStore
+    presence: Presence
+    round_leases: RoundLeases
+    reader_leases: ReaderLeases
+
+    def __init__(
+        self, settings: BusSettings, link: Link, jetstream: JetStream, dead_letters: DeadLetters
+    ) -> None:
+        self._link, self._jetstream, self._dead_letters = link, jetstream, dead_letters
+        self.settings = settings
+        self.url = link.url
+        self.prefix = prefix = settings.prefix
+        self.objects = ObjectStore(jetstream, bucket_name(OBJECTS, prefix))
+        self.layouts = LayoutStore(self.objects, settings.layout_cache_dir)
+
+        def bucket(name: str, kind: type[M]) -> KeyBucket[M]:
+            return KeyBucket(jetstream, bucket_name(name, prefix), kind, dead_letters)
+
+        self.presence = Presence(link, bucket("presence", EngineState), settings.presence_ttl_s)
+        self.round_leases = RoundLeases(bucket("rounds", RoundLease), settings.request_timeout_s)
+        self.reader_leases = ReaderLeases(bucket("readers", ReaderLease))
+
+    async def publish(
+        self, message: Message, headers: Mapping[str, str] | None = None
+    ) -> PublishAck:
+        """Say it on the message's subject; returns once the server has stored it.
+
+        A `CheckpointReady` of the same model, version and producer is stored and delivered to the
+        history once: the acknowledgement of a repeat says `duplicate`.
+
+        Raises:
+            PayloadTooLarge
+        """
+        message_id = None
+        if isinstance(message, CheckpointReady):
+            message_id = f"{message.model}/{message.version}/{message.producer}"
+        return await self._jetstream.publish(
+            subject_of(message, self.prefix),
+            encode(message),
+            {HEADER_CONTENT_TYPE: CONTENT_TYPE_MSGPACK, **(headers or {})},
+            message_id=message_id,
+        )
+
+    def subscribe(
+        self, *message_types: type[M], model: str | None = None
+    ) -> AbstractAsyncContextManager[Subscription[M]]:
+        """Messages of these types from now on, of one model or of all: see `Subscription`.
+
+        Entered once the server knows: what is published after that is delivered.
+        """
+        return open_subscription(
+            self._link,
+            message_types,
+            model,
+            self.prefix,
+            self._dead_letters,
+            self.settings.max_unread_messages,
+        )
+
+    async def last(
+        self, message_type: type[M], *, model: str | None = None, **tokens: str | int
+    ) -> Received[M] | None:
+        """The last message on the subject of a type; `tokens` as in `pattern_of`.
+
+        None: there is none, it cannot be read, or it is of another type on the same subject.
+        """
+        subject = pattern_of(message_type, self.prefix, model, **tokens)
+        stream = stream_name(entry_of(message_type).stream, self.prefix)
+        stored = await self._jetstream.last(stream, subject)
+        return None if stored is None else self._read(stored, (message_type,))
+
+    async def replay(
+        self,
+        *message_types: type[M],
+        model: str | None = None,
+        since_ns: int = 0,
+        **tokens: str | int,
+    ) -> AsyncIterator[Received[M]]:
+        """What the streams hold of these types since a time, in the order in which it was stored.
+
+        Ends when it has caught up. What cannot be read is answered on `dead` and left out.
+        """
+        sources = {
+            (
+                stream_name(entry_of(kind).stream, self.prefix),
+                pattern_of(kind, self.prefix, model, **tokens),
+            )
+            for kind in message_types
+        }
+        async for stored in merged_scan(self._jetstream, sorted(sources), since_ns):
+            if (received := self._read(stored, message_types)) is not None:
+                yield received
+
+    async def reject(
+        self, subject: str, payload: bytes, content_type: str | None, error: MessageInvalid
+    ) -> None:
+        """Answer on `dead` what was received on `subject` and breaks the contract."""
+        model = model_of(subject, self.prefix)
+        await self._dead_letters.report(model, subject, payload, content_type or "", error)
+
+    def _read(self, stored: StoredMessage, types: tuple[type[M], ...]) -> Received[M] | None:
+        try:
+            received = read(
+                stored.subject, stored.headers, stored.payload, stored.stored_ns, self.prefix
+            )
+        except MessageInvalid as error:
+            content_type = stored.headers.get(HEADER_CONTENT_TYPE, "")
+            model = model_of(stored.subject, self.prefix)
+            self._dead_letters.report_nowait(
+                model, stored.subject, stored.payload, content_type, error
+            )
+            return None
+        message = received.message
+        if not isinstance(message, types):
+            return None
+        return Received(message, received.subject, received.headers, received.received_ns)
+
+
+@asynccontextmanager
+async def open_bus(settings: BusSettings) -> AsyncIterator[Bus]:
+    """Connect to `settings.url`, or to an embedded server that lives as long as the context.
+
+    Raises:
+        BusUnavailable: no server within `connect_timeout_s`, or none with JetStream.
+        ServerTooOld, SettingInvalid, StreamUnsuitable
+        ServerNotFound, ServerFailed, DataDirectoryBusy: the embedded server cannot be run.
+    """
+    async with AsyncExitStack() as stack:
+        server: EmbeddedServer | None = None
+        if settings.url is None:
+            server = await stack.enter_async_context(open_server(settings))
+        link = await stack.enter_async_context(
+            open_link(settings, server.url if server else str(settings.url))
+        )
+        if server is not None:
+            tasks = await stack.enter_async_context(open_background())
+            tasks.start_soon(_fail_with_server, server, link)
+        jetstream = JetStream(link, bus_streams(settings.prefix), settings.request_timeout_s)
+        await jetstream.ensure_streams()
+        dead_letters = await stack.enter_async_context(
+            open_dead_letters(jetstream, settings.prefix, settings.name)
+        )
+        yield Bus(settings, link, jetstream, dead_letters)
+
+
+async def _fail_with_server(server: EmbeddedServer, link: Link) -> None:
+    """A server of our own that has ended will not come back."""
+    try:
+        await server.wait()
+    except ServerFailed as error:
+        link.fail_nowait(str(error))

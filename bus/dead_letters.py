@@ -1,0 +1,128 @@
+"""What could not be read is answered on `dead`, with the reason, and has no other effect.
+
+Letters are sent by one background task, so that a reader is never held up by what it cannot read.
+Its queue is bounded: under a flood the rest are counted, and the next letter says how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+
+from weightbus.bus.background import open_background
+from weightbus.bus.errors import BusError
+from weightbus.bus.jetstream import JetStream
+from weightbus.schemas.catalogue import check_token, subject_of
+from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, encode
+from weightbus.schemas.errors import MessageInvalid
+from weightbus.schemas.progress import DeadLetter
+
+__all__ = ("UNKNOWN_MODEL", "DeadLetters", "open_dead_letters")
+
+UNKNOWN_MODEL = "_"
+"""Model of a letter about something whose subject names none."""
+
+_QUEUE_LETTERS = 256
+_PAYLOAD_BYTES = 1024
+_CLOSE_TIMEOUT_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class DeadLetters:
+    """Made by `open_dead_letters`."""
+
+    def __init__(self, jetstream: JetStream, prefix: str, reporter: str) -> None:
+        self._jetstream = jetstream
+        self._prefix = prefix
+        self._reporter = reporter
+        self._send, self._receive = anyio.create_memory_object_stream[DeadLetter](_QUEUE_LETTERS)
+        self._dropped = 0
+        self._sent = anyio.Event()
+
+    def report_nowait(
+        self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
+    ) -> None:
+        """Queue a letter."""
+        letter = self._letter(model, subject, payload, content_type, error)
+        try:
+            self._send.send_nowait(letter)
+        except (anyio.WouldBlock, anyio.ClosedResourceError):
+            self._dropped += 1
+
+    async def report(
+        self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
+    ) -> None:
+        """Send a letter; returns once it is stored.
+
+        Raises:
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        await self._publish(self._letter(model, subject, payload, content_type, error))
+
+    async def run(self) -> None:
+        """Send what is queued, until closed."""
+        async for letter in self._receive:
+            try:
+                await self._publish(letter)
+            except BusError as error:  # whoever reads the bus is told by its own calls
+                _log.warning("dead letter about %s was not sent: %s", letter.subject, error)
+        self._receive.close()
+        self._sent.set()
+
+    async def close(self) -> None:
+        """Take no more letters; those that wait have a moment to be sent."""
+        self._send.close()
+        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
+            await self._sent.wait()
+
+    def _letter(
+        self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
+    ) -> DeadLetter:
+        try:
+            check_token("model", model)
+        except MessageInvalid:
+            model = UNKNOWN_MODEL
+        dropped, self._dropped = self._dropped, 0
+        more = f" ({dropped} more letters were dropped before this one)" if dropped else ""
+        return DeadLetter(
+            model=model,
+            subject=subject[:512],
+            reason=f"{error}"[:4000] + more,
+            field=error.field[:512],
+            value=error.value[:256],
+            limit=error.limit[:512],
+            content_type=content_type[:128],
+            payload=payload[:_PAYLOAD_BYTES],
+            payload_bytes=len(payload),
+            reported_by=self._reporter[:64],
+            reported_ns=time.time_ns(),
+        )
+
+    async def _publish(self, letter: DeadLetter) -> None:
+        """Many readers report the same message; the id collapses their letters into one."""
+        cause = hashlib.sha256(letter.subject.encode() + b"\0" + letter.payload).hexdigest()
+        await self._jetstream.publish(
+            subject_of(letter, self._prefix),
+            encode(letter),
+            {"Content-Type": CONTENT_TYPE_MSGPACK},
+            message_id=f"dead/{cause}",
+        )
+
+
+@asynccontextmanager
+async def open_dead_letters(
+    jetstream: JetStream, prefix: str, reporter: str
+) -> AsyncIterator[DeadLetters]:
+    """A sender of dead letters, while the context is open."""
+    letters = DeadLetters(jetstream, prefix, reporter)
+    async with open_background() as tasks:
+        tasks.start_soon(letters.run)
+        try:
+            yield letters
+        finally:
+            await letters.close()

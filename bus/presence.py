@@ -1,0 +1,211 @@
+"""Which engines are there: heartbeats in a bucket whose keys expire with them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+import msgspec
+
+from weightbus.bus.buckets import KeyBucket, is_end, ttl_of
+from weightbus.bus.errors import BusUnavailable
+from weightbus.bus.link import Incoming, Link
+from weightbus.schemas.catalogue import check_token
+from weightbus.schemas.progress import EngineState
+
+__all__ = ("EngineGone", "Presence", "PresenceWatch")
+
+_EXPIRY_SLACK_S = 0.25
+"""A heartbeat that is a little late on its way is no death."""
+_QUEUE_CHANGES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGone:
+    """An engine has taken leave, or its heartbeat has stopped."""
+
+    model: str
+    engine: str
+
+
+class Presence:
+    """The bus's heartbeats.
+
+    Every method raises, besides what it names:
+
+    Raises:
+        BusUnavailable, BusTimeout, RequestRefused, MessageInvalid
+    """
+
+    ttl_s: int
+    """How long an engine counts as present after its last heartbeat: send one every third of it."""
+
+    def __init__(self, link: Link, bucket: KeyBucket[EngineState], ttl_s: int) -> None:
+        self._link = link
+        self._bucket = bucket
+        self.ttl_s = ttl_s
+
+    async def put(self, state: EngineState) -> None:
+        """A heartbeat: the engine is there, in this state, for `ttl_s` from now."""
+        await self._bucket.put(state, self.ttl_s)
+
+    async def drop(self, model: str, engine: str) -> None:
+        """Take leave at once."""
+        await self._bucket.delete(f"{model}.{engine}")
+
+    async def list(self, model: str) -> tuple[EngineState, ...]:
+        """The engines that are there."""
+        check_token("model", model)
+        found = {
+            kept.message.engine: kept.message
+            async for kept in self._bucket.scan(f"{model}.*")
+            if kept.message is not None
+        }
+        return tuple(found.values())
+
+    @asynccontextmanager
+    async def watch(self, model: str) -> AsyncIterator[PresenceWatch]:
+        """The engines that are there, then every change.
+
+        Expiry is noticed within `ttl_s` + 1 s of the last heartbeat that could be heard. A lost
+        connection is no sign of anything: when it is back, the list is read again, and an engine
+        that is missing has `ttl_s` to be heard.
+        """
+        check_token("model", model)
+        watch = PresenceWatch(self._bucket, model)
+        with self._link.listen(watch):
+            async with self._link.subscribe(
+                self._bucket.subject(f"{model}.*"), watch.deliver_nowait
+            ):
+                yield watch
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a watch knows of one engine."""
+
+    state: EngineState
+    ttl_s: int
+    """0: it does not expire."""
+    expires: float
+    """When it is late, by the event loop's clock."""
+
+
+class PresenceWatch:
+    """An asynchronous iterator of `EngineState` and `EngineGone`; made by `Presence.watch`.
+
+    A heartbeat that says nothing new but its time is not reported. Expiry is noticed while the
+    reader waits, by the reader's clock: clocks are never compared.
+
+    Raises (from iteration):
+        BusUnavailable: the connection is lost for good.
+        BusTimeout, RequestRefused
+    """
+
+    def __init__(self, bucket: KeyBucket[EngineState], model: str) -> None:
+        self._bucket = bucket
+        self._model = model
+        self._known: dict[str, _Known] = {}
+        self._ready: deque[EngineState | EngineGone] = deque()
+        self._inbox: deque[Incoming] = deque()
+        self._lists_wanted, self._lists_done = 1, 0
+        self._error: BusUnavailable | None = None
+        self._wake = anyio.Event()
+
+    def __aiter__(self) -> AsyncIterator[EngineState | EngineGone]:
+        return self
+
+    async def __anext__(self) -> EngineState | EngineGone:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if self._lists_done < self._lists_wanted:
+                await self._list()
+            elif self._inbox:
+                self._hear(self._inbox.popleft())
+            elif late := self._first_late():
+                await self._check(late)
+            else:
+                with anyio.move_on_after(self._next_expiry() - anyio.current_time()):
+                    await self._wake.wait()
+                self._wake = anyio.Event()
+        return self._ready.popleft()
+
+    def deliver_nowait(self, incoming: Incoming) -> None:
+        if len(self._inbox) < _QUEUE_CHANGES:
+            self._inbox.append(incoming)
+        else:  # the list says the same, and takes less room
+            self._inbox.clear()
+            self._lists_wanted += 1
+        self._wake.set()
+
+    def reconnected_nowait(self) -> None:
+        self._lists_wanted += 1
+        self._wake.set()
+
+    def failed_nowait(self, error: BusUnavailable) -> None:
+        self._error = error
+        self._wake.set()
+
+    async def _list(self) -> None:
+        """An engine that is missing had no chance to be heard: it is given its time again."""
+        wanted = self._lists_wanted
+        async for kept in self._bucket.scan(f"{self._model}.*"):
+            if kept.message is not None:
+                self._learn(kept.message, kept.ttl_s)
+        for known in self._known.values():
+            known.expires = _expiry(known.ttl_s)
+        self._lists_done = wanted
+
+    def _hear(self, incoming: Incoming) -> None:
+        if is_end(incoming.headers):
+            self._forget(incoming.subject.rpartition(".")[2])
+            return
+        state = self._bucket.read(incoming.subject, incoming.headers, incoming.payload)
+        if state is not None:
+            self._learn(state, ttl_of(incoming.headers))
+
+    async def _check(self, engine: str) -> None:
+        """Gone, unless there is a heartbeat that we have not heard."""
+        kept = await self._bucket.get(f"{self._model}.{engine}")
+        known = self._known.get(engine)
+        if kept.message is None or (known is not None and kept.message == known.state):
+            self._forget(engine)
+        else:
+            self._learn(kept.message, kept.ttl_s)
+
+    def _learn(self, state: EngineState, ttl_s: int) -> None:
+        known = self._known.get(state.engine)
+        if known is not None and _is_older(state, known.state):
+            return
+        self._known[state.engine] = _Known(state, ttl_s, _expiry(ttl_s))
+        if known is None or _content(known.state) != _content(state):
+            self._ready.append(state)
+
+    def _forget(self, engine: str) -> None:
+        if self._known.pop(engine, None) is not None:
+            self._ready.append(EngineGone(self._model, engine))
+
+    def _first_late(self) -> str | None:
+        now = anyio.current_time()
+        return next((name for name, known in self._known.items() if known.expires <= now), None)
+
+    def _next_expiry(self) -> float:
+        return min((known.expires for known in self._known.values()), default=math.inf)
+
+
+def _expiry(ttl_s: int) -> float:
+    return anyio.current_time() + ttl_s + _EXPIRY_SLACK_S if ttl_s else math.inf
+
+
+def _is_older(state: EngineState, known: EngineState) -> bool:
+    """A list and what was heard meanwhile may overlap."""
+    return state.consumer == known.consumer and state.updated_ns < known.updated_ns
+
+
+def _content(state: EngineState) -> EngineState:
+    return msgspec.structs.replace(state, updated_ns=0)

@@ -1,0 +1,54 @@
+"""What readers of the bus get: messages, and marks that some were missed. Does no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from weightbus.schemas.base import Message
+from weightbus.schemas.catalogue import message_types_of, subject_of
+from weightbus.schemas.codec import decode
+from weightbus.schemas.errors import MessageInvalid
+
+__all__ = ("HEADER_CONTENT_TYPE", "Received", "Reconnected", "model_of", "read")
+
+HEADER_CONTENT_TYPE = "Content-Type"
+
+M_co = TypeVar("M_co", bound=Message, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Generic[M_co]):
+    """A message and how it came."""
+
+    message: M_co
+    subject: str
+    headers: Mapping[str, str]
+    received_ns: int
+    """When it came in, by our clock; for history, when the server stored it, by the server's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The connection was lost and is back: whatever was published meanwhile did not come."""
+
+
+def read(
+    subject: str, headers: Mapping[str, str], payload: bytes, received_ns: int, prefix: str
+) -> Received[Message]:
+    """The message that came on a subject of the catalogue.
+
+    Raises:
+        MessageInvalid: it cannot be read, or belongs on another subject.
+    """
+    message = decode(payload, headers.get(HEADER_CONTENT_TYPE), message_types_of(subject, prefix))
+    home = subject_of(message, prefix)
+    if home != subject:
+        raise MessageInvalid(type(message).__name__, "$", f"on {subject}", f"belongs on {home}")
+    return Received(message, subject, headers, received_ns)
+
+
+def model_of(subject: str, prefix: str) -> str:
+    """The model's token of a subject below the prefix."""
+    return subject.removeprefix(f"{prefix}.").partition(".")[0]

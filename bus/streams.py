@@ -1,0 +1,84 @@
+"""The streams and buckets that the bus keeps on the server, as the catalogue has them. No I/O.
+
+A bucket of key `k` is the stream `KV_<bucket>` over `$KV.<bucket>.<k>`, an object store the stream
+`OBJ_<bucket>` over `$O.<bucket>.>` (NATS ADR-8 and ADR-20): other NATS clients read them as such.
+Names begin with the prefix, so that several buses may share one server. All lie in files.
+"""
+
+from __future__ import annotations
+
+from weightbus.bus.jetstream import StreamConfig
+from weightbus.schemas.catalogue import BUCKETS, STREAMS, check_prefix, stream_subjects
+
+__all__ = ("OBJECTS", "bucket_name", "bus_streams", "kv_stream", "object_stream", "stream_name")
+
+OBJECTS = "layouts"
+"""Name of the object store."""
+
+_NS_PER_S = 10**9
+_PROGRESS_MAX_AGE_NS = 7 * 86_400 * _NS_PER_S
+_PROGRESS_MAX_BYTES = 256 * 2**20
+_DUPLICATE_WINDOW_NS = 120 * _NS_PER_S
+_MARKER_TTL_NS = 10 * _NS_PER_S
+"""How long the server's note lasts that a key has expired, for watchers of other clients."""
+
+
+def bus_streams(prefix: str) -> tuple[StreamConfig, ...]:
+    """Every stream that one bus needs."""
+    return (
+        *(
+            StreamConfig(
+                name=stream_name(stream.name, prefix),
+                subjects=stream_subjects(stream, prefix),
+                description=stream.description,
+                duplicate_window=_DUPLICATE_WINDOW_NS,
+                **_LIMITS[stream.name],
+            )
+            for stream in STREAMS
+        ),
+        *(
+            StreamConfig(
+                name=kv_stream(bucket_name(bucket.bucket, prefix)),
+                subjects=(f"$KV.{bucket_name(bucket.bucket, prefix)}.>",),
+                description=bucket.description,
+                max_msgs_per_subject=1,
+                discard="new",
+                duplicate_window=_DUPLICATE_WINDOW_NS,
+                subject_delete_marker_ttl=_MARKER_TTL_NS,
+            )
+            for bucket in BUCKETS
+        ),
+        StreamConfig(
+            name=object_stream(bucket_name(OBJECTS, prefix)),
+            subjects=tuple(f"$O.{bucket_name(OBJECTS, prefix)}.{kind}.>" for kind in "CM"),
+            description="Layouts, needs and digests, by digest.",
+            discard="new",
+            duplicate_window=_DUPLICATE_WINDOW_NS,
+        ),
+    )
+
+
+def stream_name(stream: str, prefix: str) -> str:
+    """Name on the server of a stream of the catalogue."""
+    return f"{bucket_name(stream, prefix)}"
+
+
+def bucket_name(bucket: str, prefix: str) -> str:
+    """Name on the server of a bucket of the catalogue; `.` is not allowed in one."""
+    return f"{check_prefix(prefix).replace('.', '_')}-{bucket}"
+
+
+def kv_stream(bucket: str) -> str:
+    """The stream behind a key-value bucket of the server."""
+    return f"KV_{bucket}"
+
+
+def object_stream(bucket: str) -> str:
+    """The stream behind an object store of the server."""
+    return f"OBJ_{bucket}"
+
+
+_LIMITS: dict[str, dict[str, int]] = {
+    "CHECKPOINTS": {"max_msgs_per_subject": 1},
+    "PROGRESS": {"max_age": _PROGRESS_MAX_AGE_NS, "max_bytes": _PROGRESS_MAX_BYTES},
+}

@@ -1,0 +1,192 @@
+"""Live messages of some types, in one bounded stream.
+
+Owns core NATS subscriptions: one for each family of subjects (`checkpoint`, `round`, `stage`, ...),
+so that the messages of a family come in the order in which the server sent them. A repeat (the same
+`Nats-Msg-Id` on the same subject, which the streams drop too) is left out. Nothing here waits for the
+reader: one that falls too far behind loses the subscription, not the connection.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Generic, TypeVar
+
+import anyio
+
+from weightbus.bus.dead_letters import DeadLetters
+from weightbus.bus.errors import BusError, BusUnavailable, SubscriptionOverflow
+from weightbus.bus.jetstream import HEADER_MESSAGE_ID
+from weightbus.bus.link import Incoming, Link
+from weightbus.bus.received import HEADER_CONTENT_TYPE, Received, Reconnected, model_of, read
+from weightbus.schemas.base import Message
+from weightbus.schemas.catalogue import message_types_of, pattern_of
+from weightbus.schemas.errors import MessageInvalid
+
+__all__ = ("Subscription", "cover", "open_subscription")
+
+_REMEMBERED_IDS = 1024
+
+M = TypeVar("M", bound=Message)
+
+
+class Subscription(Generic[M]):
+    """An asynchronous iterator of `Received` and `Reconnected`; made by `open_subscription`.
+
+    Messages that cannot be read are answered on `dead` and left out.
+
+    Raises (from iteration):
+        SubscriptionOverflow: the reader fell `max_unread_messages` behind.
+        BusUnavailable: the connection is lost for good.
+    """
+
+    def __init__(
+        self,
+        types: tuple[type[M], ...],
+        subjects: tuple[str, ...],
+        prefix: str,
+        dead_letters: DeadLetters,
+        limit: int,
+    ) -> None:
+        self._types, self._subjects, self._prefix = types, subjects, prefix
+        self._dead_letters = dead_letters
+        self._limit = limit
+        self._send, self._receive = anyio.create_memory_object_stream[Incoming | Reconnected](limit)
+        self._error: BusError | None = None
+        self._seen: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def __aiter__(self) -> AsyncIterator[Received[M] | Reconnected]:
+        return self
+
+    async def __anext__(self) -> Received[M] | Reconnected:
+        while True:
+            if isinstance(self._error, SubscriptionOverflow):
+                raise self._error
+            try:
+                item = await self._receive.receive()
+            except (anyio.EndOfStream, anyio.ClosedResourceError):
+                if self._error is not None:
+                    raise self._error from None
+                raise StopAsyncIteration from None
+            if isinstance(item, Reconnected):
+                return item
+            if (received := self._read(item)) is not None:
+                return received
+
+    def deliver_nowait(self, incoming: Incoming) -> None:
+        self._put(incoming)
+
+    def reconnected_nowait(self) -> None:
+        self._put(Reconnected())
+
+    def failed_nowait(self, error: BusUnavailable) -> None:
+        self._end(error)
+
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+    def _put(self, item: Incoming | Reconnected) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._send.send_nowait(item)
+        except anyio.WouldBlock:
+            self._end(SubscriptionOverflow(self._subjects, self._limit))
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            return  # came after the reader left
+
+    def _end(self, error: BusError) -> None:
+        self._error = error
+        self._send.close()
+
+    def _read(self, incoming: Incoming) -> Received[M] | None:
+        """None: of a type that was not asked for, or not readable."""
+        try:
+            expected = message_types_of(incoming.subject, self._prefix)
+            if not any(issubclass(kind, self._types) for kind in expected):
+                return None
+            received = read(
+                incoming.subject,
+                incoming.headers,
+                incoming.payload,
+                incoming.received_ns,
+                self._prefix,
+            )
+        except MessageInvalid as error:
+            self._reject(incoming, error)
+            return None
+        message = received.message
+        if not isinstance(message, self._types) or self._is_repeat(received):
+            return None
+        return Received(message, received.subject, received.headers, received.received_ns)
+
+    def _is_repeat(self, received: Received[Message]) -> bool:
+        identity = received.headers.get(HEADER_MESSAGE_ID)
+        if identity is None:
+            return False
+        key = (received.subject, identity)
+        if key in self._seen:
+            return True
+        self._seen[key] = None
+        if len(self._seen) > _REMEMBERED_IDS:
+            self._seen.popitem(last=False)
+        return False
+
+    def _reject(self, incoming: Incoming, error: MessageInvalid) -> None:
+        model = model_of(incoming.subject, self._prefix)
+        if incoming.subject == f"{self._prefix}.{model}.dead":
+            return  # a letter about a letter would never end
+        content_type = incoming.headers.get(HEADER_CONTENT_TYPE, "")
+        self._dead_letters.report_nowait(
+            model, incoming.subject, incoming.payload, content_type, error
+        )
+
+
+@asynccontextmanager
+async def open_subscription(
+    link: Link,
+    types: tuple[type[M], ...],
+    model: str | None,
+    prefix: str,
+    dead_letters: DeadLetters,
+    limit: int,
+) -> AsyncIterator[Subscription[M]]:
+    """Subscribe; entered once the server has been told of every subject."""
+    subjects = cover([pattern_of(kind, prefix, model) for kind in types], prefix)
+    subscription = Subscription(types, subjects, prefix, dead_letters, limit)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(link.listen(subscription))
+        for subject in subjects:
+            await stack.enter_async_context(link.subscribe(subject, subscription.deliver_nowait))
+        try:
+            await link.settle()
+            yield subscription
+        finally:
+            subscription.close()
+
+
+def cover(patterns: Sequence[str], prefix: str) -> tuple[str, ...]:
+    """The fewest subjects that hold `patterns` and overlap nowhere: one for each family.
+
+    >>> cover(["p.m.round.*.join", "p.m.round.*.plan", "p.m.dead"], "p")
+    ('p.m.round.*.*', 'p.m.dead')
+    """
+    family_token = prefix.count(".") + 2
+    families: dict[str, list[list[str]]] = defaultdict(list)
+    for pattern in patterns:
+        tokens = pattern.split(".")
+        families[tokens[family_token]].append(tokens)
+    return tuple(".".join(_merge(members)) for members in families.values())
+
+
+def _merge(patterns: list[list[str]]) -> list[str]:
+    shortest = min(map(len, patterns))
+    merged = [
+        tokens[0] if len(set(tokens)) == 1 else "*"
+        for tokens in zip(*(pattern[:shortest] for pattern in patterns), strict=True)
+    ]
+    if any(len(pattern) != shortest for pattern in patterns):
+        merged[-1] = ">"
+    return merged
