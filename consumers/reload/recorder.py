@@ -197,7 +197,7 @@ class LoadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._refuse(f"{what} takes a tensor that is not of the checkpoint")
 
     def _constant(self, value: object, what: str) -> float:
-        if not isinstance(value, bool | int | float):
+        if not isinstance(value, bool | int | float) or value != value:
             self._refuse(f"{what}: the constant {value!r} is not a real number")
         if isinstance(value, int) and abs(value) > _EXACT_INTEGERS:
             self._refuse(f"{what}: the constant {value} cannot be told exactly as a float")

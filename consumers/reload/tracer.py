@@ -13,13 +13,14 @@ what it did into `Needs`. It is a plan only if all of this holds; else `TraceRef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightbus.consumers.errors import TraceRefused
+from weightbus.consumers.reload.canvas import Canvas
 from weightbus.consumers.reload.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.lowering import Lowering
@@ -29,12 +30,13 @@ from weightbus.consumers.reload.memory import (
     plain_tensors,
     state_tensors,
     storage_id,
-    trace_coverage,
     window_of,
 )
-from weightbus.consumers.reload.recorder import LoadRecorder, Window, Write
+from weightbus.consumers.reload.recorder import LoadRecorder, Write
+from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.layout import Layout, TensorSpec
 from weightbus.schemas.needs import Copy, Needs, ParameterSpec
+from weightbus.schemas.needs_codec import check_needs
 
 __all__ = ("Tie", "Trace", "trace_needs", "whole_needs")
 
@@ -87,24 +89,24 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
                 Tie(i.name, number, window_of(i.tensor).offset - owner.window.offset)
                 for i in owner.names[1:]
             )
-    return Trace(lowering.needs(), tuple(ties), frozenset(excused))
+    needs = lowering.needs()
+    try:
+        check_needs(needs, layout)
+    except MessageInvalid as error:
+        raise TraceRefused(host.name, str(error)) from error
+    return Trace(needs, tuple(ties), frozenset(excused))
 
 
 def whole_needs(layout: Layout) -> Needs:
-    """What a rank reads whose own loader does the work: every tensor, whole.
-
-    Each tensor stands for a parameter of its own, which nothing is ever bound to.
-    """
-    parameters = tuple(
-        ParameterSpec(t.name, t.dtype, t.shape, _contiguous_strides(t.shape))
-        for t in layout.tensors
+    """What a rank reads whose own loader does the work: whole tensors, with no destination."""
+    return Needs(
+        (),
+        tuple(
+            Copy(number, (0,) * len(t.shape), t.shape, 0, 0, _contiguous_strides(t.shape))
+            for number, t in enumerate(layout.tensors)
+            if 0 not in t.shape
+        ),
     )
-    copies = tuple(
-        Copy(number, (0,) * len(p.shape), p.shape, number, 0, p.strides)
-        for number, p in enumerate(parameters)
-        if 0 not in p.shape
-    )
-    return Needs(parameters, copies)
 
 
 def _record(
@@ -227,24 +229,27 @@ def _by_owner(
 def _last_writes(
     host: ModelHost, owner: _Owner, writes: Sequence[Write]
 ) -> tuple[list[Write], list[str]]:
-    """The writes that are still seen at the end, and the buffers that nothing reaches."""
+    """What is seen of the writes at the end, and the buffers that nothing reaches."""
     windows = [window_of(item.tensor) for item in owner.names]
-    coverage = trace_coverage([write.target for write in writes], windows)
-    seen = []
-    for write, held, written in zip(writes, coverage.held, coverage.written, strict=True):
-        if held < written and held and isinstance(write.value, Window):
+    canvas = Canvas([write.target for write in writes], windows)
+    seen: list[Write] = []
+    for number, write in enumerate(writes):
+        if canvas.is_whole(number):
+            seen.append(write)
+        elif isinstance(write.value, float):
+            seen += (replace(write, target=window) for window in canvas.visible(number))
+        elif not canvas.is_hidden(number):
             raise TraceRefused(
                 host.name, f"a copy to {owner.spec.name} is overwritten, but only in part"
             )
-        if held:
-            seen.append(write)
     excused = []
-    for item, missing in zip(owner.names, coverage.uncovered, strict=True):
-        if not missing:
+    for item, window in zip(owner.names, windows, strict=True):
+        lacking = canvas.lacking_bytes(window)
+        if not lacking:
             continue
         if item.parameter or not host.may_stay_uncovered(item.name, persistent=item.persistent):
             raise TraceRefused(
-                host.name, f"{item.name}: {missing} of its bytes are not written by load_weights"
+                host.name, f"{item.name}: {lacking} of its bytes are not written by load_weights"
             )
         excused.append(item.name)
     return seen, excused
