@@ -31,8 +31,6 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     """Deadlines of the rounds that this consumer leads, and of its own preparation."""
     heartbeat_s: float = 1.0
     """How often the engine's state is put."""
-    presence_ttl_s: int = 5
-    """After how long a silent engine is gone."""
     round_ttl_s: int = 3
     """After how long a silent leader loses its round."""
     reader_ttl_s: int = 10

@@ -23,9 +23,9 @@ import msgspec
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from weightbus.bus.connection import Bus, Received, Reconnected
-from weightbus.bus.errors import BusError, BusUnavailable
-from weightbus.bus.errors import LeaseLost as LeaseIsLost
+from weightbus.bus.connection import Bus
+from weightbus.bus.errors import BusError, BusUnavailable, LeaseLost
+from weightbus.bus.received import Received, Reconnected
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine
 from weightbus.consumers.errors import ConsumerError, TransferError
@@ -175,6 +175,7 @@ class Consumer:
         self._heard: dict[int, _Heard] = {}
         self._works: dict[int, _Work] = {}
         self._preparing: dict[int, anyio.CancelScope] = {}
+        self._led: dict[str, RoundLease] = {}
         self._round = ""
         self._state: EngineState | None = None
         self._state_changed = anyio.Event()
@@ -262,7 +263,7 @@ class Consumer:
             if last is not None:
                 self._hear(last)
 
-    def _hear(self, received: Received) -> None:
+    def _hear(self, received: Received[Message]) -> None:
         match received.message:
             case CheckpointReady() as ready:
                 publish = SpanRef.from_headers(received.headers)
@@ -319,26 +320,32 @@ class Consumer:
             await _keep_on(errand())
 
     async def _campaign(self, round: str) -> None:
-        lease = RoundLease(
+        wanted = RoundLease(
             model=self._config.model,
             round=round,
             leader=self._config.engine,
+            epoch=0,
             consumer=self.instance,
         )
-        held = await self._bus.round_leases.acquire(lease, self._config.round_ttl_s)
+        held = await self._bus.round_leases.acquire(wanted, self._config.round_ttl_s)
         if held.consumer == self.instance:
+            self._led[round] = held
             self._feed(ev.LeaseWon(round=round, epoch=held.epoch))
         else:
             self._feed(ev.LeaseHeld(round=round, leader=held.leader))
 
     async def _renew(self, round: str) -> None:
+        if (lease := self._led.get(round)) is None:
+            return
         try:
-            await self._bus.round_leases.renew(self._config.model, round, self._config.round_ttl_s)
-        except LeaseIsLost:
+            await self._bus.round_leases.renew(lease, self._config.round_ttl_s)
+        except LeaseLost:
+            del self._led[round]
             self._feed(ev.LeaseLost(round=round))
 
     async def _release_round(self, round: str) -> None:
-        await self._bus.round_leases.release(self._config.model, round)
+        if (lease := self._led.pop(round, None)) is not None:
+            await self._bus.round_leases.release(lease)
 
     # ---------------------------------------------------------------- what is done
 

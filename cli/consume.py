@@ -1,0 +1,146 @@
+"""`weightbus consume`: the consumer service beside one engine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio
+import click
+import msgspec
+from msgspec import Struct
+
+from weightbus.bus.connection import open_bus
+from weightbus.bus.host import host_id
+from weightbus.bus.settings import BusSettings
+from weightbus.cli.until import until_stopped
+from weightbus.consumers.config import ConsumerConfig
+from weightbus.consumers.engines.torch.engine import open_torch_engine
+from weightbus.consumers.engines.torch.spec import TorchEngineSpec
+from weightbus.consumers.service import open_consumer
+from weightbus.consumers.transfer.local import LocalRoute
+from weightbus.schemas.rounds import CommitPolicy
+from weightbus.tracing.otlp import OtlpSettings
+from weightbus.tracing.telemetry import open_telemetry
+
+__all__ = ("command",)
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What was asked for: the command line and the environment, read once."""
+
+    bus: BusSettings
+    consumer: ConsumerConfig
+    otlp: OtlpSettings | None
+    engine_dir: Path | None
+    spawn: TorchEngineSpec | None
+
+
+@click.command()
+@click.option("--model", required=True, help="Model whose versions to follow.")
+@click.option("--engine-id", required=True, help="Id of the engine, unique for the model.")
+@click.option(
+    "--nats", "nats_url", help="NATS URL; else WEIGHTBUS_NATS_URL, else a bus of its own."
+)
+@click.option("--engine", "kind", type=click.Choice(["torch"]), default="torch", show_default=True)
+@click.option(
+    "--engine-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of the engine's sockets; with --architecture a new one by default.",
+)
+@click.option("--architecture", help="Start a torch engine of this architecture, and own it.")
+@click.option("--config", default="{}", help="Configuration of the architecture, as JSON.")
+@click.option("--tp", default=1, show_default=True, help="Ranks of the engine that is started.")
+@click.option("--root", "roots", multiple=True, help="Directory below which files may be read.")
+@click.option(
+    "--route", "routes", multiple=True, type=click.Choice(["local"]), help="Allow only these."
+)
+@click.option(
+    "--commit", type=click.Choice(["each", "together"]), default="each", show_default=True
+)
+@click.option("--join-window", default=0.2, show_default=True, help="Seconds that a leader waits.")
+@click.option("--host-id", "host", help="Override the host id: who has the same shares memory.")
+def command(
+    model: str,
+    engine_id: str,
+    nats_url: str | None,
+    kind: str,
+    engine_dir: Path | None,
+    architecture: str | None,
+    config: str,
+    tp: int,
+    roots: Sequence[str],
+    routes: Sequence[Any],
+    commit: CommitPolicy,
+    join_window: float,
+    host: str | None,
+) -> None:
+    """Keep an inference engine on the newest version of a model.
+
+    The consumer hears of new versions, negotiates with the others how the bytes travel, moves them
+    into the engine's live parameters, proves them by their digest, and reports every stage. It runs
+    until SIGINT or SIGTERM. An engine that it started ends with it; one that ran before goes on.
+    """
+    if engine_dir is None and architecture is None:
+        raise click.UsageError(
+            "give --engine-dir of a running engine, or --architecture of a new one"
+        )
+    bus = BusSettings.from_env(os.environ)
+    options = Options(
+        bus=msgspec.structs.replace(bus, url=nats_url or bus.url, name=f"consumer-{engine_id}"),
+        consumer=ConsumerConfig(
+            model=model,
+            engine=engine_id,
+            host_id=host or host_id(),
+            file_roots=tuple(str(Path(root).resolve()) for root in roots),
+            routes=tuple(routes) or ("local",),
+            commit=commit,
+            join_window_s=join_window,
+        ),
+        otlp=OtlpSettings.from_env(os.environ),
+        engine_dir=engine_dir,
+        spawn=_spec(kind, architecture, config, tp),
+    )
+    anyio.run(run_consumer, options)
+
+
+def _spec(kind: str, architecture: str | None, config: str, tp: int) -> TorchEngineSpec | None:
+    if architecture is None:
+        return None
+    try:
+        return TorchEngineSpec(
+            architecture=architecture, config=msgspec.json.decode(config, type=dict), tp=tp
+        )
+    except msgspec.MsgspecError as error:
+        raise click.BadParameter(f"{config!r} of the {kind} engine: {error}") from None
+
+
+async def run_consumer(options: Options) -> None:
+    """One consumer, from its parts, until SIGINT or SIGTERM."""
+    config = options.consumer
+    async with AsyncExitStack() as stack:
+        directory = options.engine_dir or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="weightbus-engine-"))
+        )
+        bus = await stack.enter_async_context(open_bus(options.bus))
+        telemetry = stack.enter_context(
+            open_telemetry(
+                "weightbus-consumer",
+                otlp=options.otlp,
+                resource={"weightbus.engine": config.engine},
+            )
+        )
+        engine = await stack.enter_async_context(open_torch_engine(directory, spawn=options.spawn))
+        local = LocalRoute(config.host_id, config.file_roots)
+        async with open_consumer(
+            config, bus=bus, engine=engine, routes=[local], telemetry=telemetry
+        ):
+            click.echo(
+                f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on {bus.url}; "
+                f"its sockets are in {directory}"
+            )
+            await until_stopped()

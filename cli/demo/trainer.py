@@ -1,0 +1,215 @@
+"""The demo's trainer, a process of its own: really trains two small models and publishes each version.
+
+Reads one JSON command per line from stdin and answers each with one JSON line on stdout; everything
+else goes to stderr. It publishes as any trainer would, through `BlockingPublisher`, and says what an
+engine must hold afterwards: computed here, by the engine's own loader, from the same tensors.
+
+Invariant: the n-th version of a model is the same in every run (seeded, one thread).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import msgspec
+import torch
+import torch.nn.functional as F  # noqa: N812
+from msgspec import Struct
+from safetensors.torch import load_file
+
+from weightbus.bus.settings import BusSettings
+from weightbus.cli.demo.sentences import PAIRS, PROBE
+from weightbus.consumers.engines.torch.decoder import Decoder
+from weightbus.consumers.engines.torch.fingerprint import fingerprint
+from weightbus.consumers.engines.torch.minilm import MiniLM, minilm_folder
+from weightbus.consumers.engines.torch.models import build_model, initialise
+from weightbus.producers.blocking import BlockingPublisher
+
+__all__ = ("DECODER_CONFIG", "Expected", "Publish", "main")
+
+DECODER_CONFIG: Mapping[str, Any] = {
+    "vocab_size": 500,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+}
+"""A mixture of experts: its engine stacks the trainer's expert matrices, and cuts them over ranks."""
+
+MINILM_STEPS = 2
+DECODER_STEPS = 8
+BATCH_PAIRS = 8
+TEMPERATURE = 0.05
+SEED = 20
+
+
+class Publish(Struct, frozen=True, tag_field="do", tag="publish"):
+    """Train on, then publish the weights as this version."""
+
+    model: Literal["minilm", "decoder"]
+    version: int
+
+
+class Expected(Struct, frozen=True):
+    """What was published, and what an engine that holds it must answer."""
+
+    model: str
+    version: int
+    loss: float
+    bytes: int
+    weights_digest: str
+    fingerprints: Mapping[int, tuple[str, ...]]
+    """Number of ranks -> SHA-256 over the parameters of each rank."""
+    embedding: tuple[float, ...] = ()
+    """Of `PROBE`."""
+
+
+class Trained(Protocol):
+    """One model in training."""
+
+    architecture: str
+    config: Mapping[str, Any]
+    rank_counts: tuple[int, ...]
+
+    def train(self) -> float:
+        """A few optimizer steps; returns the last loss."""
+
+    def checkpoint(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the checkpoint, by name; views."""
+
+    def embedding(self) -> tuple[float, ...]:
+        """What an engine should answer to `PROBE`; empty if it embeds nothing."""
+
+
+class MiniLMTraining:
+    """Fine-tunes the real model on sentence pairs (in-batch negatives, InfoNCE)."""
+
+    architecture = "minilm"
+    config: Mapping[str, Any] = {}
+    rank_counts = (1,)
+
+    def __init__(self) -> None:
+        model = build_model(self.architecture, self.config)
+        assert isinstance(model, MiniLM)
+        self._model = model
+        whole = load_file(minilm_folder() / "model.safetensors")
+        model.load_weights(whole.items())
+        served = model.checkpoint_tensors()
+        self._frozen = {name: tensor for name, tensor in whole.items() if name not in served}
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+        self._step = 0
+
+    def train(self) -> float:
+        loss = torch.zeros(())
+        for _ in range(MINILM_STEPS):
+            first = self._step * BATCH_PAIRS % len(PAIRS)
+            batch = PAIRS[first : first + BATCH_PAIRS]
+            left = self._model.embed([one for one, _ in batch])
+            right = self._model.embed([other for _, other in batch])
+            loss = F.cross_entropy(left @ right.T / TEMPERATURE, torch.arange(len(batch)))
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            self._step += 1
+        return loss.item()
+
+    def checkpoint(self) -> dict[str, torch.Tensor]:
+        """With the tensors that are not trained and no engine needs (pooler, position ids)."""
+        return {**self._model.checkpoint_tensors(), **self._frozen}
+
+    def embedding(self) -> tuple[float, ...]:
+        with torch.inference_mode():
+            return tuple(self._model.embed([PROBE])[0].tolist())
+
+
+class DecoderTraining:
+    """Trains a small mixture-of-experts decoder from scratch to count in steps."""
+
+    architecture = "decoder"
+    config = DECODER_CONFIG
+    rank_counts = (2,)
+
+    def __init__(self) -> None:
+        model = build_model(self.architecture, self.config)
+        assert isinstance(model, Decoder)
+        self._model = model
+        initialise(model, SEED)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        self._random = torch.Generator().manual_seed(SEED)
+
+    def train(self) -> float:
+        loss = torch.zeros(())
+        for _ in range(DECODER_STEPS):
+            start, step = torch.randint(1, 20, (2,), generator=self._random).tolist()
+            tokens = (start + step * torch.arange(24)) % DECODER_CONFIG["vocab_size"]
+            logits = self._model(tokens[:-1])
+            loss = F.cross_entropy(logits, tokens[1:])
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+        return loss.item()
+
+    def checkpoint(self) -> dict[str, torch.Tensor]:
+        return self._model.checkpoint_tensors()
+
+    def embedding(self) -> tuple[float, ...]:
+        return ()
+
+
+def _fingerprints(
+    trained: Trained, tensors: Mapping[str, torch.Tensor]
+) -> dict[int, tuple[str, ...]]:
+    """What every rank of an engine must hold, by the engine's own loader."""
+    found = {}
+    for ranks in trained.rank_counts:
+        models = [
+            build_model(trained.architecture, trained.config, rank, ranks) for rank in range(ranks)
+        ]
+        for model in models:
+            model.load_weights(tensors.items())
+        found[ranks] = tuple(fingerprint(model) for model in models)
+    return found
+
+
+def _publish(publisher: BlockingPublisher, trained: Trained, command: Publish) -> Expected:
+    loss = trained.train()
+    tensors = trained.checkpoint()
+    ready = publisher.publish(tensors, version=command.version)
+    return Expected(
+        model=command.model,
+        version=command.version,
+        loss=loss,
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        weights_digest=ready.weights_digest or "",
+        fingerprints=_fingerprints(trained, tensors),
+        embedding=trained.embedding(),
+    )
+
+
+def main(nats_url: str) -> None:
+    """Carry out the commands of stdin until it is closed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    settings = BusSettings(url=nats_url, name="demo-trainer")
+    with (
+        BlockingPublisher(settings, model="minilm") as minilm,
+        BlockingPublisher(settings, model="decoder") as decoder,
+    ):
+        trainings: dict[str, tuple[BlockingPublisher, Trained]] = {
+            "minilm": (minilm, MiniLMTraining()),
+            "decoder": (decoder, DecoderTraining()),
+        }
+        for line in sys.stdin:
+            command = msgspec.json.decode(line, type=Publish)
+            expected = _publish(*trainings[command.model], command)
+            sys.stdout.write(msgspec.json.encode(expected).decode() + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
