@@ -113,9 +113,10 @@ class _Runs:
 
 def _boxes(mask: npt.NDArray[np.bool_]) -> Iterator[Box]:
     """Cut the true elements of a mask into boxes: along the first dimension where it changes."""
+    if not mask.any():
+        return
     if mask.ndim == 0:
-        if mask:
-            yield ()
+        yield ()
         return
     changes = (mask[1:] != mask[:-1]).any(axis=tuple(range(1, mask.ndim)))
     starts = [0, *(np.flatnonzero(changes) + 1).tolist(), len(mask)]
