@@ -1,4 +1,12 @@
-"""From a layout and one rank's needs to a table of tiles, and from there to addresses. Does no I/O."""
+"""From a layout and one rank's needs to a table of tiles, and from there to addresses. Does no I/O.
+
+`plan_tiles` is done once per (layout digest, needs digest), `bind_tiles` once per version, in
+milliseconds. A tile is a grid of units with a byte stride per row and column on both sides, so that
+one loop (a GPU's kernel, a CPU's copy) runs them all, in any order.
+
+Invariants: the tiles of a plan move every byte that the needs name once; no two write the same one;
+none moves more than `TILE_BYTES`; none lies outside its segment or its parameter.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +16,90 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.destinations import check_destinations, tabulate_writes
+from weightbus.consumers.planning.pieces import Pieces, cut_pieces
+from weightbus.consumers.planning.tables import (
+    Integers,
+    tabulate_copies,
+    tabulate_layout,
+    tabulate_shards,
+)
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 
-__all__ = ("BoundTiles", "TilePlan", "bind_tiles", "plan_tiles")
+__all__ = (
+    "MAX_TILES",
+    "TILE",
+    "TILE_BYTES",
+    "BoundTiles",
+    "TilePlan",
+    "bind_tiles",
+    "plan_tiles",
+)
+
+TILE_BYTES = 128 * 1024
+"""Most bytes that one tile reads or writes: large enough for the speed of the link, small enough to
+share a model evenly among the blocks of a kernel (lab/RESULTS.md)."""
+
+MAX_TILES = 1 << 23
+"""Needs cut finer than this (1 TiB in whole tiles) go through the engine's own loader."""
+
+TILE = np.dtype(
+    [
+        ("segment", "<i8"),
+        ("source", "<i8"),  # byte of the segment
+        ("parameter", "<i8"),
+        ("destination", "<i8"),  # byte of the parameter's memory
+        ("rows", "<i8"),
+        ("cols", "<i8"),
+        ("unit_bytes", "<i8"),  # read at once
+        ("destination_unit_bytes", "<i8"),  # written at once; differs where a cast is made
+        ("source_row", "<i8"),  # bytes from one row to the next
+        ("source_col", "<i8"),
+        ("destination_row", "<i8"),
+        ("destination_col", "<i8"),
+        ("copy", "<i8"),  # index into Needs.copies
+        ("transform", "<i8"),  # index into Needs.transforms; -1: none
+    ]
+)
+"""One tile, in 8-byte integers, so that the table is also an [N, 14] array of int64."""
+
+_COMMON_COLUMNS = (
+    "segment",
+    "parameter",
+    "unit_bytes",
+    "destination_unit_bytes",
+    "copy",
+    "transform",
+)
+"""Columns that a tile has from its piece."""
+
+_GATHER_COLS = 256
+"""Columns of a tile whose units do not lie side by side: about as many as rows, so that a transpose
+touches few cache lines on either side."""
+
+_SHUFFLE_SEED = 20_261_101
+"""Neighbouring tiles would meet in one memory channel; any fixed order that parts them will do."""
 
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
     """What one rank moves, relative to segments and parameters; the same for every version."""
 
+    needs: Needs
     tiles: npt.NDArray[np.void]
-    tile_bytes: int
-    """Bytes read by all tiles."""
+    """[N] of `TILE`, in shuffled order."""
+    pieces: Pieces
+    """The same bytes as strided blocks, in the order of the copies."""
+    segment_ends: Integers
+    """One past the last byte read of every segment; 0: none is."""
+    parameter_ends: Integers
+    """One past the last byte written of every parameter, fills included."""
+    source_bytes: int
+    """Bytes read."""
+    destination_bytes: int
+    """Bytes written by copies; differs where a cast is made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +107,49 @@ class BoundTiles:
     """A plan at the addresses of one version. Valid while segments and parameters stay there."""
 
     plan: TilePlan
+    sources: Integers
+    """[N]: address where every tile begins to read."""
+    destinations: Integers
+    """[N]: address where every tile begins to write."""
+    piece_sources: Integers
+    piece_destinations: Integers
+    parameter_addresses: Integers
+    segment_addresses: Integers
 
 
 def plan_tiles(layout: Layout, needs: Needs) -> TilePlan:
-    """Cut everything that one rank needs into tiles of at most 128 KiB, in shuffled order.
+    """Cut everything that one rank needs into tiles of at most `TILE_BYTES`, in shuffled order.
+
+    Args:
+        layout: has been checked by `check_layout`.
 
     Raises:
-        PlanError: names the tensor or parameter at fault.
+        PlanError: needs do not fit the layout, an element would be written twice or outside its
+            parameter, or there are more than `MAX_TILES`; names the tensor or parameter at fault.
     """
-    raise NotImplementedError
+    table = tabulate_layout(layout)
+    copies = tabulate_copies(table, needs.copies)
+    writes = tabulate_writes(table, needs, copies)
+    parameter_ends = check_destinations(writes, copies)
+    pieces = cut_pieces(table, copies, tabulate_shards(table), writes)
+    units = pieces.sizes.prod(axis=1)
+    reaches = ((pieces.sizes - 1) * pieces.source_strides).sum(axis=1) + pieces.unit_bytes
+    segment_ends = np.zeros(len(layout.segments), dtype=np.int64)
+    np.maximum.at(segment_ends, pieces.segment, pieces.source + reaches)
+    _check_ends(
+        segment_ends,
+        [segment.size_bytes for segment in layout.segments],
+        [f"segment {number}" for number in range(len(layout.segments))],
+    )
+    return TilePlan(
+        needs=needs,
+        tiles=_tiles(pieces),
+        pieces=pieces,
+        segment_ends=segment_ends,
+        parameter_ends=parameter_ends,
+        source_bytes=int((units * pieces.unit_bytes).sum()),
+        destination_bytes=int((units * pieces.destination_unit_bytes).sum()),
+    )
 
 
 def bind_tiles(
@@ -46,11 +159,111 @@ def bind_tiles(
     parameter_addresses: Sequence[int],
     parameter_sizes: Sequence[int],
 ) -> BoundTiles:
-    """Put a plan at the addresses of one version. Sizes are bytes.
+    """Put a plan at the addresses of one version. Sizes are bytes; 0 is an address of nothing.
 
     `parameter_addresses` are of each parameter's first element.
 
     Raises:
-        PlanError: a tile would lie outside its segment or parameter.
+        PlanError: there are not as many segments or parameters as in the plan, or a tile would lie
+            outside its own.
     """
-    raise NotImplementedError
+    _check_ends(
+        plan.segment_ends,
+        segment_sizes,
+        [f"segment {number}" for number in range(plan.segment_ends.size)],
+    )
+    _check_ends(
+        plan.parameter_ends,
+        parameter_sizes,
+        [f"parameter {parameter.name}" for parameter in plan.needs.parameters],
+    )
+    segments = np.array(segment_addresses, dtype=np.int64)
+    parameters = np.array(parameter_addresses, dtype=np.int64)
+    return BoundTiles(
+        plan=plan,
+        sources=segments[plan.tiles["segment"]] + plan.tiles["source"],
+        destinations=parameters[plan.tiles["parameter"]] + plan.tiles["destination"],
+        piece_sources=segments[plan.pieces.segment] + plan.pieces.source,
+        piece_destinations=parameters[plan.pieces.parameter] + plan.pieces.destination,
+        segment_addresses=segments,
+        parameter_addresses=parameters,
+    )
+
+
+def _check_ends(ends: Integers, sizes: Sequence[int], names: Sequence[str]) -> None:
+    """Check that what is read or written of each thing ends inside it."""
+    if len(sizes) != ends.size:
+        raise PlanError("plan", f"bound to {len(sizes)} sizes", f"must be bound to {ends.size}")
+    outside = np.flatnonzero(ends > np.array(sizes, dtype=np.int64))
+    if outside.size:
+        number = int(outside[0])
+        limit = f"the plan takes bytes up to {ends[number]} of it"
+        raise PlanError(names[number], f"{sizes[number]} bytes long", limit)
+
+
+def _tiles(pieces: Pieces) -> npt.NDArray[np.void]:
+    """Cut pieces into tiles: chunks of two of their dimensions, every index of the others."""
+    sizes, sources, destinations = _with_rows(pieces)
+    cols, rows = sizes[:, 0], sizes[:, 1]
+    room = TILE_BYTES // np.maximum(pieces.unit_bytes, pieces.destination_unit_bytes)
+    adjacent = sources[:, 0] == pieces.unit_bytes
+    adjacent &= destinations[:, 0] == pieces.destination_unit_bytes
+    cols_at_once = np.minimum(cols, room)
+    gathered = np.minimum(cols, np.maximum(_GATHER_COLS, room // rows))
+    cols_at_once = np.where(adjacent, cols_at_once, np.minimum(gathered, cols_at_once))
+    rows_at_once = np.minimum(rows, np.maximum(1, room // cols_at_once))
+    radices = sizes.copy()  # how many tiles lie along each dimension
+    radices[:, 0] = -(-cols // cols_at_once)
+    radices[:, 1] = -(-rows // rows_at_once)
+    counts = radices.prod(axis=1)
+    total = int(counts.sum())
+    if total > MAX_TILES:
+        raise PlanError("needs", f"{total} tiles", f"at most {MAX_TILES}")
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(total)
+    piece = np.repeat(np.arange(len(pieces)), counts)[order]
+    left = order - (np.cumsum(counts) - counts)[piece]  # number of the tile in its piece
+    tiles = np.empty(total, dtype=TILE)
+    source, destination = pieces.source[piece], pieces.destination[piece]
+    for dim in range(sizes.shape[1]):
+        index = left % radices[piece, dim]
+        left //= radices[piece, dim]
+        if dim == 0:
+            index *= cols_at_once[piece]
+            tiles["cols"] = np.minimum(cols_at_once[piece], cols[piece] - index)
+        elif dim == 1:
+            index *= rows_at_once[piece]
+            tiles["rows"] = np.minimum(rows_at_once[piece], rows[piece] - index)
+        source += index * sources[piece, dim]
+        destination += index * destinations[piece, dim]
+    tiles["source"], tiles["destination"] = source, destination
+    tiles["source_col"], tiles["source_row"] = sources[piece, 0], sources[piece, 1]
+    tiles["destination_col"] = destinations[piece, 0]
+    tiles["destination_row"] = destinations[piece, 1]
+    for name in (
+        "segment",
+        "parameter",
+        "unit_bytes",
+        "destination_unit_bytes",
+        "copy",
+        "transform",
+    ):
+        tiles[name] = getattr(pieces, name)[piece]
+    return tiles
+
+
+def _with_rows(pieces: Pieces) -> tuple[Integers, Integers, Integers]:
+    """Sizes and strides with at least two dimensions, the widest but the innermost second."""
+    missing = max(0, 2 - pieces.sizes.shape[1])
+    edges = ((0, 0), (0, missing))
+    tables = (
+        np.pad(pieces.sizes, edges, constant_values=1),
+        np.pad(pieces.source_strides, edges),
+        np.pad(pieces.destination_strides, edges),
+    )
+    everyone = np.arange(len(pieces))
+    widest = 1 + tables[0][:, 1:].argmax(axis=1)
+    for table in tables:
+        second = table[:, 1].copy()
+        table[:, 1] = table[everyone, widest]
+        table[everyone, widest] = second
+    return tables

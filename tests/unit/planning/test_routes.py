@@ -246,5 +246,5 @@ def test_plan_is_refused_when_nobody_joined() -> None:
 
 def test_plan_is_refused_when_a_join_is_of_another_version() -> None:
     other = structs.replace(join("b", offer(0, "local")), version=8)
-    with pytest.raises(PlanError, match="join of engine b is .* must be of"):
+    with pytest.raises(PlanError, match=r"join of engine b is .* must be of"):
         decide(join("a", offer(0, "local")), other)
