@@ -100,7 +100,7 @@ class KeyBucket(Generic[M]):
         )
 
     async def scan(self, keys: str) -> AsyncIterator[Kept[M]]:
-        """What lies under every key that matches a pattern such as `model.*`; ended ones left out."""
+        """What lies under every key that matches a pattern (`model.*`), ended ones left out."""
         async for stored in self._jetstream.scan(self._stream, self.subject(keys)):
             kept = self._kept(stored)
             if kept.message is not None:

@@ -14,6 +14,8 @@ __all__ = (
     "BusTimeout",
     "BusUnavailable",
     "DataDirectoryBusy",
+    "FileUnreadable",
+    "HostUnknown",
     "LeaseLost",
     "ObjectCorrupt",
     "ObjectMissing",
@@ -155,6 +157,22 @@ class ObjectCorrupt(BusError):
     def __init__(self, key: str, field: str, found: object, expected: object) -> None:
         self.key, self.field, self.found, self.expected = key, field, found, expected
         super().__init__(f"object {key} has {field} {found}: it must be {expected}")
+
+
+class FileUnreadable(BusError):
+    """A file that a message names is absent or cannot be read."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"file {path} cannot be read: {reason}")
+
+
+class HostUnknown(BusError):
+    """The system does not tell which host this is; a host id can be given instead."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the id of this host cannot be made: {reason}")
 
 
 class LeaseLost(BusError):

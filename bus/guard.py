@@ -3,17 +3,17 @@
     owner --(pipe: guard's stdin)--> guard --(PR_SET_PDEATHSIG)--> command
 
 The owner starts `guarded_command(argv)` in a session of its own with `stdin=PIPE` and keeps the
-pipe's writing end; nothing is ever written to it. Whatever ends the owner closes that end. The guard
-then stops the command: SIGTERM to its process group, after `STOP_GRACE_S` SIGKILL. Closing the pipe
-is also the owner's way to stop the command in order. If the guard itself is killed, the kernel kills
-the command.
+pipe's writing end; nothing is ever written to it. Whatever ends the owner closes that end. The
+guard then stops the command: SIGTERM to its process group, after `STOP_GRACE_S` SIGKILL. Closing
+the pipe is also the owner's way to stop the command in order. If the guard itself is killed, the
+kernel kills the command.
 
 - The command runs in a process group of its own, with /dev/null as stdin and the guard's stdout and
   stderr. Inheritable descriptors of the guard are the command's too.
 - The guard ends with the command's exit status (128 + signal number if a signal ended it), after
   everything left in the command's process group was killed.
-- Death of the parent *thread* is what PDEATHSIG reports, and owners have threads that end; the guard
-  has one thread only. That is why the command is the guard's child and not the owner's.
+- Death of the parent *thread* is what PDEATHSIG reports, and owners have threads that end; the
+  guard has one thread only. That is why the command is the guard's child and not the owner's.
 - A process that the owner forks without exec keeps the pipe open, so the guard also looks once per
   second whether its parent is still the same.
 
@@ -47,8 +47,8 @@ _USAGE = "usage: guard.py COMMAND [ARGUMENT...]"
 def guarded_command(argv: Sequence[str]) -> list[str]:
     """The command line of a guard that runs `argv`.
 
-    Start it with `stdin=PIPE` and `start_new_session=True`; hold the pipe for as long as the command
-    shall live. `argv[0]` is searched in PATH.
+    Start it with `stdin=PIPE` and `start_new_session=True`; hold the pipe for as long as the
+    command shall live. `argv[0]` is searched in PATH.
     """
     return [sys.executable, "-I", "-S", __file__, *argv]
 

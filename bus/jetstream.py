@@ -1,9 +1,9 @@
 """The server's streams: publish with acknowledgement, last message, history. JSON over a `Link`.
 
-A thin client of JetStream's API (NATS ADR-8, ADR-31 and ADR-43), instead of nats-py's: every call has
-a deadline, can be sent again after a reconnect without doing its work twice, and needs no consumer
-on the server. Streams that have gone missing (a server that came back without its data) are made
-again by the `ensure` that was passed in.
+A thin client of JetStream's API (NATS ADR-8, ADR-31 and ADR-43), instead of nats-py's: every call
+has a deadline, can be sent again after a reconnect without doing its work twice, and needs no
+consumer on the server. Streams that are missing (a server came back without its data) are made
+again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded nats-server: found, started on a free port with its own data, stopped with its owner.
+"""The embedded nats-server: found, started on a free port with its own data, and ended in time.
 
 Owns one child process (through `weightbus.bus.guard`, in a session of its own, so that Ctrl-C in a
 terminal reaches the owner only, which then stops the server in order), a lock on the data directory

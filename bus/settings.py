@@ -5,17 +5,17 @@ Environment variables are read by `BusSettings.from_env`, in entry points only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from weightbus.bus.errors import SettingInvalid
+from weightbus.schemas.catalogue import check_prefix
+from weightbus.schemas.errors import MessageInvalid
 
 __all__ = ("BusSettings",)
 
-_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _VARIABLES = {"url": "WEIGHTBUS_NATS_URL", "server_path": "WEIGHTBUS_NATS_SERVER"}
 _MAX_SECONDS = 86_400.0
 
@@ -30,7 +30,7 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     url: str | None = None
     """Server to connect to, or several, separated by commas; None: run an embedded one."""
     prefix: str = "weightbus"
-    """First token of every subject, and of every stream's and bucket's name."""
+    """First tokens of every subject, and of every stream's and bucket's name."""
     name: str = "weightbus"
     """Shown by the server's monitoring, and in dead letters as the reporter."""
 
@@ -61,15 +61,17 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     reconnect_for_s: float = 60.0
     """How long a lost connection stays silent before it becomes `BusUnavailable`."""
     presence_ttl_s: int = 5
-    """How long an engine counts as present after its last heartbeat; the server counts whole seconds."""
+    """How long an engine counts as present after its last heartbeat, in whole seconds."""
     max_unread_messages: int = 16_384
     """How far a subscription's reader may fall behind."""
     layout_cache_dir: Path | None = None
     """Where layouts are kept between runs, by digest; None: in memory only."""
 
     def __post_init__(self) -> None:
-        if not _PREFIX.match(self.prefix):
-            raise SettingInvalid("prefix", self.prefix, "must match [A-Za-z0-9_-]{1,64}")
+        try:
+            check_prefix(self.prefix)
+        except MessageInvalid as error:
+            raise SettingInvalid("prefix", self.prefix, error.limit) from None
         if self.url is not None and not self.url:
             raise SettingInvalid("url", self.url, "must not be empty")
         if not 0 <= self.port < 65_536:
