@@ -78,6 +78,8 @@ class Join(Message, frozen=True, kw_only=True):
     """What the engine serves now; -1: nothing yet."""
     checkpoint_ns: Nanoseconds = 0
     """`created_ns` of the `CheckpointReady`: tells a version published again from the first."""
+    broken_epoch: Epoch = 0
+    """Epoch of the last plan this engine ran, if its group broke; 0: it asks for its first plan."""
     joined_ns: Nanoseconds = 0
 
 

@@ -32,16 +32,19 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     join_window_s: float = 0.2
     """How long a leader waits for engines that are present and have not joined."""
     repeat_s: float = 0.1
-    """How often `Join` and `Proven` are said again until they are answered."""
+    """After how long `Join` and `Proven` are said again; doubled each time, to `repeat_max_s`."""
+    repeat_max_s: float = 1.0
     round_ttl_s: float = 3.0
     """After how long a silent leader's lease expires; it is renewed three times as often."""
     negotiate_s: float = 10.0
     """From `Join` to a plan; then the engine goes on alone. Must outlive one dead leader."""
+    regroup_s: float = 5.0
+    """How long a leader waits for the members of a broken group to join again."""
     replan_s: float = 15.0
-    """From a broken broadcast group to the next plan; then the engine goes on alone. Must outlive a
-    member's presence key and a dead leader."""
+    """From a broken group to the next plan; then the engine goes on alone. Must outlive one dead
+    leader and `regroup_s`."""
     max_attempts: int = 2
-    """How often one version is tried while the engine serves another."""
+    """How often one version is tried while the engine serves another, and how often in a group."""
     backoff_s: float = 1.0
     """Pause before the second attempt; doubled before each later one."""
     backoff_max_s: float = 30.0
@@ -52,7 +55,11 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True):
-    """Everything that a plan is made of. The planner fills the fields of the same name from it."""
+    """Everything that a plan is made of.
+
+    A plan takes the fields of the same name from it, `model`, `version` and `checkpoint_ns` (its
+    `created_ns`) from `ready`, `created_ns` from `now_ns`, and names every engine of `joins`.
+    """
 
     joins: tuple[Join, ...]
     """The engines to plan for, in the order of their ids."""

@@ -1,0 +1,106 @@
+"""Which versions can be had, and which one to go for next. Pure bookkeeping, does no I/O.
+
+- A version is worth going for if it is above the floor: the last version that was, or may have
+  been, served. An engine that was touched, and so serves nothing, may also go to the floor itself.
+- The newest goes first. While the engine serves, a version that failed `max_attempts` times, or
+  once for a cause that would be met again, is left alone. An engine that is down never gives up:
+  it goes round the versions that can be had, newest first, with growing pauses.
+- What is retired cannot be had, until it is published again: then it is new in every respect. The
+  two are told apart by `created_ns` of the trainer's clock; only that it grows is relied on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightbus.consumers.round.config import RoundConfig
+from weightbus.consumers.round.effects import NS_PER_S
+from weightbus.schemas.checkpoint import CheckpointReady
+
+__all__ = ("Candidate", "Versions")
+
+MAX_KNOWN = 8
+"""Versions kept: the newest ones. A publisher keeps two alive; files may keep more."""
+MAX_RETIRED = 64
+"""Retired versions remembered."""
+
+
+@dataclass
+class Candidate:
+    """A version that can be had, and how it went so far."""
+
+    ready: CheckpointReady
+    received_ns: int
+    trace_id: str
+    failures: int = 0
+    hopeless: bool = False
+    """It failed for a cause that the same version would meet again."""
+    not_before_ns: int = 0
+    """When it may be tried (again)."""
+
+    @property
+    def version(self) -> int:
+        return self.ready.version
+
+
+class Versions:
+    """The versions that this consumer has heard of and that are not known to be gone."""
+
+    def __init__(self, config: RoundConfig) -> None:
+        self._config = config
+        self._known: dict[int, Candidate] = {}
+        self._retired: dict[int, int] = {}
+        """Version -> `created_ns` of what was retired."""
+
+    def see(self, ready: CheckpointReady, trace_id: str, now_ns: int) -> bool:
+        """Remember `ready`; False if that says nothing new."""
+        version, created_ns = ready.version, ready.created_ns
+        known = self._known.get(version)
+        if known is not None and created_ns <= known.ready.created_ns:
+            return False
+        if created_ns <= self._retired.get(version, -1):
+            return False
+        self._known[version] = Candidate(ready, now_ns, trace_id)
+        while len(self._known) > MAX_KNOWN:
+            del self._known[min(self._known)]
+        return True
+
+    def retire(self, version: int) -> None:
+        known = self._known.pop(version, None)
+        if known is not None:
+            self._retired[version] = known.ready.created_ns
+        while len(self._retired) > MAX_RETIRED:
+            del self._retired[min(self._retired)]
+
+    def fail(self, candidate: Candidate, cause: str, now_ns: int) -> None:
+        """An attempt failed."""
+        config = self._config
+        candidate.failures += 1
+        candidate.hopeless = cause in config.permanent_causes
+        pause_s = min(config.backoff_s * 2 ** (candidate.failures - 1), config.backoff_max_s)
+        candidate.not_before_ns = now_ns + round(pause_s * NS_PER_S)
+
+    def serve(self, version: int) -> None:
+        """`version` is served: what is older cannot be gone for any more."""
+        self._known = {v: known for v, known in self._known.items() if v >= version}
+        if version in self._known:
+            served = self._known[version]
+            served.failures, served.hopeless, served.not_before_ns = 0, False, 0
+
+    def best(self, floor: int, *, touched: bool) -> Candidate | None:
+        """The version to go for, now or at its `not_before_ns`.
+
+        Args:
+            floor: the last version that was, or may have been, served; -1: none.
+            touched: the engine serves nothing, because its parameters may be a mix.
+        """
+        down = touched or floor < 0
+        limit = self._config.max_attempts
+        worth = [
+            known
+            for version, known in self._known.items()
+            if (version > floor or (touched and version == floor))
+            and not known.hopeless
+            and (down or known.failures < limit)
+        ]
+        return min(worth, key=lambda k: (k.failures // limit, -k.version), default=None)

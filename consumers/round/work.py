@@ -1,0 +1,163 @@
+"""The version in hand, and what an engine says about it. Does no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightbus.consumers.round.config import RoundConfig
+from weightbus.consumers.round.events import TransferDone
+from weightbus.consumers.round.versions import Candidate
+from weightbus.schemas.base import Stage
+from weightbus.schemas.progress import UpdateComplete, UpdateFailed
+from weightbus.schemas.rounds import Join, Proven, RankOffer, RoundComplete, RoundPlan
+
+__all__ = ("CAUSE_CHARS", "NO_VERSION", "REASON_CHARS", "Work")
+
+NO_VERSION = -1
+"""In messages and events: none."""
+CAUSE_CHARS = 128
+REASON_CHARS = 4096
+"""What messages hold of an error."""
+
+
+@dataclass
+class Work:
+    """One attempt to bring one version to this engine."""
+
+    config: RoundConfig
+    candidate: Candidate
+    start_ns: int
+    """When it was heard that the version can be had, or when the attempt began if it is not the
+    first one."""
+    round: str
+    token: int
+    """Of the instruction under way."""
+    offers: tuple[RankOffer, ...] = ()
+    layout_digest: str | None = None
+    alone: bool = False
+    """In a round of this engine's own."""
+    plan: RoundPlan | None = None
+    """The plan that is run, or was run last."""
+    latest: RoundPlan | None = None
+    """A plan of a later epoch, heard while `plan` was run."""
+    aborted_epoch: int = -1
+    """The latest epoch of which an `Abort` was heard."""
+    broken_epoch: int = 0
+    """Epoch of the last plan whose group broke; 0: none did."""
+    runs: int = 0
+    """How many plans were run."""
+    repeats: int = 0
+    """How often the same thing was said while waiting."""
+    done: TransferDone | None = None
+    """The proof."""
+
+    @property
+    def version(self) -> int:
+        return self.candidate.version
+
+    @property
+    def epoch(self) -> int:
+        """Of the latest plan heard; -1: none."""
+        plan = self.latest or self.plan
+        return -1 if plan is None else plan.epoch
+
+    @property
+    def running(self) -> RoundPlan:
+        """The plan that is run, or was run last."""
+        assert self.plan is not None, "a transfer has a plan, and a proof has had one"
+        return self.plan
+
+    def join(self, served_version: int, now_ns: int) -> Join:
+        return Join(
+            model=self.config.model,
+            version=self.version,
+            round=self.round,
+            engine=self.config.engine,
+            consumer=self.config.consumer,
+            host_id=self.config.host_id,
+            ranks=self.offers,
+            served_version=served_version,
+            checkpoint_ns=self.candidate.ready.created_ns,
+            broken_epoch=self.broken_epoch,
+            joined_ns=now_ns,
+        )
+
+    def proven(self) -> Proven:
+        return Proven(
+            model=self.config.model,
+            version=self.version,
+            round=self.round,
+            epoch=self.running.epoch,
+            engine=self.config.engine,
+        )
+
+    def complete(self, paused_s: float, now_ns: int) -> UpdateComplete:
+        done = self.done
+        assert done is not None, "only a proof leads to serving"
+        return UpdateComplete(
+            model=self.config.model,
+            version=self.version,
+            round=self.round,
+            engine=self.config.engine,
+            verified=done.verified,
+            weights_digest=done.weights_digest,
+            routes=done.routes,
+            bytes=done.bytes,
+            start_ns=self.start_ns,
+            end_ns=now_ns,
+            paused_s=paused_s,
+            direct_parameters=done.direct_parameters,
+            processed_parameters=done.processed_parameters,
+            reason=done.reason,
+            trace_id=self.candidate.trace_id,
+        )
+
+    def failed(
+        self,
+        cause: str,
+        reason: str,
+        stage: Stage | None,
+        *,
+        served_version: int,
+        quarantined: bool,
+        now_ns: int,
+    ) -> UpdateFailed:
+        return UpdateFailed(
+            model=self.config.model,
+            version=self.version,
+            round=self.round,
+            engine=self.config.engine,
+            cause=cause[:CAUSE_CHARS],
+            reason=reason[:REASON_CHARS],
+            stage=stage,
+            served_version=served_version,
+            quarantined=quarantined,
+            start_ns=self.start_ns,
+            end_ns=now_ns,
+            trace_id=self.candidate.trace_id,
+        )
+
+    def end_alone(self, failure: str, now_ns: int) -> RoundComplete | None:
+        """The closing word on a round of this engine's own, if it is one and got as far as a plan.
+
+        Args:
+            failure: why the engine does not serve the version; empty: it does.
+        """
+        if self.plan is None or not self.alone:
+            return None
+        engine = self.config.engine
+        return RoundComplete(
+            model=self.config.model,
+            version=self.version,
+            round=self.round,
+            epoch=self.plan.epoch,
+            leader=engine,
+            completed=() if failure else (engine,),
+            failed={engine: failure[:REASON_CHARS]} if failure else {},
+            layout_digest=self.layout_digest,
+            bytes=0 if self.done is None else self.done.bytes,
+            engines=1,
+            started_ns=self.plan.created_ns,
+            ended_ns=now_ns,
+            trace_id=self.candidate.trace_id,
+        )
