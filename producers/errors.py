@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
-    "FilesUnreadable",
     "ProducerError",
     "PublisherClosed",
+    "RankInvalid",
     "SealFailed",
     "SharedMemoryFull",
     "SharedMemoryUnavailable",
@@ -38,7 +38,7 @@ class VersionNotNew(ProducerError):
         self.model, self.version, self.newest, self.producer = model, version, newest, producer
         super().__init__(
             f"version of {model} is {version}: must be greater than {newest}, "
-            f"which {producer} has published"
+            f"which {producer} has used"
         )
 
 
@@ -77,7 +77,7 @@ class SharedMemoryUnavailable(ProducerError):
 
 
 class SealFailed(ProducerError):
-    """The parts of all ranks did not become one checkpoint; no reader was told of the version.
+    """The parts of all ranks did not become one checkpoint. The version is used up on every rank.
 
     `missing` names the ranks whose part this rank has not heard of; a rank other than 0 hears only
     of those that spoke while it listened.
@@ -88,12 +88,12 @@ class SealFailed(ProducerError):
         super().__init__(f"version {version} is not sealed: {reason}")
 
 
-class FilesUnreadable(ProducerError):
-    """Files to be published are not there, or cannot be read."""
+class RankInvalid(ProducerError):
+    """A rank does something that is not for it to do."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        self.path, self.reason = path, reason
-        super().__init__(f"{path} cannot be published: {reason}")
+    def __init__(self, rank: int, limit: str) -> None:
+        self.rank, self.limit = rank, limit
+        super().__init__(f"rank is {rank}: {limit}")
 
 
 class PublisherClosed(ProducerError):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
+from weightbus.producers.digests import Sums
 from weightbus.producers.errors import TensorInvalid
-from weightbus.producers.writing import Sums
 from weightbus.schemas.layout import Layout, ShardSpec, TensorSpec
 from weightbus.schemas.layout_codec import check_layout
 from weightbus.schemas.placement import Placement

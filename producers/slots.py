@@ -1,154 +1,148 @@
-"""A named shared-memory block that this process owns: a header page, then the data of one segment.
+"""The two slots of a rank: which one is written next, and when nobody reads it any more.
 
-Owns one file below /dev/shm, its mapping, and a lock on it. Blocking; runs in worker threads.
-
-- The file is created exclusively, with mode 0600, and its memory is allocated at once, so that a
-  full /dev/shm is an error here and not a SIGBUS in the middle of a copy.
-- The lock (`flock`) lives as long as the owner: whoever can take it knows that the owner is gone
-  (`weightbus.producers.sweep`). Readers never lock.
-- The generation word only grows; odd while the data may be half written, also when the writer
-  was cancelled or killed in between, and even while the data is one whole version.
-
-Memory order: the generation is one aligned 8-byte store. x86-64 keeps stores in order, so a reader
-that still sees the old word saw old data. Weaker machines may reorder it against the data; there,
-as everywhere, the leases keep readers away from a slot that is written, and the digest proves what
-they read. The generation that readers are promised travels over the bus, after the data.
+Owns the shared-memory blocks. A slot that held a published version is given out again only after
+`CheckpointRetired` was acknowledged, *then* the leases of its readers were listed and are gone. A
+reader takes its lease first and looks for the retirement then: whichever way the two meet, the
+publisher sees the lease or the reader sees the retirement.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import mmap
-import os
-from pathlib import Path
-from typing import Final
+import secrets
+from collections.abc import Sequence
 
-from weightbus.producers.errors import SharedMemoryFull, SharedMemoryUnavailable
-from weightbus.schemas.shared_memory import (
-    SHM_GENERATION_OFFSET,
-    SHM_HEADER_BYTES,
-    pack_shm_header,
-)
+import anyio
+import anyio.to_thread
 
-__all__ = ("SHM_DIRECTORY", "SHM_PREFIX", "SharedBlock")
+from weightbus.bus.connection import Bus
+from weightbus.bus.host import host_id
+from weightbus.producers.blocks import SHM_PREFIX, SharedBlock
+from weightbus.producers.errors import SlotBusy
+from weightbus.schemas.checkpoint import CheckpointRetired
+from weightbus.schemas.placement import Placement, SharedMemorySegment
 
-SHM_DIRECTORY: Final = Path("/dev/shm")
-SHM_PREFIX: Final = "weightbus-"
+__all__ = ("Slot", "Slots")
 
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
+SLOTS = 2
+"""The newest version, and one that is being written, or is kept for who was cut short."""
 
-_ALLOCATION_BYTES: Final = 256 * 2**20
-"""Allocated at a time: a signal makes the kernel begin a step again, so steps must be short."""
-
-_CREATE_ATTEMPTS: Final = 8
+POLL_S = 0.02
+"""Between two looks at the leases."""
 
 
-class SharedBlock:
-    """One block, from its creation to `close`. Not for several threads at once."""
+class Slot:
+    """One block, or room for one."""
 
-    name: str
-    """Below the directory; readers open it by this name."""
-    size_bytes: int
-    """Of the data, without the header."""
-
-    def __init__(
-        self, name: str, size_bytes: int, generation: int = 0, directory: Path = SHM_DIRECTORY
-    ) -> None:
-        """Create the block; `generation` (even) is where its word goes on from.
-
-        Raises:
-            SharedMemoryFull: it does not fit.
-            SharedMemoryUnavailable: it exists already, or the system refuses it.
-        """
-        self.name, self.size_bytes = name, size_bytes
-        self._path = directory / name
-        self._fd = _create(self._path, SHM_HEADER_BYTES + size_bytes)
-        try:
-            self._map = mmap.mmap(self._fd, SHM_HEADER_BYTES + size_bytes)
-        except OSError as error:
-            self._path.unlink()
-            os.close(self._fd)
-            raise SharedMemoryUnavailable(str(self._path), str(error.strerror)) from error
-        header = pack_shm_header(size_bytes, generation)
-        self._map[: len(header)] = header
-        word = slice(SHM_GENERATION_OFFSET, SHM_GENERATION_OFFSET + 8)
-        self._generation = memoryview(self._map)[word].cast("Q")
-        self._closed = False
+    def __init__(self) -> None:
+        self.held: SharedBlock | None = None
+        self.version: int | None = None
+        """What readers may have been told is in it; None: nothing."""
 
     @property
-    def generation(self) -> int:
-        """The word in the header."""
-        return self._generation[0]
+    def block(self) -> SharedBlock:
+        """Of a slot that was given out."""
+        assert self.held is not None
+        return self.held
 
-    def begin_write(self) -> memoryview:
-        """Make the generation odd, then give out the data to be written.
+    def placement(self) -> Placement:
+        """Where readers find the segment while the present version is whole."""
+        name, generation = self.block.name, self.block.generation
+        return ((SharedMemorySegment(name=name, host_id=host_id(), generation=generation),),)
 
-        The view is valid until `close`; drop it before.
+
+class Slots:
+    """Made once per publisher; `close` it."""
+
+    def __init__(self, bus: Bus, model: str, producer: str, rank: int) -> None:
+        self._bus, self._model, self._producer, self._rank = bus, model, producer, rank
+        self._slots = [Slot() for _ in range(SLOTS)]
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """What readers may have been told is in the slots."""
+        return tuple(slot.version for slot in self._slots if slot.version is not None)
+
+    async def free(self, size_bytes: int, newest: int, wait_s: float) -> Slot:
+        """A slot with a block of `size_bytes` that nobody reads; never the one of `newest`.
+
+        Versions above `newest`, the newest on the bus, were never sealed: they have no readers.
+
+        Raises:
+            SlotBusy: readers held on for `wait_s`. The slot's version is retired, not overwritten.
+            SharedMemoryFull, SharedMemoryUnavailable: no new block; the slot stays empty.
         """
-        self._generation[0] |= 1
-        return memoryview(self._map)[SHM_HEADER_BYTES:]
+        slot = min(
+            (slot for slot in self._slots if slot.version is None or slot.version != newest),
+            key=lambda slot: _order(slot, newest),
+        )
+        if slot.version is not None and slot.version <= newest:
+            await self._retire(slot.version, "its slot is needed for a new version")
+            readers = await self._readers_left((slot.version, newest), wait_s)
+            if readers:
+                raise SlotBusy(slot.version, readers, wait_s)
+        slot.version = None
+        if slot.held is None or slot.held.size_bytes != size_bytes:
+            await anyio.to_thread.run_sync(self._renew, slot, size_bytes)
+        return slot
 
-    def end_write(self) -> int:
-        """Make the generation even: the data is whole. Returns the generation to promise."""
-        self._generation[0] += 1
-        return self._generation[0]
+    async def retire_all(self, newest: int, wait_s: float) -> None:
+        """Tell readers that every version in a slot ends, and wait for them, `wait_s` at most.
+
+        Blocks that are closed under a reader stay his, unchanged; who has not opened them yet
+        fails cleanly.
+        """
+        versions = sorted(version for version in self.versions if version <= newest)
+        for version in versions:
+            await self._retire(version, "its publisher ends")
+        readers = await self._readers_left(versions, wait_s)
+        if readers:
+            reason = f"its publisher ended, after waiting {wait_s:g} s for its readers"
+            await self._retire(versions[-1], reason, active_readers=len(readers))
 
     def close(self) -> None:
-        """Remove the name and the lock. Idempotent; does not wait.
+        """Remove the blocks."""
+        for slot in self._slots:
+            if slot.held is not None:
+                slot.held.close()
 
-        Who has the block mapped keeps its memory, unchanged, until he unmaps it. Our own
-        mapping goes with its last view.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        self._path.unlink(missing_ok=True)
-        os.close(self._fd)
-        del self._generation, self._map
+    def _renew(self, slot: Slot, size_bytes: int) -> None:
+        """Blocking. The old block goes first, so that /dev/shm never holds three."""
+        generation = 0
+        if slot.held is not None:
+            generation = slot.held.generation + slot.held.generation % 2
+            slot.held.close()
+            slot.held = None
+        unique = secrets.token_hex(8)
+        name = f"{SHM_PREFIX}{self._model}.{self._producer}.{self._rank}.{unique}"
+        slot.held = SharedBlock(name, size_bytes, generation)
 
+    async def _retire(self, version: int, reason: str, active_readers: int = 0) -> None:
+        await self._bus.publish(
+            CheckpointRetired(
+                model=self._model,
+                version=version,
+                producer=self._producer,
+                reason=reason,
+                active_readers=active_readers,
+            )
+        )
 
-def _create(path: Path, size_bytes: int) -> int:
-    """A locked, allocated file that nobody else has; its descriptor."""
-    try:
-        _check_room(path.parent, size_bytes)
-        fd = _create_locked(path)
-    except OSError as error:
-        raise SharedMemoryUnavailable(str(path), str(error.strerror)) from error
-    try:
-        for offset_bytes in range(0, size_bytes, _ALLOCATION_BYTES):
-            os.posix_fallocate(fd, offset_bytes, min(_ALLOCATION_BYTES, size_bytes - offset_bytes))
-    except OSError as error:
-        path.unlink()
-        os.close(fd)
-        if error.errno not in _FULL:
-            raise SharedMemoryUnavailable(str(path), str(error.strerror)) from error
-        have_bytes = _free_bytes(path.parent)
-        raise SharedMemoryFull(str(path.parent), size_bytes, have_bytes) from error
-    return fd
-
-
-def _create_locked(path: Path) -> int:
-    """Between creation and lock a file looks as if its owner were gone: a sweep may remove it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    for _ in range(_CREATE_ATTEMPTS):
-        fd = os.open(path, flags, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            path.unlink(missing_ok=True)
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)
-    raise SharedMemoryUnavailable(str(path), f"was removed {_CREATE_ATTEMPTS} times while made")
+    async def _readers_left(self, versions: Sequence[int], wait_s: float) -> list[str]:
+        """Wait until nobody reads `versions`; returns who does after `wait_s`."""
+        deadline = anyio.current_time() + wait_s
+        while True:
+            readers = [
+                f"{lease.engine} (version {version})"
+                for version in versions
+                for lease in await self._bus.reader_leases.readers(self._model, version)
+            ]
+            if not readers or anyio.current_time() >= deadline:
+                return readers
+            await anyio.sleep(POLL_S)
 
 
-def _check_room(directory: Path, need_bytes: int) -> None:
-    have_bytes = _free_bytes(directory)
-    if have_bytes < need_bytes:
-        raise SharedMemoryFull(str(directory), need_bytes, have_bytes)
-
-
-def _free_bytes(directory: Path) -> int:
-    room = os.statvfs(directory)
-    return room.f_bavail * room.f_frsize
+def _order(slot: Slot, newest: int) -> tuple[int, int]:
+    """Empty slots first, then those that never had a reader, then the oldest version."""
+    if slot.version is None:
+        return (0, 0)
+    return (1 if slot.version > newest else 2, slot.version)

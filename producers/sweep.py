@@ -1,7 +1,7 @@
 """Removes shared-memory blocks whose owner is gone: killed publishers cannot clean up themselves.
 
 Owns nothing. A block's owner holds a lock on it for as long as it lives
-(`weightbus.producers.slots`), in whatever container, and the kernel drops the lock with the
+(`weightbus.producers.blocks`), in whatever container, and the kernel drops the lock with the
 process: no process ids, no ages, no guessing. Blocks of other users are theirs to sweep.
 """
 
@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from weightbus.producers.slots import SHM_DIRECTORY, SHM_PREFIX
+from weightbus.producers.blocks import SHM_DIRECTORY, SHM_PREFIX
 
 __all__ = ("sweep_blocks",)
 

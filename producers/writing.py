@@ -14,14 +14,12 @@ import numpy as np
 import torch
 
 from weightbus.bus.digest import digest_box
+from weightbus.producers.digests import Sums
 from weightbus.producers.shards import Part
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout, ShardSpec
 
-__all__ = ("Sums", "write_part")
-
-Sums = np.ndarray[Any, np.dtype[np.uint64]]
-"""One 64-bit digest per shard or tensor."""
+__all__ = ("write_part",)
 
 _BATCH_BYTES: Final = 64 * 2**20
 _BATCH_SHARDS: Final = 4096

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from weightbus.bus.digest import digest_tensor
+from weightbus.producers.digests import Sums
 from weightbus.producers.errors import TensorInvalid
 from weightbus.producers.sealing import add_digests, plan_seal, seal_placement
 from weightbus.producers.shards import Part, Shard, plan_part
-from weightbus.producers.writing import Sums, write_part
+from weightbus.producers.writing import write_part
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import FileSegment

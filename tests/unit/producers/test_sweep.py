@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from weightbus.producers.slots import SharedBlock
+from weightbus.producers.blocks import SharedBlock
 from weightbus.producers.sweep import sweep_blocks
 
 OWNER = """
 import sys
 from pathlib import Path
-from weightbus.producers.slots import SharedBlock
+from weightbus.producers.blocks import SharedBlock
 block = SharedBlock("weightbus-child", 4, 0, Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.read()

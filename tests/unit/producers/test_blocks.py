@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from weightbus.producers.blocks import SharedBlock
 from weightbus.producers.errors import SharedMemoryFull, SharedMemoryUnavailable
-from weightbus.producers.slots import SharedBlock
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES, unpack_shm_header
 
 NAME = "weightbus-test"

@@ -1,0 +1,81 @@
+"""What every kind of publishing does on the bus: the order of versions, digests, the one event.
+
+Owns the objects with tensor digests that it put into the store, and removes those of old versions.
+Imports no torch: a publisher of files needs none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from msgspec import structs
+
+from weightbus.bus.connection import Bus
+from weightbus.bus.digest import combine, digest_hex
+from weightbus.producers.digests import Sums, put_sums
+from weightbus.producers.errors import VersionNotNew
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.codec import encode
+
+__all__ = ("Announcer",)
+
+VERSIONS_READABLE = 2
+"""The newest, and the one before for an engine whose update to the newest was cut short."""
+
+
+class Announcer:
+    """Tells the bus of the versions of one model by one producer."""
+
+    def __init__(self, bus: Bus, model: str, producer: str) -> None:
+        self.bus, self.model, self.producer = bus, model, producer
+        self._objects: dict[int, str] = {}
+
+    def draft(self, version: int, metadata: Mapping[str, str]) -> CheckpointReady:
+        """The event of a version, but for what is published; checked before anything is done.
+
+        Raises:
+            MessageInvalid: version or metadata break the contract.
+        """
+        ready = CheckpointReady(
+            model=self.model,
+            version=version,
+            producer=self.producer,
+            created_ns=time.time_ns(),
+            metadata=dict(metadata),
+        )
+        encode(structs.replace(ready, files=("/",)))
+        return ready
+
+    async def newest(self) -> int:
+        """The newest version on the bus, whoever published it; -1: none."""
+        last = await self.bus.last(CheckpointReady, model=self.model)
+        return -1 if last is None else last.message.version
+
+    async def check_new(self, version: int) -> int:
+        """Readers must be able to take `version` for news. Returns the newest version so far.
+
+        Raises:
+            VersionNotNew: it is not greater than that.
+        """
+        last = await self.bus.last(CheckpointReady, model=self.model)
+        if last is None:
+            return -1
+        newest = last.message
+        if version <= newest.version:
+            raise VersionNotNew(self.model, version, newest.version, newest.producer)
+        return newest.version
+
+    async def put_digests(self, version: int, tensor_digests: Sums) -> tuple[str, str]:
+        """Offer proof of a version: (its weights digest, key of the tensor digests' object)."""
+        key = await put_sums(self.bus, tensor_digests)
+        self._objects[version] = key
+        return digest_hex(combine(tensor_digests)), key
+
+    async def say(self, ready: CheckpointReady, headers: Mapping[str, str]) -> None:
+        """Publish the event; returns once the bus keeps it. Then forget what is older."""
+        await self.bus.publish(ready, headers)
+        for version in sorted(self._objects)[:-VERSIONS_READABLE]:
+            key = self._objects.pop(version)
+            if key not in self._objects.values():
+                await self.bus.objects.delete(key)

@@ -1,0 +1,154 @@
+"""A named shared-memory block that this process owns: a header page, then the data of one segment.
+
+Owns one file below /dev/shm, its mapping, and a lock on it. Blocking; runs in worker threads.
+
+- The file is created exclusively, with mode 0600, and its memory is allocated at once, so that a
+  full /dev/shm is an error here and not a SIGBUS in the middle of a copy.
+- The lock (`flock`) lives as long as the owner: whoever can take it knows that the owner is gone
+  (`weightbus.producers.sweep`). Readers never lock.
+- The generation word only grows; odd while the data may be half written, also when the writer
+  was cancelled or killed in between, and even while the data is one whole version.
+
+Memory order: the generation is one aligned 8-byte store. x86-64 keeps stores in order, so a reader
+that still sees the old word saw old data. Weaker machines may reorder it against the data; there,
+as everywhere, the leases keep readers away from a slot that is written, and the digest proves what
+they read. The generation that readers are promised travels over the bus, after the data.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from typing import Final
+
+from weightbus.producers.errors import SharedMemoryFull, SharedMemoryUnavailable
+from weightbus.schemas.shared_memory import (
+    SHM_GENERATION_OFFSET,
+    SHM_HEADER_BYTES,
+    pack_shm_header,
+)
+
+__all__ = ("SHM_DIRECTORY", "SHM_PREFIX", "SharedBlock")
+
+SHM_DIRECTORY: Final = Path("/dev/shm")
+SHM_PREFIX: Final = "weightbus-"
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
+
+_ALLOCATION_BYTES: Final = 256 * 2**20
+"""Allocated at a time: a signal makes the kernel begin a step again, so steps must be short."""
+
+_CREATE_ATTEMPTS: Final = 8
+
+
+class SharedBlock:
+    """One block, from its creation to `close`. Not for several threads at once."""
+
+    name: str
+    """Below the directory; readers open it by this name."""
+    size_bytes: int
+    """Of the data, without the header."""
+
+    def __init__(
+        self, name: str, size_bytes: int, generation: int = 0, directory: Path = SHM_DIRECTORY
+    ) -> None:
+        """Create the block; `generation` (even) is where its word goes on from.
+
+        Raises:
+            SharedMemoryFull: it does not fit.
+            SharedMemoryUnavailable: it exists already, or the system refuses it.
+        """
+        self.name, self.size_bytes = name, size_bytes
+        self._path = directory / name
+        self._fd = _create(self._path, SHM_HEADER_BYTES + size_bytes)
+        try:
+            self._map = mmap.mmap(self._fd, SHM_HEADER_BYTES + size_bytes)
+        except OSError as error:
+            self._path.unlink()
+            os.close(self._fd)
+            raise SharedMemoryUnavailable(str(self._path), str(error.strerror)) from error
+        header = pack_shm_header(size_bytes, generation)
+        self._map[: len(header)] = header
+        word = slice(SHM_GENERATION_OFFSET, SHM_GENERATION_OFFSET + 8)
+        self._generation = memoryview(self._map)[word].cast("Q")
+        self._closed = False
+
+    @property
+    def generation(self) -> int:
+        """The word in the header."""
+        return self._generation[0]
+
+    def begin_write(self) -> memoryview:
+        """Make the generation odd, then give out the data to be written.
+
+        The view is valid until `close`; drop it before.
+        """
+        self._generation[0] |= 1
+        return memoryview(self._map)[SHM_HEADER_BYTES:]
+
+    def end_write(self) -> int:
+        """Make the generation even: the data is whole. Returns the generation to promise."""
+        self._generation[0] += 1
+        return self._generation[0]
+
+    def close(self) -> None:
+        """Remove the name and the lock. Idempotent; does not wait.
+
+        Who has the block mapped keeps its memory, unchanged, until he unmaps it. Our own
+        mapping goes with its last view.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+        del self._generation, self._map
+
+
+def _create(path: Path, size_bytes: int) -> int:
+    """A locked, allocated file that nobody else has; its descriptor."""
+    try:
+        _check_room(path.parent, size_bytes)
+        fd = _create_locked(path)
+    except OSError as error:
+        raise SharedMemoryUnavailable(str(path), str(error.strerror)) from error
+    try:
+        for offset_bytes in range(0, size_bytes, _ALLOCATION_BYTES):
+            os.posix_fallocate(fd, offset_bytes, min(_ALLOCATION_BYTES, size_bytes - offset_bytes))
+    except OSError as error:
+        path.unlink()
+        os.close(fd)
+        if error.errno not in _FULL:
+            raise SharedMemoryUnavailable(str(path), str(error.strerror)) from error
+        have_bytes = _free_bytes(path.parent)
+        raise SharedMemoryFull(str(path.parent), size_bytes, have_bytes) from error
+    return fd
+
+
+def _create_locked(path: Path) -> int:
+    """Between creation and lock a file looks as if its owner were gone: a sweep may remove it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(_CREATE_ATTEMPTS):
+        fd = os.open(path, flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            path.unlink(missing_ok=True)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)
+    raise SharedMemoryUnavailable(str(path), f"was removed {_CREATE_ATTEMPTS} times while made")
+
+
+def _check_room(directory: Path, need_bytes: int) -> None:
+    have_bytes = _free_bytes(directory)
+    if have_bytes < need_bytes:
+        raise SharedMemoryFull(str(directory), need_bytes, have_bytes)
+
+
+def _free_bytes(directory: Path) -> int:
+    room = os.statvfs(directory)
+    return room.f_bavail * room.f_frsize

@@ -1,0 +1,122 @@
+"""How the ranks of one trainer agree on a version: every rank says its part, rank 0 seals.
+
+Only what is said while a rank is inside `publish` counts; nothing old is ever taken for new. Rank 0
+calls by saying its own part, and again every second; every other rank says its part when it begins
+and whenever it hears the call, until it hears `CheckpointReady`. A rank that gives up says so, and
+why, and no other waits for it. Every wait has one deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import anyio
+from msgspec import structs
+
+from weightbus.bus.connection import Bus
+from weightbus.bus.received import Reconnected
+from weightbus.producers.errors import SealFailed
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
+from weightbus.schemas.errors import WeightBusError
+
+__all__ = ("RankGroup",)
+
+CALL_INTERVAL_S = 1.0
+GIVE_UP_TIMEOUT_S = 2.0
+REASON_CHARACTERS = 4096
+"""Limit of `schemas.base.Reason`."""
+
+
+class RankGroup:
+    """One rank's view of its trainer's ranks."""
+
+    def __init__(self, bus: Bus, rank: int, world_size: int, timeout_s: float) -> None:
+        self._bus, self._rank, self._world_size = bus, rank, world_size
+        self._timeout_s = timeout_s
+
+    async def gather(self, mine: CheckpointPart) -> Sequence[CheckpointPart]:
+        """On rank 0: the parts of all ranks, in rank order.
+
+        Raises:
+            SealFailed: a rank gave up, was started differently, or was not heard in time.
+        """
+        parts = {mine.rank: mine}
+        with anyio.move_on_after(self._timeout_s):
+            async with self._bus.subscribe(CheckpointPart, model=mine.model) as messages:
+                while len(parts) < self._world_size:
+                    await self._bus.publish(mine)
+                    with anyio.move_on_after(CALL_INTERVAL_S):
+                        while len(parts) < self._world_size:
+                            heard = await anext(messages)
+                            if isinstance(heard, Reconnected):
+                                break
+                            if self._is_of(heard.message, mine):
+                                parts[heard.message.rank] = heard.message
+        if len(parts) < self._world_size:
+            raise self._missing(mine.version, parts.keys(), "no part of")
+        return [parts[rank] for rank in range(self._world_size)]
+
+    async def follow(self, mine: CheckpointPart) -> CheckpointReady:
+        """On every other rank: what rank 0 made of the parts.
+
+        Raises:
+            SealFailed: a rank gave up, was started differently, or rank 0 did not seal in time.
+        """
+        heard_ranks = {mine.rank}
+        with anyio.move_on_after(self._timeout_s):
+            async with self._bus.subscribe(
+                CheckpointPart, CheckpointReady, model=mine.model
+            ) as messages:
+                await self._bus.publish(mine)
+                async for heard in messages:
+                    if isinstance(heard, Reconnected):
+                        ready = await self._sealed(mine)
+                        if ready is not None:
+                            return ready
+                        await self._bus.publish(mine)
+                    elif isinstance(heard.message, CheckpointReady):
+                        if _is_sealed(heard.message, mine):
+                            return heard.message
+                    elif isinstance(heard.message, CheckpointPart) and self._is_of(
+                        heard.message, mine
+                    ):
+                        heard_ranks.add(heard.message.rank)
+                        if heard.message.rank == 0:
+                            await self._bus.publish(mine)
+        raise self._missing(mine.version, heard_ranks, "rank 0 has not sealed it; nothing heard of")
+
+    async def give_up(self, mine: CheckpointPart, error: BaseException) -> None:
+        """Tell the other ranks that they wait in vain. Best effort: the error is on its way up."""
+        reason = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
+        with anyio.move_on_after(GIVE_UP_TIMEOUT_S, shield=True):
+            try:
+                await self._bus.publish(structs.replace(mine, error=reason))
+            except WeightBusError:
+                return
+
+    async def _sealed(self, mine: CheckpointPart) -> CheckpointReady | None:
+        last = await self._bus.last(CheckpointReady, model=mine.model)
+        return last.message if last is not None and _is_sealed(last.message, mine) else None
+
+    def _is_of(self, part: CheckpointPart, mine: CheckpointPart) -> bool:
+        """Whether `part` is another rank's of the same version; if it bears bad news, raises."""
+        if (part.producer, part.version) != (mine.producer, mine.version):
+            return False
+        if part.rank == mine.rank:
+            return False
+        if part.world_size != self._world_size:
+            reason = f"rank {part.rank} is one of {part.world_size} ranks, rank {mine.rank} one of"
+            raise SealFailed(mine.version, f"{reason} {self._world_size}")
+        if part.error:
+            raise SealFailed(mine.version, f"rank {part.rank} gave up: {part.error}")
+        return True
+
+    def _missing(self, version: int, heard: Collection[int], what: str) -> SealFailed:
+        missing = [rank for rank in range(self._world_size) if rank not in heard]
+        named = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+        reason = f"after {self._timeout_s:g} s {what} ranks {named or 'none'}"
+        return SealFailed(version, reason, missing)
+
+
+def _is_sealed(ready: CheckpointReady, mine: CheckpointPart) -> bool:
+    return (ready.producer, ready.version) == (mine.producer, mine.version)

@@ -1,0 +1,271 @@
+"""The trainer's side of the bus: `open_publisher` and what it yields.
+
+Owns two slots of shared memory per rank; every step of publishing lies in a module of its own.
+Invariants: versions only grow; what was published last stays readable until the next version is
+published or the publisher ends; a `publish` that raises leaves the publisher as useful as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+from msgspec import Struct, structs
+
+from weightbus.bus.connection import Bus
+from weightbus.bus.errors import BusTimeout
+from weightbus.producers.announcing import Announcer
+from weightbus.producers.digests import put_sums
+from weightbus.producers.errors import PublisherClosed, RankInvalid, VersionNotNew
+from weightbus.producers.files import Files, publish_files
+from weightbus.producers.group import RankGroup
+from weightbus.producers.sealer import Piece, Sealer, StoredLayout
+from weightbus.producers.shards import Part, Tensors, plan_part
+from weightbus.producers.slots import Slots
+from weightbus.producers.sweep import sweep_blocks
+from weightbus.producers.writing import write_part
+from weightbus.schemas.catalogue import check_token, pattern_of
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
+from weightbus.schemas.placement import Placement, SharedMemorySegment
+from weightbus.tracing.attributes import BYTES
+from weightbus.tracing.telemetry import Span, Telemetry
+
+__all__ = ("Publisher", "PublisherOptions", "open_publisher")
+
+LINGER_POLL_S = 0.1
+
+
+class PublisherOptions(Struct, frozen=True, kw_only=True):
+    """How long a publisher waits, and how hard it works."""
+
+    slot_wait_s: float = 120.0
+    """For readers of the older version and of the newest, before the older one's slot is reused."""
+    seal_timeout_s: float = 60.0
+    """For the parts of all ranks, from when this rank has written its own."""
+    close_wait_s: float = 10.0
+    """At the end, for readers of the versions that are retired."""
+    linger_s: float = 0.0
+    """At a good end, before that: for present engines to serve the newest version."""
+    digest_threads: int = 4
+    """Threads that digest while the tensors are copied."""
+
+
+@asynccontextmanager
+async def open_publisher(
+    bus: Bus,
+    model: str,
+    *,
+    producer: str = "trainer",
+    rank: int = 0,
+    world_size: int = 1,
+    telemetry: Telemetry | None = None,
+    options: PublisherOptions | None = None,
+) -> AsyncIterator[Publisher]:
+    """The publisher of one rank. Every rank of a trainer opens one, with the same `producer`.
+
+    Blocks in /dev/shm whose owners are dead are removed first. At the end the versions in slots
+    are retired and their readers waited for (see `PublisherOptions`); then the blocks are removed.
+
+    Raises:
+        RankInvalid: there is no such rank.
+        MessageInvalid: `model` or `producer` is no subject token.
+        HostUnknown: the system does not tell which host this is.
+        BusUnavailable, BusTimeout, RequestRefused: at the start or at the end.
+    """
+    check_token("model", model)
+    check_token("producer", producer)
+    if not 0 <= rank < world_size:
+        raise RankInvalid(rank, f"must be from 0 to {world_size - 1}")
+    announcer = Announcer(bus, model, producer)
+    telemetry, options = telemetry or Telemetry(), options or PublisherOptions()
+    publisher = Publisher(announcer, rank, world_size, telemetry, options)
+    await publisher._clean_up_after_the_dead()
+    try:
+        yield publisher
+        await publisher._linger()
+    finally:
+        await publisher._close()
+
+
+class Publisher:
+    """Publishes the versions of one model; made by `open_publisher`. One `publish` at a time."""
+
+    def __init__(
+        self,
+        announcer: Announcer,
+        rank: int,
+        world_size: int,
+        telemetry: Telemetry,
+        options: PublisherOptions,
+    ) -> None:
+        self._bus, self._announcer = announcer.bus, announcer
+        self._model, self._producer = announcer.model, announcer.producer
+        self._rank, self._world_size = rank, world_size
+        self._telemetry, self._options = telemetry, options
+        self._slots = Slots(self._bus, self._model, self._producer, rank)
+        self._sealer = Sealer(announcer)
+        self._part_layout = StoredLayout(self._bus, partial=True)
+        self._group = RankGroup(self._bus, rank, world_size, options.seal_timeout_s)
+        self._one_at_a_time = anyio.Lock()
+        self._closed = False
+        self._tried = -1
+
+    async def publish(
+        self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}
+    ) -> CheckpointReady:
+        """Copy what this rank holds into a slot, and announce `version` once all ranks have.
+
+        Every rank calls it, with the same version; `metadata` is rank 0's. Returns when the
+        checkpoint is sealed, and then or when it raises the trainer may touch its tensors again.
+
+        In a group of ranks a version that fails on one rank fails on all and is used up: go on with
+        a greater one. Alone, the same version may be tried again.
+
+        Raises:
+            TensorInvalid, MessageInvalid: this cannot be published; nothing has happened.
+            VersionNotNew: the version is not greater than all before it; nothing has happened.
+            SlotBusy: readers did not end; the older version is retired, the newest is untouched.
+            SharedMemoryFull, SharedMemoryUnavailable: there is no room; otherwise as `SlotBusy`.
+            SealFailed: the ranks did not come together.
+            PublisherClosed
+            ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused
+        """
+        part = tensors if isinstance(tensors, Part) else plan_part(tensors)
+        async with self._one_at_a_time:
+            self._check_open()
+            with self._span(version) as span:
+                span.set(BYTES, sum(source.nbytes for source in part.sources))
+                return await self._publish_part(part, version, metadata, span)
+
+    async def publish_files(
+        self,
+        files: Files,
+        version: int,
+        metadata: Mapping[str, str] = {},
+        *,
+        digest: bool = True,
+    ) -> CheckpointReady:
+        """Announce safetensors files: paths, patterns, or a `*.safetensors.index.json`.
+
+        Called on rank 0 alone. The files are read in place: leave them as they are.
+
+        Raises:
+            FileUnreadable, MessageInvalid: files are missing, or not safetensors.
+            VersionNotNew, RankInvalid, PublisherClosed
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        if self._rank != 0:
+            raise RankInvalid(self._rank, "files are published by rank 0 alone")
+        async with self._one_at_a_time:
+            self._check_open()
+            with self._span(version) as span:
+                return await publish_files(
+                    self._announcer, files, version, metadata, digest=digest, span=span
+                )
+
+    async def _publish_part(
+        self, part: Part, version: int, metadata: Mapping[str, str], span: Span
+    ) -> CheckpointReady:
+        draft = self._announcer.draft(version, metadata)
+        newest = await self._announcer.check_new(version)
+        if self._world_size > 1:
+            return await self._publish_among_ranks(part, draft, newest, span)
+        await self._sealer.prepare([part.layout])
+        mine = await self._write(part, version, newest)
+        return await self._sealer.seal([mine], draft, span.ref.headers())
+
+    async def _publish_among_ranks(
+        self, part: Part, draft: CheckpointReady, newest: int, span: Span
+    ) -> CheckpointReady:
+        if draft.version <= self._tried:
+            raise VersionNotNew(self._model, draft.version, self._tried, self._producer)
+        self._tried = draft.version
+        said = CheckpointPart(
+            model=self._model,
+            version=draft.version,
+            producer=self._producer,
+            rank=self._rank,
+            world_size=self._world_size,
+            layout_digest=await self._part_layout.put(part.layout),
+            placement=(),
+            created_ns=draft.created_ns,
+        )
+        try:
+            mine = await self._write(part, draft.version, newest)
+            key = await put_sums(self._bus, mine.digests)
+            said = structs.replace(said, placement=mine.placement, shard_digests=key)
+            if self._rank != 0:
+                return await self._group.follow(said)
+            pieces = await self._sealer.fetch(mine, await self._group.gather(said))
+            return await self._sealer.seal(pieces, draft, span.ref.headers())
+        except BaseException as error:
+            await self._group.give_up(said, error)
+            raise
+
+    async def _write(self, part: Part, version: int, newest: int) -> Piece:
+        """Into a free slot. Cancelled or failed, the slot stays odd: nobody can read it."""
+        size_bytes = part.layout.segments[0].size_bytes
+        slot = await self._slots.free(size_bytes, newest, self._options.slot_wait_s)
+        digests = await anyio.to_thread.run_sync(
+            write_part,
+            part,
+            slot.block.begin_write(),
+            self._options.digest_threads,
+            anyio.from_thread.check_cancelled,
+        )
+        slot.block.end_write()
+        slot.version = version
+        return Piece(part.layout, slot.placement(), digests)
+
+    def _span(self, version: int) -> AbstractContextManager[Span]:
+        subject = pattern_of(CheckpointReady, self._bus.prefix, self._model)
+        return self._telemetry.publish_span(subject, model=self._model, version=version)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PublisherClosed(self._model)
+
+    async def _clean_up_after_the_dead(self) -> None:
+        """Remove their blocks; if the last version of this model lay there, say that it is gone."""
+        removed = await anyio.to_thread.run_sync(sweep_blocks)
+        last = await self._bus.last(CheckpointReady, model=self._model)
+        if last is None or not set(removed) & _block_names(last.message.placement):
+            return
+        await self._bus.publish(
+            CheckpointRetired(
+                model=self._model,
+                version=last.message.version,
+                producer=last.message.producer,
+                reason="its publisher died",
+            )
+        )
+
+    async def _linger(self) -> None:
+        """Let the engines that are present come to the newest version, for `linger_s` at most."""
+        with anyio.move_on_after(self._options.linger_s):
+            newest = await self._announcer.newest()
+            while True:
+                engines = await self._bus.presence.list(self._model)
+                if all(engine.version >= newest for engine in engines):
+                    return
+                await anyio.sleep(LINGER_POLL_S)
+
+    async def _close(self) -> None:
+        self._closed = True
+        timeout_s = self._options.close_wait_s + self._bus.settings.request_timeout_s
+        try:
+            with anyio.fail_after(timeout_s, shield=True):
+                if self._slots.versions:
+                    newest = await self._announcer.newest()
+                    await self._slots.retire_all(newest, self._options.close_wait_s)
+        except TimeoutError:
+            raise BusTimeout(f"retiring the versions of {self._model}", timeout_s) from None
+        finally:
+            self._slots.close()
+
+
+def _block_names(placement: Placement) -> set[str]:
+    return {way.name for ways in placement for way in ways if isinstance(way, SharedMemorySegment)}
