@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = (
     "BYTES_PER_GB",
+    "NS_PER_S",
     "format_bytes",
     "format_rate",
     "format_seconds",
@@ -15,6 +16,7 @@ __all__ = (
 )
 
 BYTES_PER_GB = 1_000_000_000
+NS_PER_S = 1_000_000_000
 
 
 def format_seconds(seconds: float) -> str:

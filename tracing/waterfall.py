@@ -17,7 +17,7 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import EngineRoute, Join, RankRoute, RoundComplete, RoundPlan
-from weightbus.tracing.text import gigabytes_per_second
+from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
 
 __all__ = (
     "ROUND_MESSAGES",
@@ -49,8 +49,6 @@ Origin = Literal["checkpoint_ready", "earliest"]
 
 Outcome = Literal["complete", "failed", "unfinished"]
 """`unfinished`: the engine has reported neither `UpdateComplete` nor `UpdateFailed`."""
-
-NS_PER_S: Final = 1_000_000_000
 
 
 class StageRow(Struct, frozen=True, kw_only=True):

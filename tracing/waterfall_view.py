@@ -6,13 +6,13 @@ not fit is left out column by column, the least telling first; the bars take wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
-from msgspec import Struct
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from weightbus.tracing.columns import Column, Columns, fit_columns
 from weightbus.tracing.text import format_bytes, format_rate, format_seconds, printable
 from weightbus.tracing.waterfall import EngineWaterfall, StageRow, Waterfall
 
@@ -33,26 +33,14 @@ STAGE_STYLES: Final = {
 }
 
 
-class Column(Struct, frozen=True):
-    """One column of the stage rows."""
-
-    title: str
-    cells: int
-    """Width, without the gap of one cell that follows."""
-    text: Callable[[StageRow], str]
-    align_right: bool
-    rank: int
-    """Columns of a higher rank are left out first."""
-
-
 COLUMNS: Final = (
-    Column("rank", 4, lambda row: "all" if row.rank is None else str(row.rank), True, 0),
-    Column("stage", 9, lambda row: row.stage, False, 0),
-    Column("route", 9, lambda row: row.route or "", False, 5),
-    Column("start", 8, lambda row: format_seconds(row.start_s), True, 3),
-    Column("time", 8, lambda row: format_seconds(row.duration_s), True, 1),
-    Column("bytes", 8, lambda row: format_bytes(row.bytes) if row.bytes else "", True, 4),
-    Column("GB/s", 5, lambda row: format_rate(row.gb_per_s), True, 2),
+    Column[StageRow]("rank", lambda row: "all" if row.rank is None else str(row.rank), 0, True),
+    Column[StageRow]("stage", lambda row: row.stage, 0),
+    Column[StageRow]("route", lambda row: row.route or "", 5),
+    Column[StageRow]("start", lambda row: format_seconds(row.start_s), 3, True),
+    Column[StageRow]("time", lambda row: format_seconds(row.duration_s), 1, True),
+    Column[StageRow]("bytes", lambda row: format_bytes(row.bytes) if row.bytes else "", 4, True),
+    Column[StageRow]("GB/s", lambda row: format_rate(row.gb_per_s), 2, True),
 )
 
 
@@ -63,32 +51,26 @@ class WaterfallView:
         self.waterfall = waterfall
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        columns, bar_cells = _layout(options.max_width)
+        waterfall = self.waterfall
+        rows = [row for engine in waterfall.engines for row in engine.stages]
+        columns = fit_columns(COLUMNS, rows, options.max_width * (1 - BAR_SHARE))
+        bar_cells = max(0, options.max_width - columns.cells)
         ok, failed = ("#", "x") if options.ascii_only else ("█", "▒")
-        yield from _heading(self.waterfall)
+        yield from _heading(waterfall)
         yield Text("")
-        yield _titles(columns, bar_cells, self.waterfall.span_s)
-        for engine in self.waterfall.engines:
+        yield _titles(columns, bar_cells, waterfall.span_s)
+        for engine in waterfall.engines:
             told = ": ".join(filter(None, (engine.cause, engine.reason)))
             yield _engine_line(engine, told)
             for row in engine.stages:
-                bar = _bar(row, bar_cells, self.waterfall.span_s, ok if row.ok else failed)
-                yield _stage_line(columns, row, bar)
+                bar = _bar(row, bar_cells, waterfall.span_s, ok if row.ok else failed)
+                style = STAGE_STYLES.get(row.stage, "") if row.ok else "red"
+                yield columns.line(row).append(bar, style)
                 if row.error and row.error != told:
                     yield Text(f"     {printable(row.error)}", style="red")
         yield Text("")
-        yield _total(self.waterfall)
-        yield _legend(self.waterfall, ok, failed)
-
-
-def _layout(width: int) -> tuple[tuple[Column, ...], int]:
-    """The columns that fit, and the cells left for bars (0: none fit)."""
-    for least in sorted({column.rank for column in COLUMNS}, reverse=True):
-        columns = tuple(column for column in COLUMNS if column.rank <= least)
-        bar_cells = width - sum(column.cells + 1 for column in columns)
-        if bar_cells >= width * BAR_SHARE:
-            break
-    return columns, max(0, bar_cells)
+        yield _total(waterfall)
+        yield _legend(waterfall, ok, failed)
 
 
 def _heading(waterfall: Waterfall) -> Iterator[Text]:
@@ -104,13 +86,12 @@ def _heading(waterfall: Waterfall) -> Iterator[Text]:
         yield Text.assemble(("trace ", "dim"), waterfall.trace_id)
 
 
-def _titles(columns: tuple[Column, ...], bar_cells: int, span_s: float) -> Text:
-    line = _cells(columns, [column.title for column in columns])
+def _titles(columns: Columns[StageRow], bar_cells: int, span_s: float) -> Text:
+    line = columns.titles()
     end = format_seconds(span_s)
     if bar_cells >= len(end) + 2:
-        line.append("0" + end.rjust(bar_cells - 1))
-    line.stylize("dim")
-    return _one_line(line)
+        line.append("0" + end.rjust(bar_cells - 1), "dim")
+    return line
 
 
 def _engine_line(engine: EngineWaterfall, told: str) -> Text:
@@ -173,22 +154,3 @@ def _legend(waterfall: Waterfall, ok: str, failed: str) -> Text:
         "rank all: the whole engine; GB = 10^9 bytes",
         style="dim",
     )
-
-
-def _stage_line(columns: tuple[Column, ...], row: StageRow, bar: str) -> Text:
-    line = _cells(columns, [column.text(row) for column in columns])
-    return _one_line(line.append(bar, STAGE_STYLES.get(row.stage, "") if row.ok else "red"))
-
-
-def _cells(columns: tuple[Column, ...], texts: Iterable[str]) -> Text:
-    line = Text()
-    for column, text in zip(columns, texts, strict=True):
-        cell = text[: column.cells]
-        line.append((cell.rjust if column.align_right else cell.ljust)(column.cells) + " ")
-    return line
-
-
-def _one_line(line: Text) -> Text:
-    line.no_wrap, line.overflow = True, "crop"
-    line.rstrip()
-    return line

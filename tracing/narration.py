@@ -1,0 +1,132 @@
+"""One line of plain text for every message that a monitor sees. Does no I/O."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from weightbus.schemas.base import Message
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.progress import (
+    DeadLetter,
+    EngineState,
+    StageComplete,
+    UpdateComplete,
+    UpdateFailed,
+)
+from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
+from weightbus.tracing.text import (
+    NS_PER_S,
+    format_bytes,
+    format_rate,
+    format_seconds,
+    gigabytes_per_second,
+    printable,
+)
+
+__all__ = ("narrate", "narrate_gone", "time_of_day")
+
+
+def narrate(message: Message) -> str:
+    """What a message says, without its model; the class name for one that monitors do not read."""
+    match message:
+        case EngineState():
+            text = _state(message)
+        case CheckpointReady():
+            text = f"version {message.version} is ready, from {message.producer}"
+        case Join():
+            text = f"{message.engine} joins round {message.round} with {_ranks(len(message.ranks))}"
+        case RoundPlan():
+            text = _plan(message)
+        case StageComplete():
+            text = _stage(message)
+        case UpdateComplete():
+            text = _complete(message)
+        case UpdateFailed():
+            text = _failed(message)
+        case RoundComplete():
+            text = _done(message)
+        case DeadLetter():
+            text = f"dead letter on {message.subject}: {message.reason}"
+        case _:
+            text = type(message).__name__
+    return printable(text)
+
+
+def narrate_gone(engine: str) -> str:
+    """What the end of an engine's heartbeat says."""
+    return f"{engine} is gone"
+
+
+def time_of_day(time_ns: int) -> str:
+    """`12:34:56.789Z`."""
+    return (
+        datetime.fromtimestamp(time_ns // 1_000_000 / 1000, UTC).strftime("%H:%M:%S.%f")[:-3] + "Z"
+    )
+
+
+def _state(state: EngineState) -> str:
+    text = f"{state.engine} is {state.status}"
+    if state.version >= 0:
+        text += f", on version {state.version}"
+    if state.target_version >= 0:
+        text += f", moving to version {state.target_version}"
+    return f"{text} ({_ranks(state.ranks)} of {state.engine_kind or 'an engine'})"
+
+
+def _plan(plan: RoundPlan) -> str:
+    parts = []
+    for engine in plan.engines:
+        routes = "+".join(dict.fromkeys(rank.route for rank in engine.ranks))
+        parts.append(f"{engine.engine} by {routes}")
+    return f"{plan.leader} plans round {plan.round}, epoch {plan.epoch}: {', '.join(parts)}"
+
+
+def _stage(stage: StageComplete) -> str:
+    who = stage.engine if stage.rank is None else f"{stage.engine}/{stage.rank}"
+    duration_s = (stage.end_ns - stage.start_ns) / NS_PER_S
+    text = f"{who} {stage.stage} {'took' if stage.ok else 'failed after'} "
+    text += format_seconds(duration_s) + _moved(stage.bytes, duration_s)
+    if stage.route is not None:
+        text += f", {stage.route}"
+    return text if stage.ok else f"{text}: {stage.error}"
+
+
+def _complete(update: UpdateComplete) -> str:
+    duration_s = (update.end_ns - update.start_ns) / NS_PER_S
+    proof = "verified" if update.verified == "verified" else "no digest offered"
+    return (
+        f"{update.engine} serves version {update.version} after {format_seconds(duration_s)}"
+        f"{_moved(update.bytes, duration_s)}, {'+'.join(update.routes)}, {proof}, "
+        f"paused {format_seconds(update.paused_s)}"
+    )
+
+
+def _failed(update: UpdateFailed) -> str:
+    left = f"it serves version {update.served_version}" if update.served_version >= 0 else (
+        "it serves nothing"
+    )  # fmt: skip
+    if update.quarantined:
+        left = "it is quarantined"
+    return (
+        f"{update.engine} did not reach version {update.version}: {update.cause}: {update.reason}; "
+        f"{left}"
+    )
+
+
+def _done(done: RoundComplete) -> str:
+    text = f"{done.leader} closes round {done.round}: {len(done.completed)} complete"
+    if done.failed:
+        reasons = "; ".join(f"{engine}: {reason}" for engine, reason in done.failed.items())
+        text += f", {len(done.failed)} failed ({reasons})"
+    return text
+
+
+def _moved(size_bytes: int, seconds: float) -> str:
+    rate = gigabytes_per_second(size_bytes, seconds)
+    if not size_bytes:
+        return ""
+    return f", {format_bytes(size_bytes)}" + (f", {format_rate(rate)} GB/s" if rate else "")
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
