@@ -133,19 +133,11 @@ def plan_tiles(layout: Layout, needs: Needs) -> TilePlan:
     parameter_ends = check_destinations(writes, copies)
     pieces = cut_pieces(table, copies, tabulate_shards(table), writes)
     units = pieces.sizes.prod(axis=1)
-    reaches = ((pieces.sizes - 1) * pieces.source_strides).sum(axis=1) + pieces.unit_bytes
-    segment_ends = np.zeros(len(layout.segments), dtype=np.int64)
-    np.maximum.at(segment_ends, pieces.segment, pieces.source + reaches)
-    _check_ends(
-        segment_ends,
-        [segment.size_bytes for segment in layout.segments],
-        [f"segment {number}" for number in range(len(layout.segments))],
-    )
     return TilePlan(
         needs=needs,
         tiles=_tiles(pieces),
         pieces=pieces,
-        segment_ends=segment_ends,
+        segment_ends=_segment_ends(layout, needs, pieces),
         parameter_ends=parameter_ends,
         source_bytes=int((units * pieces.unit_bytes).sum()),
         destination_bytes=int((units * pieces.destination_unit_bytes).sum()),
@@ -188,6 +180,23 @@ def bind_tiles(
         segment_addresses=segments,
         parameter_addresses=parameters,
     )
+
+
+def _segment_ends(layout: Layout, needs: Needs, pieces: Pieces) -> Integers:
+    """One past the last byte read of every segment; none may be outside it."""
+    reaches = ((pieces.sizes - 1) * pieces.source_strides).sum(axis=1)
+    ends = pieces.source + reaches + pieces.unit_bytes
+    sizes = np.array([segment.size_bytes for segment in layout.segments], dtype=np.int64)
+    outside = np.flatnonzero(ends > sizes[pieces.segment])
+    if outside.size:
+        piece = int(outside[0])
+        tensor = layout.tensors[needs.copies[int(pieces.copy[piece])].tensor]
+        segment = int(pieces.segment[piece])
+        found = f"read up to byte {ends[piece]} of segment {segment}"
+        raise PlanError(f"tensor {tensor.name}", found, f"the segment has {sizes[segment]} bytes")
+    segment_ends = np.zeros(sizes.size, dtype=np.int64)
+    np.maximum.at(segment_ends, pieces.segment, ends)
+    return segment_ends
 
 
 def _check_ends(ends: Integers, sizes: Sequence[int], names: Sequence[str]) -> None:
