@@ -140,7 +140,7 @@ async def run_consumer(options: Options) -> None:
             config, bus=bus, engine=engine, routes=[local], telemetry=telemetry
         ):
             click.echo(
-                f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on {bus.url}; "
-                f"its sockets are in {directory}"
+                f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on "
+                f"{bus.url}; its sockets are in {directory}"
             )
             await until_stopped()

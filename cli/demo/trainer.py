@@ -1,7 +1,7 @@
-"""The demo's trainer, a process of its own: really trains two small models and publishes each version.
+"""The demo's trainer, a process of its own: trains two small models and publishes each version.
 
-Reads one JSON command per line from stdin and answers each with one JSON line on stdout; everything
-else goes to stderr. It publishes as any trainer would, through `BlockingPublisher`, and says what an
+Reads one JSON command per line from stdin and answers each with one JSON line on stdout; all else
+goes to stderr. It publishes as any trainer would, through `BlockingPublisher`, and says what an
 engine must hold afterwards: computed here, by the engine's own loader, from the same tensors.
 
 Invariant: the n-th version of a model is the same in every run (seeded, one thread).
@@ -9,89 +9,60 @@ Invariant: the n-th version of a model is the same in every run (seeded, one thr
 
 from __future__ import annotations
 
+import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar
 
 import msgspec
 import torch
 import torch.nn.functional as F  # noqa: N812
-from msgspec import Struct
 from safetensors.torch import load_file
 
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.demo.sentences import PAIRS, PROBE
+from weightbus.cli.demo.words import DECODER_CONFIG, Expected, Publish
 from weightbus.consumers.engines.torch.decoder import Decoder
 from weightbus.consumers.engines.torch.fingerprint import fingerprint
 from weightbus.consumers.engines.torch.minilm import MiniLM, minilm_folder
 from weightbus.consumers.engines.torch.models import build_model, initialise
 from weightbus.producers.blocking import BlockingPublisher
 
-__all__ = ("DECODER_CONFIG", "Expected", "Publish", "main")
-
-DECODER_CONFIG: Mapping[str, Any] = {
-    "vocab_size": 500,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 4,
-}
-"""A mixture of experts: its engine stacks the trainer's expert matrices, and cuts them over ranks."""
+__all__ = ("main",)
 
 MINILM_STEPS = 2
-DECODER_STEPS = 8
+DECODER_STEPS = 40
 BATCH_PAIRS = 8
 TEMPERATURE = 0.05
 SEED = 20
 
 
-class Publish(Struct, frozen=True, tag_field="do", tag="publish"):
-    """Train on, then publish the weights as this version."""
-
-    model: Literal["minilm", "decoder"]
-    version: int
-
-
-class Expected(Struct, frozen=True):
-    """What was published, and what an engine that holds it must answer."""
-
-    model: str
-    version: int
-    loss: float
-    bytes: int
-    weights_digest: str
-    fingerprints: Mapping[int, tuple[str, ...]]
-    """Number of ranks -> SHA-256 over the parameters of each rank."""
-    embedding: tuple[float, ...] = ()
-    """Of `PROBE`."""
-
-
-class Trained(Protocol):
+class Training(ABC):
     """One model in training."""
 
-    architecture: str
-    config: Mapping[str, Any]
-    rank_counts: tuple[int, ...]
+    architecture: ClassVar[str]
+    config: ClassVar[Mapping[str, Any]] = {}
+    ranks: ClassVar[int] = 1
+    """Of the engines that follow the model."""
 
+    @abstractmethod
     def train(self) -> float:
         """A few optimizer steps; returns the last loss."""
 
+    @abstractmethod
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """Every tensor of the checkpoint, by name; views."""
 
     def embedding(self) -> tuple[float, ...]:
         """What an engine should answer to `PROBE`; empty if it embeds nothing."""
+        return ()
 
 
-class MiniLMTraining:
+class MiniLMTraining(Training):
     """Fine-tunes the real model on sentence pairs (in-batch negatives, InfoNCE)."""
 
     architecture = "minilm"
-    config: Mapping[str, Any] = {}
-    rank_counts = (1,)
 
     def __init__(self) -> None:
         model = build_model(self.architecture, self.config)
@@ -113,7 +84,7 @@ class MiniLMTraining:
             right = self._model.embed([other for _, other in batch])
             loss = F.cross_entropy(left @ right.T / TEMPERATURE, torch.arange(len(batch)))
             self._optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._step += 1
         return loss.item()
@@ -127,12 +98,12 @@ class MiniLMTraining:
             return tuple(self._model.embed([PROBE])[0].tolist())
 
 
-class DecoderTraining:
+class DecoderTraining(Training):
     """Trains a small mixture-of-experts decoder from scratch to count in steps."""
 
     architecture = "decoder"
     config = DECODER_CONFIG
-    rank_counts = (2,)
+    ranks = 2
 
     def __init__(self) -> None:
         model = build_model(self.architecture, self.config)
@@ -146,39 +117,31 @@ class DecoderTraining:
         loss = torch.zeros(())
         for _ in range(DECODER_STEPS):
             start, step = torch.randint(1, 20, (2,), generator=self._random).tolist()
-            tokens = (start + step * torch.arange(24)) % DECODER_CONFIG["vocab_size"]
+            tokens = (start + step * torch.arange(24)) % 100
             logits = self._model(tokens[:-1])
             loss = F.cross_entropy(logits, tokens[1:])
             self._optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
         return loss.item()
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
         return self._model.checkpoint_tensors()
 
-    def embedding(self) -> tuple[float, ...]:
-        return ()
 
-
-def _fingerprints(
-    trained: Trained, tensors: Mapping[str, torch.Tensor]
-) -> dict[int, tuple[str, ...]]:
+def _fingerprints(training: Training, tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """What every rank of an engine must hold, by the engine's own loader."""
-    found = {}
-    for ranks in trained.rank_counts:
-        models = [
-            build_model(trained.architecture, trained.config, rank, ranks) for rank in range(ranks)
-        ]
-        for model in models:
-            model.load_weights(tensors.items())
-        found[ranks] = tuple(fingerprint(model) for model in models)
-    return found
+    found = []
+    for rank in range(training.ranks):
+        model = build_model(training.architecture, training.config, rank, training.ranks)
+        model.load_weights(tensors.items())
+        found.append(fingerprint(model))
+    return tuple(found)
 
 
-def _publish(publisher: BlockingPublisher, trained: Trained, command: Publish) -> Expected:
-    loss = trained.train()
-    tensors = trained.checkpoint()
+def _publish(publisher: BlockingPublisher, training: Training, command: Publish) -> Expected:
+    loss = training.train()
+    tensors = training.checkpoint()
     ready = publisher.publish(tensors, version=command.version)
     return Expected(
         model=command.model,
@@ -186,21 +149,21 @@ def _publish(publisher: BlockingPublisher, trained: Trained, command: Publish) -
         loss=loss,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         weights_digest=ready.weights_digest or "",
-        fingerprints=_fingerprints(trained, tensors),
-        embedding=trained.embedding(),
+        fingerprints=_fingerprints(training, tensors),
+        embedding=training.embedding(),
     )
 
 
-def main(nats_url: str) -> None:
+def main() -> None:
     """Carry out the commands of stdin until it is closed."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    settings = BusSettings(url=nats_url, name="demo-trainer")
+    settings = BusSettings.from_env(os.environ)
     with (
         BlockingPublisher(settings, model="minilm") as minilm,
         BlockingPublisher(settings, model="decoder") as decoder,
     ):
-        trainings: dict[str, tuple[BlockingPublisher, Trained]] = {
+        trainings: dict[str, tuple[BlockingPublisher, Training]] = {
             "minilm": (minilm, MiniLMTraining()),
             "decoder": (decoder, DecoderTraining()),
         }
@@ -212,4 +175,4 @@ def main(nats_url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

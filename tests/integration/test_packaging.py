@@ -45,7 +45,7 @@ def test_wheel_holds_every_module_and_nothing_else_when_built_from_sdist(wheel: 
         f"weightbus/{path.relative_to(ROOT)}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*.py")
-    } | {"weightbus/__init__.py", "weightbus/py.typed"}
+    } | {"weightbus/__init__.py", "weightbus/__main__.py", "weightbus/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected

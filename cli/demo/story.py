@@ -1,0 +1,203 @@
+"""What the demo does, step by step, and how it knows that every step was right.
+
+Owns nothing: bus and fleet are the command's. An engine's version counts as verified only if the
+digest that its ranks added up is the publisher's, the SHA-256 over what each rank holds is what
+the engine's own loader makes of the trainer's tensors, and the engine embeds a sentence as the
+trainer does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio
+import anyio.abc
+import msgspec
+from msgspec import Struct
+
+from weightbus.bus.connection import Bus
+from weightbus.bus.received import Received
+from weightbus.cli.demo.fleet import DemoFailed, EngineSpec, Fleet
+from weightbus.cli.demo.sentences import PROBE
+from weightbus.cli.demo.words import DECODER_CONFIG, Expected, Publish
+from weightbus.consumers.engines.torch.client import open_torch_client
+from weightbus.consumers.engines.torch.messages import Inputs
+from weightbus.schemas.base import Message
+from weightbus.schemas.progress import DeadLetter, UpdateComplete, UpdateFailed
+from weightbus.tracing.narration import narrate
+
+__all__ = ("ENGINES", "Checked", "Story", "tell")
+
+ENGINES = (
+    EngineSpec(engine="a", model="minilm", architecture="minilm"),
+    EngineSpec(engine="b", model="minilm", architecture="minilm"),
+    EngineSpec(engine="c", model="decoder", architecture="decoder", config=DECODER_CONFIG, ranks=2),
+)
+
+START_S = 150.0
+"""From the start of processes that import torch, on a small machine, to their first answer."""
+STEP_S = 60.0
+"""Training and publishing one more version; also one request to an engine."""
+POLL_S = 0.5
+"""How often the processes are looked at while something is waited for."""
+EMBEDDING_TOLERANCE = 1e-5
+
+Say = Callable[[str], None]
+
+
+class Checked(Struct, frozen=True, kw_only=True):
+    """One engine at one version."""
+
+    spec: EngineSpec
+    update: UpdateComplete
+    faults: tuple[str, ...]
+    """What is not as the trainer says; empty: verified."""
+
+    @property
+    def seconds(self) -> float:
+        """From hearing of the version to serving it."""
+        return (self.update.end_ns - self.update.start_ns) / 1e9
+
+
+class Story:
+    """What has happened so far."""
+
+    def __init__(self, bus: Bus, fleet: Fleet, say: Say) -> None:
+        self._bus, self._fleet, self._say = bus, fleet, say
+        self._updates: dict[tuple[str, int], UpdateComplete] = {}
+        self._heard = anyio.Event()
+        self.checked: list[Checked] = []
+        self.dead_letters = 0
+
+    async def listen(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        """Hear what the engines report, as any monitor may."""
+        async with self._bus.subscribe(UpdateComplete, UpdateFailed, DeadLetter) as messages:
+            task_status.started()
+            async for received in messages:
+                if isinstance(received, Received):
+                    self._hear(received.message)
+
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, UpdateComplete):
+            self._updates[message.engine, message.version] = message
+        if isinstance(message, DeadLetter):
+            self.dead_letters += 1
+        self._say(f"  {narrate(message)}")
+        self._heard.set()
+        self._heard = anyio.Event()
+
+    async def start(self) -> None:
+        """Start everything; returns once every engine is present."""
+        await self._fleet.start_trainer()
+        for spec in ENGINES:
+            await self._fleet.start_engine(spec)
+            self._say(
+                f"starting engine {spec.engine}: {spec.architecture}, {spec.ranks} rank"
+                f"{'s' if spec.ranks > 1 else ''}, follows {spec.model}"
+            )
+        for spec in ENGINES:
+            await self.wait_present(spec)
+
+    async def wait_present(self, spec: EngineSpec) -> None:
+        """Returns once an engine's heartbeat is on the bus."""
+
+        async def present() -> bool:
+            engines = await self._bus.presence.list(spec.model)
+            return any(state.engine == spec.engine for state in engines)
+
+        await self._wait(present, START_S, f"engine {spec.engine}", "is not present")
+
+    async def publish(self, model: str, version: int) -> Expected:
+        """Let the trainer train on and publish."""
+        command = msgspec.json.encode(Publish(model=model, version=version))
+        answer = await self._fleet.ask_trainer(command, START_S if version == 1 else STEP_S)
+        expected = msgspec.json.decode(answer, type=Expected)
+        self._say(
+            f"{model} version {version}: loss {expected.loss:.3f}, {expected.bytes / 1e6:.1f} MB, "
+            f"weights digest {expected.weights_digest}"
+        )
+        return expected
+
+    async def check(self, spec: EngineSpec, expected: Expected) -> None:
+        """Wait until an engine serves a version, then compare everything with the trainer."""
+        key = (spec.engine, expected.version)
+
+        async def served() -> bool:
+            return key in self._updates
+
+        await self._wait(served, START_S, f"engine {spec.engine}", f"is not at {expected.version}")
+        update = self._updates[key]
+        faults = [*_digest_faults(update, expected), *await self._state_faults(spec, expected)]
+        self.checked.append(Checked(spec=spec, update=update, faults=tuple(faults)))
+        self._say(
+            f"  {spec.engine} holds version {expected.version}, bit for bit"
+            if not faults
+            else f"  {spec.engine} is WRONG at version {expected.version}: {'; '.join(faults)}"
+        )
+
+    async def _state_faults(self, spec: EngineSpec, expected: Expected) -> list[str]:
+        faults = []
+        async with open_torch_client(self._fleet.engine_directory(spec.engine)) as client:
+            report = await client.fingerprint(STEP_S)
+            if report.version != expected.version:
+                faults.append(f"it serves version {report.version}")
+            if report.fingerprints != expected.fingerprints:
+                faults.append("what its ranks hold is not what the trainer's tensors make")
+            if expected.embedding:
+                answer = await client.infer(Inputs(sentences=(PROBE,)), STEP_S)
+                (vector,) = answer.outputs.vectors
+                pairs = zip(vector, expected.embedding, strict=True)
+                if (worst := max(abs(x - y) for x, y in pairs)) > EMBEDDING_TOLERANCE:
+                    faults.append(f"its embedding is off by {worst:.2e}")
+        return faults
+
+    async def _wait(
+        self, done: Callable[[], Awaitable[bool]], deadline_s: float, who: str, what: str
+    ) -> None:
+        """Wait for something to become true, while the processes live."""
+        end = time.monotonic() + deadline_s
+        while not await done():
+            self._fleet.check()
+            if time.monotonic() > end:
+                name = who.removeprefix("engine ")
+                raise DemoFailed(
+                    who, f"{what} within {deadline_s:g} s; its log: {self._fleet.log_tail(name)}"
+                )
+            with anyio.move_on_after(POLL_S):
+                await self._heard.wait()
+
+
+def _digest_faults(update: UpdateComplete, expected: Expected) -> list[str]:
+    faults = []
+    if update.verified != "verified":
+        faults.append(f"its update is {update.verified}")
+    if update.weights_digest != expected.weights_digest:
+        faults.append(f"its weights digest is {update.weights_digest}")
+    return faults
+
+
+async def tell(story: Story, fleet: Fleet, say: Say) -> None:
+    """The demo: four versions, one engine killed and back."""
+    a, b, c = ENGINES
+
+    async def step(version: int, followers: Sequence[EngineSpec], *, decoder: bool) -> Expected:
+        expected = await story.publish("minilm", version)
+        for spec in followers:
+            await story.check(spec, expected)
+        if decoder:
+            await story.check(c, await story.publish("decoder", version))
+        return expected
+
+    await story.start()
+    await step(1, (a, b), decoder=True)
+    await step(2, (a, b), decoder=True)
+
+    say("engine b is killed (SIGKILL), and a version is published without it")
+    await fleet.kill(b.engine)
+    missed = await step(3, (a,), decoder=False)
+    say("engine b starts again, late, and catches up")
+    await fleet.start_engine(b)
+    await story.check(b, missed)
+
+    await step(4, (a, b), decoder=True)
