@@ -26,35 +26,29 @@ from weightbus.tracing.text import (
 __all__ = ("narrate", "narrate_gone", "time_of_day")
 
 
+Narrated = (
+    EngineState
+    | CheckpointReady
+    | Join
+    | RoundPlan
+    | StageComplete
+    | UpdateComplete
+    | UpdateFailed
+    | RoundComplete
+    | DeadLetter
+)
+
+
 def narrate(message: Message) -> str:
-    """What a message says, without its model; the class name for one that monitors do not read."""
-    match message:
-        case EngineState():
-            text = _state(message)
-        case CheckpointReady():
-            text = f"version {message.version} is ready, from {message.producer}"
-        case Join():
-            text = f"{message.engine} joins round {message.round} with {_ranks(len(message.ranks))}"
-        case RoundPlan():
-            text = _plan(message)
-        case StageComplete():
-            text = _stage(message)
-        case UpdateComplete():
-            text = _complete(message)
-        case UpdateFailed():
-            text = _failed(message)
-        case RoundComplete():
-            text = _done(message)
-        case DeadLetter():
-            text = f"dead letter on {message.subject}: {message.reason}"
-        case _:
-            text = type(message).__name__
-    return printable(text)
+    """What a message says; its class name if it is none that monitors look at."""
+    if isinstance(message, Narrated):
+        return printable(f"{message.model}: {_sentence(message)}")
+    return type(message).__name__
 
 
-def narrate_gone(engine: str) -> str:
+def narrate_gone(model: str, engine: str) -> str:
     """What the end of an engine's heartbeat says."""
-    return f"{engine} is gone"
+    return f"{model}: {engine} is gone"
 
 
 def time_of_day(time_ns: int) -> str:
@@ -62,6 +56,29 @@ def time_of_day(time_ns: int) -> str:
     return (
         datetime.fromtimestamp(time_ns // 1_000_000 / 1000, UTC).strftime("%H:%M:%S.%f")[:-3] + "Z"
     )
+
+
+def _sentence(message: Narrated) -> str:
+    match message:
+        case EngineState():
+            return _state(message)
+        case CheckpointReady():
+            return f"version {message.version} is ready, from {message.producer}"
+        case Join():
+            ranks = _ranks(len(message.ranks))
+            return f"{message.engine} joins round {message.round} with {ranks}"
+        case RoundPlan():
+            return _plan(message)
+        case StageComplete():
+            return _stage(message)
+        case UpdateComplete():
+            return _complete(message)
+        case UpdateFailed():
+            return _failed(message)
+        case RoundComplete():
+            return _done(message)
+        case DeadLetter():
+            return f"dead letter on {message.subject}: {message.reason}"
 
 
 def _state(state: EngineState) -> str:
@@ -102,11 +119,11 @@ def _complete(update: UpdateComplete) -> str:
 
 
 def _failed(update: UpdateFailed) -> str:
-    left = f"it serves version {update.served_version}" if update.served_version >= 0 else (
-        "it serves nothing"
-    )  # fmt: skip
+    left = "it serves nothing"
     if update.quarantined:
         left = "it is quarantined"
+    elif update.served_version >= 0:
+        left = f"it serves version {update.served_version}"
     return (
         f"{update.engine} did not reach version {update.version}: {update.cause}: {update.reason}; "
         f"{left}"

@@ -7,13 +7,14 @@ import pytest
 from tests.unit.tracing.rounds import T0_NS, complete, failed, state, whole_round
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter
-from weightbus.tracing.narration import narrate, time_of_day
+from weightbus.schemas.rounds import Commit
+from weightbus.tracing.narration import narrate, narrate_gone, time_of_day
 
 TORN = "segment s has generation 9: it must be 8"
 
 
 def test_round_is_told_line_by_line() -> None:
-    assert [narrate(message) for message in whole_round()] == [
+    assert [narrate(message) for message in whole_round()] == ["minilm: " + line for line in [
         "version 7 is ready, from trainer",
         "a joins round v7 with 1 rank",
         "b joins round v7 with 1 rank",
@@ -29,7 +30,7 @@ def test_round_is_told_line_by_line() -> None:
         f"b/1 reload failed after 279 ms, local: TornRead: {TORN}",
         f"b did not reach version 7: TornRead: {TORN}; it is quarantined",
         f"a closes round v7: 1 complete, 1 failed (b: TornRead: {TORN})",
-    ]
+    ]]  # fmt: skip
 
 
 @pytest.mark.parametrize(("message", "line"), [
@@ -51,12 +52,20 @@ def test_round_is_told_line_by_line() -> None:
         "a serves version 7 after 129 ms, local, verified, paused 85.0 ms",
     ),
     (
-        DeadLetter(model="m", subject="weightbus.m.dead", reason="\x1b[2J\nx"),
+        DeadLetter(model="minilm", subject="weightbus.m.dead", reason="\x1b[2J\nx"),
         "dead letter on weightbus.m.dead: \\x1b[2J\\nx",
     ),
 ])  # fmt: skip
 def test_message_is_told_in_one_line(message: Message, line: str) -> None:
-    assert narrate(message) == line
+    assert narrate(message) == f"minilm: {line}"
+
+
+def test_end_of_a_heartbeat_is_told() -> None:
+    assert narrate_gone("minilm", "a") == "minilm: a is gone"
+
+
+def test_message_is_told_by_its_name_when_monitors_do_not_look_at_it() -> None:
+    assert narrate(Commit(model="m", version=1, round="r", epoch=1)) == "Commit"
 
 
 def test_time_of_day_is_in_utc() -> None:

@@ -1,0 +1,212 @@
+"""`weightbus watch`: the fleet and its updates, live.
+
+On a terminal tables that renew themselves; elsewhere, and with `--json`, one line for every event.
+It only reads, and outlives a restart of the bus: it asks for what it missed meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import click
+import msgspec
+from anyio.abc import TaskGroup
+from msgspec import Struct
+from rich.console import Console
+from rich.live import Live
+
+from weightbus.bus.connection import Bus, open_bus
+from weightbus.bus.presence import EngineGone
+from weightbus.bus.received import Reconnected
+from weightbus.bus.settings import BusSettings
+from weightbus.cli.monitoring import close_broken_pipe, running_bus
+from weightbus.cli.until import until_stopped
+from weightbus.schemas.base import Message
+from weightbus.schemas.progress import StageComplete
+from weightbus.tracing.fleet_view import FleetTables
+from weightbus.tracing.narration import narrate, narrate_gone, time_of_day
+from weightbus.tracing.text import NS_PER_S
+from weightbus.tracing.watcher import WATCHED_MESSAGES, Fleet
+
+__all__ = ("Options", "command", "run_watch")
+
+HISTORY_S = 3600
+"""How far back the state at the start is read."""
+
+OVERLAP_S = 60
+"""How much is read again after a reconnect: clocks differ, and repeats do no harm."""
+
+REDRAW_S = 0.25
+
+Event = Message | EngineGone
+
+Tell = Callable[[Event, int], None]
+"""Is told every event that is news, and when it came, in nanoseconds since the Unix epoch."""
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What was asked for."""
+
+    bus: BusSettings
+    model: str | None
+    as_json: bool
+
+
+@click.command("watch")
+@click.option("--model", help="Only this model; else all that the bus knows of.")
+@click.option("--nats", "nats_url", help="NATS URL; else WEIGHTBUS_NATS_URL.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per event.")
+@click.option("--once", is_flag=True, help="Print the state now and exit.")
+def command(model: str | None, nats_url: str | None, as_json: bool, once: bool) -> None:
+    """Show engines, rounds in flight, and the last failures with their reasons, until Ctrl-C.
+
+    Without a terminal it prints one line per event. With --json each event is one line: the message
+    as `weightbus schema` describes it, and received_ns; an engine whose heartbeat ended is an
+    EngineGone with model and engine.
+
+    --once --json prints one object: newest (model -> version), and the lists engines, rounds,
+    failures and dead_letters.
+
+    Exit codes: 0 shown or interrupted, 1 no bus, 2 used wrongly.
+    """
+    bus = running_bus(nats_url, "weightbus-watch")
+    options = Options(bus=bus, model=model, as_json=as_json)
+    try:
+        anyio.run(run_once if once else run_watch, options)
+    except* BrokenPipeError:
+        close_broken_pipe()
+
+
+async def run_once(options: Options) -> None:
+    """Print the state now."""
+    async with open_bus(options.bus) as bus:
+        watch = Watch(bus, options.model)
+        await watch.look_back(time.time_ns() - HISTORY_S * NS_PER_S)
+        for model in watch.models():
+            for state in await bus.presence.list(model):
+                watch.fleet.feed(state, time.time_ns())
+    view = watch.fleet.view(time.time_ns())
+    if options.as_json:
+        click.echo(msgspec.json.encode(view))
+    else:
+        Console().print(FleetTables(view))
+
+
+async def run_watch(options: Options) -> None:
+    """Show what happens, until SIGINT or SIGTERM."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_show, options)
+        await until_stopped()
+        tasks.cancel_scope.cancel()
+
+
+async def _show(options: Options) -> None:
+    async with open_bus(options.bus) as bus:
+        if options.as_json or not sys.stdout.isatty():
+            line_of = json_line if options.as_json else text_line
+            await Watch(bus, options.model).run(
+                lambda event, received_ns: click.echo(line_of(event, received_ns))
+            )
+        else:
+            watch = Watch(bus, options.model)
+            async with _redrawn(watch.fleet):
+                await watch.run()
+
+
+@asynccontextmanager
+async def _redrawn(fleet: Fleet) -> AsyncIterator[None]:
+    """The fleet's tables on the terminal, drawn again and again."""
+    with Live(auto_refresh=False) as live:
+
+        async def redraw() -> None:
+            while True:
+                live.update(FleetTables(fleet.view(time.time_ns())), refresh=True)
+                await anyio.sleep(REDRAW_S)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(redraw)
+            yield
+            tasks.cancel_scope.cancel()
+
+
+class Watch:
+    """Feeds a fleet from a bus."""
+
+    def __init__(self, bus: Bus, model: str | None) -> None:
+        self.fleet = Fleet()
+        self._bus, self._model = bus, model
+        self._followed: set[str] = set()
+        self._heard_ns = time.time_ns()
+
+    def models(self) -> list[str]:
+        """The model asked for, or all that were told of."""
+        return sorted(self.fleet.models) if self._model is None else [self._model]
+
+    async def look_back(self, since_ns: int) -> None:
+        """Take in the state that history tells of; stages that are over do not belong to it."""
+        kinds = [kind for kind in WATCHED_MESSAGES if kind is not StageComplete]
+        async for received in self._bus.replay(*kinds, model=self._model, since_ns=since_ns):
+            self.fleet.feed(received.message, received.received_ns)
+
+    async def run(self, tell: Tell = lambda event, received_ns: None) -> None:
+        """Take in and tell what happens from now on, until cancelled."""
+        async with (
+            self._bus.subscribe(*WATCHED_MESSAGES, model=self._model) as messages,
+            anyio.create_task_group() as tasks,
+        ):
+            await self.look_back(time.time_ns() - HISTORY_S * NS_PER_S)
+            self._follow_engines(tasks, tell)
+            async for item in messages:
+                if isinstance(item, Reconnected):
+                    await self._catch_up(tell)
+                else:
+                    self._take(item.message, item.received_ns, tell)
+                self._follow_engines(tasks, tell)
+
+    async def _catch_up(self, tell: Tell) -> None:
+        """Tell what happened while the connection was lost."""
+        since_ns = self._heard_ns - OVERLAP_S * NS_PER_S
+        async for missed in self._bus.replay(
+            *WATCHED_MESSAGES, model=self._model, since_ns=since_ns
+        ):
+            self._take(missed.message, missed.received_ns, tell)
+
+    def _follow_engines(self, tasks: TaskGroup, tell: Tell) -> None:
+        for model in self.models():
+            if model not in self._followed:
+                self._followed.add(model)
+                tasks.start_soon(self._follow, model, tell)
+
+    async def _follow(self, model: str, tell: Tell) -> None:
+        async with self._bus.presence.watch(model) as changes:
+            async for change in changes:
+                self._take(change, time.time_ns(), tell)
+
+    def _take(self, event: Event, received_ns: int, tell: Tell) -> None:
+        if isinstance(event, EngineGone):
+            is_news = self.fleet.feed_gone(event.model, event.engine)
+        else:
+            is_news = self.fleet.feed(event, received_ns)
+            self._heard_ns = max(self._heard_ns, received_ns)
+        if is_news:
+            tell(event, received_ns)
+
+
+def json_line(event: Event, received_ns: int) -> bytes:
+    """An event as one JSON object."""
+    if isinstance(event, EngineGone):
+        told = {"type": "EngineGone", "model": event.model, "engine": event.engine}
+    else:
+        told = msgspec.to_builtins(event)
+    return msgspec.json.encode({"received_ns": received_ns, **told})
+
+
+def text_line(event: Event, received_ns: int) -> str:
+    """An event as a line for people."""
+    if isinstance(event, EngineGone):
+        return f"{time_of_day(received_ns)} {narrate_gone(event.model, event.engine)}"
+    return f"{time_of_day(received_ns)} {narrate(event)}"
