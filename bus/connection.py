@@ -192,8 +192,13 @@ async def open_bus(settings: BusSettings) -> AsyncIterator[Bus]:
         if server is not None:
             tasks = await stack.enter_async_context(open_background())
             tasks.start_soon(_fail_with_server, server, link)
-        jetstream = JetStream(link, bus_streams(settings.prefix), settings.request_timeout_s)
-        await jetstream.ensure_streams()
+        jetstream = JetStream(
+            link,
+            bus_streams(settings.prefix),
+            ready_within_s=settings.request_timeout_s,
+            reconnect_for_s=settings.reconnect_for_s,
+        )
+        await jetstream.open()
         dead_letters = await stack.enter_async_context(
             open_dead_letters(jetstream, settings.prefix, settings.name)
         )

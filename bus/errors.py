@@ -93,9 +93,10 @@ class BusUnavailable(BusError):
 class BusTimeout(BusError):
     """Connected, but the server did not answer in time; whether it acted is not known."""
 
-    def __init__(self, operation: str, timeout_s: float) -> None:
-        self.operation, self.timeout_s = operation, timeout_s
-        super().__init__(f"{operation} was not answered within {timeout_s:g} s")
+    def __init__(self, operation: str, timeout_s: float, refusal: str = "") -> None:
+        self.operation, self.timeout_s, self.refusal = operation, timeout_s, refusal
+        hint = f" (the server has refused something: {refusal})" if refusal else ""
+        super().__init__(f"{operation} was not answered within {timeout_s:g} s{hint}")
 
 
 class RequestRefused(BusError):

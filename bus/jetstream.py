@@ -18,8 +18,8 @@ import anyio
 import msgspec
 from msgspec import Struct
 
-from weightbus.bus.errors import BusUnavailable, RequestRefused, StreamUnsuitable
-from weightbus.bus.link import Incoming, Link, NoResponders
+from weightbus.bus.errors import BusTimeout, BusUnavailable, RequestRefused, StreamUnsuitable
+from weightbus.bus.link import Incoming, Interrupted, Link, NoResponders
 
 __all__ = (
     "HEADER_MESSAGE_ID",
@@ -120,12 +120,33 @@ class JetStream:
         RequestRefused: the server answered with an error.
     """
 
-    def __init__(self, link: Link, streams: tuple[StreamConfig, ...], timeout_s: float) -> None:
-        """`streams` are made when missing; `timeout_s` limits the wait for a JetStream that is
-        not ready."""
+    def __init__(
+        self,
+        link: Link,
+        streams: tuple[StreamConfig, ...],
+        *,
+        ready_within_s: float,
+        reconnect_for_s: float,
+    ) -> None:
+        """`streams` are made when missing, on every new connection.
+
+        A call waits `ready_within_s` for a JetStream that is not ready, and is given up when it was
+        interrupted for longer than `reconnect_for_s` by connections that do not last.
+        """
         self._link = link
         self._streams = streams
-        self._timeout_s = timeout_s
+        self._ready_within_s = ready_within_s
+        self._reconnect_for_s = reconnect_for_s
+        self._checked_connection = 0
+        self._checking = anyio.Lock()
+
+    async def open(self) -> None:
+        """Make the streams that are missing.
+
+        Raises:
+            StreamUnsuitable: one exists, but lacks something.
+        """
+        await self._when_ready(self._check_streams, "making of the streams")
 
     async def publish(
         self,
@@ -170,12 +191,11 @@ class JetStream:
             )
 
         answer = await self._when_ready(send, operation)
-        status = answer.headers.get(_HEADER_STATUS)
-        if status == _STATUS_NOT_FOUND:
-            return None
-        if status is not None:
+        if _is_stored(answer):
+            return _stored(answer)
+        if answer.headers.get(_HEADER_STATUS) != _STATUS_NOT_FOUND:
             raise _refused(operation, answer)
-        return _stored(answer)
+        return None
 
     async def scan(
         self, stream: str, subject: str, *, since_ns: int = 0
@@ -195,25 +215,11 @@ class JetStream:
 
     async def purge(self, stream: str, subject: str) -> None:
         """Remove all messages of a subject."""
-        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject}, f"purge of {subject}")
 
-    async def ensure_streams(self) -> None:
-        """Make the streams that are missing. Harmless when many clients do so at once.
+        async def send() -> dict[str, Any]:
+            return await self._api(f"STREAM.PURGE.{stream}", {"filter": subject})
 
-        Raises:
-            StreamUnsuitable: one exists, but lacks something.
-        """
-        for wanted in self._streams:
-            operation = f"making of stream {wanted.name}"
-            try:
-                found = await self._api(f"STREAM.INFO.{wanted.name}", {}, operation)
-            except RequestRefused as error:
-                if error.code != _STREAM_NOT_FOUND:
-                    raise
-                found = await self._api(
-                    f"STREAM.CREATE.{wanted.name}", msgspec.to_builtins(wanted), operation
-                )
-            _check_stream(wanted, found["config"])
+        await self._when_ready(send, f"purge of {subject}")
 
     async def _page(
         self, stream: str, subject: str, start: dict[str, Any]
@@ -228,12 +234,12 @@ class JetStream:
             return await self._link.request_many(
                 f"$JS.API.DIRECT.GET.{stream}",
                 request,
-                is_last=lambda answer: _HEADER_STATUS in answer.headers,
+                is_last=lambda answer: not _is_stored(answer),
                 operation=operation,
             )
 
         *messages, end = await self._when_ready(send, operation)
-        status = end.headers[_HEADER_STATUS]
+        status = end.headers.get(_HEADER_STATUS)
         if status == _STATUS_NOT_FOUND:
             return [], 0
         if status != _STATUS_END_OF_BATCH:
@@ -241,32 +247,51 @@ class JetStream:
         pending = int(end.headers.get("Nats-Num-Pending", 0)) if messages else 0
         return [_stored(message) for message in messages], pending
 
-    async def _api(self, call: str, request: dict[str, Any], operation: str) -> dict[str, Any]:
-        payload = msgspec.json.encode(request)
-        deadline = anyio.current_time() + self._timeout_s
-        while True:
-            try:
-                answer = await self._link.request(f"$JS.API.{call}", payload, operation=operation)
-                return _decode(answer, dict[str, Any], operation)
-            except (NoResponders, _NotReady):
-                await self._wait_before_retry(deadline, operation)
-
     async def _when_ready(self, send: Callable[[], Awaitable[T]], operation: str) -> T:
-        """What `send` returns, once JetStream and the streams are there."""
-        deadline = anyio.current_time() + self._timeout_s
-        while True:
+        """What `send` returns, once JetStream and the streams are there; sends again if need be."""
+        give_up = anyio.current_time() + self._reconnect_for_s + self._ready_within_s
+        ready_by: float | None = None
+        while anyio.current_time() < give_up:
             try:
+                await self._check_streams()
                 return await send()
+            except Interrupted:
+                ready_by = None
             except (NoResponders, _NotReady):
-                await self._wait_before_retry(deadline, operation)
-                await self.ensure_streams()
+                self._checked_connection = 0
+                now = anyio.current_time()
+                ready_by = ready_by or now + self._ready_within_s
+                if now >= ready_by:
+                    reason = f"JetStream does not answer ({operation}): is it enabled?"
+                    raise BusUnavailable(self._link.url, reason) from None
+                await anyio.sleep(_RETRY_WAIT_S)
+        raise BusTimeout(operation, self._reconnect_for_s + self._ready_within_s)
 
-    async def _wait_before_retry(self, deadline: float, operation: str) -> None:
-        if anyio.current_time() >= deadline:
-            raise BusUnavailable(
-                self._link.url, f"JetStream does not answer ({operation}): is it enabled?"
-            )
-        await anyio.sleep(_RETRY_WAIT_S)
+    async def _check_streams(self) -> None:
+        """Make the streams that are missing, once for each connection: the server may be another
+        one, or have lost its data. Harmless when many clients do so at once."""
+        connection = self._link.connections
+        if self._checked_connection == connection:
+            return
+        async with self._checking:
+            if self._checked_connection == connection:
+                return
+            for wanted in self._streams:
+                try:
+                    found = await self._api(f"STREAM.INFO.{wanted.name}", {})
+                except RequestRefused as error:
+                    if error.code != _STREAM_NOT_FOUND:
+                        raise
+                    request = msgspec.to_builtins(wanted)
+                    found = await self._api(f"STREAM.CREATE.{wanted.name}", request)
+                _check_stream(wanted, found["config"])
+            self._checked_connection = connection
+
+    async def _api(self, call: str, request: dict[str, Any]) -> dict[str, Any]:
+        operation = f"request {call}"
+        payload = msgspec.json.encode(request)
+        answer = await self._link.request(f"$JS.API.{call}", payload, operation=operation)
+        return _decode(answer, dict[str, Any], operation)
 
 
 def _decode(answer: Incoming, kind: type[T], operation: str) -> T:
@@ -291,6 +316,12 @@ def _decode(answer: Incoming, kind: type[T], operation: str) -> T:
 def _refused(operation: str, answer: Incoming) -> RequestRefused:
     code = answer.headers.get(_HEADER_STATUS, "0")
     return RequestRefused(operation, int(code), answer.headers.get("Description", ""))
+
+
+def _is_stored(answer: Incoming) -> bool:
+    """A stored message, and not a word of the server's own. Whoever stored it may have given it any
+    headers; these two are the server's."""
+    return "Nats-Sequence" in answer.headers and "Nats-Stream" in answer.headers
 
 
 def _stored(answer: Incoming) -> StoredMessage:

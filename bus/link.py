@@ -2,11 +2,9 @@
 
 Owns one nats-py client. Its exceptions, callbacks and logging end here: they become `BusError`s.
 
-- A lost connection is silent: requests wait for the next one, and are sent again if they were under
-  way; listeners hear of every reconnect. After `reconnect_for_s` without a server the link fails,
-  for good, with one `BusUnavailable` that reaches every request and every listener.
-- A request that was sent again may have been carried out twice: callers make that harmless
-  (`Nats-Msg-Id`).
+- A lost connection is silent: requests under way are interrupted, new ones wait for the next
+  connection, and listeners hear of it. After `reconnect_for_s` without a server the link fails, for
+  good, with one `BusUnavailable` that reaches every request and every listener.
 - nats-py's `flush`, `rtt` and `drain` are not used: a cancelled one leaves a future behind on which
   the client's read loop dies.
 """
@@ -19,8 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 import nats.errors
@@ -34,19 +31,24 @@ from weightbus.bus.errors import (
     BusUnavailable,
     PayloadTooLarge,
     ServerTooOld,
-    SettingInvalid,
 )
+from weightbus.bus.security import connect_arguments
 from weightbus.bus.server import MINIMUM_VERSION, is_too_old
 from weightbus.bus.settings import BusSettings
 
-__all__ = ("Incoming", "Link", "Listener", "NoResponders", "open_link")
+__all__ = ("Incoming", "Interrupted", "Link", "Listener", "NoResponders", "open_link")
 
 _RECONNECT_WAIT_S = 0.25
 _PING_INTERVAL_S = 5
 _MAX_OUTSTANDING_PINGS = 2
 """A server that is silent for 15 s counts as lost."""
 _CLOSE_TIMEOUT_S = 2.0
+_HEADER_FRAME_BYTES = len("NATS/1.0\r\n\r\n")
+_HEADER_LINE_BYTES = len(": \r\n")
+
+# What nats-py's errors say, by which alone they can be told apart.
 _AUTHORIZATION = "authorization"
+_PERMISSIONS = "permissions violation"
 
 logging.getLogger("nats").addHandler(logging.NullHandler())  # nothing of it goes to stderr
 _log = logging.getLogger(__name__)
@@ -64,6 +66,13 @@ class Incoming:
 
 class NoResponders(Exception):
     """Nobody serves the subject of a request. Stays inside the bus."""
+
+
+class Interrupted(Exception):
+    """The connection was lost during a request: whether it was carried out is not known.
+
+    Whoever sends it again must make that harmless. Stays inside the bus.
+    """
 
 
 class Listener(Protocol):
@@ -90,15 +99,18 @@ class Link:
         self._client = Client()
         self._up = anyio.Event()
         self._failure: str | None = None
+        self._connections = 1
         self._closing = False
         self._last_error = "no server answers"
+        self._last_refusal = ""
         self._in_flight: set[anyio.CancelScope] = set()
         self._listeners: list[Listener] = []
         self._connecting = anyio.CancelScope()
 
     @property
-    def is_up(self) -> bool:
-        return self._up.is_set() and self._failure is None
+    def connections(self) -> int:
+        """How many there have been; another number than before means another connection."""
+        return self._connections
 
     async def request(
         self,
@@ -108,32 +120,31 @@ class Link:
         *,
         operation: str,
     ) -> Incoming:
-        """One request and its answer; sent again after a reconnect. `operation` is for messages.
+        """One request and its answer. `operation` names it in messages.
 
         Raises:
+            Interrupted: the connection was lost before the answer came.
             NoResponders: nobody serves the subject.
             BusTimeout, BusUnavailable, PayloadTooLarge
         """
-        self._check_size(subject, payload)
-        timeout_s = self._settings.request_timeout_s
-        while True:
-            await self.wait_until_up()
-            with anyio.CancelScope() as scope:
-                self._in_flight.add(scope)
-                try:
-                    return _incoming(
-                        await self._client.request(
-                            subject, payload, timeout=timeout_s, headers=_headers(headers)
-                        )
-                    )
-                except nats.errors.NoRespondersError:
-                    raise NoResponders(subject) from None
-                except nats.errors.TimeoutError:
-                    raise BusTimeout(operation, timeout_s) from None
-                except (nats.errors.Error, OSError) as error:
-                    raise self._unavailable(_reason(error)) from None
-                finally:
-                    self._in_flight.discard(scope)
+        self._check_size(subject, payload, headers)
+        await self.wait_until_up()
+        with self._until_interrupted():
+            try:
+                answer = await self._client.request(
+                    subject,
+                    payload,
+                    timeout=self._settings.request_timeout_s,
+                    headers=_headers(headers),
+                )
+            except nats.errors.NoRespondersError:
+                raise NoResponders(subject) from None
+            except nats.errors.TimeoutError:
+                raise self._timeout(operation) from None
+            except (nats.errors.Error, OSError) as error:
+                raise self._unavailable(error) from None
+            return _incoming(answer)
+        raise Interrupted(operation)
 
     async def request_many(
         self,
@@ -146,42 +157,31 @@ class Link:
         """One request and all its answers, up to and with the one that `is_last`.
 
         Raises:
+            Interrupted: the connection was lost before the last answer came.
             NoResponders: nobody serves the subject.
-            BusTimeout: not all answers came within `request_timeout_s`.
-            BusUnavailable, PayloadTooLarge
+            BusTimeout, BusUnavailable, PayloadTooLarge
         """
-        self._check_size(subject, payload)
-        timeout_s = self._settings.request_timeout_s
-        while True:
-            await self.wait_until_up()
-            answers: list[Incoming] = []
-            complete = anyio.Event()
+        answers: list[Incoming] = []
+        complete = anyio.Event()
 
-            def deliver(
-                answer: Incoming,
-                answers: list[Incoming] = answers,
-                complete: anyio.Event = complete,
-            ) -> None:
-                answers.append(answer)
-                if _is_no_responders(answer) or is_last(answer):
-                    complete.set()
+        def deliver(answer: Incoming) -> None:
+            answers.append(answer)
+            if _is_no_responders(answer) or is_last(answer):
+                complete.set()
 
-            inbox = str(self._client.new_inbox())
-            with anyio.CancelScope() as scope:
-                self._in_flight.add(scope)
-                try:
-                    async with self.subscribe(inbox, deliver):
-                        await self.publish(subject, payload, reply=inbox)
-                        with anyio.move_on_after(timeout_s):
-                            await complete.wait()
-                finally:
-                    self._in_flight.discard(scope)
-            if complete.is_set():
-                if _is_no_responders(answers[-1]):
-                    raise NoResponders(subject)
-                return answers
-            if not scope.cancelled_caught:
-                raise BusTimeout(operation, timeout_s)
+        await self.wait_until_up()
+        inbox = str(self._client.new_inbox())
+        with self._until_interrupted():
+            async with self.subscribe(inbox, deliver):
+                await self.publish(subject, payload, reply=inbox)
+                with anyio.move_on_after(self._settings.request_timeout_s):
+                    await complete.wait()
+            if not complete.is_set():
+                raise self._timeout(operation)
+            if _is_no_responders(answers[-1]):
+                raise NoResponders(subject)
+            return answers
+        raise Interrupted(operation)
 
     async def publish(
         self,
@@ -196,12 +196,12 @@ class Link:
         Raises:
             BusUnavailable, PayloadTooLarge
         """
-        self._check_size(subject, payload)
+        self._check_size(subject, payload, headers)
         await self.wait_until_up()
         try:
             await self._client.publish(subject, payload, reply, _headers(headers))
         except (nats.errors.Error, OSError) as error:
-            raise self._unavailable(_reason(error)) from None
+            raise self._unavailable(error) from None
 
     @asynccontextmanager
     async def subscribe(
@@ -223,8 +223,8 @@ class Link:
             subscription = await self._client.subscribe(
                 subject, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0
             )
-        except nats.errors.Error as error:
-            raise self._unavailable(_reason(error)) from None
+        except (nats.errors.Error, OSError) as error:
+            raise self._unavailable(error) from None
         try:
             yield
         finally:
@@ -240,7 +240,7 @@ class Link:
         Raises:
             BusTimeout, BusUnavailable
         """
-        with suppress(NoResponders):  # an answer, too
+        with suppress(NoResponders, Interrupted):  # an answer too; a new connection starts with it
             await self.request("$JS.API.INFO", operation="subscription")
 
     @contextmanager
@@ -265,7 +265,7 @@ class Link:
     async def connect(self) -> None:
         """The first connection; called once, by `open_link`."""
         timeout_s = self._settings.connect_timeout_s
-        options = _security(self._settings)
+        options = connect_arguments(self._settings)
         options["connect_timeout"] = timeout_s  # nats-py annotates these two as int
         options["reconnect_time_wait"] = _RECONNECT_WAIT_S
         with anyio.move_on_after(timeout_s), self._connecting:
@@ -282,18 +282,29 @@ class Link:
                     max_outstanding_pings=_MAX_OUTSTANDING_PINGS,
                     **options,
                 )
-            except (nats.errors.Error, OSError, ValueError) as error:
-                self._last_error = _reason(error)
-            else:
-                self._check_version()
-                self._up.set()
-                return
+            except (nats.errors.Error, OSError) as error:
+                raise self._unavailable(error) from None
+            self._check_version()
+            self._up.set()
+            return
         raise BusUnavailable(self.url, self._last_error)
 
     async def close(self) -> None:
+        """Called once, by `open_link`."""
         self._closing = True
-        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
-            await self._client.close()
+        if self._client.options:  # else it never got as far as having something to close
+            with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
+                await self._client.close()
+
+    @contextmanager
+    def _until_interrupted(self) -> Iterator[None]:
+        """Leaves the body when the connection is lost; the code after it runs only then."""
+        with anyio.CancelScope() as scope:
+            self._in_flight.add(scope)
+            try:
+                yield
+            finally:
+                self._in_flight.discard(scope)
 
     def _check_version(self) -> None:
         found = self._client.connected_server_version
@@ -301,18 +312,29 @@ class Link:
         if is_too_old(version):
             raise ServerTooOld(self.url, version, ".".join(map(str, MINIMUM_VERSION)))
 
-    def _check_size(self, subject: str, payload: bytes) -> None:
+    def _check_size(
+        self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """The server counts headers too, and closes the connection of who sends too much."""
+        size_bytes = len(payload) + _HEADER_FRAME_BYTES
+        for name, value in (headers or {}).items():
+            size_bytes += len(name.encode()) + len(value.encode()) + _HEADER_LINE_BYTES
         limit_bytes = self._client.max_payload
-        if len(payload) > limit_bytes:
-            raise PayloadTooLarge(subject, len(payload), limit_bytes)
+        if size_bytes > limit_bytes:
+            raise PayloadTooLarge(subject, size_bytes, limit_bytes)
 
-    def _unavailable(self, reason: str) -> BusUnavailable:
-        return BusUnavailable(self.url, self._failure or reason)
+    def _unavailable(self, error: Exception) -> BusUnavailable:
+        return BusUnavailable(self.url, self._failure or _reason(error))
+
+    def _timeout(self, operation: str) -> BusTimeout:
+        return BusTimeout(operation, self._settings.request_timeout_s, self._last_refusal)
 
     async def _on_error(self, error: Exception) -> None:
         """nats-py reports here what it goes on after; during an outage it is the reason."""
         self._last_error = _reason(error)
         _log.debug("nats: %s", self._last_error)
+        if _PERMISSIONS in self._last_error.lower():
+            self._last_refusal = self._last_error
         if _AUTHORIZATION in self._last_error.lower() or isinstance(error, ssl.SSLError):
             self._connecting.cancel()  # the first connection only: trying again would not help
 
@@ -320,9 +342,12 @@ class Link:
         if self._closing or not self._up.is_set():
             return
         self._up = anyio.Event()
-        for scope in self._in_flight:
-            scope.cancel()
+        self._interrupt()
         self._tasks.start_soon(self._limit_outage, self._up)
+
+    def _interrupt(self) -> None:
+        for scope in tuple(self._in_flight):
+            scope.cancel()
 
     async def _limit_outage(self, up: anyio.Event) -> None:
         allowed_s = self._settings.reconnect_for_s
@@ -335,6 +360,7 @@ class Link:
     async def _on_reconnected(self) -> None:
         if self._failure is not None:
             return
+        self._connections += 1
         self._up.set()
         for listener in tuple(self._listeners):
             listener.reconnected_nowait()
@@ -350,8 +376,7 @@ class Link:
             return
         self._failure = reason
         self._up.set()
-        for scope in self._in_flight:
-            scope.cancel()
+        self._interrupt()
         for listener in tuple(self._listeners):
             listener.failed_nowait(BusUnavailable(self.url, reason))
 
@@ -397,49 +422,3 @@ def _without_credentials(url: str) -> str:
         for part in url.split(",")
         for scheme, sep, rest in (part.partition("://"),)
     )
-
-
-def _security(settings: BusSettings) -> dict[str, Any]:
-    """Arguments of nats-py's connect for TLS and credentials.
-
-    Raises:
-        SettingInvalid: a file cannot be read, or the package nkeys is missing.
-    """
-    options: dict[str, Any] = {}
-    for setting, argument in (
-        ("credentials_file", "user_credentials"),
-        ("nkey_seed_file", "nkeys_seed"),
-    ):
-        path: Path | None = getattr(settings, setting)
-        if path is not None:
-            _check_nkeys(setting, path)
-            options[argument] = str(path)
-    if settings.tls_ca_file or settings.tls_cert_file:
-        options["tls"] = _tls_context(settings)
-    return options
-
-
-def _check_nkeys(setting: str, path: Path) -> None:
-    try:
-        import nkeys  # noqa: F401
-    except ImportError:
-        raise SettingInvalid(
-            setting, str(path), "needs the package nkeys: `pip install nats-py[nkeys]`"
-        ) from None
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise SettingInvalid(setting, str(path), f"cannot be read: {error.strerror}") from None
-
-
-def _tls_context(settings: BusSettings) -> ssl.SSLContext:
-    ca, cert, key = settings.tls_ca_file, settings.tls_cert_file, settings.tls_key_file
-    setting, path = "tls_ca_file", ca
-    try:
-        context = ssl.create_default_context(cafile=str(ca) if ca else None)
-        if cert is not None:
-            setting, path = "tls_cert_file", cert
-            context.load_cert_chain(str(cert), str(key) if key else None)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingInvalid(setting, str(path), f"cannot be used: {error}") from None
-    return context

@@ -8,6 +8,7 @@ and a blob is returned only if it has the description's size and SHA-256.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import uuid
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from weightbus.bus.errors import BusError, ObjectCorrupt, ObjectMissing, ObjectTooLarge
-from weightbus.bus.jetstream import JetStream
+from weightbus.bus.jetstream import JetStream, WrongLastSequence
 from weightbus.bus.streams import object_stream
 from weightbus.schemas.limits import DEFAULT_LIMITS, Limits
 
@@ -26,11 +27,10 @@ __all__ = ("CHUNK_BYTES", "ObjectStore")
 CHUNK_BYTES = 128 * 1024
 """What other NATS clients use too; nats-py reads larger ones more slowly."""
 
-_ROLLUP = {"Nats-Rollup": "sub"}
 _CLEAN_UP_TIMEOUT_S = 2.0
 
 
-class _LinkOptions(Struct):
+class _Options(Struct):
     max_chunk_size: int
 
 
@@ -45,7 +45,7 @@ class _Description(Struct):
     digest: str = ""
     mtime: str = ""
     deleted: bool = False
-    options: _LinkOptions | None = None
+    options: _Options | None = None
 
 
 class ObjectStore:
@@ -72,29 +72,13 @@ class ObjectStore:
         if len(blob) > self._limit_bytes:
             raise ObjectTooLarge(key, len(blob), self._limit_bytes)
         digest = _digest(blob)
-        before = await self._describe(key)
-        if before is not None and (before.size, before.digest) == (len(blob), digest):
-            return key
-        number = uuid.uuid4().hex
-        complete = False
-        try:
-            chunks = await self._put_chunks(number, blob)
-            description = _Description(
-                name=key,
-                bucket=self._bucket,
-                nuid=number,
-                size=len(blob),
-                chunks=chunks,
-                digest=digest,
-                mtime=datetime.now(UTC).isoformat(),
-                options=_LinkOptions(CHUNK_BYTES),
-            )
-            payload = msgspec.json.encode(description)
-            await self._jetstream.publish(self._description_subject(key), payload, _ROLLUP)
-            complete = True
-        finally:
-            if not complete:
-                await self._drop_chunks(number)
+        while True:
+            before, sequence = await self._describe(key)
+            if before is not None and (before.size, before.digest) == (len(blob), digest):
+                return key
+            with contextlib.suppress(WrongLastSequence):  # another client was faster: look again
+                await self._put_new(key, blob, digest, sequence)
+                break
         if before is not None:
             await self._jetstream.purge(self._stream, self._chunks_subject(before.nuid))
         return key
@@ -107,7 +91,7 @@ class ObjectStore:
             ObjectTooLarge: it exceeds the limit.
             ObjectCorrupt: its bytes are not those that were stored.
         """
-        description = await self._describe(key)
+        description, _ = await self._describe(key)
         if description is None:
             raise ObjectMissing(key)
         if not 0 <= description.size <= self._limit_bytes:
@@ -119,6 +103,8 @@ class ObjectStore:
             if len(blob) > description.size:
                 raise ObjectCorrupt(key, "size", "larger", f"{description.size} bytes")
         if len(blob) != description.size:
+            if await self._describe(key) == (None, 0):
+                raise ObjectMissing(key)  # deleted while it was read
             raise ObjectCorrupt(key, "size", f"{len(blob)} bytes", f"{description.size} bytes")
         found = _digest(blob)
         if found.rstrip("=") != description.digest.rstrip("="):
@@ -127,23 +113,53 @@ class ObjectStore:
 
     async def delete(self, key: str) -> None:
         """Remove what lies under a key, if anything does."""
-        description = await self._describe(key)
+        description, _ = await self._describe(key)
         if description is None:
             return
         await self._jetstream.purge(self._stream, self._description_subject(key))
         await self._jetstream.purge(self._stream, self._chunks_subject(description.nuid))
 
-    async def _describe(self, key: str) -> _Description | None:
+    async def _describe(self, key: str) -> tuple[_Description | None, int]:
+        """(what lies under a key, sequence of what was said of the key last)"""
         stored = await self._jetstream.last(self._stream, self._description_subject(key))
         if stored is None:
-            return None
+            return None, 0
         try:
             description = msgspec.json.decode(stored.payload, type=_Description)
-        except msgspec.DecodeError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ObjectCorrupt(key, "description", str(error), "readable") from None
         if not description.nuid.isalnum():
             raise ObjectCorrupt(key, "nuid", description.nuid, "one subject token")
-        return None if description.deleted else description
+        return None if description.deleted else description, stored.sequence
+
+    async def _put_new(self, key: str, blob: bytes, digest: str, sequence: int) -> None:
+        """
+        Raises:
+            WrongLastSequence: something was said of the key after `sequence`.
+        """
+        number = uuid.uuid4().hex
+        complete = False
+        try:
+            description = _Description(
+                name=key,
+                bucket=self._bucket,
+                nuid=number,
+                size=len(blob),
+                chunks=await self._put_chunks(number, blob),
+                digest=digest,
+                mtime=datetime.now(UTC).isoformat(),
+                options=_Options(CHUNK_BYTES),
+            )
+            await self._jetstream.publish(
+                self._description_subject(key),
+                msgspec.json.encode(description),
+                {"Nats-Rollup": "sub"},
+                expected_sequence=sequence,
+            )
+            complete = True
+        finally:
+            if not complete:
+                await self._drop_chunks(number)
 
     async def _put_chunks(self, number: str, blob: bytes) -> int:
         subject = self._chunks_subject(number)

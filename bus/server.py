@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
@@ -31,6 +32,7 @@ from weightbus.bus.errors import (
     ServerFailed,
     ServerNotFound,
     ServerTooOld,
+    SettingInvalid,
 )
 from weightbus.bus.guard import STOP_GRACE_S, guarded_command
 from weightbus.bus.settings import BusSettings
@@ -106,16 +108,12 @@ async def open_server(settings: BusSettings) -> AsyncIterator[EmbeddedServer]:
         ServerTooOld: the one found is older than `MINIMUM_VERSION`.
         DataDirectoryBusy: another server runs on the same data directory.
         ServerFailed: it did not start within `connect_timeout_s`.
+        SettingInvalid: the data directory cannot be used.
     """
     program = find_server(settings.server_path)
     await anyio.to_thread.run_sync(_check_version, program)
     with contextlib.ExitStack() as stack:
-        if settings.data_dir is None:
-            temporary = tempfile.TemporaryDirectory(prefix="weightbus-", ignore_cleanup_errors=True)
-            data_dir = Path(stack.enter_context(temporary))
-        else:
-            data_dir = settings.data_dir.absolute()
-            data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir = _make_data_dir(settings.data_dir, stack)
         lock = await _lock(data_dir)
         stack.callback(os.close, lock)
         guard = await _start(program, settings, data_dir, lock)
@@ -130,6 +128,19 @@ def is_too_old(version: str) -> bool:
     """Whether a server's version (`2.10.4`, `2.12.0-RC.1`) is below `MINIMUM_VERSION`."""
     match = re.match(r"v?(\d+)\.(\d+)", version)
     return match is None or (int(match[1]), int(match[2])) < MINIMUM_VERSION
+
+
+def _make_data_dir(named: Path | None, stack: contextlib.ExitStack) -> Path:
+    """The directory; a temporary one is removed when the stack closes."""
+    if named is None:
+        temporary = tempfile.TemporaryDirectory(prefix="weightbus-", ignore_cleanup_errors=True)
+        return Path(stack.enter_context(temporary))
+    try:
+        named.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (named / _LOCK_NAME).touch(0o600)
+    except OSError as error:
+        raise SettingInvalid("data_dir", str(named), f"cannot be used: {error.strerror}") from None
+    return named.absolute()
 
 
 def _program_of_wheel() -> Path | None:
@@ -190,8 +201,6 @@ async def _lock(data_dir: Path) -> int:
 
 
 async def _start(program: Path, settings: BusSettings, data_dir: Path, lock: int) -> Process:
-    for stale in data_dir.glob(f"{program.name}_*.ports"):
-        stale.unlink(missing_ok=True)
     arguments = {
         "--addr": settings.host,
         "--port": str(settings.port or _RANDOM_PORT),
@@ -200,7 +209,7 @@ async def _start(program: Path, settings: BusSettings, data_dir: Path, lock: int
         "--server_name": f"{settings.prefix}-{os.getpid()}",
     }
     command = [str(program), "--jetstream", *(word for pair in arguments.items() for word in pair)]
-    with open(data_dir / _LOG_NAME, "wb") as log:
+    with _open_log(program, data_dir) as log:
         return await anyio.open_process(
             guarded_command(command),
             stdin=subprocess.PIPE,
@@ -209,6 +218,13 @@ async def _start(program: Path, settings: BusSettings, data_dir: Path, lock: int
             start_new_session=True,
             pass_fds=(lock,),
         )
+
+
+def _open_log(program: Path, data_dir: Path) -> BinaryIO:
+    """A new log; what the last server said of its ports is removed with its log."""
+    for stale in data_dir.glob(f"{program.name}_*.ports"):
+        stale.unlink(missing_ok=True)
+    return open(data_dir / _LOG_NAME, "wb")
 
 
 async def _wait_until_ready(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -17,6 +18,7 @@ from weightbus.schemas.errors import MessageInvalid
 __all__ = ("BusSettings",)
 
 _VARIABLES = {"url": "WEIGHTBUS_NATS_URL", "server_path": "WEIGHTBUS_NATS_SERVER"}
+_SCHEMES = ("nats", "tls", "ws", "wss")
 _MAX_SECONDS = 86_400.0
 
 
@@ -72,8 +74,8 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
             check_prefix(self.prefix)
         except MessageInvalid as error:
             raise SettingInvalid("prefix", self.prefix, error.limit) from None
-        if self.url is not None and not self.url:
-            raise SettingInvalid("url", self.url, "must not be empty")
+        if self.url is not None and not all(map(_is_server_url, self.url.split(","))):
+            raise SettingInvalid("url", self.url, "must be nats://host:port, tls:// or wss://")
         if not 0 <= self.port < 65_536:
             raise SettingInvalid("port", self.port, "must be from 0 to 65535")
         for setting in ("connect_timeout_s", "request_timeout_s", "reconnect_for_s"):
@@ -111,6 +113,15 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.convert(given, cls, strict=False, dec_hook=_decode_path)
         except msgspec.ValidationError as error:
             raise SettingInvalid("WEIGHTBUS_*", given, str(error)) from None
+
+
+def _is_server_url(url: str) -> bool:
+    """The scheme may be left out."""
+    try:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        return parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _variable(setting: str) -> str:

@@ -1,13 +1,14 @@
 """Live messages of some types, in one bounded stream.
 
 Owns core NATS subscriptions: one for each family of subjects (`checkpoint`, `round`, `stage`, ...),
-so that the messages of a family come in the order in which the server sent them. A repeat (the same
-`Nats-Msg-Id` on the same subject, which the streams drop too) is left out. Nothing here waits for the
-reader: one that falls too far behind loses the subscription, not the connection.
+so that the messages of a family come in the order in which the server sent them. A repeat (the
+same `Nats-Msg-Id` on the same subject, which the streams drop too) is left out. Nothing here waits
+for the reader: one that falls too far behind loses the subscription, not the connection.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,7 +22,7 @@ from weightbus.bus.jetstream import HEADER_MESSAGE_ID
 from weightbus.bus.link import Incoming, Link
 from weightbus.bus.received import HEADER_CONTENT_TYPE, Received, Reconnected, model_of, read
 from weightbus.schemas.base import Message
-from weightbus.schemas.catalogue import message_types_of, pattern_of
+from weightbus.schemas.catalogue import pattern_of
 from weightbus.schemas.errors import MessageInvalid
 
 __all__ = ("Subscription", "cover", "open_subscription")
@@ -44,12 +45,14 @@ class Subscription(Generic[M]):
     def __init__(
         self,
         types: tuple[type[M], ...],
-        subjects: tuple[str, ...],
+        patterns: Sequence[str],
         prefix: str,
         dead_letters: DeadLetters,
         limit: int,
     ) -> None:
-        self._types, self._subjects, self._prefix = types, subjects, prefix
+        """`patterns`: the subjects of `types`, with wildcards."""
+        self._types, self._patterns, self._prefix = types, tuple(patterns), prefix
+        self._asked_for = _matcher(patterns)
         self._dead_letters = dead_letters
         self._limit = limit
         self._send, self._receive = anyio.create_memory_object_stream[Incoming | Reconnected](limit)
@@ -93,7 +96,7 @@ class Subscription(Generic[M]):
         try:
             self._send.send_nowait(item)
         except anyio.WouldBlock:
-            self._end(SubscriptionOverflow(self._subjects, self._limit))
+            self._end(SubscriptionOverflow(self._patterns, self._limit))
         except (anyio.ClosedResourceError, anyio.BrokenResourceError):
             return  # came after the reader left
 
@@ -103,10 +106,9 @@ class Subscription(Generic[M]):
 
     def _read(self, incoming: Incoming) -> Received[M] | None:
         """None: of a type that was not asked for, or not readable."""
+        if not self._asked_for.fullmatch(incoming.subject):
+            return None
         try:
-            expected = message_types_of(incoming.subject, self._prefix)
-            if not any(issubclass(kind, self._types) for kind in expected):
-                return None
             received = read(
                 incoming.subject,
                 incoming.headers,
@@ -154,11 +156,11 @@ async def open_subscription(
     limit: int,
 ) -> AsyncIterator[Subscription[M]]:
     """Subscribe; entered once the server has been told of every subject."""
-    subjects = cover([pattern_of(kind, prefix, model) for kind in types], prefix)
-    subscription = Subscription(types, subjects, prefix, dead_letters, limit)
+    patterns = [pattern_of(kind, prefix, model) for kind in types]
+    subscription = Subscription(types, patterns, prefix, dead_letters, limit)
     async with AsyncExitStack() as stack:
         stack.enter_context(link.listen(subscription))
-        for subject in subjects:
+        for subject in cover(patterns, prefix):
             await stack.enter_async_context(link.subscribe(subject, subscription.deliver_nowait))
         try:
             await link.settle()
@@ -179,6 +181,11 @@ def cover(patterns: Sequence[str], prefix: str) -> tuple[str, ...]:
         tokens = pattern.split(".")
         families[tokens[family_token]].append(tokens)
     return tuple(".".join(_merge(members)) for members in families.values())
+
+
+def _matcher(patterns: Sequence[str]) -> re.Pattern[str]:
+    """Of the subjects that match a pattern; `cover` brings in others."""
+    return re.compile("|".join(re.escape(p).replace(r"\*", "[^.]+") for p in patterns))
 
 
 def _merge(patterns: list[list[str]]) -> list[str]:
