@@ -75,7 +75,7 @@ def _walk(place: str, expected: Any, document: Any) -> tuple[str, Any, tuple[ins
     types = _alternatives(_type_info(expected))
     path, value = "", document
     for name, index, any_key in _STEP.findall(place):
-        types = tuple(_narrow(types, value))
+        types = tuple(_narrow(types, value, name))
         if name:
             path += f".{name}"
             value = value.get(name, NOT_READ) if isinstance(value, dict) else NOT_READ
@@ -110,11 +110,11 @@ def _alternatives(of: inspect.Type) -> tuple[inspect.Type, ...]:
     return (of,)
 
 
-def _narrow(types: Iterable[inspect.Type], value: Any) -> Iterable[inspect.Type]:
-    """Of several tagged structs, the one whose tag the value carries."""
+def _narrow(types: Iterable[inspect.Type], value: Any, step: str) -> Iterable[inspect.Type]:
+    """Of several tagged structs, the one whose tag the value carries; all if that is the step."""
     for of in types:
-        if isinstance(of, inspect.StructType) and isinstance(value, dict):
-            tag = value.get(of.tag_field, of.tag) if of.tag_field else of.tag
+        if isinstance(of, inspect.StructType) and isinstance(value, dict) and of.tag_field != step:
+            tag = of.tag if of.tag_field is None else value.get(of.tag_field, of.tag)
             if tag != of.tag:
                 continue
         yield of

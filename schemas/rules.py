@@ -164,7 +164,11 @@ def _check_described(message: Described, limits: Limits) -> None:
     if message.rank >= message.world_size:
         limit = f"must be below world_size, {message.world_size}"
         raise MessageInvalid("Described", "rank", message.rank, limit)
-    check_needs(message.needs, limits=limits)
+    try:
+        check_needs(message.needs, limits=limits)
+    except MessageInvalid as fault:
+        field = f"needs.{fault.field}"
+        raise MessageInvalid("Described", field, fault.value, fault.limit) from None
     if needs_digest(message.needs) != message.needs_digest:
         limit = "must be the digest of needs"
         raise MessageInvalid("Described", "needs_digest", message.needs_digest, limit)

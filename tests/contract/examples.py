@@ -161,6 +161,7 @@ _CONSUMER: Final[tuple[Message, ...]] = (
         ),
         served_version=6,
         checkpoint_ns=T0,
+        broken_epoch=1,
         joined_ns=T0,
     ),
     RoundPlan(
@@ -184,7 +185,7 @@ _CONSUMER: Final[tuple[Message, ...]] = (
         groups=(
             Group(members=(Member("a", 0), Member("b", 0)), rendezvous="tcp://10.0.0.1:29500"),
         ),
-        bucket_bytes=2**28,
+        bucket_bytes=2**27,
         budgets=Budgets(prepare_s=10.0, transfer_s=60.0, commit_s=5.0, round_s=90.0),
         commit="together",
         checkpoint_ns=T0,

@@ -4,6 +4,7 @@ rules. Collections are short: what is large has tests of its own."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -28,6 +29,7 @@ from msgspec.inspect import (
 
 from weightbus.schemas import (
     DTYPE_BYTES,
+    SCHEMA_VERSION,
     Abort,
     Applied,
     Attach,
@@ -69,6 +71,7 @@ __all__ = ("layouts", "messages", "needs_of_nothing")
 MAX_ITEMS: Final = 3
 
 
+@cache
 def messages(message_type: type[Message]) -> st.SearchStrategy[Any]:
     """Valid messages of one type."""
     built = _structs(message_type)
@@ -154,11 +157,12 @@ def _transforms() -> st.SearchStrategy[Transform]:
 def _structs(struct_type: type[Struct]) -> st.SearchStrategy[Any]:
     info = msgspec.inspect.type_info(struct_type)
     assert isinstance(info, StructType)
-    fields = {
-        field.name: _FIELDS.get((struct_type, field.name)) or _values(field.type)
-        for field in info.fields
-        if field.name != "schema_version"
-    }
+    fields = {}
+    for field in info.fields:
+        own = _FIELDS.get((struct_type, field.name))
+        fields[field.name] = _values(field.type) if own is None else own
+    if issubclass(struct_type, Message):
+        fields["schema_version"] = st.just(SCHEMA_VERSION)
     return st.builds(struct_type, **fields)
 
 
