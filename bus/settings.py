@@ -32,7 +32,7 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     url: str | None = None
     """Server to connect to, or several, separated by commas; None: run an embedded one."""
     prefix: str = "weightbus"
-    """First tokens of every subject, and of every stream's and bucket's name."""
+    """First token of every subject, and of every stream's and bucket's name."""
     name: str = "weightbus"
     """Shown by the server's monitoring, and in dead letters as the reporter."""
 

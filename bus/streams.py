@@ -60,12 +60,12 @@ def bus_streams(prefix: str) -> tuple[StreamConfig, ...]:
 
 def stream_name(stream: str, prefix: str) -> str:
     """Name on the server of a stream of the catalogue."""
-    return f"{bucket_name(stream, prefix)}"
+    return f"{check_prefix(prefix)}-{stream}"
 
 
 def bucket_name(bucket: str, prefix: str) -> str:
-    """Name on the server of a bucket of the catalogue; `.` is not allowed in one."""
-    return f"{check_prefix(prefix).replace('.', '_')}-{bucket}"
+    """Name on the server of a bucket of the catalogue."""
+    return f"{check_prefix(prefix)}-{bucket}"
 
 
 def kv_stream(bucket: str) -> str:

@@ -28,6 +28,7 @@ from weightbus.schemas.errors import MessageInvalid
 __all__ = ("Subscription", "cover", "open_subscription")
 
 _REMEMBERED_IDS = 1024
+_FAMILY_TOKEN = 2  # of prefix, model, family, ...
 
 M = TypeVar("M", bound=Message)
 
@@ -160,7 +161,7 @@ async def open_subscription(
     subscription = Subscription(types, patterns, prefix, dead_letters, limit)
     async with AsyncExitStack() as stack:
         stack.enter_context(link.listen(subscription))
-        for subject in cover(patterns, prefix):
+        for subject in cover(patterns):
             await stack.enter_async_context(link.subscribe(subject, subscription.deliver_nowait))
         try:
             await link.settle()
@@ -169,17 +170,16 @@ async def open_subscription(
             subscription.close()
 
 
-def cover(patterns: Sequence[str], prefix: str) -> tuple[str, ...]:
+def cover(patterns: Sequence[str]) -> tuple[str, ...]:
     """The fewest subjects that hold `patterns` and overlap nowhere: one for each family.
 
-    >>> cover(["p.m.round.*.join", "p.m.round.*.plan", "p.m.dead"], "p")
+    >>> cover(["p.m.round.*.join", "p.m.round.*.plan", "p.m.dead"])
     ('p.m.round.*.*', 'p.m.dead')
     """
-    family_token = prefix.count(".") + 2
     families: dict[str, list[list[str]]] = defaultdict(list)
     for pattern in patterns:
         tokens = pattern.split(".")
-        families[tokens[family_token]].append(tokens)
+        families[tokens[_FAMILY_TOKEN]].append(tokens)
     return tuple(".".join(_merge(members)) for members in families.values())
 
 
