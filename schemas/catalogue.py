@@ -349,12 +349,12 @@ def check_prefix(prefix: str) -> str:
 
 def stream_name(stream: str, prefix: str) -> str:
     """What the server calls a stream of the catalogue."""
-    return f"{check_prefix(prefix)}_{stream}"
+    return f"{check_prefix(prefix)}-{stream}"
 
 
 def bucket_name(bucket: str, prefix: str) -> str:
     """What the server calls a bucket of the catalogue; its stream is `KV_` and this."""
-    return f"{check_prefix(prefix)}_{bucket}"
+    return f"{check_prefix(prefix)}-{bucket}"
 
 
 def _fill(template: str, message: Message, prefix: str) -> str:

@@ -111,12 +111,12 @@ def _field_docstrings(struct: type[msgspec.Struct]) -> Mapping[str, str]:
 
 
 def _portable(schema: Any) -> Any:
-    """Python's `\\Z` is `$` in the regular expressions of JSON Schema."""
+    """As JSON has it: lists for tuples, and `$` for the `\\Z` of Python's regular expressions."""
     if isinstance(schema, dict):
         return {
             key: value.replace(r"\Z", "$") if key == "pattern" else _portable(value)
             for key, value in schema.items()
         }
-    if isinstance(schema, list):
+    if isinstance(schema, list | tuple):
         return [_portable(value) for value in schema]
     return schema

@@ -164,8 +164,8 @@ def covers(pattern: str, subject: str) -> bool:
 
 
 def test_streams_and_buckets_are_named_for_the_prefix() -> None:
-    assert stream_name("PROGRESS", "p") == "p_PROGRESS"
-    assert bucket_name("presence", "p") == "p_presence"
+    assert stream_name("PROGRESS", "p") == "p-PROGRESS"
+    assert bucket_name("presence", "p") == "p-presence"
 
 
 def test_round_messages_share_the_round_s_subject() -> None:
