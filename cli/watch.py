@@ -26,6 +26,7 @@ from weightbus.bus.settings import BusSettings
 from weightbus.cli.monitoring import close_broken_pipe, running_bus
 from weightbus.cli.until import until_stopped
 from weightbus.schemas.base import Message
+from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import StageComplete
 from weightbus.tracing.fleet_view import FleetTables
 from weightbus.tracing.narration import narrate, narrate_gone, time_of_day
@@ -147,10 +148,17 @@ class Watch:
         return sorted(self.fleet.models) if self._model is None else [self._model]
 
     async def look_back(self, since_ns: int) -> None:
-        """Take in the state that history tells of; stages that are over do not belong to it."""
-        kinds = [kind for kind in WATCHED_MESSAGES if kind is not StageComplete]
-        async for received in self._bus.replay(*kinds, model=self._model, since_ns=since_ns):
-            self.fleet.feed(received.message, received.received_ns)
+        """Take in the newest versions, and the state that history since then tells of.
+
+        Stages that are over do not belong to it.
+        """
+        kinds = [kind for kind in WATCHED_MESSAGES if kind not in (CheckpointReady, StageComplete)]
+        for history in (
+            self._bus.replay(CheckpointReady, model=self._model),
+            self._bus.replay(*kinds, model=self._model, since_ns=since_ns),
+        ):
+            async for received in history:
+                self.fleet.feed(received.message, received.received_ns)
 
     async def run(self, tell: Tell = lambda event, received_ns: None) -> None:
         """Take in and tell what happens from now on, until cancelled."""

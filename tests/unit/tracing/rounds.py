@@ -91,8 +91,9 @@ def complete(
 ) -> UpdateComplete:
     return UpdateComplete(
         model=MODEL, version=version, round=f"v{version}", engine=engine, verified="verified",
-        routes=("local",), bytes=size_bytes, start_ns=T0_NS + start_ms * MS,
-        end_ns=T0_NS + end_ms * MS, paused_s=0.085, trace_id=TRACE_ID,
+        weights_digest="0" * 16, routes=("local",), bytes=size_bytes,
+        start_ns=T0_NS + start_ms * MS, end_ns=T0_NS + end_ms * MS, paused_s=0.085,
+        trace_id=TRACE_ID,
     )  # fmt: skip
 
 

@@ -1,0 +1,71 @@
+"""`weightbus trace` on a real bus: which round it takes, what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.integration.tracing.monitors import put_on_bus, weightbus
+from tests.nats_server import NatsServer
+from tests.unit.tracing.rounds import MODEL, complete, join, plan, ready, route, whole_round
+from weightbus.tracing.waterfall import Waterfall, build_waterfall
+
+GOLDEN = Path(__file__).parents[2] / "unit" / "tracing" / "golden"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_trace_prints_the_waterfall_of_the_newest_round(
+    nats_server: NatsServer, width: int
+) -> None:
+    put_on_bus(nats_server.settings, [join("a", 6), *whole_round()])
+    done = weightbus("trace", "--nats", nats_server.url, COLUMNS=str(width))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert lines == (GOLDEN / f"waterfall_{width}.txt").read_text().splitlines()
+
+
+def test_trace_prints_one_json_object_when_asked(nats_server: NatsServer) -> None:
+    put_on_bus(nats_server.settings, whole_round())
+    done = weightbus("trace", "v7", "--json", WEIGHTBUS_NATS_URL=nats_server.url)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    waterfall = msgspec.json.decode(done.stdout, type=Waterfall)
+    assert waterfall == build_waterfall(MODEL, "v7", whole_round())
+
+
+def test_trace_takes_the_round_that_is_named(nats_server: NatsServer) -> None:
+    earlier = [ready(6), join("a", 6), plan(route("a"), version=6), complete("a", 6)]
+    put_on_bus(nats_server.settings, [*earlier, *whole_round()])
+    done = weightbus("trace", "v6", "--json", "--nats", nats_server.url)
+    told = json.loads(done.stdout)
+    assert (told["version"], [engine["outcome"] for engine in told["engines"]]) == (6, ["complete"])
+    assert told["origin"] == "earliest", "the bus keeps CheckpointReady of the newest version only"
+
+
+def test_trace_asks_for_the_model_when_the_bus_has_several(nats_server: NatsServer) -> None:
+    put_on_bus(nats_server.settings, [join("a", model="zeta"), *whole_round()])
+    done = weightbus("trace", "--nats", nats_server.url)
+    assert done.returncode == 2
+    assert f"choose --model: {MODEL}, zeta" in done.stderr
+    named = weightbus("trace", "--model", "zeta", "--json", "--nats", nats_server.url)
+    assert json.loads(named.stdout)["model"] == "zeta"
+
+
+def test_trace_lists_the_recent_rounds_when_it_knows_no_such_round(nats_server: NatsServer) -> None:
+    put_on_bus(nats_server.settings, [join("a", version) for version in range(1, 8)])
+    done = weightbus("trace", "v9", "--nats", nats_server.url)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "weightbus: the bus does not remember round v9; recent rounds: "
+        f"v7 of {MODEL}, v6 of {MODEL}, v5 of {MODEL}, v4 of {MODEL}, v3 of {MODEL}\n"
+    )
+
+
+def test_trace_says_so_when_the_bus_remembers_no_round(nats_server: NatsServer) -> None:
+    done = weightbus("trace", "--model", MODEL, "--nats", nats_server.url)
+    assert (done.returncode, done.stderr) == (
+        1, f"weightbus: the bus does not remember any round of model {MODEL}\n"
+    )  # fmt: skip
