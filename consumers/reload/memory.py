@@ -91,19 +91,19 @@ def state_tensors(model: nn.Module) -> tuple[StateTensor, ...]:
     return (*parameters, *buffers)
 
 
-def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def plain_tensors(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
     """Tensors that hang on modules as plain attributes, or lie in a list, tuple or dict that does.
 
-    Neither `state_dict` nor a checkpoint knows them; engines derive them from loaded weights.
+    By module and attribute. Neither `state_dict` nor a checkpoint knows them; engines derive them
+    from loaded weights.
     """
-    found = {}
-    for prefix, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
-                continue
-            for path, tensor in _tensors_in(value, attribute):
-                found[f"{prefix}.{path}" if prefix else path] = tensor
-    return found
+    return {
+        (prefix, path): tensor
+        for prefix, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in ("_parameters", "_buffers", "_modules")
+        for path, tensor in _tensors_in(value, attribute)
+    }
 
 
 def _tensors_in(value: object, path: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,21 +17,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightbus.consumers.errors import TraceRefused
 from weightbus.consumers.reload.canvas import Canvas
-from weightbus.consumers.reload.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.lowering import Lowering
 from weightbus.consumers.reload.memory import (
     ByteWindow,
-    StateTensor,
     plain_tensors,
     state_tensors,
     storage_id,
     window_of,
 )
+from weightbus.consumers.reload.ownership import Owner, owners_of, spec_of
 from weightbus.consumers.reload.recorder import LoadRecorder, Write
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.layout import Layout, TensorSpec
@@ -45,7 +44,7 @@ __all__ = ("Tie", "Trace", "trace_needs", "whole_needs")
 class Tie:
     """A name whose memory lies inside a parameter's of the needs."""
 
-    name: str
+    spec: ParameterSpec
     parameter: int
     """Index into `Needs.parameters`."""
     offset_bytes: int
@@ -59,6 +58,10 @@ class Trace:
     needs: Needs
     """Its parameters are those that something is written to, each under one name."""
     ties: tuple[Tie, ...]
+    names: frozenset[str]
+    """Of every parameter and buffer of the scratch model."""
+    plain: frozenset[tuple[str, str]]
+    """(module, attribute) of every tensor of the scratch model that is neither."""
     excused: frozenset[str]
     """Buffers that the checkpoint does not reach."""
 
@@ -70,7 +73,8 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
         TraceRefused: it cannot be told as a plan; the reason names operation and tensor.
     """
     model = host.scratch_model()
-    owners = _owners(host.name, state_tensors(model))
+    state = state_tensors(model)
+    owners = owners_of(host.name, state)
     before = _memory(model)
     writes = _record(host, layout, model, before)
     after = _memory(model)
@@ -86,15 +90,21 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
         if seen:
             number = lowering.add_parameter(owner.spec, owner.window.offset, seen)
             ties += (
-                Tie(i.name, number, window_of(i.tensor).offset - owner.window.offset)
-                for i in owner.names[1:]
+                Tie(spec_of(host.name, item), number, window.offset - owner.window.offset)
+                for item, window in owner.held[1:]
             )
     needs = lowering.needs()
     try:
         check_needs(needs, layout)
     except MessageInvalid as error:
         raise TraceRefused(host.name, str(error)) from error
-    return Trace(needs, tuple(ties), frozenset(excused))
+    return Trace(
+        needs,
+        tuple(ties),
+        names=frozenset(item.name for item in state),
+        plain=frozenset(plain_tensors(model)),
+        excused=frozenset(excused),
+    )
 
 
 def whole_needs(layout: Layout) -> Needs:
@@ -149,64 +159,17 @@ class _Memory:
 
 def _memory(model: nn.Module) -> dict[str, _Memory]:
     """Of every parameter, buffer and plain tensor of the model."""
-    tensors = {item.name: item.tensor for item in state_tensors(model)} | plain_tensors(model)
+    tensors = {item.name: item.tensor for item in state_tensors(model)}
+    for (module, attribute), tensor in plain_tensors(model).items():
+        tensors[f"{module}.{attribute}" if module else attribute] = tensor
     return {
         name: _Memory(storage_id(t), window_of(t), t.dtype, t.untyped_storage())
         for name, t in tensors.items()
     }
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """A parameter or buffer, and the names whose memory lies inside its own."""
-
-    spec: ParameterSpec
-    storage: int
-    window: ByteWindow
-    names: list[StateTensor]
-
-
-def _owners(model_name: str, state: Sequence[StateTensor]) -> list[_Owner]:
-    """The largest of the tensors that share memory, each with the names that it holds."""
-    first = {item.name: order for order, item in enumerate(state)}
-    windows = {item.name: window_of(item.tensor) for item in state}
-    owners: list[_Owner] = []
-    for item in sorted(
-        state,
-        key=lambda item: (
-            storage_id(item.tensor),
-            windows[item.name].offset,
-            -windows[item.name].end,
-            first[item.name],
-        ),
-    ):
-        if is_traceable_wrapper_subclass(item.tensor):
-            kind = type(item.tensor).__name__
-            raise TraceRefused(model_name, f"{item.name} is a {kind}: not memory of its own")
-        storage, window = storage_id(item.tensor), windows[item.name]
-        last = owners[-1] if owners and owners[-1].storage == storage else None
-        if last is None or window.offset >= last.window.end:
-            if item.tensor.dtype not in DTYPE_NAMES:
-                raise TraceRefused(model_name, f"{item.name} is of dtype {item.tensor.dtype}")
-            spec = ParameterSpec(
-                item.name,
-                DTYPE_NAMES[item.tensor.dtype],
-                tuple(item.tensor.shape),
-                tuple(item.tensor.stride()),
-            )
-            owners.append(_Owner(spec, storage, window, [item]))
-        elif window.end <= last.window.end:
-            last.names.append(item)
-        else:
-            raise TraceRefused(
-                model_name,
-                f"{item.name} and {last.spec.name} overlap in memory, but neither holds the other",
-            )
-    return sorted(owners, key=lambda owner: first[owner.spec.name])
-
-
 def _by_owner(
-    model_name: str, owners: Sequence[_Owner], writes: Sequence[Write]
+    model_name: str, owners: Sequence[Owner], writes: Sequence[Write]
 ) -> list[list[Write]]:
     """Every write, in order, beside the owner of the memory it goes to; empty ones left out."""
     owned: list[list[Write]] = [[] for _ in owners]
@@ -227,11 +190,10 @@ def _by_owner(
 
 
 def _last_writes(
-    host: ModelHost, owner: _Owner, writes: Sequence[Write]
+    host: ModelHost, owner: Owner, writes: Sequence[Write]
 ) -> tuple[list[Write], list[str]]:
     """What is seen of the writes at the end, and the buffers that nothing reaches."""
-    windows = [window_of(item.tensor) for item in owner.names]
-    canvas = Canvas([write.target for write in writes], windows)
+    canvas = Canvas([write.target for write in writes], [window for _, window in owner.held])
     seen: list[Write] = []
     for number, write in enumerate(writes):
         if canvas.is_whole(number):
@@ -243,7 +205,7 @@ def _last_writes(
                 host.name, f"a copy to {owner.spec.name} is overwritten, but only in part"
             )
     excused = []
-    for item, window in zip(owner.names, windows, strict=True):
+    for item, window in owner.held:
         lacking = canvas.lacking_bytes(window)
         if not lacking:
             continue

@@ -25,7 +25,7 @@ from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.memory import state_tensors
 from weightbus.consumers.reload.tracer import Tie, Trace, trace_needs, whole_needs
 from weightbus.schemas.layout import Layout, TensorSpec
-from weightbus.schemas.needs import Transform
+from weightbus.schemas.needs import ParameterSpec, Transform
 from weightbus.schemas.needs_codec import check_needs
 
 
@@ -48,7 +48,7 @@ def check_trace(
     model = build()
     with torch.no_grad():
         load(model, iter([(name, tensor.clone()) for name, tensor in tensors.items()]))
-    owners = {tie.name: trace.needs.parameters[tie.parameter].name for tie in trace.ties}
+    owners = {tie.spec.name: trace.needs.parameters[tie.parameter].name for tie in trace.ties}
     for item in state_tensors(model):
         if item.tensor.numel() and item.name not in trace.excused and item.name not in owners:
             assert same_bits(made[item.name], item.tensor), item.name
@@ -194,7 +194,7 @@ def test_hidden_copies_are_dropped_when_a_later_one_covers_them() -> None:
 
     trace = check_trace(Tied, load, {"embed": f32(4, 2), "head": f32(4, 2, seed=5)})
     assert [copy.tensor for copy in trace.needs.copies] == [1]
-    assert trace.ties == (Tie("head", 0, 0),)
+    assert trace.ties == (Tie(ParameterSpec("head", "F32", (4, 2), (2, 1)), 0, 0),)
 
 
 def test_views_of_one_flat_storage_are_traced_when_strided_and_offset() -> None:
@@ -209,7 +209,7 @@ def test_views_of_one_flat_storage_are_traced_when_strided_and_offset() -> None:
     trace = check_trace(Flat, load_by_name, {"a": f32(3, 4), "b": f32(5, 4)})
     assert [spec.name for spec in trace.needs.parameters] == ["a", "b"]
     assert trace.needs.parameters[1].strides == (1, 6)
-    assert trace.ties == (Tie("inner", 0, 4),)
+    assert trace.ties == (Tie(ParameterSpec("inner", "F32", (2,), (1,)), 0, 4),)
 
 
 def _rebind(model: Any, weights: Weights) -> None:
