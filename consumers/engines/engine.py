@@ -28,6 +28,8 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     touched: bool
     """An update began and did not end whole: it must not serve before one does."""
     ranks: int
+    error: str = ""
+    """Why its workers were last lost; empty: they never were."""
 
 
 class Engine(ABC):

@@ -1,7 +1,7 @@
 """What clients, the front process and the ranks of a `torch` engine say to each other. Does no I/O.
 
-Every request has a number, and its answer the same number. Clients speak to the front, and the
-front to the ranks, in the same words: an `Infer` goes through unchanged.
+Every request has a number, and its answer the same number. Clients speak to the
+front, and the front to the ranks, in the same words: an `Infer` goes through unchanged.
 """
 
 from __future__ import annotations
@@ -10,21 +10,28 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from weightbus.schemas.base import Count, Reason, Seconds, Version
+from weightbus.schemas.base import Count, Reason, Seconds
 from weightbus.schemas.worker import Request, WorkerMessage
 
 __all__ = (
     "CLIENT_REPLIES",
     "CLIENT_REQUESTS",
+    "RANK_REPLIES",
+    "RANK_REQUESTS",
+    "AskFingerprints",
     "AskState",
     "ClientReply",
     "ClientRequest",
     "Done",
+    "Fingerprints",
     "Infer",
     "Inferred",
     "Inputs",
     "Outputs",
     "Pause",
+    "Ping",
+    "RankReply",
+    "RankRequest",
     "Refused",
     "Restart",
     "Resume",
@@ -68,6 +75,20 @@ class Inferred(WorkerMessage, frozen=True, kw_only=True):
     outputs: Outputs
 
 
+class AskFingerprints(WorkerMessage, frozen=True, kw_only=True):
+    """What does every rank hold, bit for bit? Takes its turn like an `Infer`."""
+
+    request: Request
+    deadline_s: Seconds
+
+
+class Fingerprints(WorkerMessage, frozen=True, kw_only=True):
+    request: Request
+    version: HeldVersion
+    fingerprints: tuple[str, ...]
+    """What `fingerprint` makes of each rank, in rank order. A rank sends its own alone."""
+
+
 class Pause(WorkerMessage, frozen=True, kw_only=True):
     """Answered once no request is running; requests that come wait."""
 
@@ -76,10 +97,10 @@ class Pause(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Resume(WorkerMessage, frozen=True, kw_only=True):
-    """Serve this version, which every rank must hold whole."""
+    """Serve this version, which every rank must hold whole; -1: the file it was started with."""
 
     request: Request
-    version: Version
+    version: HeldVersion
     deadline_s: Seconds
 
 
@@ -92,7 +113,13 @@ class Restart(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Done(WorkerMessage, frozen=True, kw_only=True):
-    """`Pause`, `Resume` or `Restart` was carried out."""
+    """`Pause`, `Resume`, `Restart` or `Ping` was carried out."""
+
+    request: Request
+
+
+class Ping(WorkerMessage, frozen=True, kw_only=True):
+    """From the front to a rank: are you there?"""
 
     request: Request
 
@@ -134,7 +161,18 @@ class Refused(WorkerMessage, frozen=True, kw_only=True):
     reason: Reason
 
 
-ClientRequest = Infer | Pause | Resume | Restart | AskState
-ClientReply = Inferred | Done | StateReport | Refused
-CLIENT_REQUESTS = (Infer, Pause, Resume, Restart, AskState)
-CLIENT_REPLIES = (Inferred, Done, StateReport, Refused)
+ClientRequest = Infer | AskFingerprints | Pause | Resume | Restart | AskState
+ClientReply = Inferred | Fingerprints | Done | StateReport | Refused
+RankRequest = Infer | AskFingerprints | Ping
+RankReply = Inferred | Fingerprints | Done | Refused
+CLIENT_REQUESTS: tuple[type[ClientRequest], ...] = (
+    Infer,
+    AskFingerprints,
+    Pause,
+    Resume,
+    Restart,
+    AskState,
+)
+CLIENT_REPLIES: tuple[type[ClientReply], ...] = (Inferred, Fingerprints, Done, StateReport, Refused)
+RANK_REQUESTS: tuple[type[RankRequest], ...] = (Infer, AskFingerprints, Ping)
+RANK_REPLIES: tuple[type[RankReply], ...] = (Inferred, Fingerprints, Done, Refused)

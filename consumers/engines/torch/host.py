@@ -1,0 +1,66 @@
+"""What the reload machinery needs to know of a rank of the `torch` engine. Does no I/O."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from weightbus.consumers.engines.torch.model import ServedModel
+from weightbus.consumers.errors import PlanError
+from weightbus.consumers.reload.host import ModelHost, Weights
+
+__all__ = ("TorchModelHost", "process_weights_after_loading")
+
+
+class TorchModelHost(ModelHost):
+    """One rank's model in the memory of its own process."""
+
+    def __init__(self, name: str, build: Callable[[], ServedModel], live: ServedModel) -> None:
+        self._name = name
+        self._build = build
+        self._live = live
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    def live_model(self) -> ServedModel:
+        return self._live
+
+    def scratch_model(self) -> ServedModel:
+        with torch.device("meta"):
+            return self._build()
+
+    def load_weights(self, model: nn.Module, weights: Weights) -> None:
+        if not isinstance(model, ServedModel):
+            raise PlanError("model", type(model).__name__, "must be one that this engine built")
+        model.load_weights(weights)
+
+    def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
+        self._live.load_weights(weights)
+        process_weights_after_loading(self._live, modules)
+
+    def synchronize(self) -> None:
+        """Nothing runs beside the calling thread."""
+
+    def free_bytes(self) -> int:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def process_weights_after_loading(model: nn.Module, modules: frozenset[str] | None = None) -> None:
+    """Let the modules that keep their weights in another form than they load them make it.
+
+    `modules` names those that were loaded; None: all.
+    """
+    for name, module in model.named_modules():
+        if modules is None or name in modules:
+            process = getattr(module, "process_weights_after_loading", None)
+            if process is not None:
+                process()
