@@ -84,10 +84,14 @@ class Span:
         """Set one attribute."""
         self._span.set_attribute(key, value)
 
-    def _end(self, end_ns: int, error_type: str = "", reason: str = "") -> None:
-        if error_type:
-            self._span.set_attribute(names.ERROR_TYPE, error_type)
-            self._span.set_status(Status(StatusCode.ERROR, reason))
+    def fail(self, error: str) -> None:
+        """Mark it as failed: `TornRead: segment ...`, the name of the error class first."""
+        self._span.set_attribute(names.ERROR_TYPE, error.partition(":")[0])
+        self._span.set_status(Status(StatusCode.ERROR, error))
+
+    def _end(self, end_ns: int, error: str = "") -> None:
+        if error:
+            self.fail(error)
         self._span.end(end_ns)
 
 
@@ -100,12 +104,12 @@ class StageSpan(Span):
         self.bytes = 0
         """Bytes moved by the stage; set it before the stage ends."""
 
-    def _complete(self, end_ns: int, error_type: str = "", reason: str = "") -> StageComplete:
+    def _complete(self, end_ns: int, error: str = "") -> StageComplete:
         """End the span; returns its twin."""
         self.set(names.BYTES, self.bytes)
-        self._end(end_ns, error_type, reason)
+        self._end(end_ns, error)
         return structs.replace(
-            self._twin, bytes=self.bytes, end_ns=end_ns, ok=not error_type, error=reason
+            self._twin, bytes=self.bytes, end_ns=end_ns, ok=not error, error=error
         )
 
 
@@ -136,14 +140,14 @@ class Telemetry:
         """
         clock = _Stopwatch()
         span = Span(self._begin(name, kind, parent, attributes, links, clock.start_ns))
-        error_type = reason = ""
+        reason = ""
         try:
             yield span
         except BaseException as error:
-            error_type, reason = type(error).__name__, _reason_of(error)
+            reason = _reason_of(error)
             raise
         finally:
-            span._end(clock.now_ns(), error_type, reason)
+            span._end(clock.now_ns(), reason)
 
     def publish_span(
         self, subject: str, *, model: str, version: int, parent: SpanRef | None = None
@@ -194,14 +198,14 @@ class Telemetry:
         """
         clock = _Stopwatch()
         span = self._begin_stage(scope, stage, rank, route, parent, clock.start_ns)
-        error_type = reason = ""
+        reason = ""
         try:
             yield span
         except BaseException as error:
-            error_type, reason = type(error).__name__, _reason_of(error)
+            reason = _reason_of(error)
             raise
         finally:
-            emit(span._complete(clock.now_ns(), error_type, reason))
+            emit(span._complete(clock.now_ns(), reason))
 
     def record_stage(
         self,
@@ -215,14 +219,16 @@ class Telemetry:
         rank: int | None = None,
         route: RouteName | None = None,
         parent: SpanRef | None = None,
+        error: str = "",
     ) -> SpanRef:
         """A stage that has ended already, timed inside a worker: its span, and its twin to `emit`.
 
-        An end before the start (a wall clock that was set back) counts as the start.
+        `error`, if it failed, begins with the name of the error class: `TornRead: segment ...`. An
+        end before the start (a wall clock that was set back) counts as the start.
         """
         span = self._begin_stage(scope, stage, rank, route, parent, start_ns)
         span.bytes = bytes
-        emit(span._complete(max(start_ns, end_ns)))
+        emit(span._complete(max(start_ns, end_ns), _shortened(error)))
         return span.ref
 
     def _begin_stage(
@@ -348,6 +354,10 @@ def _unexported_span(parent: SpanRef | None) -> OtelSpan:
 
 
 def _reason_of(error: BaseException) -> str:
-    """`TornRead: segment ...`, or the class name alone; within the limit of a message's reason."""
-    text = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 3] + "..."
+    """`TornRead: segment ...`, or the class name alone when the error says nothing."""
+    return _shortened(f"{type(error).__name__}: {error}".removesuffix(": "))
+
+
+def _shortened(reason: str) -> str:
+    """Within the limit of a message's reason."""
+    return reason if len(reason) <= REASON_CHARACTERS else reason[: REASON_CHARACTERS - 3] + "..."

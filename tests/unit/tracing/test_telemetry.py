@@ -117,6 +117,31 @@ def test_recorded_stage_agrees_with_its_twin() -> None:
     assert (ref.trace_id, ref.span_id) == (parent.trace_id, twins[0].span_id)
 
 
+def test_recorded_stage_tells_its_error_twice_when_it_failed() -> None:
+    exporter, twins = InMemorySpanExporter(), list[StageComplete]()
+    with open_telemetry("consumer", exporter=exporter) as telemetry:
+        telemetry.record_stage(
+            twins.append, SCOPE, "reload", start_ns=START_NS, end_ns=START_NS + 5, rank=0,
+            error="TornRead: segment s",
+        )  # fmt: skip
+    (span,) = exporter.get_finished_spans()
+    assert_twins(span, twins[0])
+    assert (twins[0].ok, twins[0].error) == (False, "TornRead: segment s")
+    assert dict(span.attributes or {})["error.type"] == "TornRead"
+
+
+def test_span_is_marked_as_failed_when_nothing_was_raised() -> None:
+    exporter = InMemorySpanExporter()
+    with (
+        open_telemetry("consumer", exporter=exporter) as telemetry,
+        telemetry.update_span(SUBJECT, SCOPE, parent=None) as update,
+    ):
+        update.fail("DigestMismatch: weights digest is 1")
+    (span,) = exporter.get_finished_spans()
+    assert span.status.description == "DigestMismatch: weights digest is 1"
+    assert dict(span.attributes or {})["error.type"] == "DigestMismatch"
+
+
 def test_recorded_stage_lasts_no_time_when_its_clock_was_set_back() -> None:
     twins = list[StageComplete]()
     Telemetry().record_stage(twins.append, SCOPE, "h2d", start_ns=START_NS, end_ns=START_NS - 9)
