@@ -112,9 +112,12 @@ class BoundTiles:
     destinations: Integers
     """[N]: address where every tile begins to write."""
     piece_sources: Integers
+    """[P]: address where every piece begins to read."""
     piece_destinations: Integers
-    parameter_addresses: Integers
     segment_addresses: Integers
+    segment_sizes: tuple[int, ...]
+    parameter_addresses: Integers
+    parameter_sizes: tuple[int, ...]
 
 
 def plan_tiles(layout: Layout, needs: Needs) -> TilePlan:
@@ -178,7 +181,9 @@ def bind_tiles(
         piece_sources=segments[plan.pieces.segment] + plan.pieces.source,
         piece_destinations=parameters[plan.pieces.parameter] + plan.pieces.destination,
         segment_addresses=segments,
+        segment_sizes=tuple(segment_sizes),
         parameter_addresses=parameters,
+        parameter_sizes=tuple(parameter_sizes),
     )
 
 

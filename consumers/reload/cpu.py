@@ -1,34 +1,253 @@
-"""Moves bytes into parameters in main memory, and digests what was moved. Owns no memory but scratch."""
+"""Moves bytes into parameters in main memory, and digests what was moved.
+
+Reads and writes raw addresses: those that `bind_tiles` has checked. Owns no memory but one block of
+staging while it runs. Instead of single tiles it runs the pieces that they were cut from: a CPU
+gains nothing from small ones.
+
+Invariant: a cell's digest is of the very bytes that were written, or that were cast and written: it
+is read back from the parameter, or taken of the private copy from which the cast was made.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from weightbus.bus.digest import digest_box
+from weightbus.consumers.planning.boxes import Box, blocks_of
 from weightbus.consumers.planning.tiles import BoundTiles
-from weightbus.schemas.layout import Layout
-from weightbus.schemas.needs import Needs
+from weightbus.consumers.reload.transforms import filled_bytes, transformed_bytes
+from weightbus.schemas.dtypes import DTYPE_BYTES
+from weightbus.schemas.layout import Layout, ShardSpec, TensorSpec
+from weightbus.schemas.needs import Copy, Needs
 from weightbus.schemas.worker import Cell
 
-__all__ = ("CpuExecutor",)
+__all__ = ("BLOCK_BYTES", "CpuExecutor")
+
+BLOCK_BYTES = 4 * 2**20
+"""Largest block that is staged or gathered at once."""
+
+Bytes = npt.NDArray[np.uint8]
+Sums = npt.NDArray[np.uint64]
+Window = npt.NDArray[np.unsignedinteger]
+"""A strided view of raw memory, an unsigned integer per element or unit."""
+
+_MASK = 2**64 - 1
 
 
 class CpuExecutor:
-    """Runs bound tiles of one (layout, needs, cells) on the CPU."""
+    """Runs bound plans of one layout and one rank's needs, and digests the rank's cells.
+
+    Not for several threads at once. Torn reads are the caller's to look for, after `move`.
+
+    Args:
+        layout: has been checked by `check_layout`.
+        needs: the plan's; the numbers of copies and parameters are the same.
+        cells: what shall be digested; if a copy that transforms has any, they hold all of its box.
+    """
 
     def __init__(self, layout: Layout, needs: Needs, cells: Sequence[Cell]) -> None:
-        raise NotImplementedError
+        self._layout, self._needs, self._cells = layout, needs, tuple(cells)
+        self._cells_of: dict[int, list[int]] = {}
+        """For every copy that transforms: the numbers of its cells."""
+        for number, cell in enumerate(self._cells):
+            if self._is_transformed(cell.copy):
+                self._cells_of.setdefault(cell.copy, []).append(number)
+        staged = {copy.tensor for copy in needs.copies if copy.transform >= 0}
+        staged |= {cell.tensor for cell in self._cells if cell.copy < 0}
+        self._shards: dict[int, list[ShardSpec]] = {tensor: [] for tensor in staged}
+        """Of every tensor that is staged."""
+        for shard in layout.shards if staged else ():
+            if shard.tensor in staged and all(shard.sizes):
+                self._shards[shard.tensor].append(shard)
+        self._digests = np.zeros(len(self._cells), dtype=np.uint64)
 
     def move(self, bound: BoundTiles) -> int:
-        """Copy, transform and fill. Returns bytes read from the segments."""
-        raise NotImplementedError
+        """Write everything that the plan holds into the parameters. Returns the bytes it read.
 
-    def digest_cells(self, bound: BoundTiles) -> npt.NDArray[np.uint64]:
-        """The digest of every cell: of what `move` wrote, or (transforms, copy -1) of what it read."""
-        raise NotImplementedError
+        Raises:
+            PlanError: torch cannot do a transform or a fill; parameters may have been written.
+        """
+        memories = _Memories(bound)
+        self._move_pieces(bound, memories)
+        pieces = bound.plan.pieces
+        for number in np.unique(pieces.copy[pieces.transform >= 0]).tolist():
+            self._transform(number, memories)
+        for fill in bound.plan.needs.fills:
+            element = filled_bytes(self._needs.parameters[fill.parameter].dtype, fill.value)
+            offset, strides = _in_bytes(fill.offset, fill.strides, element.size)
+            parameter = memories.parameters[fill.parameter]
+            window = parameter.window(offset, fill.sizes, strides, element.size)
+            window[...] = element.view(window.dtype)[0]
+        return bound.plan.source_bytes
 
-    def read_back(self, bound: BoundTiles) -> tuple[npt.NDArray[np.uint64], tuple[int, ...]]:
-        """The digest of every cell read back from the parameters now, and the unreadable cells."""
-        raise NotImplementedError
+    def digest_cells(self, bound: BoundTiles) -> Sums:
+        """The digest of every cell, in order, of what `move(bound)` has just written."""
+        memories = _Memories(bound)
+        for number, cell in enumerate(self._cells):
+            if cell.copy < 0:
+                self._digests[number] = self._digest_source(cell, memories)
+            elif not self._is_transformed(cell.copy):
+                self._digests[number] = self._digest_parameter(cell, memories)
+        return self._digests.copy()
+
+    def read_back(self, bound: BoundTiles) -> tuple[Sums, tuple[int, ...]]:
+        """The digest of every cell as the parameters hold it now; reads no segment.
+
+        Cells that cannot be read back (transformed, or of no copy) are 0; their numbers follow.
+        """
+        memories = _Memories(bound)
+        digests = np.zeros(len(self._cells), dtype=np.uint64)
+        unreadable = []
+        for number, cell in enumerate(self._cells):
+            if cell.copy < 0 or self._is_transformed(cell.copy):
+                unreadable.append(number)
+            else:
+                digests[number] = self._digest_parameter(cell, memories)
+        return digests, tuple(unreadable)
+
+    def _is_transformed(self, copy: int) -> bool:
+        return copy >= 0 and self._needs.copies[copy].transform >= 0
+
+    def _move_pieces(self, bound: BoundTiles, memories: _Memories) -> None:
+        """Copy what is moved as it is: runs of bytes by `memmove`, the rest as strided blocks."""
+        pieces = bound.plan.pieces
+        unit_bytes, inner = pieces.unit_bytes, pieces.sizes[:, 0]
+        runs = (pieces.source_strides[:, 0] == unit_bytes) | (inner == 1)
+        runs &= (pieces.destination_strides[:, 0] == unit_bytes) | (inner == 1)
+        runs &= (pieces.sizes[:, 1:] == 1).all(axis=1)
+        as_is = pieces.transform < 0
+        for source, destination, size_bytes in zip(
+            bound.piece_sources[as_is & runs].tolist(),
+            bound.piece_destinations[as_is & runs].tolist(),
+            (inner * unit_bytes)[as_is & runs].tolist(),
+            strict=True,
+        ):
+            ctypes.memmove(destination, source, size_bytes)
+        for number in np.flatnonzero(as_is & ~runs).tolist():
+            shape, unit = pieces.sizes[number, ::-1].tolist(), int(unit_bytes[number])
+            segment = memories.segments[pieces.segment[number]]
+            strides = pieces.source_strides[number, ::-1].tolist()
+            source_window = segment.window(int(pieces.source[number]), shape, strides, unit)
+            parameter = memories.parameters[pieces.parameter[number]]
+            strides = pieces.destination_strides[number, ::-1].tolist()
+            target = parameter.window(int(pieces.destination[number]), shape, strides, unit)
+            np.copyto(target, source_window)
+
+    def _transform(self, number: int, memories: _Memories) -> None:
+        """Stage a copy block by block; digest what was staged, and write what it becomes."""
+        copy = self._needs.copies[number]
+        tensor = self._layout.tensors[copy.tensor]
+        transform = self._needs.transforms[copy.transform]
+        cells = self._cells_of.get(number, [])
+        boxes = [_box(self._cells[cell]) for cell in cells] or [_box(copy)]
+        digests = [0] * len(boxes)
+        for index, box in enumerate(boxes):
+            for block in blocks_of(box, BLOCK_BYTES // DTYPE_BYTES[tensor.dtype]):
+                staged = self._staged(copy.tensor, block, memories)
+                digests[index] += _digest(staged, tensor, block)
+                made = transformed_bytes(staged, tensor.dtype, transform)
+                window = self._written(copy, block, memories)
+                window[...] = made.view(window.dtype).reshape(window.shape)
+        for cell, digest in zip(cells, digests, strict=False):
+            self._digests[cell] = digest & _MASK
+
+    def _digest_source(self, cell: Cell, memories: _Memories) -> int:
+        """The digest of a cell that no rank needs, as the segments hold it."""
+        tensor = self._layout.tensors[cell.tensor]
+        blocks = blocks_of(_box(cell), BLOCK_BYTES // DTYPE_BYTES[tensor.dtype])
+        staged = ((self._staged(cell.tensor, block, memories), block) for block in blocks)
+        return sum(_digest(data, tensor, block) for data, block in staged) & _MASK
+
+    def _digest_parameter(self, cell: Cell, memories: _Memories) -> int:
+        """The digest of a cell as its parameter holds it."""
+        copy, tensor = self._needs.copies[cell.copy], self._layout.tensors[cell.tensor]
+        window = self._written(copy, _box(cell), memories)
+        if window.flags.c_contiguous:
+            return _digest(_bytes(window), tensor, _box(cell))
+        total = 0
+        for block in blocks_of(_box(cell), BLOCK_BYTES // window.itemsize):
+            gathered = np.ascontiguousarray(self._written(copy, block, memories))
+            total += _digest(_bytes(gathered), tensor, block)
+        return total & _MASK
+
+    def _staged(self, tensor: int, box: Box, memories: _Memories) -> Bytes:
+        """A private copy of a box of a tensor, out of all shards that hold a part of it."""
+        item_bytes = DTYPE_BYTES[self._layout.tensors[tensor].dtype]
+        staged = np.empty(box.sizes, dtype=f"u{item_bytes}")
+        for shard in self._shards[tensor]:
+            held = _box(shard)
+            common = box.intersection(held)
+            if common is None:
+                continue
+            strides = [math.prod(shard.sizes[dim + 1 :]) for dim in range(len(shard.sizes))]
+            offset, strides = _in_bytes(_offset(common, held, strides), strides, item_bytes)
+            segment = memories.segments[shard.segment]
+            source = segment.window(shard.offset_bytes + offset, common.sizes, strides, item_bytes)
+            spans = zip(common.starts, common.ends, box.starts, strict=True)
+            staged[tuple(slice(start - base, end - base) for start, end, base in spans)] = source
+        return _bytes(staged)
+
+    def _written(self, copy: Copy, box: Box, memories: _Memories) -> Window:
+        """The window of a parameter that holds a box of a copy."""
+        item_bytes = DTYPE_BYTES[self._needs.parameters[copy.parameter].dtype]
+        first = copy.offset + _offset(box, _box(copy), copy.strides)
+        offset, strides = _in_bytes(first, copy.strides, item_bytes)
+        return memories.parameters[copy.parameter].window(offset, box.sizes, strides, item_bytes)
+
+
+class _Memory:
+    """Raw memory from an address on. Whoever bound the plan keeps it mapped."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self._bytes = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+
+    def window(
+        self, offset: int, sizes: Sequence[int], strides: Sequence[int], item_bytes: int
+    ) -> Window:
+        """A writable view; offset and strides are bytes. ValueError if it leaves the memory."""
+        return np.ndarray(sizes, f"u{item_bytes}", self._bytes, offset, strides)
+
+
+class _Memories:
+    """The segments and parameters of a bound plan."""
+
+    def __init__(self, bound: BoundTiles) -> None:
+        self.segments = [
+            _Memory(address, size_bytes)
+            for address, size_bytes in zip(
+                bound.segment_addresses.tolist(), bound.segment_sizes, strict=True
+            )
+        ]
+        self.parameters = [
+            _Memory(address, size_bytes)
+            for address, size_bytes in zip(
+                bound.parameter_addresses.tolist(), bound.parameter_sizes, strict=True
+            )
+        ]
+
+
+def _box(thing: Cell | Copy | ShardSpec) -> Box:
+    return Box.of(thing.starts, thing.sizes)
+
+
+def _offset(box: Box, within: Box, strides: Sequence[int]) -> int:
+    """Elements from the first of `within` to the first of `box`."""
+    steps = zip(box.starts, within.starts, strides, strict=True)
+    return sum((start - base) * stride for start, base, stride in steps)
+
+
+def _in_bytes(offset: int, strides: Sequence[int], item_bytes: int) -> tuple[int, list[int]]:
+    return offset * item_bytes, [stride * item_bytes for stride in strides]
+
+
+def _bytes(contiguous: Window) -> Bytes:
+    return contiguous.reshape(-1).view(np.uint8)
+
+
+def _digest(data: Bytes, tensor: TensorSpec, box: Box) -> int:
+    return digest_box(data, tensor.shape, DTYPE_BYTES[tensor.dtype], box.starts, box.sizes)

@@ -255,7 +255,7 @@ def test_plan_is_refused_when_a_shard_is_missing() -> None:
 
 def test_plan_is_refused_when_a_shard_leaves_its_segment() -> None:
     short = structs.replace(LAYOUT, segments=(SegmentSpec(95),))
-    with pytest.raises(PlanError, match="tensor a.weight is read up to byte 96 of segment 0"):
+    with pytest.raises(PlanError, match=r"tensor a.weight is read up to byte 96 of segment 0"):
         plan_tiles(short, copies_of(WHOLE))
 
 
