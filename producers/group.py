@@ -23,6 +23,7 @@ __all__ = ("RankGroup",)
 
 CALL_INTERVAL_S = 1.0
 GIVE_UP_TIMEOUT_S = 2.0
+MISSING_NAMED = 16
 REASON_CHARACTERS = 4096
 """Limit of `schemas.base.Reason`."""
 
@@ -53,7 +54,9 @@ class RankGroup:
                             if self._is_of(heard.message, mine):
                                 parts[heard.message.rank] = heard.message
         if len(parts) < self._world_size:
-            raise self._missing(mine.version, parts.keys(), "no part of")
+            missing, named = self._not_heard(parts)
+            reason = f"after {self._timeout_s:g} s there is no part of {named}"
+            raise SealFailed(mine.version, reason, missing)
         return [parts[rank] for rank in range(self._world_size)]
 
     async def follow(self, mine: CheckpointPart) -> CheckpointReady:
@@ -83,7 +86,10 @@ class RankGroup:
                         heard_ranks.add(heard.message.rank)
                         if heard.message.rank == 0:
                             await self._bus.publish(mine)
-        raise self._missing(mine.version, heard_ranks, "rank 0 has not sealed it; nothing heard of")
+        missing, named = self._not_heard(heard_ranks)
+        reason = f"after {self._timeout_s:g} s rank 0 has not done so"
+        unheard = f"; nothing was heard of {named}" if missing else ""
+        raise SealFailed(mine.version, reason + unheard, missing)
 
     async def give_up(self, mine: CheckpointPart, error: BaseException) -> None:
         """Tell the other ranks that they wait in vain. Best effort: the error is on its way up."""
@@ -111,11 +117,10 @@ class RankGroup:
             raise SealFailed(mine.version, f"rank {part.rank} gave up: {part.error}")
         return True
 
-    def _missing(self, version: int, heard: Collection[int], what: str) -> SealFailed:
+    def _not_heard(self, heard: Collection[int]) -> tuple[list[int], str]:
         missing = [rank for rank in range(self._world_size) if rank not in heard]
-        named = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-        reason = f"after {self._timeout_s:g} s {what} ranks {named or 'none'}"
-        return SealFailed(version, reason, missing)
+        more = f" and {len(missing) - MISSING_NAMED} more" if len(missing) > MISSING_NAMED else ""
+        return missing, "ranks " + ", ".join(map(str, missing[:MISSING_NAMED])) + more
 
 
 def _is_sealed(ready: CheckpointReady, mine: CheckpointPart) -> bool:

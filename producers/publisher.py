@@ -258,7 +258,9 @@ class Publisher:
         timeout_s = self._options.close_wait_s + self._bus.settings.request_timeout_s
         try:
             with anyio.fail_after(timeout_s, shield=True):
-                if self._slots.versions:
+                async with self._one_at_a_time:  # a publish that was cancelled is on its way out
+                    if not self._slots.versions:
+                        return
                     newest = await self._announcer.newest()
                     await self._slots.retire_all(newest, self._options.close_wait_s)
         except TimeoutError:

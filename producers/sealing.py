@@ -7,6 +7,7 @@ digests are compared: replicas that differ are a fault of the trainer, and no re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def plan_seal(parts: Sequence[Layout]) -> SealPlan:
     Segments that hold nothing but replicas of lower ranks are left out.
 
     Raises:
-        TensorInvalid: two ranks disagree on a tensor.
+        TensorInvalid: two ranks disagree on a tensor, or one gives a box twice.
         MessageInvalid: boxes of the parts overlap, or leave elements out.
     """
     specs, renumbered = _merge_tensors(parts)
@@ -62,6 +63,10 @@ def plan_seal(parts: Sequence[Layout]) -> SealPlan:
             if number == len(shards):
                 segment = segments.setdefault((rank, shard.segment), len(segments))
                 shards.append(structs.replace(shard, tensor=tensor, segment=segment))
+        if len(set(numbers)) < len(numbers):
+            ((twice, _),) = Counter(numbers).most_common(1)
+            name = specs[shards[twice].tensor].name
+            raise TensorInvalid(name, f"on rank {rank}", "must not be given twice")
         shards_of_part.append(np.array(numbers, dtype=np.int64))
     used = tuple(segments) or ((0, 0),)
     layout = Layout(specs, tuple(shards), tuple(parts[r].segments[n] for r, n in used))

@@ -101,6 +101,13 @@ def test_seal_refuses_when_ranks_disagree_on_a_tensor() -> None:
         plan_seal([part.layout for part in parts])
 
 
+def test_seal_refuses_when_a_rank_gives_a_box_twice() -> None:
+    other = plan_part({"a": torch.ones(1), "w": torch.ones(2)})
+    twice = plan_part([Shard("w", torch.ones(2)), Shard("w", torch.zeros(2))])
+    with pytest.raises(TensorInvalid, match="w is on rank 1: must not be given twice"):
+        plan_seal([other.layout, twice.layout])
+
+
 def test_seal_refuses_when_elements_are_missing() -> None:
     part = plan_part([Shard("w", torch.ones(2), (5,), (0,))])
     with pytest.raises(MessageInvalid, match="every element"):

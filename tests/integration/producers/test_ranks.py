@@ -1,0 +1,226 @@
+"""Several ranks make one checkpoint: sealed whole, or refused with the rank that is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+import pytest
+import torch
+
+from tests.integration.producers.reader import digest_of_model, next_message, read_checkpoint
+from tests.nats_server import NatsServer
+from weightbus.bus.connection import Bus, open_bus
+from weightbus.bus.errors import ObjectMissing
+from weightbus.producers.errors import SealFailed, TensorInvalid, VersionNotNew
+from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
+from weightbus.producers.shards import Shard, Tensors
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
+from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.leases import ReaderLease
+
+pytestmark = pytest.mark.anyio
+
+Outcome = CheckpointReady | WeightBusError
+
+
+@asynccontextmanager
+async def open_ranks(
+    server: NatsServer, model: str, count: int, options: PublisherOptions | None = None
+) -> AsyncIterator[list[Publisher]]:
+    """Every rank with a connection of its own, as in processes of their own."""
+    async with AsyncExitStack() as stack:
+        buses = [await stack.enter_async_context(open_bus(server.settings)) for _ in range(count)]
+        yield [
+            await stack.enter_async_context(
+                open_publisher(bus, model, rank=rank, world_size=count, options=options)
+            )
+            for rank, bus in enumerate(buses)
+        ]
+
+
+async def publish_all(
+    ranks: Sequence[Publisher], held: Sequence[Tensors], version: int
+) -> list[Outcome]:
+    """What `publish` returned or raised on every rank, all at once."""
+    outcomes: dict[int, Outcome] = {}
+
+    async def publish(rank: int) -> None:
+        try:
+            outcomes[rank] = await ranks[rank].publish(held[rank], version)
+        except WeightBusError as error:
+            outcomes[rank] = error
+
+    async with anyio.create_task_group() as tasks:
+        for rank in range(len(ranks)):
+            tasks.start_soon(publish, rank)
+    return [outcomes[rank] for rank in range(len(ranks))]
+
+
+def rows_of(whole: torch.Tensor, rank: int, count: int) -> Shard:
+    begin, end = rank * len(whole) // count, (rank + 1) * len(whole) // count
+    return Shard("w", whole[begin:end], tuple(whole.shape), (begin, 0))
+
+
+def held_by(rank: int, count: int, seed: int) -> list[Shard]:
+    """A tensor cut in rows, a replica on every rank, and a tensor of the last rank's alone."""
+    generator = torch.Generator().manual_seed(seed)
+    whole, norm = torch.randn(11, 5, generator=generator), torch.randn(5, generator=generator)
+    last = [Shard("head", norm * 2)] if rank == count - 1 else []
+    return [rows_of(whole, rank, count), Shard("norm", norm), *last]
+
+
+def whole_of(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    whole, norm = torch.randn(11, 5, generator=generator), torch.randn(5, generator=generator)
+    return {"w": whole, "norm": norm, "head": norm * 2}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+async def test_ranks_make_one_checkpoint_when_all_publish(
+    nats_server: NatsServer, bus: Bus, model: str, count: int
+) -> None:
+    async with open_ranks(nats_server, model, count) as ranks:
+        for version in range(1, 5):
+            held = [held_by(rank, count, version) for rank in range(count)]
+            outcomes = await publish_all(ranks, held, version)
+            ready = outcomes[0]
+            assert isinstance(ready, CheckpointReady), ready
+            assert outcomes == [ready] * count
+            found = await read_checkpoint(bus, ready)
+            expected = whole_of(version)
+            assert list(found) == list(expected)
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), name
+            assert ready.weights_digest == digest_of_model(expected.values())
+        part = await bus.last(CheckpointPart, model=model, producer="trainer", rank=1)
+        assert part is not None
+        assert part.message.shard_digests is not None
+        with pytest.raises(ObjectMissing):
+            await bus.objects.get(part.message.shard_digests)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+async def test_ranks_come_together_when_one_is_late(
+    nats_server: NatsServer, bus: Bus, model: str, late: int
+) -> None:
+    outcomes: list[CheckpointReady] = []
+
+    async with open_ranks(nats_server, model, 3) as ranks, anyio.create_task_group() as tasks:
+
+        async def publish(rank: int) -> None:
+            outcomes.append(await ranks[rank].publish(held_by(rank, 3, 1), 1))
+
+        async with bus.subscribe(CheckpointPart, model=model) as messages:
+            others = {0, 1, 2} - {late}
+            for rank in others:
+                tasks.start_soon(publish, rank)
+            while others:
+                others.discard((await next_message(messages)).message.rank)
+        await publish(late)
+    assert outcomes == outcomes[:1] * 3
+
+
+async def test_missing_rank_is_named_on_every_rank_when_it_does_not_publish(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    options = PublisherOptions(seal_timeout_s=1.5)
+    async with open_ranks(nats_server, model, 3, options) as ranks:
+        held = [held_by(rank, 3, 1) for rank in range(3)]
+        outcomes = await publish_all([ranks[0], ranks[2]], [held[0], held[2]], 1)
+        for outcome in outcomes:
+            assert isinstance(outcome, SealFailed), outcome
+            assert outcome.reason.endswith(" ranks 1")
+            assert "rank 0 gave up" in outcome.reason or outcome.missing == (1,)
+        assert await bus.last(CheckpointReady, model=model) is None
+        with pytest.raises(VersionNotNew):
+            await ranks[0].publish(held[0], 1)
+        again = await publish_all(ranks, held, 2)
+        assert isinstance(again[0], CheckpointReady), again
+
+
+Break = Callable[[list[list[Shard]]], None]
+
+
+def _overlap(held: list[list[Shard]]) -> None:
+    held[1][0] = Shard("w", torch.zeros(6, 5), (11, 5), (4, 0))
+
+
+def _gap(held: list[list[Shard]]) -> None:
+    held[1][0] = Shard("w", torch.zeros(2, 5), (11, 5), (9, 0))
+
+
+def _replica(held: list[list[Shard]]) -> None:
+    held[1][1] = Shard("norm", torch.zeros(5))
+
+
+def _dtype(held: list[list[Shard]]) -> None:
+    held[1][1] = Shard("norm", torch.zeros(5, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "cause"),
+    [
+        (_overlap, "overlaps"),
+        (_gap, "every element"),
+        (_replica, "tensor norm is held by several ranks"),
+        (_dtype, "tensor norm is BF16"),
+    ],
+)
+async def test_cause_is_told_to_every_rank_when_parts_make_no_checkpoint(
+    nats_server: NatsServer, bus: Bus, model: str, break_it: Break, cause: str
+) -> None:
+    async with open_ranks(nats_server, model, 2) as ranks:
+        held = [held_by(rank, 2, 1) for rank in range(2)]
+        await publish_all(ranks, held, 1)
+        broken = [held_by(rank, 2, 2) for rank in range(2)]
+        break_it(broken)
+        with anyio.fail_after(30):
+            outcomes = await publish_all(ranks, broken, 2)
+        assert all(cause in str(outcome) for outcome in outcomes), outcomes
+        last = await bus.last(CheckpointReady, model=model)
+        assert last is not None
+        assert last.message.version == 1
+        assert torch.equal((await read_checkpoint(bus, last.message))["w"], whole_of(1)["w"])
+        again = await publish_all(ranks, [held_by(rank, 2, 3) for rank in range(2)], 3)
+        assert isinstance(again[1], CheckpointReady), again
+        assert torch.equal((await read_checkpoint(bus, again[1]))["w"], whole_of(3)["w"])
+
+
+async def test_other_ranks_end_at_once_when_one_gives_up(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    options = PublisherOptions(slot_wait_s=0.2, close_wait_s=0.1)
+    async with open_ranks(nats_server, model, 2, options) as ranks:
+        for version in (1, 2):
+            await publish_all(ranks, [held_by(rank, 2, version) for rank in range(2)], version)
+        reader = ReaderLease(model=model, version=1, engine="slow", consumer="c")
+        await bus.reader_leases.take(reader, 60)
+        with anyio.fail_after(30):
+            outcomes = await publish_all(ranks, [held_by(rank, 2, 3) for rank in range(2)], 3)
+        assert all("slow (version 1)" in str(outcome) for outcome in outcomes), outcomes
+
+
+async def test_bad_input_is_refused_before_others_are_told(
+    nats_server: NatsServer, model: str
+) -> None:
+    async with open_ranks(nats_server, model, 2) as ranks:
+        with pytest.raises(TensorInvalid):
+            await ranks[1].publish({"w": torch.zeros(1, device="meta")}, 1)
+        outcomes = await publish_all(ranks, [held_by(rank, 2, 1) for rank in range(2)], 1)
+        assert isinstance(outcomes[1], CheckpointReady)
+
+
+async def test_ranks_refuse_each_other_when_they_disagree_on_their_number(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    options = PublisherOptions(seal_timeout_s=10)
+    async with (
+        open_publisher(bus, model, rank=0, world_size=2, options=options) as first,
+        open_publisher(bus, model, rank=1, world_size=3, options=options) as second,
+    ):
+        held = [held_by(rank, 2, 1) for rank in range(2)]
+        outcomes = await publish_all([first, second], held, 1)
+    assert any("is one of" in str(outcome) for outcome in outcomes), outcomes
+    assert all(isinstance(outcome, SealFailed) for outcome in outcomes), outcomes
