@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def test_collector_has_one_whole_trace_when_two_processes_export_over_http() -> 
             headers = json.dumps(publish.ref.headers())
         done = subprocess.run(
             [sys.executable, "-c", CONSUMER, SUBJECT, headers],
-            env=environ, capture_output=True, text=True, timeout=60, check=True,
+            env=os.environ | environ, capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
     twins = json.loads(done.stdout)
     (published,), consumed = collector.spans["trainer"], collector.spans["consumer"]
