@@ -1,31 +1,63 @@
 """Answers a consumer's requests inside one engine worker: describe, attach, apply, inspect, detach.
 
-Owns the live parameters of one rank while `handle` runs, the plans that were attached, and the
-segments that are open. Engine-independent: the engine's adapter is a `ModelHost`.
+Owns the live parameters of one rank while `handle` runs, what is known of each layout, and the
+mapped segments. Engine-independent: the engine's adapter is a `ModelHost`.
 
 Invariants:
     `touched` is set before the first write to a live parameter, whoever writes, and cleared only
-    when a whole update has ended, sources checked and device synchronised;
+    when a whole update has ended, its sources checked and the device synchronised;
     `version` is the version whose bytes were written last, whole;
     no exception leaves `handle`: each becomes `Failed`, naming its class and `touched`.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
+from collections import OrderedDict
+from typing import Final
 
+from weightbus.consumers.errors import PlanError
+from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.host import ModelHost
+from weightbus.consumers.reload.reloader import Reloader
+from weightbus.consumers.transfer.segments import SegmentCache
+from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.layout_codec import decode_layout, layout_digest
+from weightbus.schemas.needs_codec import needs_digest
 from weightbus.schemas.worker import (
+    Applied,
     Apply,
     Attach,
+    Attached,
     Describe,
+    Described,
     Detach,
+    Detached,
+    Failed,
     Inspect,
+    Inspected,
+    StageTiming,
     WorkerReply,
     WorkerRequest,
 )
 
 __all__ = ("ReloadWorker",)
+
+LAYOUTS_KEPT: Final = 4
+"""Layouts whose plans are kept, as many as a consumer keeps; the longest unused goes first."""
+
+_logger = logging.getLogger(__name__)
+
+
+class _Known:
+    """What a worker knows of one layout."""
+
+    def __init__(self, reloader: Reloader) -> None:
+        self.reloader = reloader
+        self.needs_digest = needs_digest(reloader.needs)
+        self.attached = False
 
 
 class ReloadWorker:
@@ -43,6 +75,9 @@ class ReloadWorker:
         self._host = host
         self._version = -1
         self._touched = False
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._segments = SegmentCache("", ())
+        self._readable: tuple[str, tuple[str, ...]] = ("", ())
 
     @property
     def version(self) -> int:
@@ -56,9 +91,127 @@ class ReloadWorker:
 
     def handle(self, request: WorkerRequest) -> WorkerReply:
         """Carry out one request and answer it. Blocks until done or its deadline; never raises."""
-        match request:
-            case Describe() | Attach() | Apply() | Inspect() | Detach():
-                raise NotImplementedError
+        try:
+            match request:
+                case Describe():
+                    return self._describe(request)
+                case Attach():
+                    return self._attach(request)
+                case Apply():
+                    return self._apply(request)
+                case Inspect():
+                    return self._inspect(request)
+                case Detach():
+                    self.close()
+                    return Detached(request=request.request, rank=self.rank)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+            if not isinstance(error, WeightBusError):
+                _logger.exception("rank %d: %s", self.rank, type(request).__name__)
+            return Failed(
+                request=request.request,
+                rank=self.rank,
+                error=type(error).__name__,
+                reason=str(error)[:4096],
+                touched=self._touched,
+            )
 
     def close(self) -> None:
-        """Close every segment and forget every plan. Parameters stay as they are."""
+        """Unmap every segment and forget every plan. Parameters stay as they are."""
+        self._known.clear()
+        self._segments.close()
+
+    def _describe(self, request: Describe) -> Described:
+        deadline = Deadline("describe", request.deadline_s)
+        known = self._known.get(request.layout_digest)
+        if known is None:
+            layout = decode_layout(request.layout)
+            found = layout_digest(layout)
+            if found != request.layout_digest:
+                raise PlanError("digest of the layout", found, f"must be {request.layout_digest}")
+            deadline.check()
+            known = self._known[request.layout_digest] = _Known(Reloader(self._host, layout))
+            if len(self._known) > LAYOUTS_KEPT:
+                self._known.popitem(last=False)
+        deadline.check()
+        return Described(
+            request=request.request,
+            rank=self.rank,
+            world_size=self.world_size,
+            instance=self.instance,
+            device=self._host.device,
+            free_bytes=self._host.free_bytes(),
+            needs_digest=known.needs_digest,
+            needs=known.reloader.needs,
+            untraced_reason=known.reloader.untraced_reason[:4096],
+        )
+
+    def _attach(self, request: Attach) -> Attached:
+        known = self._known_layout(request.layout_digest)
+        if known.needs_digest != request.needs_digest:
+            raise PlanError("needs", request.needs_digest, f"this rank's are {known.needs_digest}")
+        known.reloader.attach(request.cells)
+        known.attached = True
+        readable = (request.host_id, request.roots)
+        if readable != self._readable:
+            self._segments.close()
+            self._segments, self._readable = SegmentCache(*readable), readable
+        plan = known.reloader.plan
+        return Attached(
+            request=request.request,
+            rank=self.rank,
+            tiles=plan.tiles.size if plan else 0,
+            tile_bytes=plan.source_bytes if plan else 0,
+        )
+
+    def _apply(self, request: Apply) -> Applied:
+        deadline = Deadline("reload", request.deadline_s)
+        reloader = self._attached_layout(request.layout_digest).reloader
+        sizes = [segment.size_bytes for segment in reloader.layout.segments]
+        if len(request.sources) != len(sizes):
+            raise PlanError("sources", f"{len(request.sources)} long", f"must be {len(sizes)}")
+        start_ns = time.time_ns()
+        with self._segments.open_all(request.sources, sizes) as segments:
+            deadline.check()
+            self._touched = True
+            outcome = reloader.apply(segments, deadline)
+        self._touched, self._version = False, request.version
+        return Applied(
+            request=request.request,
+            rank=self.rank,
+            version=request.version,
+            bytes=outcome.source_bytes,
+            cell_digests=outcome.digests.astype("<u8").tobytes(),
+            stages=(StageTiming("reload", start_ns, time.time_ns(), outcome.source_bytes),),
+            direct_parameters=outcome.direct,
+            processed_parameters=outcome.processed,
+            reason=outcome.reason[:4096],
+        )
+
+    def _inspect(self, request: Inspect) -> Inspected:
+        digests = b""
+        unreadable: tuple[int, ...] = ()
+        if request.layout_digest is not None:
+            reloader = self._attached_layout(request.layout_digest).reloader
+            sums, unreadable = reloader.read_back()
+            digests = sums.astype("<u8").tobytes()
+        return Inspected(
+            request=request.request,
+            rank=self.rank,
+            instance=self.instance,
+            version=self._version,
+            touched=self._touched,
+            cell_digests=digests,
+            unreadable=unreadable,
+        )
+
+    def _known_layout(self, digest: str) -> _Known:
+        if digest not in self._known:
+            raise PlanError("layout", digest, "must have been described to this worker before")
+        self._known.move_to_end(digest)
+        return self._known[digest]
+
+    def _attached_layout(self, digest: str) -> _Known:
+        known = self._known_layout(digest)
+        if not known.attached:
+            raise PlanError("layout", digest, "must have been attached before")
+        return known

@@ -1,0 +1,165 @@
+"""Proof before use: which parameters may be written directly, and which the engine must process.
+
+Does no I/O. Equal shape does not prove equal layout: engines repack weights after loading. After
+an update through the engine's own loader every live parameter is compared, byte for byte, with what
+the plan makes of the same checkpoint. A module with a parameter that differs is *processed*, as a
+whole: it goes through the engine's own reload every time. So does every module below one that hangs
+tensors on itself which a freshly built model does not have: they are derived from what was loaded.
+
+A proof holds for one layout, one set of needs and the memory that the live parameters then had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from weightbus.consumers.reload.dtypes import TORCH_DTYPES
+from weightbus.consumers.reload.memory import (
+    StateTensor,
+    module_of,
+    plain_tensors,
+    state_tensors,
+)
+from weightbus.consumers.reload.tracer import Trace
+from weightbus.schemas.needs import ParameterSpec
+
+__all__ = ("Proof", "memory_of", "prove")
+
+COMPARED_BYTES = 64 * 2**20
+"""Compared at a time: on a GPU a comparison makes a temporary of as many bytes."""
+
+Memory = frozenset[tuple[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found out about a live model."""
+
+    memory: Memory
+    """Where its parameters and buffers were; elsewhere the proof does not hold."""
+    direct: frozenset[int]
+    """Parameters of the needs that are what the plan makes of them."""
+    processed: frozenset[int]
+    """The others."""
+    modules: frozenset[str]
+    """Modules that the engine must load."""
+    reasons: tuple[str, ...]
+    """Why, for each parameter or tensor that gave rise to it."""
+
+
+def memory_of(model: nn.Module) -> Memory:
+    """Where every parameter and buffer of a model is."""
+    return frozenset(
+        (item.name, t.data_ptr(), t.dtype, tuple(t.shape), tuple(t.stride()))
+        for item in state_tensors(model)
+        for t in (item.tensor,)
+    )
+
+
+def prove(trace: Trace, live: nn.Module, make: Callable[[int], torch.Tensor]) -> Proof:
+    """Compare a live model, loaded by its engine, with what the plan makes of the same checkpoint.
+
+    Args:
+        make: the plan's parameter of a number, as a new tensor on the live one's device.
+    """
+    state = {item.name: item for item in state_tensors(live)}
+    reasons: dict[str, list[str]] = {}  # by module
+    for name in sorted(state.keys() - trace.names):
+        _note(reasons, name, f"{name} is not there before the engine processes what it loaded")
+    owners = trace.needs.parameters
+    for number, spec in enumerate(owners):
+        difference = _difference(spec, state.get(spec.name))
+        if not difference and not _same_bytes(state[spec.name].tensor, make(number)):
+            difference = "holds other bytes than the plan makes"
+        if difference:
+            _note(reasons, spec.name, f"{spec.name} {difference}")
+    for tie in trace.ties:
+        name, owner = tie.spec.name, owners[tie.parameter].name
+        difference = _difference(tie.spec, state.get(name))
+        if not difference and owner in state:
+            distance = state[name].tensor.data_ptr() - state[owner].tensor.data_ptr()
+            difference = "" if distance == tie.offset_bytes else f"is no longer tied to {owner}"
+        if difference:
+            _note(reasons, name, f"{name} {difference}")
+    for module, attribute in sorted(plain_tensors(live).keys() - trace.plain):
+        below = f"{module}." if module else ""
+        for inner in {module_of(name) for name in state}:
+            if inner == module or inner.startswith(below):
+                reasons.setdefault(inner, []).append(f"{module} derives {attribute} from weights")
+    modules = _closure(trace, reasons)
+    processed = frozenset(
+        number for number, names in enumerate(_names(trace)) if modules & set(map(module_of, names))
+    )
+    return Proof(
+        memory=memory_of(live),
+        direct=frozenset(range(len(owners))) - processed,
+        processed=processed,
+        modules=modules,
+        reasons=tuple(dict.fromkeys(reason for found in reasons.values() for reason in found)),
+    )
+
+
+def _note(reasons: dict[str, list[str]], name: str, reason: str) -> None:
+    reasons.setdefault(module_of(name), []).append(reason)
+
+
+def _names(trace: Trace) -> list[list[str]]:
+    """Every parameter's names, its own first."""
+    names = [[spec.name] for spec in trace.needs.parameters]
+    for tie in trace.ties:
+        names[tie.parameter].append(tie.spec.name)
+    return names
+
+
+def _closure(trace: Trace, modules: Iterable[str]) -> frozenset[str]:
+    """Modules, with all that share a parameter or a checkpoint tensor with one of them."""
+    neighbours: dict[str, set[object]] = {}
+    for number, names in enumerate(_names(trace)):
+        for name in names:
+            neighbours.setdefault(module_of(name), set()).add(("parameter", number))
+    for copy in trace.needs.copies:
+        module = module_of(trace.needs.parameters[copy.parameter].name)
+        neighbours[module].add(("tensor", copy.tensor))
+    holders: dict[object, list[str]] = {}
+    for module, things in neighbours.items():
+        for thing in things:
+            holders.setdefault(thing, []).append(module)
+    reached, waiting = set(modules), list(modules)
+    while waiting:
+        for thing in neighbours.get(waiting.pop(), ()):
+            for module in holders.pop(thing, ()):
+                if module not in reached:
+                    reached.add(module)
+                    waiting.append(module)
+    return frozenset(reached)
+
+
+def _difference(spec: ParameterSpec, live: StateTensor | None) -> str:
+    """Why a live tensor cannot be written as a parameter of the needs; empty: it can."""
+    if live is None:
+        return "is gone from the live model"
+    tensor = live.tensor
+    if tensor.dtype != TORCH_DTYPES[spec.dtype]:
+        return f"is of {tensor.dtype}, not {TORCH_DTYPES[spec.dtype]}"
+    if tuple(tensor.shape) != spec.shape:
+        return f"has shape {tuple(tensor.shape)}, not {spec.shape}"
+    if tensor.numel() and tuple(tensor.stride()) != spec.strides:
+        return f"has strides {tuple(tensor.stride())}, not {spec.strides}"
+    return ""
+
+
+def _same_bytes(live: torch.Tensor, made: torch.Tensor) -> bool:
+    """Equal bits, NaNs and signs of zero included; shapes and dtypes are equal already."""
+    left, right = _bytes(live), _bytes(made)
+    return all(
+        torch.equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
+        for start in range(0, left.numel(), COMPARED_BYTES)
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

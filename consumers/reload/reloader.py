@@ -1,0 +1,349 @@
+"""Brings versions of one layout into one rank's live model.
+
+Owns the trace, the plan and its proof. The first version goes through the engine's own loader and
+proves the plan; after that, what is proven is written directly, and the rest is loaded by the
+engine. A model that cannot be traced is always loaded by the engine.
+
+Invariants: every cell is digested from the very bytes that were written to a parameter or handed
+to the engine's loader, or that no rank needs; a proof is kept only if the version that it was made
+with ended whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weightbus.bus.digest import digest_box
+from weightbus.consumers.errors import PlanError, ProofFailed, TraceRefused
+from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
+from weightbus.consumers.reload.cells import check_cells
+from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
+from weightbus.consumers.reload.cpu import CpuExecutor
+from weightbus.consumers.reload.deadline import Deadline
+from weightbus.consumers.reload.dtypes import TORCH_DTYPES
+from weightbus.consumers.reload.host import ModelHost
+from weightbus.consumers.reload.memory import state_tensors
+from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
+from weightbus.consumers.reload.proof import Proof, memory_of, prove
+from weightbus.consumers.reload.staging import StagedSources
+from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
+from weightbus.consumers.transfer.segments import OpenSegment
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Needs
+from weightbus.schemas.worker import Cell
+
+__all__ = ("Outcome", "Reloader")
+
+Sums = npt.NDArray[np.uint64]
+CellsOf = Mapping[int, Sequence[int]]
+"""Tensor -> numbers of its cells."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one update did."""
+
+    digests: Sums
+    """Of every cell."""
+    source_bytes: int = 0
+    """Read for parameters."""
+    direct: int = 0
+    """Parameters written directly."""
+    processed: int = 0
+    """Parameters loaded by the engine."""
+    reason: str = ""
+    """Why the engine's own loader was taken, if it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    """One version on its way."""
+
+    segments: Sequence[OpenSegment]
+    checkpoint: Checkpoint
+    deadline: Deadline
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How each parameter and each cell of an update is dealt with, by one proof."""
+
+    proof: Proof
+    plan: TilePlan
+    """Of the direct parameters."""
+    portions: tuple[Portion, ...]
+    """The same, step by step."""
+    moved_cells: npt.NDArray[np.int64]
+    """Numbers of the cells that the plan moves."""
+    executor: CpuExecutor
+    """For the plan and those cells."""
+    loaded: tuple[int, ...]
+    """Tensors that the engine's loader is given, in the layout's order."""
+    loose_cells: CellsOf
+    """The other cells."""
+
+
+class Reloader:
+    """One layout's way into one rank's live model. Not for several threads."""
+
+    untraced_reason: str = ""
+    """Not empty: every update takes the engine's own loader, and why."""
+    needs: Needs
+    """Whole tensors with no destination if untraced."""
+
+    def __init__(self, host: ModelHost, layout: Layout) -> None:
+        self.layout = layout
+        self._host = host
+        self._shards = shards_by_tensor(layout)
+        self._cells: tuple[Cell, ...] = ()
+        self._way: _Way | None = None
+        self._traced: tuple[Trace, TilePlan] | None = None
+        try:
+            if torch.device(host.device).type != "cpu":
+                raise PlanError("device of the parameters", host.device, "nothing writes there yet")
+            trace = trace_needs(host, layout)
+            self._traced = trace, plan_tiles(layout, trace.needs)
+            self.needs = trace.needs
+        except (TraceRefused, PlanError) as error:
+            self.untraced_reason = str(error)
+            self.needs = whole_needs(layout)
+
+    @property
+    def plan(self) -> TilePlan | None:
+        """None if untraced."""
+        return self._traced[1] if self._traced else None
+
+    def attach(self, cells: Sequence[Cell]) -> None:
+        """Digest these cells from now on.
+
+        Raises:
+            PlanError: a cell is not of this layout and these needs.
+        """
+        check_cells(cells, self.layout, self.needs)
+        self._cells, self._way = tuple(cells), None
+
+    def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
+        """Write one version into the live model, which is touched from here on.
+
+        Returns with the device synchronised and the segments found whole.
+
+        Raises:
+            SegmentUnavailable, TornRead: a segment was cut short, or written while it was read.
+            ProofFailed: the engine moved parameters while it loaded others; the next update makes
+                a new proof.
+            DeadlineExceeded: noticed between two steps.
+            Exception: whatever the engine's own loader raises.
+        """
+        version = _Version(
+            segments=segments,
+            checkpoint=Checkpoint(self.layout, self._shards, segments),
+            deadline=deadline,
+            outcome=Outcome(digests=np.zeros(len(self._cells), dtype=np.uint64)),
+        )
+        way = self._way
+        if way is not None and not self._is_in_place(way):
+            way = None
+        if way is None or way.proof.modules:
+            self._way = None  # until what the engine loads has ended whole
+        if self._traced is None:
+            self._load_all(version)
+            version.outcome.reason = self.untraced_reason
+        elif way is None:
+            way = self._load_and_prove(version, *self._traced)
+        else:
+            self._load_processed(version, way)
+            self._move(version, way)
+        self._host.synchronize()
+        for segment in segments:
+            segment.check()
+        self._way = way
+        return version.outcome
+
+    def read_back(self) -> tuple[Sums, tuple[int, ...]]:
+        """The digest of every cell as the live parameters hold it, and the cells that have none."""
+        digests = np.zeros(len(self._cells), dtype=np.uint64)
+        readable = np.zeros(len(self._cells), dtype=np.bool_)
+        way = self._way
+        if way is not None and self._is_in_place(way):
+            sizes = [segment.size_bytes for segment in self.layout.segments]
+            bound = bind_tiles(way.plan, [0] * len(sizes), sizes, *self._live_memory(way))
+            digests[way.moved_cells], unreadable = way.executor.read_back(bound)
+            readable[way.moved_cells] = True
+            readable[way.moved_cells[list(unreadable)]] = False
+        return digests, tuple(np.flatnonzero(~readable).tolist())
+
+    # -- through the engine's own loader
+
+    def _load_all(self, version: _Version) -> None:
+        cells: dict[int, list[int]] = {}
+        for number, cell in enumerate(self._cells):
+            cells.setdefault(cell.tensor, []).append(number)
+        self._load(version, range(len(self.layout.tensors)), None, cells)
+
+    def _load_and_prove(self, version: _Version, trace: Trace, plan: TilePlan) -> _Way:
+        """The first version since the parameters lie where they do."""
+        self._load_all(version)
+        self._host.synchronize()
+        executor = CpuExecutor(self.layout, trace.needs, ())
+        with StagedSources(version.segments) as sources:
+
+            def make(parameter: int) -> torch.Tensor:
+                version.deadline.check()
+                part = part_of_plan(plan, [parameter])
+                return _made(part, parameter, cut_portions(part), sources, executor)
+
+            proof = prove(trace, self._host.live_model(), make)
+        version.outcome.processed = len(trace.needs.parameters)
+        version.outcome.reason = f"proof of the plan, {_summary(proof)}"
+        return self._way_of(proof, trace, plan)
+
+    def _load_processed(self, version: _Version, way: _Way) -> None:
+        """What the engine processes; and the digest of all that is not moved."""
+        outcome = version.outcome
+        if not way.proof.modules:
+            self._digest_rest(version, way.loose_cells, done=set())
+            return
+        if way.proof.direct:
+            self._load(version, way.loaded, way.proof.modules, way.loose_cells)
+        else:
+            self._load(version, range(len(self.layout.tensors)), None, way.loose_cells)
+        outcome.processed, outcome.reason = len(way.proof.processed), _summary(way.proof)
+        if not self._is_in_place(way):
+            raise ProofFailed("of a direct module", "moved while the engine loaded other modules")
+
+    def _load(
+        self,
+        version: _Version,
+        tensors: Iterable[int],
+        modules: frozenset[str] | None,
+        cells: CellsOf,
+    ) -> None:
+        """Hand tensors to the engine, one by one as it asks for them; digest all of `cells`."""
+        done: set[int] = set()
+
+        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+            for number in tensors:
+                tensor = self._read(version, number, cells)
+                done.add(number)
+                version.outcome.source_bytes += tensor.nbytes
+                yield self.layout.tensors[number].name, tensor
+
+        with torch.no_grad():
+            self._host.reload(weights(), modules)
+        self._digest_rest(version, cells, done)
+
+    def _digest_rest(self, version: _Version, cells: CellsOf, done: set[int]) -> None:
+        """Digest the cells of tensors that nobody was given."""
+        for number in sorted(cells.keys() - done):
+            self._read(version, number, cells)
+
+    def _read(self, version: _Version, number: int, cells: CellsOf) -> torch.Tensor:
+        """A private copy of a tensor, whose cells are digested."""
+        version.deadline.check()
+        tensor = version.checkpoint.tensor(number)
+        spec = self.layout.tensors[number]
+        for cell_number in cells.get(number, ()):
+            cell = self._cells[cell_number]
+            whole = bytes_of(tensor).reshape(*spec.shape, tensor.itemsize)
+            ends = (start + size for start, size in zip(cell.starts, cell.sizes, strict=True))
+            box = whole[tuple(map(slice, cell.starts, ends))]
+            version.outcome.digests[cell_number] = digest_box(
+                np.ascontiguousarray(box).reshape(-1),
+                spec.shape,
+                tensor.itemsize,
+                cell.starts,
+                cell.sizes,
+            )
+        return tensor
+
+    # -- directly
+
+    def _move(self, version: _Version, way: _Way) -> None:
+        memory = self._live_memory(way)
+        with StagedSources(version.segments) as sources:
+            for portion in way.portions:
+                version.deadline.check()
+                with sources.fetched(portion.ranges):
+                    bound = bind_tiles(
+                        portion.plan, sources.addresses, sources.sizes_bytes, *memory
+                    )
+                    version.outcome.source_bytes += way.executor.move(bound)
+            bound = bind_tiles(way.plan, sources.addresses, sources.sizes_bytes, *memory)
+            version.deadline.check()
+            version.outcome.digests[way.moved_cells] = way.executor.digest_cells(bound)
+        version.outcome.direct = len(way.proof.direct)
+
+    def _live_memory(self, way: _Way) -> tuple[list[int], list[int]]:
+        """Address and size in bytes of every parameter of the needs; 0 of processed ones."""
+        live = {item.name: item.tensor for item in state_tensors(self._host.live_model())}
+        addresses = [0] * len(way.plan.needs.parameters)
+        sizes = [0] * len(addresses)
+        for number in way.proof.direct:
+            tensor = live[way.plan.needs.parameters[number].name]
+            skipped = int(tensor.storage_offset()) * tensor.itemsize
+            addresses[number] = tensor.data_ptr()
+            sizes[number] = tensor.untyped_storage().nbytes() - skipped
+        return addresses, sizes
+
+    def _is_in_place(self, way: _Way) -> bool:
+        """Whether the live parameters still are where the proof found them."""
+        return way.proof.memory == memory_of(self._host.live_model())
+
+    def _way_of(self, proof: Proof, trace: Trace, plan: TilePlan) -> _Way:
+        part = part_of_plan(plan, proof.direct)
+        copies = trace.needs.copies
+        moved: list[int] = []
+        loose: dict[int, list[int]] = {}
+        for number, cell in enumerate(self._cells):
+            if cell.copy >= 0 and copies[cell.copy].parameter in proof.direct:
+                moved.append(number)
+            else:
+                loose.setdefault(cell.tensor, []).append(number)
+        loaded = {copy.tensor for copy in copies if copy.parameter in proof.processed}
+        return _Way(
+            proof=proof,
+            plan=part,
+            portions=cut_portions(part),
+            moved_cells=np.array(moved, dtype=np.int64),
+            executor=CpuExecutor(self.layout, part.needs, [self._cells[n] for n in moved]),
+            loaded=tuple(sorted(loaded)),
+            loose_cells=loose,
+        )
+
+
+def _made(
+    plan: TilePlan,
+    parameter: int,
+    portions: Sequence[Portion],
+    sources: StagedSources,
+    executor: CpuExecutor,
+) -> torch.Tensor:
+    """One parameter as its plan makes it, in memory of its own; gaps between elements are 0."""
+    spec = plan.needs.parameters[parameter]
+    extent = 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.strides, strict=True))
+    memory = torch.zeros(extent, dtype=TORCH_DTYPES[spec.dtype])
+    addresses = [0] * len(plan.needs.parameters)
+    sizes = [0] * len(addresses)
+    addresses[parameter], sizes[parameter] = memory.data_ptr(), memory.nbytes
+    for portion in portions:
+        with sources.fetched(portion.ranges):
+            executor.move(
+                bind_tiles(portion.plan, sources.addresses, sources.sizes_bytes, addresses, sizes)
+            )
+    return torch.as_strided(memory, spec.shape, spec.strides)
+
+
+def _summary(proof: Proof) -> str:
+    """How many parameters are written directly, and why not all."""
+    count = len(proof.direct) + len(proof.processed)
+    said = f"{len(proof.direct)} of {count} parameters are written directly"
+    if proof.processed:
+        more = f" and {len(proof.reasons) - 3} more" if len(proof.reasons) > 3 else ""
+        said += f", the others loaded by the engine: {'; '.join(proof.reasons[:3])}{more}"
+    return said
