@@ -34,6 +34,16 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 """Name -> one line of help; the command is `weightbus.cli.<name>.command`."""
 
+EXTRA_OF: Final[Mapping[str, str]] = {
+    "numpy": "torch",
+    "safetensors": "torch",
+    "torch": "torch",
+    "zmq": "torch",
+    "mooncake": "p2p",
+    "vllm": "vllm",
+}
+"""Package that a monitor does without -> the extra that brings it."""
+
 
 class LazyGroup(click.Group):
     """A group whose subcommands are imported when they are called."""
@@ -67,8 +77,8 @@ def main() -> None:
 def run(command: click.Command, arguments: Sequence[str]) -> int:
     """Run a command to its end; returns its exit code.
 
-    What Weight bus raises becomes one line per error on stderr; other exceptions are our own
-    mistakes and pass, with their traceback.
+    What Weight bus raises becomes one line per error on stderr, and so does a package of an extra
+    that is not installed; other exceptions are our own mistakes and pass, with their traceback.
     """
     try:
         code = command.main(list(arguments), prog_name="weightbus", standalone_mode=False)
@@ -77,6 +87,13 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         return error.exit_code
     except click.Abort:
         return _interrupted()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        install = f"pip install 'weightbus[{EXTRA_OF[package]}]'"
+        click.echo(f"weightbus: this command needs {package}: {install}", err=True)
+        return EXIT_FAILED
     except (WeightBusError, BaseExceptionGroup) as error:
         leaves = tuple(_leaves(error))
         if any(isinstance(leaf, KeyboardInterrupt | click.Abort) for leaf in leaves):

@@ -31,7 +31,7 @@ MAX_REREAD_BYTES = 2**20
 NOT_READ: Final = object()
 """Stands for a document or a value that cannot be shown."""
 
-_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+)\]|(\[\.\.\.\])")
+_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(\d{1,9})\]|(\[\.\.\.\])")
 _MISSING = re.compile(r"^Object missing required field `(\w+)`$")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +17,14 @@ from jsonschema import Draft202012Validator
 from jsonschema.protocols import Validator
 
 from tests.contract.examples import EXAMPLES, LAYOUT, NEEDS
-from weightbus.schemas import BUCKETS, CATALOGUE, MessageInvalid
+from weightbus.schemas import (
+    BUCKETS,
+    CATALOGUE,
+    CONTENT_TYPE_JSON,
+    CheckpointReady,
+    MessageInvalid,
+    decode,
+)
 from weightbus.schemas.asyncapi import asyncapi_document
 from weightbus.schemas.jsonschema import DIALECT, json_schema
 
@@ -179,3 +187,21 @@ def test_asyncapi_is_for_the_given_prefix() -> None:
     assert channels["presence"]["address"] == "$KV.lab-presence.{model}.{engine}"
     with pytest.raises(MessageInvalid):
         asyncapi_document("a.b")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_guide_shows_where_every_message_goes(entry: Any) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
+    place = (
+        (entry.subject, entry.stream) if hasattr(entry, "subject") else (entry.key, entry.bucket)
+    )
+    row = f"| `{entry.message.__name__}` | `{place[0]}` | {place[1]} | {entry.sender} | "
+    assert row + ", ".join(entry.receivers) + " |" in guide
+
+
+def test_guide_s_example_is_a_message() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
+    example = guide.partition("```json\n")[2].partition("```")[0].encode()
+    ready = decode(example, CONTENT_TYPE_JSON, CheckpointReady)
+    assert len(ready.files) == 2
+    validator("CheckpointReady").validate(json.loads(example))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -101,6 +102,27 @@ def test_mistake_of_ours_keeps_its_traceback() -> None:
 def test_interrupt_exits_with_130(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(raising(error), []) == 130
     assert capsys.readouterr().err.strip() == "weightbus: interrupted"
+
+
+def test_command_names_the_extra_to_install_when_a_package_is_missing() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['numpy'] = sys.modules['zmq'] = None\n"
+        "from weightbus.cli.main import cli, run\n"
+        "sys.exit(run(cli, ['consume', '--help']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"weightbus: this command needs \w+: pip install 'weightbus\[torch\]'\n", done.stderr
+    )
+
+
+def test_missing_package_of_no_extra_keeps_its_traceback() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        run(raising(ModuleNotFoundError("gone", name="gone")), [])
 
 
 def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
