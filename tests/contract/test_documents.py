@@ -30,6 +30,7 @@ from weightbus.schemas.jsonschema import DIALECT, json_schema
 
 SCHEMA = json_schema()
 ASYNCAPI = asyncapi_document()
+GUIDE = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
 ENTRIES = [pytest.param(entry, id=entry.message.__name__) for entry in (*CATALOGUE, *BUCKETS)]
 
 
@@ -200,8 +201,7 @@ def test_guide_shows_where_every_message_goes(entry: Any) -> None:
 
 
 def test_guide_s_example_is_a_message() -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
-    example = guide.partition("```json\n")[2].partition("```")[0].encode()
+    example = GUIDE.partition("```json\n")[2].partition("```")[0].encode()
     ready = decode(example, CONTENT_TYPE_JSON, CheckpointReady)
     assert len(ready.files) == 2
     validator("CheckpointReady").validate(json.loads(example))
