@@ -48,7 +48,7 @@ def command(round_id: str | None, model: str | None, nats_url: str | None, as_js
     """Show every stage of a round as a bar: of the newest one, or of ROUND.
 
     Times count from the creation of CheckpointReady; the total is the time until the last engine
-    served the version. Needs no collector: the bus remembers the rounds of the last hours.
+    served the version. Needs no collector: the bus itself remembers the last rounds.
 
     --json prints model, version, round, epoch, leader, trace_id, complete, origin, origin_ns,
     wall_s, span_s, bytes, gb_per_s, and engines: a list of engine, outcome, verified, routes,
