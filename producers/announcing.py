@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from msgspec import structs
 
@@ -15,8 +16,10 @@ from weightbus.bus.connection import Bus
 from weightbus.bus.digest import combine, digest_hex
 from weightbus.producers.digests import Sums, put_sums
 from weightbus.producers.errors import VersionNotNew
+from weightbus.schemas.catalogue import check_token, pattern_of
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.codec import encode
+from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Announcer",)
 
@@ -28,6 +31,12 @@ class Announcer:
     """Tells the bus of the versions of one model by one producer."""
 
     def __init__(self, bus: Bus, model: str, producer: str) -> None:
+        """
+        Raises:
+            MessageInvalid: `model` or `producer` is no subject token.
+        """
+        check_token("model", model)
+        check_token("producer", producer)
         self.bus, self.model, self.producer = bus, model, producer
         self._objects: dict[int, str] = {}
 
@@ -46,6 +55,11 @@ class Announcer:
         )
         encode(structs.replace(ready, files=("/",)))
         return ready
+
+    def span(self, telemetry: Telemetry, version: int) -> AbstractContextManager[Span]:
+        """Around everything that publishing a version takes."""
+        subject = pattern_of(CheckpointReady, self.bus.prefix, self.model)
+        return telemetry.publish_span(subject, model=self.model, version=version)
 
     async def newest(self) -> int:
         """The newest version on the bus, whoever published it; -1: none."""

@@ -8,7 +8,7 @@ published or the publisher ends; a `publish` that raises leaves the publisher as
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import anyio
 import anyio.from_thread
@@ -27,7 +27,6 @@ from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.producers.slots import Slots
 from weightbus.producers.sweep import sweep_blocks
 from weightbus.producers.writing import write_part
-from weightbus.schemas.catalogue import check_token, pattern_of
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
 from weightbus.schemas.placement import Placement, SharedMemorySegment
 from weightbus.tracing.attributes import BYTES
@@ -75,8 +74,6 @@ async def open_publisher(
         HostUnknown: the system does not tell which host this is.
         BusUnavailable, BusTimeout, RequestRefused: at the start or at the end.
     """
-    check_token("model", model)
-    check_token("producer", producer)
     if not 0 <= rank < world_size:
         raise RankInvalid(rank, f"must be from 0 to {world_size - 1}")
     announcer = Announcer(bus, model, producer)
@@ -136,7 +133,7 @@ class Publisher:
         part = tensors if isinstance(tensors, Part) else plan_part(tensors)
         async with self._one_at_a_time:
             self._check_open()
-            with self._span(version) as span:
+            with self._announcer.span(self._telemetry, version) as span:
                 span.set(BYTES, sum(source.nbytes for source in part.sources))
                 return await self._publish_part(part, version, metadata, span)
 
@@ -161,7 +158,7 @@ class Publisher:
             raise RankInvalid(self._rank, "files are published by rank 0 alone")
         async with self._one_at_a_time:
             self._check_open()
-            with self._span(version) as span:
+            with self._announcer.span(self._telemetry, version) as span:
                 return await publish_files(
                     self._announcer, files, version, metadata, digest=digest, span=span
                 )
@@ -219,10 +216,6 @@ class Publisher:
         slot.block.end_write()
         slot.version = version
         return Piece(part.layout, slot.placement(), digests)
-
-    def _span(self, version: int) -> AbstractContextManager[Span]:
-        subject = pattern_of(CheckpointReady, self._bus.prefix, self._model)
-        return self._telemetry.publish_span(subject, model=self._model, version=version)
 
     def _check_open(self) -> None:
         if self._closed:
