@@ -134,7 +134,11 @@ async def run_consumer(options: Options) -> None:
                 resource={"weightbus.engine": config.engine},
             )
         )
-        engine = await stack.enter_async_context(open_torch_engine(directory, spawn=options.spawn))
+        engine = await stack.enter_async_context(
+            open_torch_engine(
+                directory, spawn=options.spawn, roots=config.file_roots, host_id=config.host_id
+            )
+        )
         local = LocalRoute(config.host_id, config.file_roots)
         async with open_consumer(
             config, bus=bus, engine=engine, routes=[local], telemetry=telemetry

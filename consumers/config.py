@@ -35,6 +35,8 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     """After how long a silent leader loses its round."""
     reader_ttl_s: int = 10
     """After how long a silent reader no longer protects a slot."""
+    engine_lost_s: float = 60.0
+    """How long an engine may be silent before its consumer gives up."""
     command_s: float = 10.0
     """Budget of a command to the engine that moves no bytes, and of one bus request."""
     stop_s: float = 10.0

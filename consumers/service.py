@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -28,7 +29,7 @@ from weightbus.bus.errors import BusError, BusUnavailable, LeaseLost
 from weightbus.bus.received import Received, Reconnected
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine
-from weightbus.consumers.errors import ConsumerError, TransferError
+from weightbus.consumers.errors import ConsumerError, EngineUnavailable, TransferError
 from weightbus.consumers.outbox import Outbox
 from weightbus.consumers.planner import plan_request
 from weightbus.consumers.round import events as ev
@@ -205,6 +206,7 @@ class Consumer:
         self._group.start_soon(self._run_errands)
         self._group.start_soon(self._run_heartbeat)
         self._group.start_soon(self._run_lease_renewal)
+        self._group.start_soon(self._run_engine_watch)
         self._group.start_soon(self._run_machine)
         await self._catch_up()
 
@@ -252,16 +254,15 @@ class Consumer:
     async def _catch_up(self) -> None:
         """Read what was missed: the last checkpoint and, of the round in hand, the last plan."""
         model = self._config.model
-        for kind, tokens in (
-            (CheckpointRetired, {}),
-            (CheckpointReady, {}),
-            (RoundPlan, {"round": self._round}),
-        ):
-            if kind is RoundPlan and not self._round:
-                continue
-            last = await self._bus.last(kind, model=model, **tokens)
-            if last is not None:
-                self._hear(last)
+        found: list[Received[Any] | None] = [
+            await self._bus.last(CheckpointReady, model=model),
+            await self._bus.last(CheckpointRetired, model=model),
+        ]
+        if self._round:
+            found.append(await self._bus.last(RoundPlan, model=model, round=self._round))
+        for received in found:
+            if received is not None:
+                self._hear(received)
 
     def _hear(self, received: Received[Message]) -> None:
         match received.message:
@@ -313,6 +314,31 @@ class Consumer:
         while True:
             await anyio.sleep(self._config.reader_ttl_s / 3)
             await _keep_on(self._updater.renew_leases())
+
+    async def _run_engine_watch(self) -> None:
+        """Notice an engine that lost what it served, or that is gone.
+
+        Raises:
+            EngineUnavailable: it has not answered for `engine_lost_s`.
+        """
+        answered = anyio.current_time()
+        while True:
+            await anyio.sleep(self._config.heartbeat_s)
+            try:
+                report = await self._engine.state(self._config.command_s)
+            except ConsumerError as error:
+                if anyio.current_time() - answered > self._config.engine_lost_s:
+                    raise EngineUnavailable(
+                        self._config.engine,
+                        f"no answer for {self._config.engine_lost_s:g} s: {error}",
+                    ) from error
+                held, reason = -1, str(error)
+            else:
+                answered = anyio.current_time()
+                held, reason = report.version, report.error or "its workers were started anew"
+            if self._state is not None and held < self._state.version:
+                _logger.warning("engine %s serves nothing: %s", self._config.engine, reason)
+                self._feed(ev.EngineLost(reason))
 
     async def _run_errands(self) -> None:
         """Requests to the bus that must keep their order."""
@@ -417,6 +443,7 @@ class Consumer:
             except BusUnavailable:
                 raise
             except WeightBusError as error:
+                work.span.fail(f"{type(error).__name__}: {error}")
                 self._feed(ev.PrepareFailed(token, type(error).__name__, str(error)))
             else:
                 work.prepared = prepared
@@ -438,11 +465,15 @@ class Consumer:
         self._record(work, "negotiate", work.seen_ns, self.now_ns())
         if work.prepared is None:
             raise ConsumerError(f"version {plan.version} was planned before it was prepared")
+        start_ns = self.now_ns()
         try:
             outcome = await self._updater.transfer(
                 work.prepared, instruction.ready, plan, self._seconds_to(instruction)
             )
         except TransferError as error:
+            failure = f"{error.cause}: {error.reason}"
+            self._record(work, error.stage, start_ns, self.now_ns(), error=failure)
+            work.span.fail(failure)
             self._feed(
                 ev.TransferFailed(token, error.cause, error.reason, error.touched, error.stage)
             )
@@ -515,9 +546,17 @@ class Consumer:
         if (work := self._works.pop(version, None)) is not None:
             work.stack.close()
 
-    def _record(self, work: _Work, stage: Stage, start_ns: int, end_ns: int) -> None:
+    def _record(
+        self, work: _Work, stage: Stage, start_ns: int, end_ns: int, *, error: str = ""
+    ) -> None:
         self._telemetry.record_stage(
-            self._emit, work.scope, stage, start_ns=start_ns, end_ns=end_ns, parent=work.span.ref
+            self._emit,
+            work.scope,
+            stage,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            parent=work.span.ref,
+            error=error,
         )
 
     def _emit(self, stage: StageComplete) -> None:

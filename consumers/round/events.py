@@ -45,6 +45,7 @@ __all__ = (
     "UpdateSeen",
     "EngineSeen",
     "EngineGone",
+    "EngineLost",
     "TransferDone",
     "TransferFailed",
     "Resumed",
@@ -165,6 +166,13 @@ class EngineGone(Struct, frozen=True):
     engine: str
 
 
+class EngineLost(Struct, frozen=True):
+    """The engine beside this consumer has lost what it served: its workers were started anew, or it
+    is gone. Not fed for what a transfer or a resume under way will tell itself."""
+
+    reason: str = ""
+
+
 class TransferDone(Struct, frozen=True):
     """`Transfer`: every rank holds the version, whole and proven; the engine is still paused."""
 
@@ -240,6 +248,7 @@ Event = (
     | UpdateSeen
     | EngineSeen
     | EngineGone
+    | EngineLost
     | TransferDone
     | TransferFailed
     | Resumed

@@ -18,6 +18,7 @@ from weightbus.consumers.round.events import (
     CheckpointGone,
     CheckpointSeen,
     CommitSeen,
+    EngineLost,
     Event,
     PlanSeen,
     Prepared,
@@ -192,6 +193,16 @@ class Member:
             self._fail(VersionRetired(event.version, event.reason), "negotiate")
 
     def retry(self, event: TimerFired) -> None:
+        self._settle()
+
+    # Handlers: the engine.
+
+    def lose_engine(self, event: EngineLost) -> None:
+        """It serves nothing any more: even the version it served is worth going for again."""
+        self.touched = True
+
+    def lose_engine_and_settle(self, event: EngineLost) -> None:
+        self.lose_engine(event)
         self._settle()
 
     # Handlers: negotiation.

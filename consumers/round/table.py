@@ -57,6 +57,7 @@ from weightbus.consumers.round.events import (
     CheckpointSeen,
     CommitSeen,
     EngineGone,
+    EngineLost,
     EngineSeen,
     Event,
     JoinSeen,
@@ -105,6 +106,7 @@ _RESTING: MemberRow = {
     **_LATE_ANSWERS,
     CheckpointSeen: Member.learn_and_settle,
     CheckpointGone: Member.forget_and_settle,
+    EngineLost: Member.lose_engine_and_settle,
     Timer.RETRY: Member.retry,
     Stop: Member.stop_at_once,
 }
@@ -114,6 +116,7 @@ _NEGOTIATING: MemberRow = {
     **_LATE_ANSWERS,
     CheckpointSeen: Member.learn_and_reconsider,
     CheckpointGone: Member.forget_and_reconsider,
+    EngineLost: Member.lose_engine,
     Stop: Member.stop_at_once,
 }
 
@@ -122,11 +125,13 @@ _MOVING: MemberRow = {
     **_LATE_ANSWERS,
     CheckpointSeen: Member.learn,
     CheckpointGone: Member.forget,
+    EngineLost: _ignore,
 }
 
 MEMBER_TABLE: MemberTable = {
     Phase.NEW: {
         **_ROUND_TALK,
+        EngineLost: _ignore,
         Started: Member.start,
         Stop: Member.stop_at_once,
     },
@@ -188,6 +193,7 @@ MEMBER_TABLE: MemberTable = {
         **_LATE_ANSWERS,
         CheckpointSeen: _ignore,
         CheckpointGone: _ignore,
+        EngineLost: _ignore,
         Stop: _ignore,
     },
 }
