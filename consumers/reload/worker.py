@@ -104,7 +104,7 @@ class ReloadWorker:
                 case Detach():
                     self.close()
                     return Detached(request=request.request, rank=self.rank)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        except Exception as error:
             if not isinstance(error, WeightBusError):
                 _logger.exception("rank %d: %s", self.rank, type(request).__name__)
             return Failed(

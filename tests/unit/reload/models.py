@@ -21,6 +21,16 @@ from weightbus.schemas.needs import Needs
 Loader = Callable[[Any, Weights], None]
 
 
+class Bag(nn.Module):
+    """Parameters of the given shapes, all NaN until they are written."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            values = torch.full(shape, float("nan"), dtype=dtype)
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
+
+
 class ModuleHost(ModelHost):
     """A host for a model that `build` makes and `load` loads, without post-processing."""
 

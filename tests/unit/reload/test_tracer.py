@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.reload.models import (
+    Bag,
     Loader,
     ModuleHost,
     layout_of,
@@ -27,16 +28,6 @@ from weightbus.consumers.reload.tracer import Tie, Trace, trace_needs, whole_nee
 from weightbus.schemas.layout import Layout, TensorSpec
 from weightbus.schemas.needs import ParameterSpec, Transform
 from weightbus.schemas.needs_codec import check_needs
-
-
-class Bag(nn.Module):
-    """Parameters of the given shapes, all NaN until they are written."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            values = torch.full(shape, float("nan"), dtype=dtype)
-            setattr(self, name, nn.Parameter(values, requires_grad=False))
 
 
 def check_trace(
