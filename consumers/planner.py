@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.routes import plan_round
 from weightbus.consumers.round.config import PlanRequest
@@ -30,4 +32,4 @@ def plan_request(request: PlanRequest) -> RoundPlan:
     if decision.plan is None:
         reasons = "; ".join(f"{engine}: {reason}" for engine, reason in decision.refused.items())
         raise PlanError("round", request.round, f"no engine can be planned for: {reasons}")
-    return decision.plan
+    return structs.replace(decision.plan, checkpoint_ns=request.ready.created_ns)
