@@ -51,9 +51,8 @@ def struct_schemas(ref_template: str) -> dict[str, Any]:
     """
     types = (*message_types(), *OBJECTS)
     _, schemas = msgspec.json.schema_components(types, ref_template=ref_template)
-    found = msgspec.inspect.multi_type_info(types)
     structs: dict[str, type[msgspec.Struct]] = {}
-    for info in found:
+    for info in msgspec.inspect.multi_type_info(types):
         _collect(info, structs)
     for name, schema in schemas.items():
         _describe(schema, structs[name])
@@ -62,21 +61,23 @@ def struct_schemas(ref_template: str) -> dict[str, Any]:
 
 def _collect(info: Any, structs: dict[str, type[msgspec.Struct]]) -> None:
     """Every struct that a type mentions, by name."""
-    if isinstance(info, msgspec.inspect.StructType):
-        if info.cls.__name__ in structs:
-            return
-        structs[info.cls.__name__] = info.cls
-        for field in info.fields:
-            _collect(field.type, structs)
-    elif isinstance(info, msgspec.inspect.Metadata):
-        _collect(info.type, structs)
-    elif isinstance(info, msgspec.inspect.CollectionType):
-        _collect(info.item_type, structs)
-    elif isinstance(info, msgspec.inspect.DictType):
-        _collect(info.value_type, structs)
-    elif isinstance(info, msgspec.inspect.UnionType):
-        for part in info.types:
-            _collect(part, structs)
+    inner: tuple[Any, ...] = ()
+    match info:
+        case msgspec.inspect.StructType() if info.cls.__name__ not in structs:
+            structs[info.cls.__name__] = info.cls
+            inner = tuple(field.type for field in info.fields)
+        case msgspec.inspect.Metadata():
+            inner = (info.type,)
+        case msgspec.inspect.CollectionType():
+            inner = (info.item_type,)
+        case msgspec.inspect.TupleType():
+            inner = info.item_types
+        case msgspec.inspect.DictType():
+            inner = (info.key_type, info.value_type)
+        case msgspec.inspect.UnionType():
+            inner = info.types
+    for one in inner:
+        _collect(one, structs)
 
 
 def _describe(schema: dict[str, Any], struct: type[msgspec.Struct]) -> None:
@@ -111,11 +112,13 @@ def _field_docstrings(struct: type[msgspec.Struct]) -> Mapping[str, str]:
 
 
 def _portable(schema: Any) -> Any:
-    """As JSON has it: lists for tuples, and `$` for the `\\Z` of Python's regular expressions."""
+    """As JSON Schema has it: lists for tuples, `$` for the `\\Z` of Python's regular expressions,
+    and no `discriminator`, which is OpenAPI's: every struct of a union requires its own tag."""
     if isinstance(schema, dict):
         return {
             key: value.replace(r"\Z", "$") if key == "pattern" else _portable(value)
             for key, value in schema.items()
+            if key != "discriminator"
         }
     if isinstance(schema, list | tuple):
         return [_portable(value) for value in schema]

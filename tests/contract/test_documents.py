@@ -78,6 +78,7 @@ def test_every_reference_resolves(document: dict[str, Any]) -> None:
 def test_document_is_plain_json(document: dict[str, Any]) -> None:
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert r"\\Z" not in json.dumps(document), "a pattern of Python, not of ECMA-262"
+    assert "discriminator" not in json.dumps(document), "OpenAPI's, and an object only there"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
