@@ -93,6 +93,8 @@ class Describe(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Described(WorkerMessage, frozen=True, kw_only=True):
+    """Answer to `Describe`: what this rank needs."""
+
     request: Request
     rank: RankNumber
     world_size: Annotated[int, Meta(ge=1)]
@@ -122,6 +124,8 @@ class Attach(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Attached(WorkerMessage, frozen=True, kw_only=True):
+    """Answer to `Attach`: the plan is compiled."""
+
     request: Request
     rank: RankNumber
     tiles: Count
@@ -177,6 +181,8 @@ class Inspect(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Inspected(WorkerMessage, frozen=True, kw_only=True):
+    """Answer to `Inspect`."""
+
     request: Request
     rank: RankNumber
     instance: Annotated[str, Meta(max_length=64)]
@@ -199,6 +205,8 @@ class Detach(WorkerMessage, frozen=True, kw_only=True):
 
 
 class Detached(WorkerMessage, frozen=True, kw_only=True):
+    """Answer to `Detach`."""
+
     request: Request
     rank: RankNumber
 
