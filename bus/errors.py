@@ -60,9 +60,7 @@ class ServerTooOld(BusError):
 
     def __init__(self, server: str, version: str, minimum: str) -> None:
         self.server, self.version, self.minimum = server, version, minimum
-        super().__init__(
-            f"NATS server {server} has version {version}: at least {minimum} is needed"
-        )
+        super().__init__(f"NATS server {server} has version {version}: {minimum} or later needed")
 
 
 class ServerFailed(BusError):
@@ -181,6 +179,5 @@ class LeaseLost(BusError):
 
     def __init__(self, key: str, holder: str | None) -> None:
         self.key, self.holder = key, holder
-        super().__init__(
-            f"lease {key} is lost: " + (f"{holder} holds it" if holder else "it ended")
-        )
+        reason = f"{holder} holds it" if holder else "it ended"
+        super().__init__(f"lease {key} is lost: {reason}")

@@ -21,6 +21,10 @@ _MAX_RACES = 16
 """Each lost race means that someone else changed the key; so many in a row do not happen."""
 
 
+_EPOCH_IS_SEQUENCE = 0
+"""Written by `acquire`, which cannot know the sequence of its own write; sequences begin at 1."""
+
+
 class RoundLeases:
     """Who leads a round: whoever created its key first.
 
@@ -38,8 +42,10 @@ class RoundLeases:
         """The lease that now holds: `lease` if it was free or ours already, else its holder's.
 
         Its epoch is the sequence of the write that won it: greater than that of every lease of the
-        round before, also than our own earlier one. Hence no two leaders ever have one epoch.
+        round before, also than our own earlier one. Hence no two leaders ever have one epoch. The
+        epoch of the argument is ignored.
         """
+        lease = msgspec.structs.replace(lease, epoch=_EPOCH_IS_SEQUENCE)
         expected_sequence = 0
         for _ in range(_MAX_RACES):
             try:
@@ -134,7 +140,9 @@ class ReaderLeases:
 
 def _with_epoch(lease: RoundLease, sequence: int) -> RoundLease:
     """A lease that was never renewed has its epoch in the sequence of its one write."""
-    return lease if lease.epoch else msgspec.structs.replace(lease, epoch=sequence)
+    if lease.epoch != _EPOCH_IS_SEQUENCE:
+        return lease
+    return msgspec.structs.replace(lease, epoch=sequence)
 
 
 def _same_holder(one: RoundLease, other: RoundLease) -> bool:

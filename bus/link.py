@@ -12,6 +12,7 @@ Owns one nats-py client. Its exceptions, callbacks and logging end here: they be
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -412,6 +413,8 @@ def _is_no_responders(answer: Incoming) -> bool:
 
 
 def _reason(error: Exception | None) -> str:
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
+        return os.strerror(error.errno)
     return "" if error is None else (str(error) or type(error).__name__)
 
 

@@ -31,6 +31,12 @@ class NatsServer:
         self.start()
 
     @property
+    def data_dir(self) -> Path:
+        """Where its streams lie."""
+        assert self._own.data_dir is not None
+        return self._own.data_dir
+
+    @property
     def url(self) -> str:
         return str(self.settings.url)
 
