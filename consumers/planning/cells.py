@@ -1,4 +1,12 @@
-"""Which rank digests which box, and what the sums of all ranks prove. Does no I/O."""
+"""Which rank digests which box, and what the sums of all ranks prove. Does no I/O.
+
+The boxes that copies take of a tensor cut it into *regions*: a copy holds a region whole or not at
+all. Every copy reports every region that it holds, as a cell; regions that no copy holds are read
+from the source by rank 0. So each element of each tensor is summed once, replicas can be compared,
+and the sum over regions is the publisher's digest if, and only if, every byte came to its place.
+
+Invariants: the regions of a tensor hold each of its elements once; cells of one region are one box.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from weightbus.bus.digest import combine, digest_hex
+from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.regions import Boxes, cut_regions
+from weightbus.consumers.planning.tables import (
+    Integers,
+    LayoutTable,
+    tabulate_copies,
+    tabulate_layout,
+)
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 from weightbus.schemas.worker import Cell
@@ -22,10 +39,10 @@ class CellPlan:
     """The cells of every rank of one engine for one layout."""
 
     cells: tuple[tuple[Cell, ...], ...]
-    """By rank, in the order in which the rank reports them."""
-    regions: tuple[npt.NDArray[np.int64], ...]
-    """By rank, for every cell: the number of its box; equal numbers are replicas."""
-    region_tensors: npt.NDArray[np.int64]
+    """By rank, in the order in which the rank reports them: ascending by region."""
+    regions: tuple[Integers, ...]
+    """By rank, for every cell: the number of its region; equal numbers are replicas."""
+    region_tensors: Integers
     """The tensor of every region; ascending."""
 
 
@@ -34,9 +51,9 @@ class Verdict:
     """What the digests of all ranks prove."""
 
     ok: bool
-    """They add up to the publisher's (or it offers none) and all replicas agree."""
+    """They add up to the publisher's (or it offers none), and all replicas agree."""
     digest: str
-    """What they add up to."""
+    """What they add up to: 16 hexadecimal digits."""
     tensors: tuple[str, ...]
     """Names of the tensors known to be at fault, in layout order."""
     reason: str
@@ -44,12 +61,36 @@ class Verdict:
 
 
 def plan_cells(layout: Layout, needs_of_ranks: Sequence[Needs]) -> CellPlan:
-    """Cut every tensor into boxes so that each is held whole, or not at all, by every copy.
+    """Cut every tensor into regions, and tell every rank which of them to digest.
+
+    Args:
+        layout: has been checked by `check_layout`.
+        needs_of_ranks: of every rank of one engine, in rank order; at least one.
 
     Raises:
-        PlanError: needs do not fit the layout.
+        PlanError: a copy's box does not lie in a tensor of the layout.
     """
-    raise NotImplementedError
+    table = tabulate_layout(layout)
+    tables = [tabulate_copies(table, needs.copies) for needs in needs_of_ranks]
+    copies = np.concatenate([one.number for one in tables])
+    ranks = np.repeat(np.arange(len(tables)), [one.number.size for one in tables])
+    regions = cut_regions(
+        table, Boxes.joined([Boxes(one.tensor, one.starts, one.sizes) for one in tables])
+    )
+    unheld = np.ones(len(regions.boxes), dtype=np.bool_)
+    unheld[regions.region] = False
+    region = np.concatenate([regions.region, np.flatnonzero(unheld)])
+    rank = np.concatenate([ranks[regions.holder], np.zeros(unheld.sum(), dtype=np.int64)])
+    copy = np.concatenate([copies[regions.holder], np.full(unheld.sum(), -1)])
+    boxes = _tuples(table, regions.boxes)
+    cells, numbers = [], []
+    for number in range(len(tables)):
+        own = np.flatnonzero(rank == number)
+        own = own[np.argsort(region[own], kind="stable")]
+        held = zip(map(boxes.__getitem__, region[own]), copy[own].tolist(), strict=True)
+        cells.append(tuple(Cell(tensor, starts, sizes, by) for (tensor, starts, sizes), by in held))
+        numbers.append(region[own])
+    return CellPlan(tuple(cells), tuple(numbers), regions.boxes.tensor)
 
 
 def verify_cells(
@@ -59,9 +100,73 @@ def verify_cells(
     weights_digest: str | None,
     tensor_digests: Sums | None = None,
 ) -> Verdict:
-    """Compare replicas, add up the rest, and compare with the publisher's.
+    """Compare replicas, add up one of each, and compare the sum with the publisher's.
+
+    Args:
+        cell_digests: by rank, in the order of `plan.cells`.
+        weights_digest: the publisher's; None: it offers none, and only replicas are compared.
+        tensor_digests: the publisher's of every tensor, if they can be had, to name those at fault.
 
     Raises:
-        PlanError: a rank reports another number of cells than it was given.
+        PlanError: a rank reports another number of cells than it was given, or there are not as
+            many ranks, or tensor digests, as there should be.
     """
-    raise NotImplementedError
+    _check_counts(layout, plan, cell_digests, tensor_digests)
+    region = np.concatenate(plan.regions)
+    digests = np.concatenate(cell_digests).astype(np.uint64)
+    _, chosen = np.unique(region, return_index=True)  # of every region the lowest rank's
+    different = np.flatnonzero(digests != digests[chosen][region])
+    sums = np.zeros(len(layout.tensors), dtype=np.uint64)
+    np.add.at(sums, plan.region_tensors, digests[chosen])
+    digest = digest_hex(combine(sums))
+    at_fault = np.zeros(sums.size, dtype=np.bool_)
+    reasons = []
+    if different.size:
+        torn = plan.region_tensors[region[different]]
+        at_fault[torn] = True
+        reasons.append(_disagreement(layout, plan, int(different[0])))
+    if weights_digest is not None and digest != weights_digest:
+        reasons.append(f"all ranks add up to {digest}, the publisher's is {weights_digest}")
+        if tensor_digests is not None:
+            if digest_hex(combine(tensor_digests)) == weights_digest:
+                at_fault |= sums != tensor_digests
+            else:
+                reasons.append("the publisher's digests of tensors do not add up to its own")
+    named = tuple(layout.tensors[number].name for number in np.flatnonzero(at_fault).tolist())
+    return Verdict(not reasons, digest, named, "; ".join(reasons))
+
+
+def _tuples(table: LayoutTable, boxes: Boxes) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """(tensor, starts, sizes) of every box, with as many dimensions as its tensor has."""
+    padding = (table.dims - table.ranks[boxes.tensor]).tolist()
+    rows = zip(
+        boxes.tensor.tolist(), boxes.starts.tolist(), boxes.sizes.tolist(), padding, strict=True
+    )
+    return [
+        (tensor, tuple(starts[pad:]), tuple(sizes[pad:])) for tensor, starts, sizes, pad in rows
+    ]
+
+
+def _disagreement(layout: Layout, plan: CellPlan, position: int) -> str:
+    """Which ranks hold different bytes for one region; `position` counts cells over all ranks."""
+    region = int(np.concatenate(plan.regions)[position])
+    ends = np.cumsum([len(regions) for regions in plan.regions])
+    rank = int(np.searchsorted(ends, position, side="right"))
+    first = next(n for n, regions in enumerate(plan.regions) if region in regions)
+    tensor = layout.tensors[int(plan.region_tensors[region])].name
+    return f"replicas of tensor {tensor} disagree: rank {rank} holds other bytes than rank {first}"
+
+
+def _check_counts(
+    layout: Layout, plan: CellPlan, cell_digests: Sequence[Sums], tensor_digests: Sums | None
+) -> None:
+    if len(cell_digests) != len(plan.cells):
+        found = f"reported by {len(cell_digests)} ranks"
+        raise PlanError("cell digests", found, f"must be reported by {len(plan.cells)}")
+    for rank, (digests, cells) in enumerate(zip(cell_digests, plan.cells, strict=True)):
+        if digests.size != len(cells):
+            limit = f"the rank has {len(cells)} cells"
+            raise PlanError(f"cell digests of rank {rank}", f"{digests.size} long", limit)
+    if tensor_digests is not None and tensor_digests.size != len(layout.tensors):
+        limit = f"the layout has {len(layout.tensors)} tensors"
+        raise PlanError("tensor digests", f"{tensor_digests.size} long", limit)
