@@ -23,9 +23,6 @@ from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Announcer",)
 
-VERSIONS_READABLE = 2
-"""The newest, and the one before for an engine whose update to the newest was cut short."""
-
 
 class Announcer:
     """Tells the bus of the versions of one model by one producer."""
@@ -38,7 +35,8 @@ class Announcer:
         check_token("model", model)
         check_token("producer", producer)
         self.bus, self.model, self.producer = bus, model, producer
-        self._objects: dict[int, str] = {}
+        self._keys: set[str] = set()
+        self._key_before: str | None = None
 
     def draft(self, version: int, metadata: Mapping[str, str]) -> CheckpointReady:
         """The event of a version, but for what is published; checked before anything is done.
@@ -80,16 +78,20 @@ class Announcer:
             raise VersionNotNew(self.model, version, newest.version, newest.producer)
         return newest.version
 
-    async def put_digests(self, version: int, tensor_digests: Sums) -> tuple[str, str]:
+    async def put_digests(self, tensor_digests: Sums) -> tuple[str, str]:
         """Offer proof of a version: (its weights digest, key of the tensor digests' object)."""
         key = await put_sums(self.bus, tensor_digests)
-        self._objects[version] = key
+        self._keys.add(key)
         return digest_hex(combine(tensor_digests)), key
 
     async def say(self, ready: CheckpointReady, headers: Mapping[str, str]) -> None:
-        """Publish the event; returns once the bus keeps it. Then forget what is older."""
+        """Publish the event; returns once the bus keeps it.
+
+        Digests are kept of this version and of the one before, which an engine whose update is cut
+        short may still take.
+        """
+        for key in self._keys - {ready.tensor_digests, self._key_before}:
+            await self.bus.objects.delete(key)
+            self._keys.discard(key)
         await self.bus.publish(ready, headers)
-        for version in sorted(self._objects)[:-VERSIONS_READABLE]:
-            key = self._objects.pop(version)
-            if key not in self._objects.values():
-                await self.bus.objects.delete(key)
+        self._key_before = ready.tensor_digests

@@ -61,7 +61,7 @@ async def publish_files(
     ready = structs.replace(draft, files=paths)
     if digest:
         tensor_digests = await digest_files(layout, paths)
-        weights_digest, key = await announcer.put_digests(version, tensor_digests)
+        weights_digest, key = await announcer.put_digests(tensor_digests)
         ready = structs.replace(ready, weights_digest=weights_digest, tensor_digests=key)
     await announcer.say(ready, span.ref.headers())
     span.set(BYTES, sum(map(tensor_bytes, layout.tensors)))

@@ -91,7 +91,7 @@ class Sealer:
         """
         plan, layout_digest = await self.prepare([piece.layout for piece in pieces])
         tensor_digests = add_digests(plan, [piece.digests for piece in pieces])
-        weights_digest, key = await self._announcer.put_digests(draft.version, tensor_digests)
+        weights_digest, key = await self._announcer.put_digests(tensor_digests)
         ready = structs.replace(
             draft,
             layout_digest=layout_digest,

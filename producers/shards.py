@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.distributed import tensor as distributed
@@ -83,8 +83,7 @@ class Part:
     """For every shard of the layout the tensor that holds its elements, in the shard's shape."""
 
 
-@dataclass(frozen=True)
-class _Box:
+class _Box(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -144,7 +143,7 @@ def _box_of_tensor(name: Any, tensor: Any) -> _Box:
     if isinstance(tensor, distributed.DTensor):
         return _box_of_dtensor(name, tensor)
     shape = tuple(tensor.shape)
-    return _Box(name, tensor.dtype, shape, (0,) * len(shape), tensor.detach())
+    return _Box(name, tensor.dtype, shape, (0,) * len(shape), tensor)
 
 
 def _box_of_shard(shard: Shard) -> _Box:
@@ -159,8 +158,10 @@ def _box_of_shard(shard: Shard) -> _Box:
     inside = all(map(operator.le, ends, shape)) and min(starts, default=0) >= 0
     if not len(shape) == len(starts) == len(sizes) or not inside:
         value = f"a box of sizes {sizes} at {starts} of shape {shape}"
-        raise TensorInvalid(shard.name, value, "must have its dimensions and lie inside")
-    return _Box(shard.name, shard.tensor.dtype, shape, starts, shard.tensor.detach())
+        raise TensorInvalid(
+            shard.name, value, "must have its tensor's number of dimensions and lie inside"
+        )
+    return _Box(shard.name, shard.tensor.dtype, shape, starts, shard.tensor)
 
 
 def _box_of_dtensor(name: str, tensor: distributed.DTensor) -> _Box:

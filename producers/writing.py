@@ -38,7 +38,10 @@ def write_part(
         torch.get_device_module(device).synchronize(device)
     target = torch.frombuffer(data, dtype=torch.uint8)
     written = target.numpy()
-    with ThreadPoolExecutor(threads, thread_name_prefix="weightbus-digest") as pool:
+    with (
+        torch.no_grad(),
+        ThreadPoolExecutor(threads, thread_name_prefix="weightbus-digest") as pool,
+    ):
         try:
             digests = []
             for begin, end in _batches(part.layout):

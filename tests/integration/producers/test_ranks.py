@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 
@@ -120,6 +121,28 @@ async def test_ranks_come_together_when_one_is_late(
                 others.discard((await next_message(messages)).message.rank)
         await publish(late)
     assert outcomes == outcomes[:1] * 3
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_ranks_come_together_when_the_bus_is_restarted_while_one_waits(
+    nats_server: NatsServer, bus: Bus, model: str, late: int
+) -> None:
+    outcomes: list[CheckpointReady] = []
+    early = 1 - late
+
+    async with open_ranks(nats_server, model, 2) as ranks:
+
+        async def publish(rank: int) -> None:
+            outcomes.append(await ranks[rank].publish(held_by(rank, 2, 1), 1))
+
+        async with anyio.create_task_group() as tasks:
+            async with bus.subscribe(CheckpointPart, model=model) as messages:
+                tasks.start_soon(publish, early)
+                assert (await next_message(messages)).message.rank == early
+            await anyio.to_thread.run_sync(nats_server.restart)
+            await publish(late)
+        assert outcomes == outcomes[:1] * 2
+        assert torch.equal((await read_checkpoint(bus, outcomes[0]))["w"], whole_of(1)["w"])
 
 
 async def test_missing_rank_is_named_on_every_rank_when_it_does_not_publish(
