@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from weightbus.bus.digest import combine, digest_hex
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.regions import Boxes, cut_regions
+from weightbus.consumers.planning.regions import Boxes, Regions, cut_regions
 from weightbus.consumers.planning.tables import (
     Integers,
     LayoutTable,
@@ -26,12 +26,13 @@ from weightbus.consumers.planning.tables import (
     tabulate_layout,
 )
 from weightbus.schemas.layout import Layout
-from weightbus.schemas.needs import Needs
+from weightbus.schemas.needs import Copy, Needs
 from weightbus.schemas.worker import Cell
 
 __all__ = ("CellPlan", "Verdict", "plan_cells", "verify_cells")
 
 Sums = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +75,20 @@ def plan_cells(layout: Layout, needs_of_ranks: Sequence[Needs]) -> CellPlan:
     tables = [tabulate_copies(table, needs.copies) for needs in needs_of_ranks]
     copies = np.concatenate([one.number for one in tables])
     ranks = np.repeat(np.arange(len(tables)), [one.number.size for one in tables])
-    regions = cut_regions(
-        table, Boxes.joined([Boxes(one.tensor, one.starts, one.sizes) for one in tables])
-    )
+    boxes = Boxes.joined([Boxes(one.tensor, one.starts, one.sizes) for one in tables])
+    regions = cut_regions(table, boxes)
     unheld = np.ones(len(regions.boxes), dtype=np.bool_)
     unheld[regions.region] = False
     region = np.concatenate([regions.region, np.flatnonzero(unheld)])
     rank = np.concatenate([ranks[regions.holder], np.zeros(unheld.sum(), dtype=np.int64)])
     copy = np.concatenate([copies[regions.holder], np.full(unheld.sum(), -1)])
-    boxes = _tuples(table, regions.boxes)
+    whole = np.concatenate([_same(regions, boxes), np.zeros(unheld.sum(), dtype=np.bool_)])
     cells, numbers = [], []
-    for number in range(len(tables)):
+    for number, needs in enumerate(needs_of_ranks):
         own = np.flatnonzero(rank == number)
         own = own[np.argsort(region[own], kind="stable")]
-        held = zip(map(boxes.__getitem__, region[own]), copy[own].tolist(), strict=True)
-        cells.append(tuple(Cell(tensor, starts, sizes, by) for (tensor, starts, sizes), by in held))
         numbers.append(region[own])
+        cells.append(_cells(table, regions.boxes[region[own]], needs, copy[own], whole[own]))
     return CellPlan(tuple(cells), tuple(numbers), regions.boxes.tensor)
 
 
@@ -136,15 +135,35 @@ def verify_cells(
     return Verdict(not reasons, digest, named, "; ".join(reasons))
 
 
-def _tuples(table: LayoutTable, boxes: Boxes) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """(tensor, starts, sizes) of every box, with as many dimensions as its tensor has."""
-    padding = (table.dims - table.ranks[boxes.tensor]).tolist()
-    rows = zip(
-        boxes.tensor.tolist(), boxes.starts.tolist(), boxes.sizes.tolist(), padding, strict=True
+def _same(regions: Regions, boxes: Boxes) -> Mask:
+    """For every pair of a region and a box that holds it: whether they are one box."""
+    cut, held = regions.boxes[regions.region], boxes[regions.holder]
+    same: Mask = ((cut.starts == held.starts) & (cut.sizes == held.sizes)).all(axis=1)
+    return same
+
+
+def _cells(
+    table: LayoutTable, boxes: Boxes, needs: Needs, copies: Integers, whole: Mask
+) -> tuple[Cell, ...]:
+    """The cells of a rank; where a cell is a `whole` copy, it shares the copy's tuples."""
+    padding = table.dims - table.ranks[boxes.tensor]
+    parts = (
+        Cell(
+            int(boxes.tensor[at]),
+            tuple(boxes.starts[at, padding[at] :].tolist()),
+            tuple(boxes.sizes[at, padding[at] :].tolist()),
+            int(copies[at]),
+        )
+        for at in np.flatnonzero(~whole)
     )
-    return [
-        (tensor, tuple(starts[pad:]), tuple(sizes[pad:])) for tensor, starts, sizes, pad in rows
-    ]
+    return tuple(
+        _cell_of(needs.copies[number], number) if is_whole else next(parts)
+        for number, is_whole in zip(copies.tolist(), whole.tolist(), strict=True)
+    )
+
+
+def _cell_of(copy: Copy, number: int) -> Cell:
+    return Cell(copy.tensor, copy.starts, copy.sizes, number)
 
 
 def _disagreement(layout: Layout, plan: CellPlan, position: int) -> str:

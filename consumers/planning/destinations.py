@@ -8,6 +8,7 @@ longest run of elements that none of them cuts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,22 +17,52 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.tables import CopyTable, Integers, LayoutTable, padded
+from weightbus.consumers.planning.tables import (
+    CopyTable,
+    Integers,
+    LayoutTable,
+    column,
+    lengths_of,
+    padded,
+)
 from weightbus.schemas.dtypes import DTYPE_BYTES
+from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Copy, Fill, Needs, ParameterSpec
 
-__all__ = ("Writes", "check_destinations", "tabulate_writes")
+__all__ = ("Windows", "Writes", "check_destinations", "tabulate_writes")
 
 Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
-class Writes:
-    """Windows of parameters: W of them, those of a `CopyTable` first, then the fills."""
+class Windows:
+    """What writes to parameters: the copies of a `CopyTable`, then the fills, and their names."""
 
-    table: LayoutTable
+    layout: Layout
     needs: Needs
-    windows: list[Copy | Fill]
+    all: Sequence[Copy | Fill]
+
+    def name(self, number: int) -> str:
+        """A window as errors name it."""
+        window = self.all[number]
+        into = f"parameter {window.parameter}"
+        if window.parameter < len(self.needs.parameters):
+            into = f"parameter {self.needs.parameters[window.parameter].name}"
+        if isinstance(window, Fill):
+            return f"fill of {into}"
+        return f"copy of tensor {self.layout.tensors[window.tensor].name} to {into}"
+
+    def refuse(self, wrong: Mask, value: str, limit: str) -> None:
+        """Raises `PlanError` for the first window that is `wrong`, if any."""
+        if wrong.any():
+            raise PlanError(self.name(int(np.argmax(wrong))), value, limit)
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """Where W windows lie in their parameters; none is empty."""
+
+    windows: Windows
     parameter: Integers
     item_bytes: Integers
     """[W]: size of one element of the parameter."""
@@ -42,21 +73,6 @@ class Writes:
     strides: Integers
     """[W, D]: in elements; may be negative."""
 
-    def name(self, number: int) -> str:
-        """A window as errors name it."""
-        window = self.windows[number]
-        into = f"parameter {window.parameter}"
-        if window.parameter < len(self.needs.parameters):
-            into = f"parameter {self.needs.parameters[window.parameter].name}"
-        if isinstance(window, Fill):
-            return f"fill of {into}"
-        return f"copy of tensor {self.table.layout.tensors[window.tensor].name} to {into}"
-
-    def refuse(self, wrong: Mask, value: str, limit: str) -> None:
-        """Raises `PlanError` for the first window that is `wrong`, if any."""
-        if wrong.any():
-            raise PlanError(self.name(int(np.argmax(wrong))), value, limit)
-
 
 def tabulate_writes(table: LayoutTable, needs: Needs, copies: CopyTable) -> Writes:
     """Every window of at least one element that the needs write to.
@@ -64,27 +80,26 @@ def tabulate_writes(table: LayoutTable, needs: Needs, copies: CopyTable) -> Writ
     Raises:
         PlanError: a parameter does not exist, or a window has not one stride per dimension.
     """
-    windows: list[Copy | Fill] = [needs.copies[number] for number in copies.number.tolist()]
-    windows += [fill for fill in needs.fills if all(fill.sizes)]
-    parameters = [window.parameter for window in windows]
-    widths = [DTYPE_BYTES[parameter.dtype] for parameter in needs.parameters]
-    ranks = [len(window.sizes) for window in windows]
-    dims = max([table.dims, *ranks])
-    writes = Writes(
-        table=table,
-        needs=needs,
+    chosen: list[Copy | Fill] = [
+        *map(needs.copies.__getitem__, copies.number.tolist()),
+        *(fill for fill in needs.fills if all(fill.sizes)),
+    ]
+    windows = Windows(table.layout, needs, chosen)
+    parameter, ranks = column(chosen, "parameter"), lengths_of(chosen, "sizes")
+    unknown = parameter >= len(needs.parameters)
+    windows.refuse(unknown, "impossible", f"there are {len(needs.parameters)} parameters")
+    bent = lengths_of(chosen, "strides") != ranks
+    windows.refuse(bent, "impossible", "must have one stride for each size")
+    widths = np.array([DTYPE_BYTES[one.dtype] for one in needs.parameters], dtype=np.int64)
+    dims = max(table.dims, int(ranks.max(initial=0)))
+    return Writes(
         windows=windows,
-        parameter=np.array(parameters, dtype=np.int64),
-        item_bytes=np.array([widths[n] if n < len(widths) else 0 for n in parameters], np.int64),
-        offset=np.array([window.offset for window in windows], dtype=np.int64),
-        sizes=padded([window.sizes for window in windows], dims, 1),
-        strides=padded([window.strides[:dims] for window in windows], dims, 0),
+        parameter=parameter,
+        item_bytes=widths[parameter],
+        offset=column(chosen, "offset"),
+        sizes=padded(chosen, "sizes", dims, 1),
+        strides=padded(chosen, "strides", dims, 0),
     )
-    unknown = writes.parameter >= len(needs.parameters)
-    writes.refuse(unknown, "impossible", f"there are {len(needs.parameters)} parameters")
-    steps = np.array([len(window.strides) for window in windows], dtype=np.int64)
-    writes.refuse(steps != np.array(ranks), "impossible", "must have one stride for each size")
-    return writes
 
 
 def check_destinations(writes: Writes, copies: CopyTable) -> Integers:
@@ -101,13 +116,15 @@ def check_destinations(writes: Writes, copies: CopyTable) -> Integers:
     reaches = (writes.sizes - 1) * writes.strides
     low = writes.offset + np.minimum(reaches, 0).sum(axis=1)
     high = writes.offset + np.maximum(reaches, 0).sum(axis=1)
-    spans = np.array([_span(parameter) for parameter in writes.needs.parameters], dtype=np.int64)
+    spans = np.array(
+        [_span(parameter) for parameter in writes.windows.needs.parameters], dtype=np.int64
+    )
     outside = (low < 0) | (high >= spans[writes.parameter])
     if outside.any():
         number = int(np.argmax(outside))
         found = f"to elements {low[number]} to {high[number]}"
         limit = f"the parameter has {spans[writes.parameter[number]]} elements of memory"
-        raise PlanError(writes.name(number), found, limit)
+        raise PlanError(writes.windows.name(number), found, limit)
     order = np.lexsort((low, writes.parameter))
     place = (np.cumsum(spans) - spans)[writes.parameter]  # parameters one behind the other
     reach = np.maximum.accumulate((place + high)[order])
@@ -125,7 +142,7 @@ def check_destinations(writes: Writes, copies: CopyTable) -> Integers:
 
 def _check_dtypes(writes: Writes, copies: CopyTable) -> None:
     """What a copy makes of its tensor's dtype must fit its parameter's."""
-    needs, tensors = writes.needs, writes.table.layout.tensors
+    needs, tensors = writes.windows.needs, writes.windows.layout.tensors
     reasons: dict[tuple[str, int, str], str] = {}
     for number, copied in enumerate(copies.number.tolist()):
         copy = needs.copies[copied]
@@ -134,7 +151,7 @@ def _check_dtypes(writes: Writes, copies: CopyTable) -> None:
         if key not in reasons:
             reasons[key] = _why_unfit(needs, *key)
         if reasons[key]:
-            raise PlanError(writes.name(number), f"{source} into {target}", reasons[key])
+            raise PlanError(writes.windows.name(number), f"{source} into {target}", reasons[key])
 
 
 def _why_unfit(needs: Needs, source: str, transform: int, target: str) -> str:
@@ -190,11 +207,11 @@ def _paint(writes: Writes, steps: Integers, low: Integers, numbers: list[int]) -
             painted[offset // unit :], shape, (*(stride // unit for stride in strides), 1)
         )
         if view.any():
-            raise PlanError(writes.name(number), "over elements that others write", limit)
+            raise PlanError(writes.windows.name(number), "over elements that others write", limit)
         view[...] = True
         total += view.size
     if int(np.count_nonzero(painted)) != total:
-        raise PlanError(writes.name(numbers[0]), "over its own elements", limit)
+        raise PlanError(writes.windows.name(numbers[0]), "over its own elements", limit)
 
 
 def _run(sizes: Integers, steps: Integers) -> tuple[int, list[int], list[int]]:

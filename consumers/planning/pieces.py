@@ -76,14 +76,14 @@ def cut_pieces(table: LayoutTable, copies: CopyTable, shards: ShardTable, writes
             for field in fields(Pieces)
         }
     )
-    held = np.zeros(len(writes.needs.copies), dtype=np.int64)
+    held = np.zeros(len(writes.windows.needs.copies), dtype=np.int64)
     np.add.at(held, pieces.copy, pieces.sizes.prod(axis=1) * pieces.unit_bytes)
     wanted = copies.sizes.prod(axis=1) * table.item_bytes[copies.tensor]
     missing = wanted - held[copies.number]
     if missing.any():
         number = int(np.argmax(missing != 0))
         lacking = f"in no shard for {missing[number]} of {wanted[number]} bytes"
-        raise PlanError(writes.name(number), lacking, "shards must hold every element once")
+        raise PlanError(writes.windows.name(number), lacking, "shards must hold every element once")
     return pieces
 
 

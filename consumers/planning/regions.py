@@ -165,7 +165,7 @@ def _split(
 def _best_border(
     low: Integers, high: Integers, starts: Integers, ends: Integers
 ) -> tuple[int, int] | None:
-    """(dimension, index) of the border inside that fewest boxes cross, of those the most central."""
+    """(dimension, index) of the border inside that fewest boxes cross; the most central of such."""
     best: tuple[int, int, int, int] | None = None
     for dim in np.flatnonzero((starts > low).any(axis=0) | (ends < high).any(axis=0)).tolist():
         begins, stops = np.sort(starts[:, dim]), np.sort(ends[:, dim])

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from weightbus.consumers.errors import PlanError
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -25,6 +27,8 @@ __all__ = (
     "Integers",
     "LayoutTable",
     "ShardTable",
+    "column",
+    "lengths_of",
     "padded",
     "tabulate_copies",
     "tabulate_layout",
@@ -79,8 +83,14 @@ class CopyTable:
     transform: Integers
 
 
-def padded(rows: Sequence[tuple[int, ...]], columns: int, fill: int) -> Integers:
-    """[len(rows), columns]: the rows, aligned on the right, with `fill` before them."""
+def column(things: Sequence[Struct], name: str) -> Integers:
+    """[len(things)]: one integer field of each."""
+    return np.fromiter(map(attrgetter(name), things), np.int64, len(things))
+
+
+def padded(things: Sequence[Struct], name: str, columns: int, fill: int) -> Integers:
+    """[len(things), columns]: one tuple of each, aligned on the right, with `fill` before it."""
+    rows = list(map(attrgetter(name), things))
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     values = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
     table = np.full((len(rows), columns), fill, dtype=np.int64)
@@ -88,34 +98,36 @@ def padded(rows: Sequence[tuple[int, ...]], columns: int, fill: int) -> Integers
     return table
 
 
+def lengths_of(things: Sequence[Struct], name: str) -> Integers:
+    """[len(things)]: how long one tuple of each is."""
+    return np.fromiter(map(len, map(attrgetter(name), things)), np.int64, len(things))
+
+
 def tabulate_layout(layout: Layout) -> LayoutTable:
     """The tensors of a layout, which has been checked by `check_layout`."""
-    shapes = [tensor.shape for tensor in layout.tensors]
-    ranks = np.fromiter(map(len, shapes), np.int64, len(shapes))
-    widths = (DTYPE_BYTES[tensor.dtype] for tensor in layout.tensors)
+    ranks = lengths_of(layout.tensors, "shape")
+    widths = map(DTYPE_BYTES.__getitem__, map(attrgetter("dtype"), layout.tensors))
     return LayoutTable(
         layout=layout,
         ranks=ranks,
-        shapes=padded(shapes, int(ranks.max(initial=0)), 1),
-        item_bytes=np.fromiter(widths, np.int64, len(shapes)),
+        shapes=padded(layout.tensors, "shape", int(ranks.max(initial=0)), 1),
+        item_bytes=np.fromiter(widths, np.int64, len(layout.tensors)),
     )
 
 
 def tabulate_shards(table: LayoutTable) -> ShardTable:
     """The shards of a layout, which has been checked by `check_layout`."""
     shards = table.layout.shards
-    tensor = np.fromiter((shard.tensor for shard in shards), np.int64, len(shards))
-    sizes = padded([shard.sizes for shard in shards], table.dims, 1)
+    tensor = column(shards, "tensor")
+    sizes = padded(shards, "sizes", table.dims, 1)
     order = np.argsort(tensor, kind="stable")
     order = order[np.all(sizes, axis=1)[order]]
     return ShardTable(
         tensor=tensor[order],
-        starts=padded([shard.starts for shard in shards], table.dims, 0)[order],
+        starts=padded(shards, "starts", table.dims, 0)[order],
         sizes=sizes[order],
-        segment=np.fromiter((shard.segment for shard in shards), np.int64, len(shards))[order],
-        offset_bytes=np.fromiter((shard.offset_bytes for shard in shards), np.int64, len(shards))[
-            order
-        ],
+        segment=column(shards, "segment")[order],
+        offset_bytes=column(shards, "offset_bytes")[order],
     )
 
 
@@ -125,22 +137,20 @@ def tabulate_copies(table: LayoutTable, copies: Sequence[Copy]) -> CopyTable:
     Raises:
         PlanError: a copy's box does not lie in a tensor of the layout.
     """
-    count = len(copies)
-    tensor = np.fromiter((copy.tensor for copy in copies), np.int64, count)
+    tensor = column(copies, "tensor")
     unknown = np.flatnonzero(tensor >= len(table.layout.tensors))
     if unknown.size:
         number = int(unknown[0])
         limit = f"the layout has {len(table.layout.tensors)} tensors"
         raise PlanError(f"copy {number}", f"of tensor {copies[number].tensor}", limit)
-    rank_of_starts = np.fromiter((len(copy.starts) for copy in copies), np.int64, count)
-    rank_of_sizes = np.fromiter((len(copy.sizes) for copy in copies), np.int64, count)
     ranks = table.ranks[tensor]
-    _refuse_boxes(table, copies, (rank_of_starts != ranks) | (rank_of_sizes != ranks))
-    starts = padded([copy.starts for copy in copies], table.dims, 0)
-    sizes = padded([copy.sizes for copy in copies], table.dims, 1)
+    bent = (lengths_of(copies, "starts") != ranks) | (lengths_of(copies, "sizes") != ranks)
+    _refuse_boxes(table, copies, bent)
+    starts = padded(copies, "starts", table.dims, 0)
+    sizes = padded(copies, "sizes", table.dims, 1)
     _refuse_boxes(table, copies, np.any(starts + sizes > table.shapes[tensor], axis=1))
     moving = np.flatnonzero(np.all(sizes, axis=1))
-    transform = np.fromiter((copy.transform for copy in copies), np.int64, count)
+    transform = column(copies, "transform")
     return CopyTable(moving, tensor[moving], starts[moving], sizes[moving], transform[moving])
 
 
