@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from msgspec import Struct
 
-from weightbus.bus.dead_letters import DeadLetters
+from weightbus.bus.dead_letters import Reporter
 from weightbus.bus.jetstream import HEADER_TTL, JetStream, StoredMessage
 from weightbus.bus.received import HEADER_CONTENT_TYPE
 from weightbus.bus.streams import kv_stream
@@ -48,7 +48,7 @@ class KeyBucket(Generic[M]):
     """One bucket of the server, holding messages of one type."""
 
     def __init__(
-        self, jetstream: JetStream, bucket: str, kind: type[M], dead_letters: DeadLetters
+        self, jetstream: JetStream, bucket: str, kind: type[M], dead_letters: Reporter
     ) -> None:
         self._jetstream = jetstream
         self._stream = kv_stream(bucket)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import anyio
 
@@ -22,7 +23,7 @@ from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, encode
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.progress import DeadLetter
 
-__all__ = ("UNKNOWN_MODEL", "DeadLetters", "open_dead_letters")
+__all__ = ("UNKNOWN_MODEL", "DeadLetters", "Reporter", "open_dead_letters")
 
 UNKNOWN_MODEL = "_"
 """Model of a letter about something whose subject names none."""
@@ -33,8 +34,17 @@ _CLOSE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+class Reporter(Protocol):
+    """Who takes note of what could not be read."""
+
+    def report_nowait(
+        self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
+    ) -> None:
+        """`subject`: where it came from; `model`: the subject's token, whatever it looks like."""
+
+
 class DeadLetters:
-    """Made by `open_dead_letters`."""
+    """The sender; made by `open_dead_letters`."""
 
     def __init__(self, jetstream: JetStream, prefix: str, reporter: str) -> None:
         self._jetstream = jetstream

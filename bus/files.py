@@ -102,6 +102,8 @@ def _open_below(path: str, roots: Sequence[str] | None) -> Iterator[tuple[int, i
     Checked before opening, so that nothing else is touched, and after, because a link may have been
     changed in between.
     """
+    if not os.path.isabs(path) or "\0" in path:
+        raise MessageInvalid("file", "path", path, "must be absolute, without zero bytes")
     _check_below(path, os.path.realpath(path), roots)
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -118,8 +120,6 @@ def _open_below(path: str, roots: Sequence[str] | None) -> Iterator[tuple[int, i
 
 
 def _check_below(path: str, real: str, roots: Sequence[str] | None) -> None:
-    if not os.path.isabs(path):
-        raise MessageInvalid("file", "path", path, "must be absolute")
     if roots is None:
         return
     for root in map(os.path.realpath, roots):

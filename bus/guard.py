@@ -53,7 +53,7 @@ def guarded_command(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, *argv]
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: list[str]) -> int:
     if not argv:
         print(_USAGE, file=sys.stderr)  # noqa: T201
         return 2
@@ -71,7 +71,7 @@ def _wake_only(number: int, frame: object) -> None:
     """Signals act through the wakeup descriptor; without a handler they would end the guard."""
 
 
-def _start(argv: Sequence[str]) -> int:
+def _start(argv: list[str]) -> int:
     """Fork and exec; safe, because this process has one thread."""
     guard = os.getpid()
     child = os.fork()

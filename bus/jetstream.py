@@ -65,6 +65,7 @@ class StreamConfig(Struct, frozen=True, kw_only=True):
     max_bytes: int = -1
     max_age: int = 0
     duplicate_window: int = 120 * _NS_PER_S
+    """How long a `Nats-Msg-Id` is remembered: longer than a lost connection may last."""
     allow_direct: bool = True
     allow_rollup_hdrs: bool = True
     allow_msg_ttl: bool = True
@@ -204,7 +205,7 @@ class JetStream:
 
         Begins with the first one stored at or after `since_ns`; ends when it has caught up.
         """
-        start: dict[str, Any] = {"start_time": _rfc3339(since_ns)} if since_ns else {"seq": 1}
+        start: dict[str, Any] = {"start_time": rfc3339_of(since_ns)} if since_ns else {"seq": 1}
         while True:
             page, pending = await self._page(stream, subject, start)
             for message in page:
@@ -329,7 +330,7 @@ def _stored(answer: Incoming) -> StoredMessage:
     return StoredMessage(
         subject=headers["Nats-Subject"],
         sequence=int(headers["Nats-Sequence"]),
-        stored_ns=_nanoseconds(headers["Nats-Time-Stamp"]),
+        stored_ns=nanoseconds_of(headers["Nats-Time-Stamp"]),
         headers=headers,
         payload=answer.payload,
     )
@@ -350,12 +351,12 @@ def _check_stream(wanted: StreamConfig, found: Mapping[str, Any]) -> None:
             raise StreamUnsuitable(wanted.name, field, value, needed)
 
 
-def _rfc3339(time_ns: int) -> str:
+def rfc3339_of(time_ns: int) -> str:
     seconds, fraction_ns = divmod(time_ns, _NS_PER_S)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction_ns:09d}Z"
 
 
-def _nanoseconds(rfc3339: str) -> int:
+def nanoseconds_of(rfc3339: str) -> int:
     """Go writes up to nine digits of the second, without trailing zeros."""
     match = re.fullmatch(r"(.{19})(?:\.(\d{1,9}))?Z", rfc3339)
     if match is None:

@@ -7,8 +7,17 @@ Names begin with the prefix, so that several buses may share one server. All lie
 
 from __future__ import annotations
 
+import msgspec
+
 from weightbus.bus.jetstream import StreamConfig
-from weightbus.schemas.catalogue import BUCKETS, STREAMS, check_prefix, stream_subjects
+from weightbus.schemas.catalogue import (
+    BUCKETS,
+    STREAMS,
+    BucketEntry,
+    StreamEntry,
+    check_prefix,
+    stream_subjects,
+)
 
 __all__ = ("OBJECTS", "bucket_name", "bus_streams", "kv_stream", "object_stream", "stream_name")
 
@@ -16,9 +25,9 @@ OBJECTS = "layouts"
 """Name of the object store."""
 
 _NS_PER_S = 10**9
+_PROGRESS = "PROGRESS"
 _PROGRESS_MAX_AGE_NS = 7 * 86_400 * _NS_PER_S
 _PROGRESS_MAX_BYTES = 256 * 2**20
-_DUPLICATE_WINDOW_NS = 120 * _NS_PER_S
 _MARKER_TTL_NS = 10 * _NS_PER_S
 """How long the server's note lasts that a key has expired, for watchers of other clients."""
 
@@ -26,35 +35,40 @@ _MARKER_TTL_NS = 10 * _NS_PER_S
 def bus_streams(prefix: str) -> tuple[StreamConfig, ...]:
     """Every stream that one bus needs."""
     return (
-        *(
-            StreamConfig(
-                name=stream_name(stream.name, prefix),
-                subjects=stream_subjects(stream, prefix),
-                description=stream.description,
-                duplicate_window=_DUPLICATE_WINDOW_NS,
-                **_LIMITS[stream.name],
-            )
-            for stream in STREAMS
-        ),
-        *(
-            StreamConfig(
-                name=kv_stream(bucket_name(bucket.bucket, prefix)),
-                subjects=(f"$KV.{bucket_name(bucket.bucket, prefix)}.>",),
-                description=bucket.description,
-                max_msgs_per_subject=1,
-                discard="new",
-                duplicate_window=_DUPLICATE_WINDOW_NS,
-                subject_delete_marker_ttl=_MARKER_TTL_NS,
-            )
-            for bucket in BUCKETS
-        ),
+        *(_message_stream(stream, prefix) for stream in STREAMS),
+        *(_bucket_stream(bucket, prefix) for bucket in BUCKETS),
         StreamConfig(
             name=object_stream(bucket_name(OBJECTS, prefix)),
             subjects=tuple(f"$O.{bucket_name(OBJECTS, prefix)}.{kind}.>" for kind in "CM"),
             description="Layouts, needs and digests, by digest.",
             discard="new",
-            duplicate_window=_DUPLICATE_WINDOW_NS,
         ),
+    )
+
+
+def _message_stream(stream: StreamEntry, prefix: str) -> StreamConfig:
+    """`PROGRESS` keeps what happened lately; every other stream the last of each subject."""
+    config = StreamConfig(
+        name=stream_name(stream.name, prefix),
+        subjects=stream_subjects(stream, prefix),
+        description=stream.description,
+    )
+    if stream.name == _PROGRESS:
+        return msgspec.structs.replace(
+            config, max_age=_PROGRESS_MAX_AGE_NS, max_bytes=_PROGRESS_MAX_BYTES
+        )
+    return msgspec.structs.replace(config, max_msgs_per_subject=1)
+
+
+def _bucket_stream(bucket: BucketEntry, prefix: str) -> StreamConfig:
+    name = bucket_name(bucket.bucket, prefix)
+    return StreamConfig(
+        name=kv_stream(name),
+        subjects=(f"$KV.{name}.>",),
+        description=bucket.description,
+        discard="new",
+        max_msgs_per_subject=1,
+        subject_delete_marker_ttl=_MARKER_TTL_NS,
     )
 
 
@@ -76,9 +90,3 @@ def kv_stream(bucket: str) -> str:
 def object_stream(bucket: str) -> str:
     """The stream behind an object store of the server."""
     return f"OBJ_{bucket}"
-
-
-_LIMITS: dict[str, dict[str, int]] = {
-    "CHECKPOINTS": {"max_msgs_per_subject": 1},
-    "PROGRESS": {"max_age": _PROGRESS_MAX_AGE_NS, "max_bytes": _PROGRESS_MAX_BYTES},
-}

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import anyio
 
-from weightbus.bus.dead_letters import DeadLetters
+from weightbus.bus.dead_letters import Reporter
 from weightbus.bus.errors import BusError, BusUnavailable, SubscriptionOverflow
 from weightbus.bus.jetstream import HEADER_MESSAGE_ID
 from weightbus.bus.link import Incoming, Link
@@ -48,7 +48,7 @@ class Subscription(Generic[M]):
         types: tuple[type[M], ...],
         patterns: Sequence[str],
         prefix: str,
-        dead_letters: DeadLetters,
+        dead_letters: Reporter,
         limit: int,
     ) -> None:
         """`patterns`: the subjects of `types`, with wildcards."""
@@ -153,7 +153,7 @@ async def open_subscription(
     types: tuple[type[M], ...],
     model: str | None,
     prefix: str,
-    dead_letters: DeadLetters,
+    dead_letters: Reporter,
     limit: int,
 ) -> AsyncIterator[Subscription[M]]:
     """Subscribe; entered once the server has been told of every subject."""

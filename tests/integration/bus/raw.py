@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import nats
 from nats.aio.client import Client
 
-__all__ = ("publish_raw", "raw_client")
+__all__ = ("last_raw", "publish_raw", "raw_client")
 
 
 @asynccontextmanager
@@ -24,3 +24,11 @@ async def publish_raw(url: str, subject: str, payload: bytes, headers: Mapping[s
     """Store a message; returns once the server has it."""
     async with raw_client(url) as client:
         await client.jetstream().publish(subject, payload, headers=dict(headers) or None)
+
+
+async def last_raw(client: Client, stream: str, subject: str) -> tuple[str, int, bytes]:
+    """(subject, sequence, payload) of the last message of a subject, which may hold wildcards."""
+    last = await client.jetstream().get_last_msg(stream, subject)
+    assert last.subject is not None
+    assert last.seq is not None
+    return last.subject, last.seq, last.data or b""

@@ -10,7 +10,7 @@ import anyio
 import msgspec
 import pytest
 
-from tests.integration.bus.raw import raw_client
+from tests.integration.bus.raw import last_raw, raw_client
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.errors import ObjectCorrupt, ObjectMissing, ObjectTooLarge
@@ -93,9 +93,9 @@ async def test_object_is_refused_when_its_bytes_were_changed(bus: Bus) -> None:
     await bus.objects.put("key", b"x" * 200_000)
     async with raw_client(bus.url) as client:
         stream = client.jetstream()
-        last = await stream.get_last_msg(STREAM, f"$O.{BUCKET}.C.*")
-        await stream.delete_msg(STREAM, last.seq)
-        await stream.publish(last.subject, b"y" * len(last.data or b""))
+        subject, sequence, chunk = await last_raw(client, STREAM, f"$O.{BUCKET}.C.*")
+        await stream.delete_msg(STREAM, sequence)
+        await stream.publish(subject, b"y" * len(chunk))
     with pytest.raises(ObjectCorrupt, match="digest"):
         await bus.objects.get("key")
 
@@ -103,9 +103,8 @@ async def test_object_is_refused_when_its_bytes_were_changed(bus: Bus) -> None:
 async def test_object_is_refused_when_a_chunk_is_missing(bus: Bus) -> None:
     await bus.objects.put("key", b"x" * 200_000)
     async with raw_client(bus.url) as client:
-        stream = client.jetstream()
-        last = await stream.get_last_msg(STREAM, f"$O.{BUCKET}.C.*")
-        await stream.delete_msg(STREAM, last.seq)
+        _, sequence, _ = await last_raw(client, STREAM, f"$O.{BUCKET}.C.*")
+        await client.jetstream().delete_msg(STREAM, sequence)
     with pytest.raises(ObjectCorrupt, match="131072 bytes"):
         await bus.objects.get("key")
 
@@ -113,10 +112,9 @@ async def test_object_is_refused_when_a_chunk_is_missing(bus: Bus) -> None:
 async def test_object_is_refused_unread_when_it_claims_to_be_too_large(bus: Bus) -> None:
     await bus.objects.put("key", b"x")
     async with raw_client(bus.url) as client:
-        stream = client.jetstream()
-        last = await stream.get_last_msg(STREAM, f"$O.{BUCKET}.M.*")
-        description = msgspec.json.decode(last.data or b"") | {"size": 2**40}
-        await stream.publish(last.subject, msgspec.json.encode(description))
+        subject, _, payload = await last_raw(client, STREAM, f"$O.{BUCKET}.M.*")
+        description = msgspec.json.decode(payload) | {"size": 2**40}
+        await client.jetstream().publish(subject, msgspec.json.encode(description))
     with pytest.raises(ObjectTooLarge, match=str(2**40)):
         await bus.objects.get("key")
 
@@ -127,9 +125,8 @@ async def test_object_is_refused_when_its_description_is_unreadable(
 ) -> None:
     await bus.objects.put("key", b"x")
     async with raw_client(bus.url) as client:
-        stream = client.jetstream()
-        last = await stream.get_last_msg(STREAM, f"$O.{BUCKET}.M.*")
-        await stream.publish(last.subject, description)
+        subject, _, _ = await last_raw(client, STREAM, f"$O.{BUCKET}.M.*")
+        await client.jetstream().publish(subject, description)
     with pytest.raises(ObjectCorrupt):
         await bus.objects.get("key")
 

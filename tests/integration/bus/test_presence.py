@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
 import msgspec
@@ -121,12 +122,12 @@ async def test_standard_client_sees_states_and_expiry_when_it_watches_the_bucket
 ) -> None:
     async with raw_client(bus.url) as client:
         bucket = await client.jetstream().key_value("weightbus-presence")
-        watcher = await bucket.watchall()
+        watcher: Any = await bucket.watchall()
         await bus.presence.put(state("a"))
-        seen = []
+        seen: list[tuple[str, str | None]] = []
         while len(seen) < 2:
             entry = await watcher.updates(timeout=10)
-            if entry is not None:
+            if entry is not None:  # which says that what was there has been seen
                 seen.append((entry.key, entry.operation))
         await watcher.stop()
     assert seen == [("m.a", None), ("m.a", "PURGE")]

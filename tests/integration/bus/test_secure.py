@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def public(key: Any) -> str:
     return bytes(key.public_key).decode()
 
 
-def jwt(subject: Any, issuer: Any, kind: str, claims: dict[str, object]) -> str:
+def jwt(subject: Any, issuer: Any, kind: str, claims: Mapping[str, object]) -> str:
     """A NATS JWT: https://docs.nats.io/running-a-nats-service/configuration/securing_nats/jwt."""
 
     def part(value: object) -> str:
