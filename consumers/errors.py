@@ -21,6 +21,7 @@ __all__ = (
     "TransferError",
     "VersionRetired",
     "WorkerLost",
+    "cause_of",
 )
 
 
@@ -29,6 +30,11 @@ class ConsumerError(WeightBusError):
 
     touched: bool = False
     """True: a live parameter may have been written before this was raised."""
+
+
+def cause_of(error: WeightBusError) -> str:
+    """Name of the error class at fault: the worker's, where a worker failed."""
+    return error.cause if isinstance(error, ApplyFailed) else type(error).__name__
 
 
 class PlanError(ConsumerError):
@@ -147,7 +153,7 @@ class TransferError(ConsumerError):
     """A transfer failed. `cause` names what failed first; `touched` says how the engine is left."""
 
     def __init__(self, error: WeightBusError, *, touched: bool) -> None:
-        self.cause = error.cause if isinstance(error, ApplyFailed) else type(error).__name__
+        self.cause = cause_of(error)
         self.reason = str(error)
         self.touched = touched
         self.stage: Stage = "reload"

@@ -29,7 +29,7 @@ from weightbus.bus.errors import BusError, BusUnavailable, LeaseLost
 from weightbus.bus.received import Received, Reconnected
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine
-from weightbus.consumers.errors import ConsumerError, EngineUnavailable, TransferError
+from weightbus.consumers.errors import ConsumerError, EngineUnavailable, TransferError, cause_of
 from weightbus.consumers.outbox import Outbox
 from weightbus.consumers.planner import plan_request
 from weightbus.consumers.round import events as ev
@@ -443,8 +443,9 @@ class Consumer:
             except BusUnavailable:
                 raise
             except WeightBusError as error:
-                work.span.fail(f"{type(error).__name__}: {error}")
-                self._feed(ev.PrepareFailed(token, type(error).__name__, str(error)))
+                cause = cause_of(error)
+                work.span.fail(f"{cause}: {error}")
+                self._feed(ev.PrepareFailed(token, cause, str(error)))
             else:
                 work.prepared = prepared
                 plan = planned.message if planned is not None else None

@@ -82,8 +82,8 @@ async def _run(as_json: bool, nats_url: str | None) -> bool:
             story = Story(bus, fleet, say)
             await group.start(story.listen)
             await tell(story, fleet, say)
-            group.cancel_scope.cancel()
             waterfall = await _last_round(bus, story)
+            group.cancel_scope.cancel()
     result = _result(story)
     _show(console, story, waterfall, result)
     if as_json:

@@ -7,7 +7,6 @@ Owns every process it starts, each in a session of its own, with its output in a
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -133,18 +132,20 @@ class Fleet:
         return "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "it printed nothing"
 
     async def stop(self) -> None:
-        """End every process."""
+        """End every process: the trainer by the end of its input, the others by SIGTERM."""
         for process in self._processes.values():
             if process.stdin is not None:
                 await process.stdin.aclose()
-            with suppress(ProcessLookupError):
-                process.terminate()
+            else:
+                with suppress(ProcessLookupError):
+                    process.terminate()
         with anyio.move_on_after(STOP_S):
             for process in self._processes.values():
                 await process.wait()
         for process in self._processes.values():
             if process.returncode is None:
-                process.send_signal(signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    process.kill()
                 await process.wait()
 
     async def _start(self, name: str, argv: Sequence[str], *, answers: bool = False) -> Process:
