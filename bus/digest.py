@@ -23,6 +23,7 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 __all__ = ("combine", "digest_box", "digest_hex", "digest_tensor", "digest_tensors", "mix")
 
@@ -205,11 +206,7 @@ def _digest_rows(rows: Bytes, outer: Sequence[tuple[int, int]], first_byte: int)
                 padded[:, phase : phase + run_bytes] = part
                 part = padded
             words = part.view("<u4")
-            total += _digest_grid(
-                words,
-                (offsets[chosen] // _WORD_BYTES).astype(np.uint64),
-                np.arange(words.shape[1], dtype=np.uint64),
-            )
+            total += _digest_grid(words, offsets[chosen] // _WORD_BYTES)
     return total
 
 
@@ -247,16 +244,37 @@ def _coefficients(first_word: int, count: int) -> Sums:
     return steps
 
 
-def _digest_grid(words: Words, rows: Sums, columns: Sums) -> int:
-    """Sum over a grid of at most a block of words; word (r, c) has index `rows[r] + columns[c]`."""
-    if words.shape[1] < _NARROW_COLUMNS and words.shape[1] < words.shape[0]:
-        words, rows, columns = words.T, columns, rows
-    steps = _scratch.steps[: words.size].reshape(words.shape)
+def _digest_grid(words: Words, first_words: Indices) -> int:
+    """Sum over at most a block of words; every row begins at its word of the tensor."""
+    coefficients = _grid_coefficients(first_words, words.shape[1])
+    if _is_narrow(words.shape[0], words.shape[1]):
+        words, coefficients = words.T, coefficients.T
     products = _scratch.products[: words.size].reshape(words.shape)
-    step = np.uint64(_STEP)
-    np.add(((rows + np.uint64(1)) * step)[:, None], columns * step, out=steps)
-    np.right_shift(steps, np.uint64(_SHIFT), out=products)
-    steps ^= products
     np.copyto(products, words)
-    products *= steps
+    products *= coefficients
     return int(np.add.reduce(products, axis=None))
+
+
+def _grid_coefficients(first_words: Indices, columns: int) -> Sums:
+    """[rows, columns] of coefficients; uses the buffers as `_coefficients` does."""
+    rows = first_words.size
+    pitch = int(first_words[1] - first_words[0]) if rows > 1 else 0
+    end = int(first_words[-1]) + columns
+    if end <= _TABLE_WORDS and bool(np.all(np.diff(first_words) == pitch)):
+        table = _table()[int(first_words[0]) : end]
+        return as_strided(table, (rows, columns), (8 * pitch, 8), writeable=False)
+    along_rows = (first_words + 1).astype(np.uint64) * np.uint64(_STEP)
+    along_columns = _multiples()[:columns]
+    narrow = _is_narrow(rows, columns)
+    steps = _scratch.steps[: rows * columns].reshape((columns, rows) if narrow else (rows, columns))
+    if narrow:
+        np.add(along_columns[:, None], along_rows, out=steps)
+    else:
+        np.add(along_rows[:, None], along_columns, out=steps)
+    shifted = _scratch.products[: steps.size].reshape(steps.shape)
+    steps ^= np.right_shift(steps, np.uint64(_SHIFT), out=shifted)
+    return steps.T if narrow else steps
+
+
+def _is_narrow(rows: int, columns: int) -> bool:
+    return columns < _NARROW_COLUMNS and columns < rows
