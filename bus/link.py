@@ -130,20 +130,13 @@ class Link:
         """
         self._check_size(subject, payload, headers)
         await self.wait_until_up()
-        with self._until_interrupted():
-            try:
-                answer = await self._client.request(
-                    subject,
-                    payload,
-                    timeout=self._settings.request_timeout_s,
-                    headers=_headers(headers),
-                )
-            except nats.errors.NoRespondersError:
-                raise NoResponders(subject) from None
-            except nats.errors.TimeoutError:
-                raise self._timeout(operation) from None
-            except (nats.errors.Error, OSError) as error:
-                raise self._unavailable(error) from None
+        with self._until_interrupted(), self._mapped_errors(operation):
+            answer = await self._client.request(
+                subject,
+                payload,
+                timeout=self._settings.request_timeout_s,
+                headers=_headers(headers),
+            )
             return _incoming(answer)
         raise Interrupted(operation)
 
@@ -162,6 +155,7 @@ class Link:
             NoResponders: nobody serves the subject.
             BusTimeout, BusUnavailable, PayloadTooLarge
         """
+        self._check_size(subject, payload, None)
         answers: list[Incoming] = []
         complete = anyio.Event()
 
@@ -172,37 +166,17 @@ class Link:
 
         await self.wait_until_up()
         inbox = str(self._client.new_inbox())
-        with self._until_interrupted():
+        with self._until_interrupted(), self._mapped_errors(operation):
             async with self.subscribe(inbox, deliver):
-                await self.publish(subject, payload, reply=inbox)
+                await self._client.publish(subject, payload, reply=inbox)
                 with anyio.move_on_after(self._settings.request_timeout_s):
                     await complete.wait()
             if not complete.is_set():
-                raise self._timeout(operation)
+                raise nats.errors.TimeoutError
             if _is_no_responders(answers[-1]):
-                raise NoResponders(subject)
+                raise nats.errors.NoRespondersError
             return answers
         raise Interrupted(operation)
-
-    async def publish(
-        self,
-        subject: str,
-        payload: bytes,
-        headers: Mapping[str, str] | None = None,
-        *,
-        reply: str = "",
-    ) -> None:
-        """Send without an acknowledgement.
-
-        Raises:
-            BusUnavailable, PayloadTooLarge
-        """
-        self._check_size(subject, payload, headers)
-        await self.wait_until_up()
-        try:
-            await self._client.publish(subject, payload, reply, _headers(headers))
-        except (nats.errors.Error, OSError) as error:
-            raise self._unavailable(error) from None
 
     @asynccontextmanager
     async def subscribe(
@@ -220,12 +194,10 @@ class Link:
             deliver(_incoming(message))
 
         await self.wait_until_up()
-        try:
+        with self._mapped_errors("subscription"):
             subscription = await self._client.subscribe(
                 subject, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0
             )
-        except (nats.errors.Error, OSError) as error:
-            raise self._unavailable(error) from None
         try:
             yield
         finally:
@@ -284,7 +256,7 @@ class Link:
                     **options,
                 )
             except (nats.errors.Error, OSError) as error:
-                raise self._unavailable(error) from None
+                raise BusUnavailable(self.url, _reason(error)) from None
             self._check_version()
             self._up.set()
             return
@@ -307,15 +279,28 @@ class Link:
             finally:
                 self._in_flight.discard(scope)
 
+    @contextmanager
+    def _mapped_errors(self, operation: str) -> Iterator[None]:
+        """What nats-py raises becomes ours."""
+        try:
+            yield
+        except nats.errors.NoRespondersError:
+            raise NoResponders(operation) from None
+        except nats.errors.TimeoutError:
+            timeout_s = self._settings.request_timeout_s
+            raise BusTimeout(operation, timeout_s, self._last_refusal) from None
+        except (nats.errors.OutboundBufferLimitError, OSError):
+            raise Interrupted(operation) from None  # it is on its way to the next connection
+        except nats.errors.Error as error:
+            raise BusUnavailable(self.url, self._failure or _reason(error)) from None
+
     def _check_version(self) -> None:
         found = self._client.connected_server_version
         version = f"{found.major}.{found.minor}.{found.patch}"
         if is_too_old(version):
             raise ServerTooOld(self.url, version, ".".join(map(str, MINIMUM_VERSION)))
 
-    def _check_size(
-        self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def _check_size(self, subject: str, payload: bytes, headers: Mapping[str, str] | None) -> None:
         """The server counts headers too, and closes the connection of who sends too much."""
         size_bytes = len(payload) + _HEADER_FRAME_BYTES
         for name, value in (headers or {}).items():
@@ -323,12 +308,6 @@ class Link:
         limit_bytes = self._client.max_payload
         if size_bytes > limit_bytes:
             raise PayloadTooLarge(subject, size_bytes, limit_bytes)
-
-    def _unavailable(self, error: Exception) -> BusUnavailable:
-        return BusUnavailable(self.url, self._failure or _reason(error))
-
-    def _timeout(self, operation: str) -> BusTimeout:
-        return BusTimeout(operation, self._settings.request_timeout_s, self._last_refusal)
 
     async def _on_error(self, error: Exception) -> None:
         """nats-py reports here what it goes on after; during an outage it is the reason."""
