@@ -37,6 +37,9 @@ class BlockingPublisher:
     Not inherited over `fork`: a child's copy does nothing.
     """
 
+    url: str
+    """Of the bus: what engines need to join."""
+
     def __init__(
         self,
         settings: BusSettings,
@@ -82,9 +85,6 @@ class BlockingPublisher:
             self._stack = self._stack.pop_all()
         self._open = True
         atexit.register(self._abandon)
-
-    url: str
-    """Of the bus: what engines need to join."""
 
     def publish(
         self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}

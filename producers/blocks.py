@@ -4,8 +4,8 @@ Owns one file below /dev/shm, its mapping, and a lock on it. Blocking; runs in w
 
 - The file is created exclusively, with mode 0600, and its memory is allocated at once, so that a
   full /dev/shm is an error here and not a SIGBUS in the middle of a copy.
-- The lock (`flock`) lives as long as the owner: whoever can take it knows that the owner is gone
-  (`weightbus.producers.sweep`). Readers never lock.
+- The lock (`flock`) lives as long as the owner, and children it forked: whoever can take it knows
+  that the owner is gone (`weightbus.producers.sweep`). Readers never lock.
 - The generation word only grows; odd while the data may be half written, also when the writer
   was cancelled or killed in between, and even while the data is one whole version.
 
@@ -31,7 +31,7 @@ from weightbus.schemas.shared_memory import (
     pack_shm_header,
 )
 
-__all__ = ("SHM_DIRECTORY", "SHM_PREFIX", "SharedBlock")
+__all__ = ("SHM_DIRECTORY", "SHM_PREFIX", "SharedBlock", "check_room")
 
 SHM_DIRECTORY: Final = Path("/dev/shm")
 SHM_PREFIX: Final = "weightbus-"
@@ -108,10 +108,21 @@ class SharedBlock:
         del self._generation, self._map
 
 
+def check_room(need_bytes: int, reclaimed_bytes: int = 0, directory: Path = SHM_DIRECTORY) -> None:
+    """Whether `need_bytes` fit once `reclaimed_bytes` are given up.
+
+    Raises:
+        SharedMemoryFull
+    """
+    have_bytes = _free_bytes(directory) + reclaimed_bytes
+    if have_bytes < need_bytes:
+        raise SharedMemoryFull(str(directory), need_bytes, have_bytes)
+
+
 def _create(path: Path, size_bytes: int) -> int:
     """A locked, allocated file that nobody else has; its descriptor."""
     try:
-        _check_room(path.parent, size_bytes)
+        check_room(size_bytes, directory=path.parent)
         fd = _create_locked(path)
     except OSError as error:
         raise SharedMemoryUnavailable(str(path), str(error.strerror)) from error
@@ -141,12 +152,6 @@ def _create_locked(path: Path) -> int:
             return fd
         os.close(fd)
     raise SharedMemoryUnavailable(str(path), f"was removed {_CREATE_ATTEMPTS} times while made")
-
-
-def _check_room(directory: Path, need_bytes: int) -> None:
-    have_bytes = _free_bytes(directory)
-    if have_bytes < need_bytes:
-        raise SharedMemoryFull(str(directory), need_bytes, have_bytes)
 
 
 def _free_bytes(directory: Path) -> int:

@@ -52,8 +52,8 @@ class SlotBusy(ProducerError):
     def __init__(self, version: int, readers: Sequence[str], waited_s: float) -> None:
         self.version, self.readers, self.waited_s = version, tuple(readers), waited_s
         super().__init__(
-            f"the slot of version {version} is still read after {waited_s:g} s by: "
-            + ", ".join(self.readers)
+            f"the slot of version {version} cannot be written: after {waited_s:g} s there are "
+            "readers left: " + ", ".join(self.readers)
         )
 
 

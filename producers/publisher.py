@@ -125,7 +125,8 @@ class Publisher:
             TensorInvalid, MessageInvalid: this cannot be published; nothing has happened.
             VersionNotNew: the version is not greater than all before it; nothing has happened.
             SlotBusy: readers did not end; the older version is retired, the newest is untouched.
-            SharedMemoryFull, SharedMemoryUnavailable: there is no room; otherwise as `SlotBusy`.
+            SharedMemoryFull: two slots of this size do not fit; the newest version is untouched.
+            SharedMemoryUnavailable: the system refuses a slot; the newest version is untouched.
             SealFailed: the ranks did not come together.
             PublisherClosed
             ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused
@@ -215,7 +216,7 @@ class Publisher:
         )
         slot.block.end_write()
         slot.version = version
-        return Piece(part.layout, slot.placement(), digests)
+        return Piece(part.layout, self._slots.placement(slot), digests)
 
     def _check_open(self) -> None:
         if self._closed:

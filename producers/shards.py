@@ -158,9 +158,7 @@ def _box_of_shard(shard: Shard) -> _Box:
     inside = all(map(operator.le, ends, shape)) and min(starts, default=0) >= 0
     if not len(shape) == len(starts) == len(sizes) or not inside:
         value = f"a box of sizes {sizes} at {starts} of shape {shape}"
-        raise TensorInvalid(
-            shard.name, value, "must have its tensor's number of dimensions and lie inside"
-        )
+        raise TensorInvalid(shard.name, value, "must lie inside, with as many dimensions")
     return _Box(shard.name, shard.tensor.dtype, shape, starts, shard.tensor)
 
 

@@ -16,10 +16,11 @@ import anyio.to_thread
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.host import host_id
-from weightbus.producers.blocks import SHM_PREFIX, SharedBlock
+from weightbus.producers.blocks import SHM_PREFIX, SharedBlock, check_room
 from weightbus.producers.errors import SlotBusy
 from weightbus.schemas.checkpoint import CheckpointRetired
 from weightbus.schemas.placement import Placement, SharedMemorySegment
+from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
 
 __all__ = ("Slot", "Slots")
 
@@ -44,23 +45,24 @@ class Slot:
         assert self.held is not None
         return self.held
 
-    def placement(self) -> Placement:
-        """Where readers find the segment while the present version is whole."""
-        name, generation = self.block.name, self.block.generation
-        return ((SharedMemorySegment(name=name, host_id=host_id(), generation=generation),),)
-
 
 class Slots:
     """Made once per publisher; `close` it."""
 
     def __init__(self, bus: Bus, model: str, producer: str, rank: int) -> None:
         self._bus, self._model, self._producer, self._rank = bus, model, producer, rank
+        self._host_id = host_id()
         self._slots = [Slot() for _ in range(SLOTS)]
 
     @property
     def versions(self) -> tuple[int, ...]:
         """What readers may have been told is in the slots."""
         return tuple(slot.version for slot in self._slots if slot.version is not None)
+
+    def placement(self, slot: Slot) -> Placement:
+        """Where readers find the segment of a slot while its present version is whole."""
+        name, generation = slot.block.name, slot.block.generation
+        return ((SharedMemorySegment(name=name, host_id=self._host_id, generation=generation),),)
 
     async def free(self, size_bytes: int, newest: int, wait_s: float) -> Slot:
         """A slot with a block of `size_bytes` that nobody reads; never the one of `newest`.
@@ -69,19 +71,24 @@ class Slots:
 
         Raises:
             SlotBusy: readers held on for `wait_s`. The slot's version is retired, not overwritten.
-            SharedMemoryFull, SharedMemoryUnavailable: no new block; the slot stays empty.
+            SharedMemoryFull: there is no room for a new block; nothing has happened, unless others
+                took the room meanwhile: then the slot stays empty.
+            SharedMemoryUnavailable: no new block, for another reason; the slot stays empty.
         """
         slot = min(
             (slot for slot in self._slots if slot.version is None or slot.version != newest),
             key=lambda slot: _order(slot, newest),
         )
+        renew = slot.held is None or slot.held.size_bytes != size_bytes
+        if renew:
+            check_room(SHM_HEADER_BYTES + size_bytes, slot.held.size_bytes if slot.held else 0)
         if slot.version is not None and slot.version <= newest:
             await self._retire(slot.version, "its slot is needed for a new version")
             readers = await self._readers_left((slot.version, newest), wait_s)
             if readers:
                 raise SlotBusy(slot.version, readers, wait_s)
         slot.version = None
-        if slot.held is None or slot.held.size_bytes != size_bytes:
+        if renew:
             await anyio.to_thread.run_sync(self._renew, slot, size_bytes)
         return slot
 

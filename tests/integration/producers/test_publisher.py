@@ -197,11 +197,14 @@ async def test_publish_names_need_and_have_when_shared_memory_is_full(bus: Bus, 
     huge = torch.zeros(1, dtype=torch.uint8).expand(have_bytes + 2**20)
     async with open_publisher(bus, model) as publisher:
         first = await publisher.publish(weights(1), 1)
+        second = await publisher.publish(weights(2), 2)
         with pytest.raises(SharedMemoryFull) as full:
-            await publisher.publish({"huge": huge}, 2)
+            await publisher.publish({"huge": huge}, 3)
         assert full.value.need_bytes > have_bytes
+        assert await retired(bus, model) is None
         assert same(await read_checkpoint(bus, first), weights(1))
-        await publisher.publish(weights(2), 2)
+        assert same(await read_checkpoint(bus, second), weights(2))
+        await publisher.publish(weights(3), 3)
 
 
 async def test_publish_waits_for_a_reader_when_it_holds_a_lease(bus: Bus, model: str) -> None:
