@@ -140,7 +140,7 @@ def _show(console: Console, story: Story, waterfall: Waterfall, result: Result) 
             ", ".join(update.routes),
             f"{checked.seconds * 1e3:.0f} ms",
             f"{update.paused_s * 1e3:.0f} ms",
-            "; ".join(checked.faults) or "the trainer's bits",
+            "; ".join(checked.faults) or "the same bits",
         )
     console.print()
     console.print(table)
