@@ -7,6 +7,7 @@ and is reported as a dead letter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Generic, TypeVar
 
@@ -68,7 +69,7 @@ class KeyBucket(Generic[M]):
         return self._kept(stored)
 
     async def put(self, message: M, ttl_s: float, *, expected_sequence: int | None = None) -> int:
-        """Write a message under its key, for `ttl_s` rounded to whole seconds, at least one.
+        """Write a message under its key, for `ttl_s` rounded up to whole seconds.
 
         Returns the sequence to expect next time.
 
@@ -139,7 +140,7 @@ def is_end(headers: Mapping[str, str]) -> bool:
 
 def whole_seconds(ttl_s: float) -> int:
     """The server counts time to live in whole seconds, and knows none below one."""
-    return max(1, round(ttl_s))
+    return max(1, math.ceil(ttl_s))
 
 
 def ttl_of(headers: Mapping[str, str]) -> int:

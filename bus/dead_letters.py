@@ -63,6 +63,8 @@ class DeadLetters:
             self._send.send_nowait(letter)
         except (anyio.WouldBlock, anyio.ClosedResourceError):
             self._dropped += 1
+        else:
+            self._dropped = 0
 
     async def report(
         self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
@@ -97,7 +99,7 @@ class DeadLetters:
             check_token("model", model)
         except MessageInvalid:
             model = UNKNOWN_MODEL
-        dropped, self._dropped = self._dropped, 0
+        dropped = self._dropped
         more = f" ({dropped} more letters were dropped before this one)" if dropped else ""
         return DeadLetter(
             model=model,

@@ -68,7 +68,7 @@ class StreamConfig(Struct, frozen=True, kw_only=True):
     """How long a `Nats-Msg-Id` is remembered: longer than a lost connection may last."""
     allow_direct: bool = True
     allow_rollup_hdrs: bool = True
-    allow_msg_ttl: bool = True
+    allow_msg_ttl: bool = False
     subject_delete_marker_ttl: int = 0
 
 
@@ -345,10 +345,12 @@ def _check_stream(wanted: StreamConfig, found: Mapping[str, Any]) -> None:
     missing = [s for s in wanted.subjects if s not in found.get("subjects", ())]
     if missing:
         raise StreamUnsuitable(wanted.name, "subjects", found.get("subjects"), missing)
-    for field in ("max_msgs_per_subject", "allow_direct", "allow_msg_ttl", "allow_rollup_hdrs"):
-        needed, value = getattr(wanted, field), found.get(field, False)
-        if value != needed:
-            raise StreamUnsuitable(wanted.name, field, value, needed)
+    if found.get("max_msgs_per_subject") != wanted.max_msgs_per_subject:
+        value, needed = found.get("max_msgs_per_subject"), wanted.max_msgs_per_subject
+        raise StreamUnsuitable(wanted.name, "max_msgs_per_subject", value, needed)
+    for feature in ("allow_direct", "allow_rollup_hdrs", "allow_msg_ttl"):
+        if getattr(wanted, feature) and not found.get(feature, False):
+            raise StreamUnsuitable(wanted.name, feature, False, True)
 
 
 def rfc3339_of(time_ns: int) -> str:

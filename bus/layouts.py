@@ -45,16 +45,15 @@ class LayoutStore:
         self._fetching = anyio.Lock()
 
     async def put(self, layout: Layout, *, partial: bool = False) -> str:
-        """Store a layout and return its digest.
+        """Store a layout, if it is not there yet, and return its digest.
 
         Raises:
             MessageInvalid: it breaks a rule.
             ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused
         """
         blob, digest = await anyio.to_thread.run_sync(self._encode, layout, partial)
-        if (digest, partial) not in self._cached:
-            await self._objects.put(digest, blob)
-            self._keep(digest, partial, layout, blob)
+        await self._objects.put(digest, blob)
+        self._keep(digest, partial, layout, blob)
         return digest
 
     async def get(self, digest: str, *, partial: bool = False) -> tuple[Layout, bytes]:

@@ -68,6 +68,7 @@ def _bucket_stream(bucket: BucketEntry, prefix: str) -> StreamConfig:
         description=bucket.description,
         discard="new",
         max_msgs_per_subject=1,
+        allow_msg_ttl=True,
         subject_delete_marker_ttl=_MARKER_TTL_NS,
     )
 

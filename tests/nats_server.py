@@ -22,12 +22,13 @@ class NatsServer:
 
     settings: BusSettings
     """With these, `open_bus` connects to it."""
+    pid: int
 
     def __init__(self, portal: BlockingPortal, settings: BusSettings) -> None:
         self._portal = portal
         self._own = settings
         self._running: AbstractContextManager[EmbeddedServer] | None = None
-        self._pid = 0
+        self.pid = 0
         self.start()
 
     @property
@@ -44,7 +45,7 @@ class NatsServer:
         """Start it; after the first time on the same port."""
         self._running = self._portal.wrap_async_context_manager(open_server(self._own))
         server = self._running.__enter__()
-        self._pid = server.pid
+        self.pid = server.pid
         port = int(server.url.rpartition(":")[2])
         self._own = msgspec.structs.replace(self._own, port=port)
         self.settings = BusSettings(url=server.url)
@@ -57,7 +58,7 @@ class NatsServer:
 
     def kill(self) -> None:
         """SIGKILL; returns once it is gone."""
-        os.kill(self._pid, signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
         self.stop()
 
     def restart(self) -> None:

@@ -13,8 +13,9 @@ import pytest
 from tests.integration.bus.raw import last_raw, raw_client
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus, open_bus
-from weightbus.bus.errors import ObjectCorrupt, ObjectMissing, ObjectTooLarge
+from weightbus.bus.errors import ObjectCorrupt, ObjectMissing, ObjectTooLarge, RequestRefused
 from weightbus.bus.objects import CHUNK_BYTES
+from weightbus.bus.streams import bus_streams
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.layout_codec import encode_layout, layout_digest
@@ -87,6 +88,20 @@ async def test_one_object_is_kept_when_clients_put_it_at_once(
             tasks.start_soon(other.objects.put, "key", blob)
     assert await bus.objects.get("key") == blob
     assert await stored_messages(bus) == 6
+
+
+async def test_nothing_is_left_when_the_server_has_no_room_for_an_object(
+    nats_server: NatsServer,
+) -> None:
+    (objects,) = (stream for stream in bus_streams("weightbus") if stream.name == STREAM)
+    small = msgspec.json.encode(msgspec.structs.replace(objects, max_bytes=400_000))
+    async with raw_client(nats_server.url) as client:
+        await client.request(f"$JS.API.STREAM.CREATE.{STREAM}", small)
+    async with open_bus(nats_server.settings) as bus:
+        with pytest.raises(RequestRefused, match="maximum bytes exceeded"):
+            await bus.objects.put("key", bytes(600_000))
+        assert await stored_messages(bus) == 0
+        await bus.objects.put("key", bytes(200_000))
 
 
 async def test_object_is_refused_when_its_bytes_were_changed(bus: Bus) -> None:

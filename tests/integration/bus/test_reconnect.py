@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 
 import anyio
 import anyio.to_thread
@@ -12,7 +14,7 @@ import pytest
 
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus, open_bus
-from weightbus.bus.errors import BusUnavailable
+from weightbus.bus.errors import BusTimeout, BusUnavailable
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received, Reconnected
 from weightbus.schemas.checkpoint import CheckpointReady
@@ -212,3 +214,25 @@ async def test_bus_recovers_when_the_server_was_stopped_in_order(
         assert isinstance(await anext(messages), Reconnected)
         await bus.publish(ready(1))
         assert isinstance(await anext(messages), Received)
+
+
+async def test_request_times_out_when_the_server_hangs_and_passes_when_it_goes_on(
+    nats_server: NatsServer,
+) -> None:
+    settings = msgspec.structs.replace(nats_server.settings, request_timeout_s=0.3)
+    async with open_bus(settings) as bus:
+        os.kill(nats_server.pid, signal.SIGSTOP)
+        try:
+            for waiting in (
+                bus.publish(ready(1)),
+                bus.last(CheckpointReady, model="m"),
+                anext(bus.replay(Commit)),
+                bus.objects.get("blob"),
+                bus.presence.put(state("a")),
+                bus.round_leases.acquire(LEASE, 60),
+            ):
+                with anyio.fail_after(5), pytest.raises(BusTimeout, match=r"within 0\.3 s"):
+                    await waiting
+        finally:
+            os.kill(nats_server.pid, signal.SIGCONT)
+        await bus.publish(commit(1))

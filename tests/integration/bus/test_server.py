@@ -51,7 +51,9 @@ anyio.run(main)
 def server_of_another_process(data_dir: Path) -> Iterator[tuple[int, int]]:
     """(process id of the owner, process id of the server)"""
     command = [sys.executable, "-c", OWNER, str(data_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as owner:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
+    ) as owner:
         assert owner.stdout is not None
         yield owner.pid, int(owner.stdout.readline())
         owner.kill()
@@ -112,6 +114,19 @@ async def test_no_server_is_left_when_its_owner_is_killed(tmp_path: Path) -> Non
         async with open_server(BusSettings(data_dir=tmp_path)):  # waits for the lock
             assert not is_running(server)
     assert_ends(server)
+
+
+async def test_owner_stops_the_server_in_order_when_its_terminal_interrupts_it(
+    tmp_path: Path,
+) -> None:
+    with server_of_another_process(tmp_path) as (owner, server):
+        os.killpg(owner, signal.SIGINT)
+        assert_ends(owner)
+    assert_ends(server)
+    log = (tmp_path / "nats-server.log").read_text()
+    assert 'Trapped "terminated" signal' in log
+    assert "interrupt" not in log
+    assert "Server Exiting" in log
 
 
 async def test_error_names_the_reason_when_the_port_is_taken() -> None:
