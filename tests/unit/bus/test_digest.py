@@ -27,7 +27,8 @@ MASK = 2**64 - 1
 def digest_by_definition(data: bytes) -> int:
     padded = data + bytes(-len(data) % 4)
     words = np.frombuffer(padded, dtype="<u4").tolist()
-    return sum(word * mix(index) for index, word in enumerate(words) if word) & MASK
+    total: int = sum(word * mix(index) for index, word in enumerate(words) if word)
+    return total & MASK
 
 
 def random_bytes(count: int, seed: int = 0) -> Bytes:
