@@ -58,7 +58,8 @@ class PlanRequest(Struct, frozen=True, kw_only=True):
     """Everything that a plan is made of.
 
     A plan takes the fields of the same name from it, `model`, `version` and `checkpoint_ns` (its
-    `created_ns`) from `ready`, `created_ns` from `now_ns`, and names every engine of `joins`.
+    `created_ns`) from `ready`, `created_ns` from `now_ns`, and names the engines of `joins`: all
+    but those that can be reached by no route.
     """
 
     joins: tuple[Join, ...]
@@ -75,4 +76,4 @@ class PlanRequest(Struct, frozen=True, kw_only=True):
 
 
 Planner = Callable[[PlanRequest], RoundPlan]
-"""Pure. Raises `PlanError` if some rank can be reached by no route."""
+"""Pure. Raises `PlanError` if no engine can be reached by any route."""

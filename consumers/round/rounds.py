@@ -27,13 +27,13 @@ from weightbus.consumers.round.events import (
     UpdateSeen,
 )
 from weightbus.consumers.round.instructions import ReleaseRound
-from weightbus.consumers.round.leader import Leadership, LeaderTable, main_round
+from weightbus.consumers.round.leader import Lead, Leadership, LeaderTable, main_round
 from weightbus.schemas.progress import EngineState
 
 __all__ = ("Rounds",)
 
-MAX_ROUNDS = 8
-"""Rounds kept; the one of the lowest version makes room."""
+MAX_ROUNDS = 16
+"""Rounds kept; one that is over, or else the one of the lowest version, makes room."""
 
 
 class Rounds:
@@ -62,7 +62,10 @@ class Rounds:
         known = Leadership(version, self._config, self._planner, self._effects, self._present)
         self._rounds[known.round] = known
         if len(self._rounds) > MAX_ROUNDS:
-            oldest = min(self._rounds.values(), key=lambda other: other.version)
+            oldest = min(
+                self._rounds.values(),
+                key=lambda other: (other.phase is not Lead.OVER, other.version),
+            )
             oldest.finish()
             del self._rounds[oldest.round]
         return known

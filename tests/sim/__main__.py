@@ -1,0 +1,44 @@
+"""Run simulations: `python -m tests.sim --seeds 100000 [--first 0]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.sim.scenario import Simulation
+
+PROGRESS_EVERY = 1000
+LOG_LINES = 400
+
+
+def main() -> int:
+    """Run the seeds that were asked for; stop at the first that fails, and show it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=2000, help="how many (default: 2000)")
+    parser.add_argument("--first", type=int, default=0, help="the first one (default: 0)")
+    parser.add_argument("--log", action="store_true", help="show the whole event log of every seed")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    for number in range(arguments.seeds):
+        seed = arguments.first + number
+        simulation = Simulation(seed)
+        try:
+            simulation.run()
+        except Exception as error:
+            print(simulation.world.log(None if arguments.log else LOG_LINES))
+            print(f"seed {seed} failed: {type(error).__name__}: {error}")
+            print(f"replay: python -m tests.sim --seeds 1 --first {seed} --log")
+            if arguments.log:
+                raise
+            return 1
+        if arguments.log:
+            print(simulation.world.log())
+        if (number + 1) % PROGRESS_EVERY == 0:
+            print(f"{number + 1} seeds in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{arguments.seeds} seeds held, in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
