@@ -30,6 +30,7 @@ from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.memory import state_tensors
 from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
 from weightbus.consumers.reload.proof import Proof, memory_of, prove
+from weightbus.consumers.reload.split import Split, split_update
 from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
 from weightbus.consumers.transfer.segments import OpenSegment
@@ -62,31 +63,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Version:
-    """One version on its way."""
+    """One version on its split."""
 
     segments: Sequence[OpenSegment]
     checkpoint: Checkpoint
     deadline: Deadline
     outcome: Outcome
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Way:
-    """How each parameter and each cell of an update is dealt with, by one proof."""
-
-    proof: Proof
-    plan: TilePlan
-    """Of the direct parameters."""
-    portions: tuple[Portion, ...]
-    """The same, step by step."""
-    moved_cells: npt.NDArray[np.int64]
-    """Numbers of the cells that the plan moves."""
-    executor: CpuExecutor
-    """For the plan and those cells."""
-    loaded: tuple[int, ...]
-    """Tensors that the engine's loader is given, in the layout's order."""
-    loose_cells: CellsOf
-    """The other cells."""
 
 
 class Reloader:
@@ -102,7 +84,7 @@ class Reloader:
         self._host = host
         self._shards = shards_by_tensor(layout)
         self._cells: tuple[Cell, ...] = ()
-        self._way: _Way | None = None
+        self._split: Split | None = None
         self._traced: tuple[Trace, TilePlan] | None = None
         try:
             if torch.device(host.device).type != "cpu":
@@ -126,7 +108,9 @@ class Reloader:
             PlanError: a cell is not of this layout and these needs.
         """
         check_cells(cells, self.layout, self.needs)
-        self._cells, self._way = tuple(cells), None
+        self._cells = tuple(cells)
+        if self._split is not None:
+            self._split = self._split_by(self._split.proof)
 
     def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
         """Write one version into the live model, which is touched from here on.
@@ -146,37 +130,45 @@ class Reloader:
             deadline=deadline,
             outcome=Outcome(digests=np.zeros(len(self._cells), dtype=np.uint64)),
         )
-        way = self._way
-        if way is not None and not self._is_in_place(way):
-            way = None
-        if way is None or way.proof.modules:
-            self._way = None  # until what the engine loads has ended whole
+        split = self._split if self._is_in_place() else None
+        if split is None or split.proof.modules:
+            self._split = None  # until what the engine loads has ended whole
         if self._traced is None:
             self._load_all(version)
             version.outcome.reason = self.untraced_reason
-        elif way is None:
-            way = self._load_and_prove(version, *self._traced)
+        elif split is None:
+            split = self._split_by(self._load_and_prove(version, *self._traced))
         else:
-            self._load_processed(version, way)
-            self._move(version, way)
+            self._load_processed(version, split)
+            self._move(version, split)
         self._host.synchronize()
         for segment in segments:
             segment.check()
-        self._way = way
+        self._split = split
         return version.outcome
 
     def read_back(self) -> tuple[Sums, tuple[int, ...]]:
         """The digest of every cell as the live parameters hold it, and the cells that have none."""
         digests = np.zeros(len(self._cells), dtype=np.uint64)
         readable = np.zeros(len(self._cells), dtype=np.bool_)
-        way = self._way
-        if way is not None and self._is_in_place(way):
+        split = self._split
+        if split is not None and self._is_in_place():
             sizes = [segment.size_bytes for segment in self.layout.segments]
-            bound = bind_tiles(way.plan, [0] * len(sizes), sizes, *self._live_memory(way))
-            digests[way.moved_cells], unreadable = way.executor.read_back(bound)
-            readable[way.moved_cells] = True
-            readable[way.moved_cells[list(unreadable)]] = False
+            bound = bind_tiles(split.plan, [0] * len(sizes), sizes, *self._live_memory(split))
+            digests[split.moved_cells], unreadable = split.executor.read_back(bound)
+            readable[split.moved_cells] = True
+            readable[split.moved_cells[list(unreadable)]] = False
         return digests, tuple(np.flatnonzero(~readable).tolist())
+
+    def _is_in_place(self) -> bool:
+        """Whether the live parameters are where the proof, if there is one, found them."""
+        split = self._split
+        return split is not None and split.proof.memory == memory_of(self._host.live_model())
+
+    def _split_by(self, proof: Proof) -> Split | None:
+        return (
+            split_update(self.layout, self._traced[1], proof, self._cells) if self._traced else None
+        )
 
     # -- through the engine's own loader
 
@@ -186,7 +178,7 @@ class Reloader:
             cells.setdefault(cell.tensor, []).append(number)
         self._load(version, range(len(self.layout.tensors)), None, cells)
 
-    def _load_and_prove(self, version: _Version, trace: Trace, plan: TilePlan) -> _Way:
+    def _load_and_prove(self, version: _Version, trace: Trace, plan: TilePlan) -> Proof:
         """The first version since the parameters lie where they do."""
         self._load_all(version)
         self._host.synchronize()
@@ -201,20 +193,20 @@ class Reloader:
             proof = prove(trace, self._host.live_model(), make)
         version.outcome.processed = len(trace.needs.parameters)
         version.outcome.reason = f"proof of the plan, {_summary(proof)}"
-        return self._way_of(proof, trace, plan)
+        return proof
 
-    def _load_processed(self, version: _Version, way: _Way) -> None:
+    def _load_processed(self, version: _Version, split: Split) -> None:
         """What the engine processes; and the digest of all that is not moved."""
         outcome = version.outcome
-        if not way.proof.modules:
-            self._digest_rest(version, way.loose_cells, done=set())
+        if not split.proof.modules:
+            self._digest_rest(version, split.loose_cells, done=set())
             return
-        if way.proof.direct:
-            self._load(version, way.loaded, way.proof.modules, way.loose_cells)
+        if split.proof.direct:
+            self._load(version, split.loaded, split.proof.modules, split.loose_cells)
         else:
-            self._load(version, range(len(self.layout.tensors)), None, way.loose_cells)
-        outcome.processed, outcome.reason = len(way.proof.processed), _summary(way.proof)
-        if not self._is_in_place(way):
+            self._load(version, range(len(self.layout.tensors)), None, split.loose_cells)
+        outcome.processed, outcome.reason = len(split.proof.processed), _summary(split.proof)
+        if split.proof.memory != memory_of(self._host.live_model()):
             raise ProofFailed("of a direct module", "moved while the engine loaded other modules")
 
     def _load(
@@ -264,57 +256,32 @@ class Reloader:
 
     # -- directly
 
-    def _move(self, version: _Version, way: _Way) -> None:
-        memory = self._live_memory(way)
+    def _move(self, version: _Version, split: Split) -> None:
+        memory = self._live_memory(split)
         with StagedSources(version.segments) as sources:
-            for portion in way.portions:
+            for portion in split.portions:
                 version.deadline.check()
                 with sources.fetched(portion.ranges):
                     bound = bind_tiles(
                         portion.plan, sources.addresses, sources.sizes_bytes, *memory
                     )
-                    version.outcome.source_bytes += way.executor.move(bound)
-            bound = bind_tiles(way.plan, sources.addresses, sources.sizes_bytes, *memory)
+                    version.outcome.source_bytes += split.executor.move(bound)
+            bound = bind_tiles(split.plan, sources.addresses, sources.sizes_bytes, *memory)
             version.deadline.check()
-            version.outcome.digests[way.moved_cells] = way.executor.digest_cells(bound)
-        version.outcome.direct = len(way.proof.direct)
+            version.outcome.digests[split.moved_cells] = split.executor.digest_cells(bound)
+        version.outcome.direct = len(split.proof.direct)
 
-    def _live_memory(self, way: _Way) -> tuple[list[int], list[int]]:
+    def _live_memory(self, split: Split) -> tuple[list[int], list[int]]:
         """Address and size in bytes of every parameter of the needs; 0 of processed ones."""
         live = {item.name: item.tensor for item in state_tensors(self._host.live_model())}
-        addresses = [0] * len(way.plan.needs.parameters)
+        addresses = [0] * len(split.plan.needs.parameters)
         sizes = [0] * len(addresses)
-        for number in way.proof.direct:
-            tensor = live[way.plan.needs.parameters[number].name]
+        for number in split.proof.direct:
+            tensor = live[split.plan.needs.parameters[number].name]
             skipped = int(tensor.storage_offset()) * tensor.itemsize
             addresses[number] = tensor.data_ptr()
             sizes[number] = tensor.untyped_storage().nbytes() - skipped
         return addresses, sizes
-
-    def _is_in_place(self, way: _Way) -> bool:
-        """Whether the live parameters still are where the proof found them."""
-        return way.proof.memory == memory_of(self._host.live_model())
-
-    def _way_of(self, proof: Proof, trace: Trace, plan: TilePlan) -> _Way:
-        part = part_of_plan(plan, proof.direct)
-        copies = trace.needs.copies
-        moved: list[int] = []
-        loose: dict[int, list[int]] = {}
-        for number, cell in enumerate(self._cells):
-            if cell.copy >= 0 and copies[cell.copy].parameter in proof.direct:
-                moved.append(number)
-            else:
-                loose.setdefault(cell.tensor, []).append(number)
-        loaded = {copy.tensor for copy in copies if copy.parameter in proof.processed}
-        return _Way(
-            proof=proof,
-            plan=part,
-            portions=cut_portions(part),
-            moved_cells=np.array(moved, dtype=np.int64),
-            executor=CpuExecutor(self.layout, part.needs, [self._cells[n] for n in moved]),
-            loaded=tuple(sorted(loaded)),
-            loose_cells=loose,
-        )
 
 
 def _made(

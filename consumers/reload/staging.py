@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -88,5 +88,7 @@ class StagedSources:
             raise SegmentUnavailable(
                 segment.name, f"{segment.size_bytes} bytes long", limit
             ) from error
+        with suppress(OSError):  # a kernel without them; twice as fast with them
+            reserved.madvise(mmap.MADV_HUGEPAGE)
         self._reserved[number] = reserved
         return int(np.frombuffer(reserved, dtype=np.uint8).ctypes.data)

@@ -45,6 +45,7 @@ class ModuleHost(ModelHost):
         self._build, self._load, self._excused, self._process = build, load, excused, process
         self.live = build()
         process(self.live)
+        self.on_synchronize: Callable[[], None] = lambda: None
         self.reloads: list[tuple[frozenset[str] | None, tuple[str, ...]]] = []
         """Every reload: the modules asked for, and the names of the tensors handed over."""
 
@@ -74,7 +75,7 @@ class ModuleHost(ModelHost):
         self._process(self.live)
 
     def synchronize(self) -> None:
-        pass
+        self.on_synchronize()
 
     def free_bytes(self) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import uuid
@@ -26,10 +27,10 @@ class Block:
         self.name, self.host_id = name, host_id
         self.path = Path("/dev/shm") / name
         self.size_bytes = size_bytes
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.ftruncate(fd, SHM_HEADER_BYTES + size_bytes)
-        self._map = mmap.mmap(fd, SHM_HEADER_BYTES + size_bytes)
-        os.close(fd)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self.fd, fcntl.LOCK_EX)  # its owner lives: nobody sweeps it away
+        os.ftruncate(self.fd, SHM_HEADER_BYTES + size_bytes)
+        self._map = mmap.mmap(self.fd, SHM_HEADER_BYTES + size_bytes)
         header = pack_shm_header(size_bytes, 2)
         self._map[: len(header)] = header
 
@@ -77,3 +78,4 @@ def open_block(data: bytes, host_id: str, name: str | None = None) -> Iterator[B
         yield block
     finally:
         block.unlink()
+        os.close(block.fd)

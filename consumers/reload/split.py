@@ -1,0 +1,66 @@
+"""What an update moves and what it leaves to the engine, by one proof. Does no I/O.
+
+Invariant: every cell is either of a copy to a direct parameter, and digested as it is moved, or
+*loose*: digested from a private copy of its tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from weightbus.consumers.planning.tiles import TilePlan
+from weightbus.consumers.reload.cpu import CpuExecutor
+from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
+from weightbus.consumers.reload.proof import Proof
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.worker import Cell
+
+__all__ = ("CellsOf", "Split", "split_update")
+
+CellsOf = Mapping[int, Sequence[int]]
+"""Tensor -> numbers of some of its cells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How each parameter and each cell is dealt with."""
+
+    proof: Proof
+    plan: TilePlan
+    """Of the direct parameters."""
+    portions: tuple[Portion, ...]
+    """The same, step by step."""
+    moved_cells: npt.NDArray[np.int64]
+    """Numbers of the cells that the plan moves."""
+    executor: CpuExecutor
+    """For the plan and those cells."""
+    loaded: tuple[int, ...]
+    """Tensors that processed modules are made of, in the layout's order."""
+    loose_cells: CellsOf
+    """All other cells."""
+
+
+def split_update(layout: Layout, plan: TilePlan, proof: Proof, cells: Sequence[Cell]) -> Split:
+    """Split a plan and its cells into what is direct and the rest."""
+    part = part_of_plan(plan, proof.direct)
+    copies = plan.needs.copies
+    moved: list[int] = []
+    loose: dict[int, list[int]] = {}
+    for number, cell in enumerate(cells):
+        if cell.copy >= 0 and copies[cell.copy].parameter in proof.direct:
+            moved.append(number)
+        else:
+            loose.setdefault(cell.tensor, []).append(number)
+    return Split(
+        proof=proof,
+        plan=part,
+        portions=cut_portions(part),
+        moved_cells=np.array(moved, dtype=np.int64),
+        executor=CpuExecutor(layout, part.needs, [cells[number] for number in moved]),
+        loaded=tuple(sorted({c.tensor for c in copies if c.parameter in proof.processed})),
+        loose_cells=loose,
+    )

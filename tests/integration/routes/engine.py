@@ -1,0 +1,168 @@
+"""An engine in this process: one reload worker per rank, each answering in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import torch
+
+from tests.integration.routes.model import make_host, parameters_of
+from tests.unit.reload.models import same_bits
+from tests.unit.transfer.publishing import HOST, Trainer
+from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.consumers.errors import ApplyFailed
+from weightbus.consumers.planning.cells import Verdict, plan_cells, verify_cells
+from weightbus.consumers.reload.worker import ReloadWorker
+from weightbus.schemas.placement import Segment
+from weightbus.schemas.worker import (
+    Applied,
+    Apply,
+    Attach,
+    Attached,
+    Cell,
+    Describe,
+    Described,
+    Failed,
+    Inspect,
+    Inspected,
+    WorkerReply,
+    WorkerRequest,
+)
+
+__all__ = ("InProcessEngine",)
+
+DEADLINE_S = 60.0
+
+Reply = TypeVar("Reply", Described, Attached, Applied, Inspected)
+
+
+class InProcessEngine(Engine):
+    """Holds what it was asked, so that a test can look at the order of things."""
+
+    kind = "in_process"
+
+    def __init__(self, name: str, ranks: int, roots: Sequence[str]) -> None:
+        self.name = name
+        self.hosts = [make_host(rank, ranks) for rank in range(ranks)]
+        self.workers = [ReloadWorker(host, rank, ranks) for rank, host in enumerate(self.hosts)]
+        self.log: list[str] = []
+        self._roots = tuple(roots)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.workers)
+
+    async def prepare(self, trainer: Trainer) -> None:
+        """What a consumer does before it joins."""
+        described = await self.describe(trainer.layout_digest, trainer.layout_blob, DEADLINE_S)
+        assert [reply.untraced_reason for reply in described] == [""] * self.ranks
+        self.cells = plan_cells(trainer.layout, [reply.needs for reply in described])
+        digests = [reply.needs_digest for reply in described]
+        await self.attach(trainer.layout_digest, digests, self.cells.cells, DEADLINE_S)
+
+    def verdict(self, trainer: Trainer, applied: Sequence[Applied], digest: str) -> Verdict:
+        """What the ranks' digests prove."""
+        sums = [np.frombuffer(reply.cell_digests, dtype="<u8") for reply in applied]
+        return verify_cells(trainer.layout, self.cells, sums, digest)
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Every parameter of every rank holds its part of a checkpoint."""
+        for rank, host in enumerate(self.hosts):
+            wanted = dict(parameters_of(tensors, rank, self.ranks).named_parameters())
+            for name, found in host.live.named_parameters():
+                assert same_bits(found, wanted[name]), f"{self.name}, rank {rank}: {name}"
+
+    async def describe(
+        self, layout_digest: str, layout: bytes, deadline_s: float
+    ) -> tuple[Described, ...]:
+        request = Describe(
+            request=1, layout_digest=layout_digest, layout=layout, deadline_s=deadline_s
+        )
+        return await self._ask(Described, dict.fromkeys(range(self.ranks), request))
+
+    async def attach(
+        self,
+        layout_digest: str,
+        needs_digests: Sequence[str],
+        cells: Sequence[Sequence[Cell]],
+        deadline_s: float,
+    ) -> tuple[Attached, ...]:
+        requests = {
+            rank: Attach(
+                request=2,
+                layout_digest=layout_digest,
+                needs_digest=needs_digests[rank],
+                cells=tuple(cells[rank]),
+                roots=self._roots,
+                host_id=HOST,
+                deadline_s=deadline_s,
+            )
+            for rank in range(self.ranks)
+        }
+        return await self._ask(Attached, requests)
+
+    async def pause(self, deadline_s: float) -> None:
+        self.log.append("pause")
+
+    async def apply(
+        self,
+        version: int,
+        layout_digest: str,
+        sources: Mapping[int, Sequence[Segment]],
+        deadline_s: float,
+    ) -> tuple[Applied, ...]:
+        self.log.append("apply")
+        requests = {
+            rank: Apply(
+                request=3,
+                version=version,
+                layout_digest=layout_digest,
+                sources=tuple(segments),
+                deadline_s=deadline_s,
+            )
+            for rank, segments in sources.items()
+        }
+        return await self._ask(Applied, requests)
+
+    async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
+        request = Inspect(request=4, layout_digest=layout_digest, deadline_s=deadline_s)
+        return await self._ask(Inspected, dict.fromkeys(range(self.ranks), request))
+
+    async def resume(self, version: int, deadline_s: float) -> None:
+        self.log.append("resume")
+
+    async def state(self, deadline_s: float) -> EngineReport:
+        touched = any(worker.touched for worker in self.workers)
+        return EngineReport(
+            version=self.workers[0].version, paused=False, touched=touched, ranks=self.ranks
+        )
+
+    async def _ask(
+        self, expected: type[Reply], requests: Mapping[int, WorkerRequest]
+    ) -> tuple[Reply, ...]:
+        replies: dict[int, WorkerReply] = {}
+
+        async def ask(rank: int, request: WorkerRequest) -> None:
+            handle = partial(self.workers[rank].handle, request)
+            replies[rank] = await anyio.to_thread.run_sync(handle)
+
+        async with anyio.create_task_group() as group:
+            for rank, request in requests.items():
+                group.start_soon(ask, rank, request)
+        found = []
+        written = any(
+            reply.touched if isinstance(reply, Failed) else isinstance(reply, Applied)
+            for reply in replies.values()
+        )
+        for rank in requests:
+            reply = replies[rank]
+            if isinstance(reply, Failed):
+                raise ApplyFailed(rank, reply.error, reply.reason, touched=written)
+            assert isinstance(reply, expected)
+            found.append(reply)
+        return tuple(found)
