@@ -113,6 +113,8 @@ class PresenceWatch:
         self._ready: deque[EngineState | EngineGone] = deque()
         self._inbox: deque[Incoming] = deque()
         self._lists_wanted, self._lists_done = 1, 0
+        self._look_at = math.inf
+        """Not later than the first expiry: heartbeats move that one and leave this as it is."""
         self._error: BusUnavailable | None = None
         self._wake = anyio.Event()
 
@@ -127,10 +129,10 @@ class PresenceWatch:
                 await self._list()
             elif self._inbox:
                 self._hear(self._inbox.popleft())
-            elif late := self._first_late():
-                await self._check(late)
+            elif anyio.current_time() >= self._look_at:
+                await self._look_for_late()
             else:
-                with anyio.move_on_after(self._next_expiry() - anyio.current_time()):
+                with anyio.move_on_after(self._look_at - anyio.current_time()):
                     await self._wake.wait()
                 self._wake = anyio.Event()
         return self._ready.popleft()
@@ -159,6 +161,7 @@ class PresenceWatch:
                 self._learn(kept.message, kept.ttl_s)
         for known in self._known.values():
             known.expires = _expiry(known.ttl_s)
+        self._look_at = self._first_expiry()
         self._lists_done = wanted
 
     def _hear(self, incoming: Incoming) -> None:
@@ -169,11 +172,19 @@ class PresenceWatch:
         if state is not None:
             self._learn(state, ttl_of(incoming.headers))
 
+    async def _look_for_late(self) -> None:
+        now = anyio.current_time()
+        for engine in [name for name, known in self._known.items() if known.expires <= now]:
+            await self._check(engine)
+        self._look_at = self._first_expiry()
+
     async def _check(self, engine: str) -> None:
         """Gone, unless there is a heartbeat that we have not heard."""
         kept = await self._bucket.get(f"{self._model}.{engine}")
-        known = self._known.get(engine)
-        if kept.message is None or (known is not None and kept.message == known.state):
+        if self._lists_done < self._lists_wanted:
+            return  # the connection was lost meanwhile: the list says more
+        known = self._known[engine].state
+        if kept.message is None or kept.message == known or _is_older(kept.message, known):
             self._forget(engine)
         else:
             self._learn(kept.message, kept.ttl_s)
@@ -182,7 +193,9 @@ class PresenceWatch:
         known = self._known.get(state.engine)
         if known is not None and _is_older(state, known.state):
             return
-        self._known[state.engine] = _Known(state, ttl_s, _expiry(ttl_s))
+        expires = _expiry(ttl_s)
+        self._known[state.engine] = _Known(state, ttl_s, expires)
+        self._look_at = min(self._look_at, expires)
         if known is None or _content(known.state) != _content(state):
             self._ready.append(state)
 
@@ -190,11 +203,7 @@ class PresenceWatch:
         if self._known.pop(engine, None) is not None:
             self._ready.append(EngineGone(self._model, engine))
 
-    def _first_late(self) -> str | None:
-        now = anyio.current_time()
-        return next((name for name, known in self._known.items() if known.expires <= now), None)
-
-    def _next_expiry(self) -> float:
+    def _first_expiry(self) -> float:
         return min((known.expires for known in self._known.values()), default=math.inf)
 
 

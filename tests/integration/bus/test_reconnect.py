@@ -164,6 +164,26 @@ async def test_presence_watch_recovers_when_the_server_was_killed(
             tasks.cancel_scope.cancel()
 
 
+async def test_no_engine_is_gone_when_the_server_was_away_for_longer_than_its_ttl(
+    nats_server: NatsServer,
+) -> None:
+    settings = msgspec.structs.replace(nats_server.settings, presence_ttl_s=1)
+    async with open_bus(settings) as bus, bus.presence.watch("m") as changes:
+        await bus.presence.put(state("stays"))
+        assert await anext(changes) == state("stays")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(beat, bus, "stays")
+            await anyio.to_thread.run_sync(nats_server.kill)
+            with anyio.move_on_after(2 * bus.presence.ttl_s):
+                pytest.fail(f"reported {await anext(changes)} while the connection was lost")
+            await anyio.to_thread.run_sync(nats_server.start)
+            await bus.presence.put(state("comes"))
+            assert await anext(changes) == state("comes")
+            with anyio.fail_after(10):
+                assert await anext(changes) == EngineGone("m", "comes")
+            tasks.cancel_scope.cancel()
+
+
 async def beat(bus: Bus, engine: str) -> None:
     while True:
         await bus.presence.put(state(engine))
