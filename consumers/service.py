@@ -198,16 +198,18 @@ class Consumer:
     # ---------------------------------------------------------------- start and stop
 
     async def _start(self) -> None:
+        """The others know of this engine, and it of them, before it hears of any version: a round
+        that began otherwise would leave somebody out."""
         served, touched = await self._take_over()
         self._feed(ev.Started(served_version=served, touched=touched))
-        await self._group.start(self._run_messages)
-        await self._group.start(self._run_presence)
+        self._group.start_soon(self._run_machine)
         self._group.start_soon(self._outbox.run)
         self._group.start_soon(self._run_errands)
-        self._group.start_soon(self._run_heartbeat)
         self._group.start_soon(self._run_lease_renewal)
         self._group.start_soon(self._run_engine_watch)
-        self._group.start_soon(self._run_machine)
+        await self._group.start(self._run_heartbeat)
+        await self._group.start(self._run_presence)
+        await self._group.start(self._run_messages)
         await self._catch_up()
 
     async def _take_over(self) -> tuple[int, bool]:
@@ -291,6 +293,8 @@ class Consumer:
 
     async def _run_presence(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         async with self._bus.presence.watch(self._config.model) as changes:
+            for state in await self._bus.presence.list(self._config.model):
+                self._feed(ev.EngineSeen(state))
             task_status.started()
             async for change in changes:
                 if isinstance(change, EngineState):
@@ -300,13 +304,17 @@ class Consumer:
 
     # ---------------------------------------------------------------- what is kept alive
 
-    async def _run_heartbeat(self) -> None:
+    async def _run_heartbeat(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Put the engine's state, at once when it changes and with every beat."""
+        announced = False
         while True:
-            changed, self._state_changed = self._state_changed, anyio.Event()
+            changed = self._state_changed = anyio.Event()
             if self._state is not None:
                 state = msgspec.structs.replace(self._state, updated_ns=self.now_ns())
                 await _keep_on(self._bus.presence.put(state))
+                if not announced:
+                    announced = True
+                    task_status.started()
             with anyio.move_on_after(self._config.heartbeat_s):
                 await changed.wait()
 
