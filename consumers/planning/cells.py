@@ -3,7 +3,8 @@
 The boxes that copies take of a tensor cut it into *regions*: a copy holds a region whole or not at
 all. Every copy reports every region that it holds, as a cell; regions that no copy holds are read
 from the source by rank 0. So each element of each tensor is summed once, replicas can be compared,
-and the sum over regions is the publisher's digest if, and only if, every byte came to its place.
+and the sum over regions is the publisher's digest if every byte came to its place, and otherwise
+only by a chance of 1 in 2^64.
 
 Invariants: the regions of a tensor hold each of its elements once; cells of one region are one box.
 """

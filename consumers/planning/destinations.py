@@ -27,6 +27,7 @@ from weightbus.consumers.planning.tables import (
 )
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
+from weightbus.schemas.limits import MAX_ELEMENTS
 from weightbus.schemas.needs import Copy, Fill, Needs, ParameterSpec
 
 __all__ = ("Windows", "Writes", "check_destinations", "tabulate_writes")
@@ -113,6 +114,8 @@ def check_destinations(writes: Writes, copies: CopyTable) -> Integers:
     """
     _check_dtypes(writes, copies)
     steps = np.abs(writes.strides)
+    far: Mask = (writes.sizes - 1.0) * steps > MAX_ELEMENTS  # in floats: integers would overflow
+    writes.windows.refuse(np.any(far, axis=1), "too wide", "must lie in the parameter's memory")
     reaches = (writes.sizes - 1) * writes.strides
     low = writes.offset + np.minimum(reaches, 0).sum(axis=1)
     high = writes.offset + np.maximum(reaches, 0).sum(axis=1)

@@ -132,16 +132,11 @@ def _refined(table: LayoutTable, distinct: Boxes, group: Integers) -> Regions:
     """Regions of the one tensor that all boxes of `group` are of."""
     tensor = int(distinct.tensor[group[0]])
     starts, sizes = distinct.starts[group], distinct.sizes[group]
-    lows, highs, region, holder = [], [], [], []
-    for number, (low, high, held) in enumerate(
-        _split(table.shapes[tensor], starts, starts + sizes)
-    ):
-        lows.append(low)
-        highs.append(high)
-        region.append(np.full(held.size, number))
-        holder.append(group[held])
-    boxes = Boxes(np.full(len(lows), tensor), np.array(lows), np.array(highs) - np.array(lows))
-    return Regions(boxes, np.concatenate(region), np.concatenate(holder))
+    parts = list(_split(table.shapes[tensor], starts, starts + sizes))
+    lows, highs = np.array([low for low, _, _ in parts]), np.array([high for _, high, _ in parts])
+    boxes = Boxes(np.full(len(parts), tensor), lows, highs - lows)
+    region = np.repeat(np.arange(len(parts)), [held.size for _, _, held in parts])
+    return Regions(boxes, region, group[np.concatenate([held for _, _, held in parts])])
 
 
 def _split(
@@ -174,7 +169,7 @@ def _best_border(
         before = np.searchsorted(begins, borders, side="left")
         crossing = before - np.searchsorted(stops, borders, side="right")
         aside = np.abs(2 * before - len(starts))
-        aside[aside == len(starts)] = -1  # nothing lies on one side: it is left out in one go
+        aside[(crossing == 0) & (aside == len(starts))] = -1  # a side that no box reaches into
         choice = np.lexsort((aside, crossing))[0]
         found = (int(crossing[choice]), int(aside[choice]), dim, int(borders[choice]))
         best = found if best is None else min(best, found)

@@ -154,9 +154,10 @@ def bind_tiles(
     parameter_addresses: Sequence[int],
     parameter_sizes: Sequence[int],
 ) -> BoundTiles:
-    """Put a plan at the addresses of one version. Sizes are bytes; 0 is an address of nothing.
+    """Put a plan at the addresses of one version. Sizes are bytes.
 
-    `parameter_addresses` are of each parameter's first element.
+    `parameter_addresses` are of each parameter's first element. Nothing is read or written here: to
+    read parameters back, any address will do for a segment, and `plan.segment_ends` for the sizes.
 
     Raises:
         PlanError: there are not as many segments or parameters as in the plan, or a tile would lie
@@ -253,14 +254,7 @@ def _tiles(pieces: Pieces) -> npt.NDArray[np.void]:
     tiles["source_col"], tiles["source_row"] = sources[piece, 0], sources[piece, 1]
     tiles["destination_col"] = destinations[piece, 0]
     tiles["destination_row"] = destinations[piece, 1]
-    for name in (
-        "segment",
-        "parameter",
-        "unit_bytes",
-        "destination_unit_bytes",
-        "copy",
-        "transform",
-    ):
+    for name in _COMMON_COLUMNS:
         tiles[name] = getattr(pieces, name)[piece]
     return tiles
 

@@ -200,6 +200,7 @@ RIGHT = structs.replace(WHOLE, starts=(0, 4), sizes=(4, 2), offset=4)
         (copies_of(WHOLE, parameter=2), "tensor a.weight to parameter 2 .* there are 2 parameters"),
         (copies_of(WHOLE, offset=1), "a.weight to parameter p is to elements 1 to 24: .* has 24"),
         (copies_of(WHOLE, strides=(-6, 1)), "parameter p is to elements -18 to 5"),
+        (copies_of(WHOLE, strides=(2**62, 1)), "parameter p is too wide: must lie in the"),
         (copies_of(WHOLE, strides=(5, 1)), "parameter p is over its own elements"),
         (copies_of(WHOLE, strides=(0, 1)), "parameter p is over its own elements"),
         (copies_of(WHOLE, transform=1), "F32 into F32: transform 1 is not one of 1"),
