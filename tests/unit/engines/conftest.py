@@ -1,15 +1,5 @@
-"""A short directory: unix socket paths have a limit that pytest's own may exceed."""
+"""Fixtures of the engines' tests."""
 
-from __future__ import annotations
+from tests.engine_paths import short_path
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="wb-") as path:
-        yield Path(path)
+__all__ = ("short_path",)
