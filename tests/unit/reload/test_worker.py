@@ -26,7 +26,7 @@ from tests.unit.transfer.publishing import (
     open_trainer,
     weights_digest,
 )
-from weightbus.bus.digest import combine, digest_hex
+from weightbus.consumers.planning.cells import plan_cells, verify_cells
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.worker import LAYOUTS_KEPT, ReloadWorker
 from weightbus.schemas.placement import Segment
@@ -102,18 +102,10 @@ class Client:
         return reply
 
     def attach(self) -> Attached:
-        """Describe, and attach a cell for every copy and every tensor without one."""
+        """Describe, and attach the cells of the only rank."""
         described = self.describe()
-        copied = [
-            Cell(copy.tensor, copy.starts, copy.sizes, number)
-            for number, copy in enumerate(described.needs.copies)
-        ]
-        rest = [
-            Cell(number, (0,) * len(tensor.shape), tensor.shape, -1)
-            for number, tensor in enumerate(self.trainer.layout.tensors)
-            if number not in {cell.tensor for cell in copied} and all(tensor.shape)
-        ]
-        self.cells = (*copied, *rest)
+        self.plan = plan_cells(self.trainer.layout, [described.needs])
+        (self.cells,) = self.plan.cells
         reply = self.worker.handle(
             Attach(
                 request=2,
@@ -141,7 +133,9 @@ class Client:
         """Publish and apply a version; its digest must be the publisher's."""
         reply = self.worker.handle(self.request(self.trainer.publish(tensors, version), version))
         assert isinstance(reply, Applied), reply
-        assert self.digest(reply.cell_digests) == weights_digest(tensors)
+        sums = np.frombuffer(reply.cell_digests, dtype="<u8")
+        verdict = verify_cells(self.trainer.layout, self.plan, [sums], weights_digest(tensors))
+        assert verdict.ok, verdict.reason
         assert (self.worker.version, self.worker.touched) == (version, False)
         return reply
 
@@ -156,12 +150,6 @@ class Client:
         reply = self.worker.handle(Inspect(request=4, layout_digest=digest, deadline_s=DEADLINE_S))
         assert isinstance(reply, Inspected), reply
         return reply
-
-    def digest(self, cell_digests: bytes) -> str:
-        sums = np.zeros(len(self.trainer.layout.tensors), dtype=np.uint64)
-        tensors = [cell.tensor for cell in self.cells]
-        np.add.at(sums, tensors, np.frombuffer(cell_digests, dtype="<u8"))
-        return digest_hex(combine(sums))
 
 
 @pytest.fixture(params=["memory", "files"])
