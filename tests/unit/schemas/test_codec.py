@@ -197,7 +197,7 @@ def test_other_major_version_is_refused_naming_ours_whatever_else_changed(
         {"model": "a\n"},
         {"model": None},
         {"producer": "\ud800"},
-        {"metadata": {"a": object()}},
+        {"metadata": {"a": ValueError("not text")}},
         {"created_ns": float("nan")},
         {"files": ("relative",), "placement": (), "layout_digest": None},
     ],
