@@ -181,6 +181,24 @@ def test_cells_are_refined_when_boxes_overlap_in_part() -> None:
     assert [regions.tolist() for regions in plan.regions] == [[0, 1], [1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("shape", "one", "other"),
+    [
+        ((10,), ((0,), (6,)), ((4,), (4,))),
+        ((4, 4), ((0, 0), (2, 4)), ((0, 0), (4, 2))),
+    ],
+)
+def test_cells_are_refined_when_overlap_and_gap_have_the_same_size(
+    shape: Sizes, one: tuple[Starts, Sizes], other: tuple[Starts, Sizes]
+) -> None:
+    world = world_of(shape, [one], [other])
+    plan = plan_cells(world.layout, world.needs)
+    assert verify(world, plan, honest(world, plan)).ok
+    held_twice = np.intersect1d(*plan.regions)
+    assert held_twice.size == 1
+    assert [cell.copy for cell in plan.cells[0]].count(-1) == 1
+
+
 def test_rank_zero_reads_from_source_when_nobody_needs_a_region() -> None:
     world = world_of((10, 4), [((0, 0), (5, 2))], [((0, 2), (5, 2))])
     plan = plan_cells(world.layout, world.needs)
