@@ -18,7 +18,7 @@ from torch import nn
 __all__ = ("ModelHost", "Weights")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-"""Checkpoint tensors by name, in the layout's order, made while they are iterated over."""
+"""Checkpoint tensors by name, in the layout's order. Made while they are iterated over, once."""
 
 
 class ModelHost(ABC):
@@ -61,7 +61,7 @@ class ModelHost(ABC):
         `weights` are private CPU copies: the engine may keep or change them. `modules` None means
         the whole checkpoint; else `weights` are exactly the tensors that these modules (names as
         in `named_modules`) are made of, and no other module may be left changed.
-        Must return only when nothing reads `weights` any more.
+        They are made as they are asked for, and can be asked for until this returns.
         """
 
     @abstractmethod

@@ -6,7 +6,8 @@ the plan makes of the same checkpoint. A module with a parameter that differs is
 whole: it goes through the engine's own reload every time. So does every module below one that hangs
 tensors on itself which a freshly built model does not have: they are derived from what was loaded.
 
-A proof holds for one layout, one set of needs and the memory that the live parameters then had.
+A proof holds for one layout, one set of needs and the memory that the live parameters then had. It
+cannot see what an engine derives from weights and keeps elsewhere than in tensors of its modules.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Version:
-    """One version on its split."""
+    """One version on its way."""
 
     segments: Sequence[OpenSegment]
     checkpoint: Checkpoint
@@ -110,7 +110,7 @@ class Reloader:
         check_cells(cells, self.layout, self.needs)
         self._cells = tuple(cells)
         if self._split is not None:
-            self._split = self._split_by(self._split.proof)
+            self._split = self._split_by(self._split.whole, self._split.proof)
 
     def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
         """Write one version into the live model, which is touched from here on.
@@ -137,7 +137,8 @@ class Reloader:
             self._load_all(version)
             version.outcome.reason = self.untraced_reason
         elif split is None:
-            split = self._split_by(self._load_and_prove(version, *self._traced))
+            trace, plan = self._traced
+            split = self._split_by(plan, self._load_and_prove(version, trace, plan))
         else:
             self._load_processed(version, split)
             self._move(version, split)
@@ -165,10 +166,8 @@ class Reloader:
         split = self._split
         return split is not None and split.proof.memory == memory_of(self._host.live_model())
 
-    def _split_by(self, proof: Proof) -> Split | None:
-        return (
-            split_update(self.layout, self._traced[1], proof, self._cells) if self._traced else None
-        )
+    def _split_by(self, plan: TilePlan, proof: Proof) -> Split:
+        return split_update(self.layout, plan, proof, self._cells)
 
     # -- through the engine's own loader
 

@@ -30,8 +30,10 @@ class Split:
     """How each parameter and each cell is dealt with."""
 
     proof: Proof
+    whole: TilePlan
+    """Of all parameters."""
     plan: TilePlan
-    """Of the direct parameters."""
+    """Of the direct ones."""
     portions: tuple[Portion, ...]
     """The same, step by step."""
     moved_cells: npt.NDArray[np.int64]
@@ -57,6 +59,7 @@ def split_update(layout: Layout, plan: TilePlan, proof: Proof, cells: Sequence[C
             loose.setdefault(cell.tensor, []).append(number)
     return Split(
         proof=proof,
+        whole=plan,
         plan=part,
         portions=cut_portions(part),
         moved_cells=np.array(moved, dtype=np.int64),
