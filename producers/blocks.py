@@ -92,6 +92,7 @@ class SharedBlock:
     def end_write(self) -> int:
         """Make the generation even: the data is whole. Returns the generation to promise."""
         self._generation[0] += 1
+        os.utime(self._fd)  # stores to a mapping do not: a sweep looks how old the data is
         return self._generation[0]
 
     def close(self) -> None:

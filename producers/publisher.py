@@ -36,6 +36,9 @@ __all__ = ("Publisher", "PublisherOptions", "open_publisher")
 
 LINGER_POLL_S = 0.1
 
+CLOSE_GRACE_S = 10.0
+"""For the bus to answer, at the end, beside the wait for readers."""
+
 
 class PublisherOptions(Struct, frozen=True, kw_only=True):
     """How long a publisher waits, and how hard it works."""
@@ -65,7 +68,7 @@ async def open_publisher(
 ) -> AsyncIterator[Publisher]:
     """The publisher of one rank. Every rank of a trainer opens one, with the same `producer`.
 
-    Blocks in /dev/shm whose owners are dead are removed first. At the end the versions in slots
+    Blocks that dead publishers left in /dev/shm are removed first. At the end the versions in slots
     are retired and their readers waited for (see `PublisherOptions`); then the blocks are removed.
 
     Raises:
@@ -224,7 +227,7 @@ class Publisher:
 
     async def _clean_up_after_the_dead(self) -> None:
         """Remove their blocks; if the last version of this model lay there, say that it is gone."""
-        removed = await anyio.to_thread.run_sync(sweep_blocks)
+        removed = await anyio.to_thread.run_sync(sweep_blocks, self._model)
         last = await self._bus.last(CheckpointReady, model=self._model)
         if last is None or not set(removed) & _block_names(last.message.placement):
             return
@@ -249,7 +252,7 @@ class Publisher:
 
     async def _close(self) -> None:
         self._closed = True
-        timeout_s = self._options.close_wait_s + self._bus.settings.request_timeout_s
+        timeout_s = self._options.close_wait_s + CLOSE_GRACE_S
         try:
             with anyio.fail_after(timeout_s, shield=True):
                 async with self._one_at_a_time:  # a publish that was cancelled is on its way out

@@ -48,6 +48,15 @@ def test_generation_stays_odd_when_a_write_is_given_up_and_begun_again(tmp_path:
     block.close()
 
 
+def test_block_is_new_again_when_it_has_been_written(tmp_path: Path) -> None:
+    block = SharedBlock(NAME, 4, 0, tmp_path)
+    os.utime(tmp_path / NAME, (0, 0))
+    block.begin_write()
+    block.end_write()
+    assert (tmp_path / NAME).stat().st_mtime > 0
+    block.close()
+
+
 def test_block_is_locked_until_closed(tmp_path: Path) -> None:
     block = SharedBlock(NAME, 4, 0, tmp_path)
     fd = os.open(tmp_path / NAME, os.O_RDWR)

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from weightbus.producers.blocks import SharedBlock
-from weightbus.producers.sweep import sweep_blocks
+from weightbus.producers.sweep import OTHERS_AFTER_S, sweep_blocks
 
 OWNER = """
 import sys
 from pathlib import Path
 from weightbus.producers.blocks import SharedBlock
-block = SharedBlock("weightbus-child", 4, 0, Path(sys.argv[1]))
+blocks = [SharedBlock(f"weightbus-{name}", 4, 0, Path(sys.argv[1])) for name in ("m.a", "n.a")]
 print("ready", flush=True)
 sys.stdin.read()
 """
 
 
-def test_sweep_removes_a_block_only_when_its_owner_was_killed(tmp_path: Path) -> None:
+def test_sweep_removes_blocks_only_when_their_owner_was_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"ready\n"
-        assert sweep_blocks(tmp_path) == ()
+        assert sweep_blocks("m", tmp_path) == ()
         owner.kill()
         owner.wait()
-    assert sweep_blocks(tmp_path) == ("weightbus-child",)
-    assert sweep_blocks(tmp_path) == ()
+    assert sweep_blocks("m", tmp_path) == ("weightbus-m.a",)
+    assert sweep_blocks("m", tmp_path) == ()
+    assert sweep_blocks("n", tmp_path) == ("weightbus-n.a",)
+
+
+def test_sweep_removes_blocks_of_another_model_when_they_are_old(tmp_path: Path) -> None:
+    old, older = time.time() - OTHERS_AFTER_S + 60, time.time() - OTHERS_AFTER_S - 60
+    for name, written in (("old", old), ("older", older)):
+        path = tmp_path / f"weightbus-n.{name}"
+        path.touch()
+        os.utime(path, (written, written))
+    assert sweep_blocks("m", tmp_path) == ("weightbus-n.older",)
 
 
 def test_sweep_leaves_a_block_when_its_owner_is_this_process(tmp_path: Path) -> None:
-    block = SharedBlock("weightbus-own", 4, 0, tmp_path)
-    assert sweep_blocks(tmp_path) == ()
+    block = SharedBlock("weightbus-m.own", 4, 0, tmp_path)
+    assert sweep_blocks("m", tmp_path) == ()
     block.close()
 
 
 def test_sweep_leaves_what_is_no_block(tmp_path: Path) -> None:
     (tmp_path / "psm_another").write_bytes(b"x")
-    (tmp_path / "weightbus-directory").mkdir()
-    (tmp_path / "weightbus-link").symlink_to(tmp_path / "psm_another")
-    assert sweep_blocks(tmp_path) == ()
+    (tmp_path / "weightbus-m.directory").mkdir()
+    (tmp_path / "weightbus-m.link").symlink_to(tmp_path / "psm_another")
+    assert sweep_blocks("m", tmp_path) == ()
     assert len(list(tmp_path.iterdir())) == 3
