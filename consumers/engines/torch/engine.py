@@ -184,14 +184,14 @@ class TorchEngine(Engine):
         """Return when no rank carries out an `apply` that was given up.
 
         A rank does one thing after the other, so an answer to anything asked later means that it
-        has ended. Ranks that do not answer are killed; if their front cannot even be told, it is
-        gone, and the kernel has ended them.
+        has ended. Ranks that do not answer are killed by their front; if that is gone itself, the
+        kernel has killed them.
         """
         with anyio.CancelScope(shield=True):
             ask = Inspect(request=0, deadline_s=share_for_peer(SETTLE_S))
             outcomes = await self._channel.request_each(dict.fromkeys(ranks, ask), SETTLE_S)
             if any(isinstance(outcome, DeadlineExceeded) for outcome in outcomes.values()):
-                with suppress(EngineUnavailable):
+                with suppress(EngineUnavailable, DeadlineExceeded):
                     reason = f"a rank was still applying {SETTLE_S:g} s after it should have ended"
                     await self._client.restart(reason, SETTLE_S)
 

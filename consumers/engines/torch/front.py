@@ -41,6 +41,7 @@ from weightbus.consumers.errors import (
     EngineUnavailable,
     WorkerLost,
 )
+from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("Front", "RankGroup")
 
@@ -139,7 +140,7 @@ class Front:
                 case _:
                     await self._control(request)
                     return Done(request=request.request)
-        except ConsumerError as error:
+        except WeightBusError as error:
             reason = str(error)[:_MAX_REASON]
             return Refused(request=request.request, error=type(error).__name__, reason=reason)
 

@@ -280,6 +280,8 @@ class FusedExperts(nn.Module):
         parallel: TensorParallel,
     ) -> None:
         super().__init__()
+        if experts_per_token > experts:
+            raise PlanError("experts per token", experts_per_token, f"at most {experts}")
         self.experts = experts
         self._experts_per_token = experts_per_token
         self._parallel = parallel

