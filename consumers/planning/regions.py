@@ -105,10 +105,10 @@ def _tiled(table: LayoutTable, distinct: Boxes) -> Mask:
     tensor = distinct.tensor
     held = np.zeros(len(table.ranks), dtype=np.int64)
     np.add.at(held, tensor, distinct.sizes.prod(axis=1))
-    cut = np.zeros(table.shapes.shape, dtype=np.bool_)
-    np.logical_or.at(cut, tensor, distinct.sizes != table.shapes[tensor])
-    tiled: Mask = (held == table.shapes.prod(axis=1)) & (cut.sum(axis=1) <= 1)
+    tiled: Mask = held == table.shapes.prod(axis=1)
     if table.dims:
+        cut = np.zeros(table.shapes.shape, dtype=np.bool_)
+        np.logical_or.at(cut, tensor, distinct.sizes != table.shapes[tensor])
         along = cut.argmax(axis=1)[tensor]
         every = np.arange(tensor.size)
         starts = distinct.starts[every, along]

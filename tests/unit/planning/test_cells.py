@@ -194,7 +194,7 @@ def test_cells_are_refined_when_overlap_and_gap_have_the_same_size(
     world = world_of(shape, [one], [other])
     plan = plan_cells(world.layout, world.needs)
     assert verify(world, plan, honest(world, plan)).ok
-    held_twice = np.intersect1d(*plan.regions)
+    held_twice = np.intersect1d(plan.regions[0], plan.regions[1])
     assert held_twice.size == 1
     assert [cell.copy for cell in plan.cells[0]].count(-1) == 1
 
