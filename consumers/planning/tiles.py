@@ -104,7 +104,11 @@ class TilePlan:
 
 @dataclass(frozen=True, eq=False)
 class BoundTiles:
-    """A plan at the addresses of one version. Valid while segments and parameters stay there."""
+    """A plan at the addresses of one version. Valid while segments and parameters stay there.
+
+    A tile's addresses are multiples of its units if all segments and parameters begin at multiples
+    of `MAX_UNIT_BYTES`, as mapped memory and allocations do, but views of a flat buffer may not.
+    """
 
     plan: TilePlan
     sources: Integers

@@ -96,7 +96,7 @@ class CpuExecutor:
         return self._digests.copy()
 
     def read_back(self, bound: BoundTiles) -> tuple[Sums, tuple[int, ...]]:
-        """The digest of every cell as the parameters hold it now; reads no segment.
+        """The digest of every cell as the parameters hold it now; no segment need be there.
 
         Cells that cannot be read back (transformed, or of no copy) are 0; their numbers follow.
         """
