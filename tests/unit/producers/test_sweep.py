@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def test_sweep_leaves_a_block_when_its_owner_is_this_process(tmp_path: Path) -> 
     block = SharedBlock("weightbus-m.own", 4, 0, tmp_path)
     assert sweep_blocks("m", tmp_path) == ()
     block.close()
+
+
+def test_block_is_there_and_locked_when_sweeps_run_while_it_is_made(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def sweep() -> None:
+        while not done.is_set():
+            sweep_blocks("m", tmp_path)
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        blocks = [SharedBlock(f"weightbus-m.{n}", 4, 0, tmp_path) for n in range(500)]
+    finally:
+        done.set()
+        sweeper.join()
+    assert sweep_blocks("m", tmp_path) == ()
+    assert len(list(tmp_path.iterdir())) == len(blocks)
+    for block in blocks:
+        block.close()
 
 
 def test_sweep_leaves_what_is_no_block(tmp_path: Path) -> None:
