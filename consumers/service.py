@@ -14,9 +14,9 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
@@ -26,6 +26,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusError, BusUnavailable, LeaseLost
+from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received, Reconnected
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine
@@ -80,6 +81,9 @@ VERSIONS_REMEMBERED = 8
 """Checkpoints whose publish span is remembered; a publisher has two alive at most."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(kw_only=True)
 class _Work:
     """What belongs to one version while it is worked on: spans, times, what was prepared."""
@@ -113,8 +117,8 @@ async def open_consumer(
     """A consumer service beside `engine`; entering means subscribed, leaving means stopped.
 
     The collaborators are the caller's: they outlive the service. A consumer that is left says so on
-    the bus, ends what it can within `config.stop_s`, and leaves the engine paused if its parameters
-    may be a mix.
+    the bus, ends what it can within `config.stop_s` (if it was cancelled, or failed, there is
+    nothing left to end), and leaves the engine paused if its parameters may be a mix.
 
     Raises:
         BusUnavailable: the bus is gone for longer than its reconnect time.
@@ -126,8 +130,9 @@ async def open_consumer(
         try:
             yield consumer
         finally:
+            cancelled = anyio.current_effective_deadline() == -math.inf
             with anyio.CancelScope(shield=True), anyio.move_on_after(config.stop_s):
-                await consumer._stop()
+                await (consumer._take_leave() if cancelled else consumer._stop())
             group.cancel_scope.cancel()
 
 
@@ -180,6 +185,7 @@ class Consumer:
         self._round = ""
         self._state: EngineState | None = None
         self._state_changed = anyio.Event()
+        self._heartbeats = anyio.CancelScope()
         self._stopped = anyio.Event()
 
     @property
@@ -190,10 +196,6 @@ class Consumer:
     def now_ns(self) -> int:
         """Nanoseconds since the Unix epoch, by a clock that never steps."""
         return self._clock_offset_ns + time.monotonic_ns()
-
-    async def wait_failed(self) -> None:
-        """Waits until the service fails; the error leaves `open_consumer`. Never returns."""
-        await anyio.sleep_forever()
 
     # ---------------------------------------------------------------- start and stop
 
@@ -219,21 +221,29 @@ class Consumer:
         its last: which, the workers' versions tell. Only the first may serve on without a proof.
         """
         report = await self._engine.state(self._config.command_s)
-        if not report.paused or report.version < 0:
+        if not report.paused or report.touched or report.version < 0:
             return report.version, report.touched
         ranks = await self._engine.inspect(None, self._config.command_s)
-        clean = not report.touched and all(
-            rank.version == report.version and not rank.touched for rank in ranks
-        )
+        clean = all(rank.version == report.version and not rank.touched for rank in ranks)
         if clean:
             await self._engine.resume(report.version, self._config.command_s)
         return report.version, not clean
 
     async def _stop(self) -> None:
+        """Called while every task runs; returns once all is said, and all leases are released."""
         self._feed(ev.Stop())
         await self._stopped.wait()
+        errands_done = anyio.Event()
+        self._errand(_set, errands_done)
+        await errands_done.wait()
         await self._outbox.drain(self._config.stop_s)
-        await self._bus.presence.drop(self._config.model, self._config.engine)
+        await self._take_leave()
+
+    async def _take_leave(self) -> None:
+        """No heartbeat comes after this."""
+        self._heartbeats.cancel()
+        with suppress(BusError):  # the key will expire
+            await self._bus.presence.drop(self._config.model, self._config.engine)
 
     # ---------------------------------------------------------------- what is heard
 
@@ -254,7 +264,17 @@ class Consumer:
                     self._hear(message)
 
     async def _catch_up(self) -> None:
-        """Read what was missed: the last checkpoint and, of the round in hand, the last plan."""
+        """Read what was missed, however long the server takes to be ready for it."""
+        while True:
+            missed = await _keep_on(self._look_back())
+            if missed is not None:
+                break
+            await anyio.sleep(self._config.heartbeat_s)
+        for received in missed:
+            self._hear(received)
+
+    async def _look_back(self) -> Sequence[Received[Any]]:
+        """The last checkpoint, the last that is gone and, of the round in hand, the last plan."""
         model = self._config.model
         found: list[Received[Any] | None] = [
             await self._bus.last(CheckpointReady, model=model),
@@ -262,9 +282,7 @@ class Consumer:
         ]
         if self._round:
             found.append(await self._bus.last(RoundPlan, model=model, round=self._round))
-        for received in found:
-            if received is not None:
-                self._hear(received)
+        return [received for received in found if received is not None]
 
     def _hear(self, received: Received[Message]) -> None:
         match received.message:
@@ -296,27 +314,31 @@ class Consumer:
             for state in await self._bus.presence.list(self._config.model):
                 self._feed(ev.EngineSeen(state))
             task_status.started()
-            async for change in changes:
-                if isinstance(change, EngineState):
-                    self._feed(ev.EngineSeen(change))
-                else:
-                    self._feed(ev.EngineGone(change.engine))
+            while True:
+                match await _keep_on(anext(changes)):
+                    case EngineState() as state:
+                        self._feed(ev.EngineSeen(state))
+                    case EngineGone(engine=engine):
+                        self._feed(ev.EngineGone(engine))
+                    case None:
+                        await anyio.sleep(self._config.heartbeat_s)
 
     # ---------------------------------------------------------------- what is kept alive
 
     async def _run_heartbeat(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Put the engine's state, at once when it changes and with every beat."""
         announced = False
-        while True:
-            changed = self._state_changed = anyio.Event()
-            if self._state is not None:
-                state = msgspec.structs.replace(self._state, updated_ns=self.now_ns())
-                await _keep_on(self._bus.presence.put(state))
-                if not announced:
-                    announced = True
-                    task_status.started()
-            with anyio.move_on_after(self._config.heartbeat_s):
-                await changed.wait()
+        with self._heartbeats:
+            while True:
+                changed = self._state_changed = anyio.Event()
+                if self._state is not None:
+                    state = msgspec.structs.replace(self._state, updated_ns=self.now_ns())
+                    await _keep_on(self._bus.presence.put(state))
+                    if not announced:
+                        announced = True
+                        task_status.started()
+                with anyio.move_on_after(self._config.heartbeat_s):
+                    await changed.wait()
 
     async def _run_lease_renewal(self) -> None:
         while True:
@@ -332,6 +354,7 @@ class Consumer:
         answered = anyio.current_time()
         while True:
             await anyio.sleep(self._config.heartbeat_s)
+            served = self._state.version if self._state is not None else -1
             try:
                 report = await self._engine.state(self._config.command_s)
             except ConsumerError as error:
@@ -344,7 +367,7 @@ class Consumer:
             else:
                 answered = anyio.current_time()
                 held, reason = report.version, report.error or "its workers were started anew"
-            if self._state is not None and held < self._state.version:
+            if held < served:
                 _logger.warning("engine %s serves nothing: %s", self._config.engine, reason)
                 self._feed(ev.EngineLost(reason))
 
@@ -392,8 +415,9 @@ class Consumer:
 
     def _execute(self, instruction: do.Instruction) -> None:
         match instruction:
-            case do.Prepare():
-                self._group.start_soon(self._prepare, instruction)
+            case do.Prepare(token):
+                scope = self._preparing[token] = anyio.CancelScope()
+                self._group.start_soon(self._prepare, instruction, scope)
             case do.CancelPrepare(token):
                 if token in self._preparing:
                     self._preparing[token].cancel()
@@ -411,6 +435,7 @@ class Consumer:
                 self._errand(self._release_round, round)
             case do.ReleaseReader(version):
                 self._close_work(version)
+                self._updater.let_go_nowait(version)
                 self._errand(self._updater.release, version)
             case do.Send(message):
                 self._outbox.say_nowait(message, self._headers_for(message))
@@ -438,11 +463,11 @@ class Consumer:
         )
         self._state_changed.set()
 
-    async def _prepare(self, instruction: do.Prepare) -> None:
+    async def _prepare(self, instruction: do.Prepare, scope: anyio.CancelScope) -> None:
         ready, token = instruction.ready, instruction.token
         work = self._open_work(ready, instruction.round)
         self._round = instruction.round
-        with anyio.CancelScope() as self._preparing[token]:
+        with scope:
             try:
                 prepared = await self._updater.prepare(ready, self._seconds_to(instruction))
                 planned = await self._bus.last(
@@ -576,15 +601,20 @@ class Consumer:
         return work.span.ref.headers() if work is not None else {}
 
 
-async def _keep_on(request: Awaitable[None]) -> None:
-    """A request to the bus that will be repeated anyway: a refusal is told and outlived.
+async def _set(event: anyio.Event) -> None:
+    event.set()
+
+
+async def _keep_on(request: Awaitable[T]) -> T | None:
+    """A request to the bus that will be repeated anyway: a refusal is told and outlived (None).
 
     Raises:
         BusUnavailable: the bus is gone for good.
     """
     try:
-        await request
+        return await request
     except BusUnavailable:
         raise
     except BusError as error:
         _logger.warning("%s: %s", type(error).__name__, error)
+        return None

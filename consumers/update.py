@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import anyio
 import anyio.to_thread
 import numpy as np
+import numpy.typing as npt
 
 from weightbus.bus.connection import Bus
-from weightbus.bus.files import read_layout_of_files
+from weightbus.bus.errors import BusError, LeaseLost
+from weightbus.bus.files import expand_index_files, read_layout_of_files
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.errors import (
@@ -49,6 +51,8 @@ from weightbus.schemas.worker import Applied, Described, Inspected
 __all__ = ("Outcome", "Prepared", "Updater")
 
 _logger = logging.getLogger(__name__)
+
+Sums = npt.NDArray[np.uint64]
 
 LAYOUTS_KEPT = 4
 """Layouts whose needs and cells are kept; the engine keeps its own plans."""
@@ -125,12 +129,16 @@ class Updater:
         self._routes = {route.name: route for route in routes if route.name in config.routes}
         self._bindings: OrderedDict[str, Binding] = OrderedDict()
         self._leases: set[int] = set()
+        """Versions whose reader lease is held, or about to be."""
+        self._lease_changes = anyio.Lock()
+        self._engine_turn = anyio.Lock()
+        """A `prepare` that is cancelled lets go of the engine before the next one takes it."""
         self._moving = anyio.CancelScope()
 
     async def prepare(self, ready: CheckpointReady, deadline_s: float) -> Prepared:
         """Everything that can be got before a plan. The engine goes on serving.
 
-        Takes the version's reader lease; it is kept, also on failure, until `release`.
+        Takes the version's reader lease; it is kept, also on failure, until `let_go_nowait`.
 
         Raises:
             WeightBusError: the version cannot be taken, and why; the engine is as it was.
@@ -139,7 +147,8 @@ class Updater:
             with anyio.fail_after(deadline_s):
                 await self._take_lease(ready)
                 manifest = await self._manifest(ready)
-                binding = await self._bind(manifest, deadline_s)
+                async with self._engine_turn:
+                    binding = await self._bind(manifest, deadline_s)
                 routes = await self._reachable(manifest)
         except TimeoutError as error:
             raise DeadlineExceeded("prepare", deadline_s) from error
@@ -200,13 +209,28 @@ class Updater:
     async def renew_leases(self) -> None:
         """Keep the reader leases that are held; to be called well within their TTL."""
         for version in sorted(self._leases):
-            await self._bus.reader_leases.renew(self._lease(version), self._config.reader_ttl_s)
+            async with self._lease_changes:
+                if version not in self._leases:
+                    continue
+                try:
+                    await self._bus.reader_leases.renew(
+                        self._lease(version), self._config.reader_ttl_s
+                    )
+                except LeaseLost as error:
+                    _logger.warning("version %d is not protected any more: %s", version, error)
+
+    def let_go_nowait(self, version: int) -> None:
+        """The reader lease of a version is not renewed any more; `release` is to follow."""
+        self._leases.discard(version)
 
     async def release(self, version: int) -> None:
-        """Drop the reader lease of a version: its publisher may overwrite it."""
-        if version in self._leases:
-            self._leases.discard(version)
-            await self._bus.reader_leases.release(self._config.model, version, self._config.engine)
+        """Drop the reader lease of a version, unless it was taken again since it was let go: its
+        publisher may overwrite it."""
+        async with self._lease_changes:
+            if version not in self._leases:
+                await self._bus.reader_leases.release(
+                    self._config.model, version, self._config.engine
+                )
 
     def _lease(self, version: int) -> ReaderLease:
         return ReaderLease(
@@ -219,8 +243,11 @@ class Updater:
 
     async def _take_lease(self, ready: CheckpointReady) -> None:
         """Take the lease, then look whether the version can still be read: in this order."""
-        self._leases.add(ready.version)
-        await self._bus.reader_leases.take(self._lease(ready.version), self._config.reader_ttl_s)
+        async with self._lease_changes:
+            self._leases.add(ready.version)
+            await self._bus.reader_leases.take(
+                self._lease(ready.version), self._config.reader_ttl_s
+            )
         if 0 < ready.valid_until_ns < time.time_ns():
             raise VersionRetired(ready.version, "its placement was valid until a time that is past")
         last = await self._bus.last(CheckpointRetired, model=ready.model)
@@ -235,11 +262,10 @@ class Updater:
             digest, placement = ready.layout_digest, ready.placement
             layout, blob = await self._bus.layouts.get(digest)
         else:
-            layout = await anyio.to_thread.run_sync(
-                read_layout_of_files, ready.files, self._config.file_roots
+            layout, placement = await anyio.to_thread.run_sync(
+                _read_files, ready.files, self._config.file_roots, abandon_on_cancel=True
             )
             digest, blob = layout_digest(layout), encode_layout(layout)
-            placement = tuple((FileSegment(path=path),) for path in ready.files)
         check_placement(layout, placement)
         return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
 
@@ -271,7 +297,9 @@ class Updater:
         reachable, refusals = [], []
         for name, route in self._routes.items():
             try:
-                await anyio.to_thread.run_sync(route.reach, manifest.layout, manifest.placement)
+                await anyio.to_thread.run_sync(
+                    route.reach, manifest.layout, manifest.placement, abandon_on_cancel=True
+                )
             except ConsumerError as error:
                 refusals.append(f"{name}: {error}")
             else:
@@ -335,14 +363,25 @@ class Updater:
         )
         if verdict.ok:
             return "verified" if ready.weights_digest is not None else "not_offered"
-        if ready.tensor_digests is not None:
-            blob = await self._bus.objects.get(ready.tensor_digests)
-            verdict = verify_cells(
-                layout, cells, sums, ready.weights_digest, np.frombuffer(blob, dtype="<u8")
-            )
+        if (of_tensors := await self._tensor_digests(ready, layout)) is not None:
+            verdict = verify_cells(layout, cells, sums, ready.weights_digest, of_tensors)
         raise DigestMismatch(
             ready.weights_digest or "not offered", verdict.digest, verdict.tensors, verdict.reason
         )
+
+    async def _tensor_digests(self, ready: CheckpointReady, layout: Layout) -> Sums | None:
+        """The publisher's, to name the tensors at fault; None: they are not to be had."""
+        if ready.tensor_digests is None:
+            return None
+        try:
+            blob = await self._bus.objects.get(ready.tensor_digests)
+        except BusError as error:
+            _logger.warning("tensors at fault cannot be named: %s", error)
+            return None
+        if len(blob) != 8 * len(layout.tensors):
+            _logger.warning("tensors at fault cannot be named: %d bytes of digests", len(blob))
+            return None
+        return np.frombuffer(blob, dtype="<u8")
 
 
 class _Pause:
@@ -392,6 +431,13 @@ class _Pause:
 def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, bool]]:
     """What the parameters of every rank hold, by process, version and whether it is whole."""
     return [(rank.instance, rank.version, rank.touched) for rank in ranks]
+
+
+def _read_files(files: Sequence[str], roots: Sequence[str]) -> tuple[Layout, Placement]:
+    """Layout and placement of safetensors files, indexes expanded. Blocking; only reads."""
+    paths = expand_index_files(files, roots)
+    layout = read_layout_of_files(paths, roots)
+    return layout, tuple((FileSegment(path=path),) for path in paths)
 
 
 def _plan_proof(layout: Layout, described: Sequence[Described]) -> tuple[CellPlan, tuple[int, ...]]:
