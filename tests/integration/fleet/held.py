@@ -1,0 +1,103 @@
+"""An engine that stops at a moment that a test has chosen, so that it knows exactly where it is.
+
+A decorator of a real `Engine`: it changes nothing but when a call goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import anyio
+
+from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.schemas.placement import Segment
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Inspected
+
+__all__ = ("Hold", "HeldEngine", "Moment")
+
+Moment = Literal["before_describe", "before_pause", "before_apply", "after_apply", "before_resume"]
+
+
+class Hold:
+    """One stop: `reached` is set when the engine is there; it goes on after `release`."""
+
+    def __init__(self, moment: Moment) -> None:
+        self.moment = moment
+        self.reached = anyio.Event()
+        self._released = anyio.Event()
+
+    def release(self) -> None:
+        self._released.set()
+
+    async def stop_here(self) -> None:
+        self.reached.set()
+        await self._released.wait()
+
+
+class HeldEngine(Engine):
+    """See `Engine`; `hold` makes the next call that comes to a moment stop there, once."""
+
+    kind = "held"
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._holds: list[Hold] = []
+
+    def hold(self, moment: Moment) -> Hold:
+        """Stop there, the next time; a cancelled call does not stop again."""
+        hold = Hold(moment)
+        self._holds.append(hold)
+        return hold
+
+    async def _pass(self, moment: Moment) -> None:
+        for hold in self._holds:
+            if hold.moment == moment:
+                self._holds.remove(hold)
+                await hold.stop_here()
+                return
+
+    @property
+    def ranks(self) -> int:
+        return self._engine.ranks
+
+    async def describe(
+        self, layout_digest: str, layout: bytes, deadline_s: float
+    ) -> tuple[Described, ...]:
+        await self._pass("before_describe")
+        return await self._engine.describe(layout_digest, layout, deadline_s)
+
+    async def attach(
+        self,
+        layout_digest: str,
+        needs_digests: Sequence[str],
+        cells: Sequence[Sequence[Cell]],
+        deadline_s: float,
+    ) -> tuple[Attached, ...]:
+        return await self._engine.attach(layout_digest, needs_digests, cells, deadline_s)
+
+    async def pause(self, deadline_s: float) -> None:
+        await self._pass("before_pause")
+        await self._engine.pause(deadline_s)
+
+    async def apply(
+        self,
+        version: int,
+        layout_digest: str,
+        sources: Mapping[int, Sequence[Segment]],
+        deadline_s: float,
+    ) -> tuple[Applied, ...]:
+        await self._pass("before_apply")
+        applied = await self._engine.apply(version, layout_digest, sources, deadline_s)
+        await self._pass("after_apply")
+        return applied
+
+    async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
+        return await self._engine.inspect(layout_digest, deadline_s)
+
+    async def resume(self, version: int, deadline_s: float) -> None:
+        await self._pass("before_resume")
+        await self._engine.resume(version, deadline_s)
+
+    async def state(self, deadline_s: float) -> EngineReport:
+        return await self._engine.state(deadline_s)

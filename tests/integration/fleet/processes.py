@@ -1,0 +1,116 @@
+"""Consumers and trainers in processes of their own, for tests that kill them.
+
+Owns each process while its context is open: it ends with the context, and with the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+from anyio.abc import Process
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from tests.integration.fleet import consumer, trainer
+from tests.integration.fleet.fleet import PRESENCE_TTL_S, Fleet
+from tests.integration.fleet.held import Moment
+from tests.integration.fleet.log import DEADLINE_S
+
+__all__ = ("Child", "consumer_process", "trainer_process")
+
+ROOT = Path(__file__).parents[3]
+MAX_LINE_BYTES = 1 << 16
+
+
+class Child:
+    """A process that reports on its stdout."""
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdout is not None
+        self._process = process
+        self._lines = BufferedByteReceiveStream(process.stdout)
+
+    async def hears(self, word: str) -> None:
+        """Wait for its next report, which must be this one."""
+        with anyio.move_on_after(DEADLINE_S):
+            try:
+                line = await self._lines.receive_until(b"\n", MAX_LINE_BYTES)
+            except (anyio.EndOfStream, anyio.IncompleteRead):
+                raise AssertionError(f"it ended with {await self._process.wait()}") from None
+            assert line.decode() == word
+            return
+        raise AssertionError(f"it did not say {word!r} within {DEADLINE_S:g} s")
+
+    async def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        await self._process.stdin.send(line.encode() + b"\n")
+
+    def go_on(self) -> None:
+        """End a consumer's hold."""
+        self._process.send_signal(signal.SIGUSR1)
+
+    async def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+    async def stop(self) -> int:
+        """SIGTERM; returns its exit code."""
+        self._process.terminate()
+        with anyio.move_on_after(DEADLINE_S):
+            return await self._process.wait()
+        raise AssertionError(f"it did not end within {DEADLINE_S:g} s of SIGTERM")
+
+
+@asynccontextmanager
+async def consumer_process(
+    fleet: Fleet, name: str, *, ranks: int = 1, hold: Moment | None = None, **changes: Any
+) -> AsyncIterator[Child]:
+    """A consumer beside the engine `name`; entered once it follows."""
+    engine = await fleet.engine(name, ranks)
+    arguments = consumer.Arguments(
+        url=fleet.server.url,
+        presence_ttl_s=PRESENCE_TTL_S,
+        config=fleet.config(name, **changes),
+        directory=str(engine.directory),
+        hold=hold,
+    )
+    async with _child(consumer.__name__, msgspec.json.encode(arguments).decode()) as child:
+        await child.hears(consumer.FOLLOWING)
+        yield child
+
+
+@asynccontextmanager
+async def trainer_process(fleet: Fleet) -> AsyncIterator[Child]:
+    """A trainer that publishes the version that it is told, and then says `published`."""
+    async with _child(trainer.__name__, fleet.server.url, fleet.model) as child:
+        await child.hears(trainer.OPEN)
+        yield child
+
+
+@asynccontextmanager
+async def _child(module: str, *arguments: str) -> AsyncIterator[Child]:
+    """Its stdin is a pipe that we hold: who reads its end knows that the tests are gone."""
+    process = await anyio.open_process(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    child = Child(process)
+    try:
+        yield child
+    finally:
+        with anyio.CancelScope(shield=True):
+            await child.kill()
