@@ -266,8 +266,7 @@ class Link:
         """Called once, by `open_link`."""
         self._closing = True
         if self._client.options:  # else it never got as far as having something to close
-            with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
-                await self._client.close()
+            await self._close_client()
 
     @contextmanager
     def _until_interrupted(self) -> Iterator[None]:
@@ -335,7 +334,14 @@ class Link:
             await up.wait()
             return
         self.fail_nowait(f"lost for {allowed_s:g} s: {self._last_error}")
-        await self._client.close()
+        await self._close_client()
+
+    async def _close_client(self) -> None:
+        """In a task of its own: nats-py's `close` may raise `CancelledError` by itself, when it
+        waits for the same transport as a reconnect that it has cancelled."""
+        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._client.close)
 
     async def _on_reconnected(self) -> None:
         if self._failure is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -58,7 +59,8 @@ class NatsServer:
 
     def kill(self) -> None:
         """SIGKILL; returns once it is gone."""
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
         self.stop()
 
     def restart(self) -> None:

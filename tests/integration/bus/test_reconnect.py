@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 import pytest
@@ -256,3 +257,16 @@ async def test_request_times_out_when_the_server_hangs_and_passes_when_it_goes_o
         finally:
             os.kill(nats_server.pid, signal.SIGCONT)
         await bus.publish(commit(1))
+
+
+async def test_bus_closes_quietly_when_the_server_is_killed_at_the_same_time(
+    nats_server: NatsServer,
+) -> None:
+    for steps in range(12):
+        async with open_bus(nats_server.settings):
+            os.kill(nats_server.pid, signal.SIGKILL)
+            for _ in range(steps):
+                await anyio.lowlevel.checkpoint()
+        await restart(nats_server)
+    async with open_bus(nats_server.settings) as bus:
+        await bus.publish(ready(1))
