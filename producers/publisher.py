@@ -49,7 +49,7 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
     """For the parts of all ranks, from when this rank has written its own."""
     close_wait_s: float = 10.0
     """At the end, for readers of the versions that are retired."""
-    linger_s: float = 0.0
+    linger_s: float = 30.0
     """At a good end, before that: for present engines to serve the newest version."""
     digest_threads: int = 4
     """Threads that digest while the tensors are copied."""
