@@ -146,8 +146,8 @@ class TorchEngineClient:
         match pending.reply:
             case None:
                 raise DeadlineExceeded(what, deadline_s)
-            case Refused(error="DeadlineExceeded"):
-                raise DeadlineExceeded(what, deadline_s)
+            case Refused(error="DeadlineExceeded", reason=stage):
+                raise DeadlineExceeded(stage, deadline_s)
             case Refused(error=error, reason=reason):
                 raise RequestFailed(error, reason)
             case reply if isinstance(reply, expected):

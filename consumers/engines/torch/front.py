@@ -141,8 +141,10 @@ class Front:
                     await self._control(request)
                     return Done(request=request.request)
         except WeightBusError as error:
-            reason = str(error)[:_MAX_REASON]
-            return Refused(request=request.request, error=type(error).__name__, reason=reason)
+            reason = error.stage if isinstance(error, DeadlineExceeded) else str(error)
+            return Refused(
+                request=request.request, error=type(error).__name__, reason=reason[:_MAX_REASON]
+            )
 
     async def _compute(self, request: Infer | AskFingerprints) -> Inferred | Fingerprints:
         async with self._gate.enter(request.deadline_s):

@@ -159,6 +159,7 @@ class Refused(WorkerMessage, frozen=True, kw_only=True):
     error: Annotated[str, Meta(max_length=128)]
     """Name of the error class."""
     reason: Reason
+    """Its message; of `DeadlineExceeded` only what took too long."""
 
 
 ClientRequest = Infer | AskFingerprints | Pause | Resume | Restart | AskState

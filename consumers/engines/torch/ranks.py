@@ -196,12 +196,13 @@ async def open_ranks(directory: EngineDirectory, spec: TorchEngineSpec) -> Async
             open_channel(directory.ranks, spec.tp, RANK_REPLIES)
         )
         relays = await stack.enter_async_context(open_background())
+        words = [RankWords.create(number) for number in range(spec.tp)]
+        for shared in words:
+            stack.callback(shared.close)
         ranks: list[RankProcess] = []
         stack.push_async_callback(_kill, ranks)
-        for number in range(spec.tp):
-            words = RankWords.create(number)
-            stack.callback(words.close)
-            rank = RankProcess(await _start(directory, spec, number, words), words)
+        for number, shared in enumerate(words):
+            rank = RankProcess(await _start(directory, spec, number, shared), shared)
             ranks.append(rank)
             relays.start_soon(rank.run_relay)
         yield Ranks(ranks, channel)
