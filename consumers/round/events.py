@@ -38,6 +38,7 @@ __all__ = (
     "LeaseLost",
     "JoinSeen",
     "PlanSeen",
+    "WentAlone",
     "ProvenSeen",
     "CommitSeen",
     "AbortSeen",
@@ -132,6 +133,14 @@ class JoinSeen(Struct, frozen=True):
 
 class PlanSeen(Struct, frozen=True):
     plan: RoundPlan
+
+
+class WentAlone(Struct, frozen=True):
+    """An engine brings itself a version in a round of its own: what the plan of such a round means
+    to the version's main round. Made by the machine itself; the driver never feeds it."""
+
+    engine: str
+    version: int
 
 
 class ProvenSeen(Struct, frozen=True):
@@ -241,6 +250,7 @@ Event = (
     | LeaseLost
     | JoinSeen
     | PlanSeen
+    | WentAlone
     | ProvenSeen
     | CommitSeen
     | AbortSeen

@@ -22,6 +22,7 @@ from weightbus.consumers.round.events import (
     ProvenSeen,
     RoundCompleteSeen,
     UpdateSeen,
+    WentAlone,
 )
 from weightbus.consumers.round.instructions import Campaign, ReleaseRound, Renew
 from weightbus.schemas.checkpoint import CheckpointReady
@@ -39,6 +40,8 @@ __all__ = (
     "main_round",
 )
 
+MAX_ENGINES = 4096
+"""What a plan can name."""
 REASON_CHARS = 4096
 """What messages hold of a reason."""
 GONE = "its consumer is gone"
@@ -113,6 +116,8 @@ class Leadership:
         """Engines whose presence says that they serve this version or a later one."""
         self._lost: dict[str, str] = {}
         """Engine id -> why it will not report."""
+        self._alone: set[str] = set()
+        """Engines that go for this version in a round of their own."""
         self._proven: set[str] = set()
         self._aborted_epoch = 0
         self._committed = False
@@ -200,6 +205,8 @@ class Leadership:
     def keep_join(self, event: JoinSeen) -> None:
         join = event.join
         known = self._joins.get(join.engine)
+        if known is None and len(self._joins) >= MAX_ENGINES:
+            return
         if (
             known is None
             or known.consumer != join.consumer
@@ -208,24 +215,16 @@ class Leadership:
             self._joins[join.engine] = join
         if join.engine not in self._members:
             self._lost.pop(join.engine, None)
-
-    def collect_join(self, event: JoinSeen) -> None:
-        self.keep_join(event)
-        self._plan_if_all_joined()
+        self._reconsider()
 
     def answer_join(self, event: JoinSeen) -> None:
         """Whoever joins after the plan has not heard it, or its group broke. The plan is said
         again, but not all the time."""
         self.keep_join(event)
-        if self._broke(event.join.engine):
-            self._look()
-        elif self.plan is not None and self._effects.now_ns >= self._said_ns:
+        broke = self._broke(event.join.engine)
+        if self.plan is not None and not broke and self._effects.now_ns >= self._said_ns:
             self._said_ns = self._effects.at_ns(self._config.repeat_s)
             self._effects.send(self.plan)
-
-    def regroup_join(self, event: JoinSeen) -> None:
-        self.keep_join(event)
-        self._replan_if_regrouped()
 
     def window_ended(self, event: Event) -> None:
         self._make_plan(self._joins)
@@ -249,9 +248,21 @@ class Leadership:
         update = event.update
         if not isinstance(self._reports.get(update.engine), UpdateComplete):
             self._reports[update.engine] = update
+        self._reconsider()
 
     def keep_proof(self, event: ProvenSeen) -> None:
         self._proven.add(event.proven.engine)
+        self._reconsider()
+
+    def answer_proof(self, event: ProvenSeen) -> None:
+        """Whoever still says so after the commit has not heard it."""
+        if self._committed:
+            self._say_commit()
+        self.keep_proof(event)
+
+    def keep_solo(self, event: WentAlone) -> None:
+        self._alone.add(event.engine)
+        self._reconsider()
 
     def keep_state(self, event: EngineSeen) -> None:
         state = event.state
@@ -266,56 +277,16 @@ class Leadership:
             self._lost[state.engine] = "its consumer was started again"
         elif self._lost.get(state.engine) == GONE:
             del self._lost[state.engine]
+        self._reconsider()
 
     def keep_loss(self, event: EngineGone) -> None:
         self._lost[event.engine] = GONE
+        self._reconsider()
 
     def suspect_leader(self, event: EngineGone) -> None:
         self.keep_loss(event)
         if event.engine == self._leader:
             self._campaign()
-
-    def collect_state(self, event: EngineSeen) -> None:
-        self.keep_state(event)
-        self._plan_if_all_joined()
-
-    def collect_loss(self, event: EngineGone) -> None:
-        self.keep_loss(event)
-        self._plan_if_all_joined()
-
-    def watch_report(self, event: UpdateSeen) -> None:
-        self.keep_report(event)
-        self._look()
-
-    def watch_proof(self, event: ProvenSeen) -> None:
-        self.keep_proof(event)
-        if self._committed:
-            self._say_commit()
-        self._look()
-
-    def watch_state(self, event: EngineSeen) -> None:
-        self.keep_state(event)
-        self._look()
-
-    def watch_loss(self, event: EngineGone) -> None:
-        self.keep_loss(event)
-        self._look()
-
-    def regroup_report(self, event: UpdateSeen) -> None:
-        self.keep_report(event)
-        self._replan_if_regrouped()
-
-    def regroup_proof(self, event: ProvenSeen) -> None:
-        self.keep_proof(event)
-        self._replan_if_regrouped()
-
-    def regroup_state(self, event: EngineSeen) -> None:
-        self.keep_state(event)
-        self._replan_if_regrouped()
-
-    def regroup_loss(self, event: EngineGone) -> None:
-        self.keep_loss(event)
-        self._replan_if_regrouped()
 
     def regroup_window_ended(self, event: Event) -> None:
         self._win_next_epoch()
@@ -328,6 +299,16 @@ class Leadership:
 
     # Steps.
 
+    def _reconsider(self) -> None:
+        """There is news: is it enough to go on?"""
+        match self.phase:
+            case Lead.COLLECTING:
+                self._plan_if_all_joined()
+            case Lead.WATCHING:
+                self._look()
+            case Lead.REGROUPING:
+                self._replan_if_regrouped()
+
     def _campaign(self) -> None:
         self._effects.put(Campaign(self.round))
         self._set_timer(Timer.CAMPAIGN, self._config.round_ttl_s)
@@ -339,7 +320,8 @@ class Leadership:
                 and state.target_version <= self.version
                 and state.status != "stopping"
             )
-            if expected and state.engine not in self._joins:
+            heard_of = state.engine in self._joins or self._gave_up(state.engine)
+            if expected and not heard_of:
                 return
         self._make_plan(self._joins)
 
@@ -392,19 +374,21 @@ class Leadership:
         self._look()
 
     def _look(self) -> None:
-        """After any news while watching: is a group broken, is all proven, is all done?"""
+        """While watching: is a group broken, is all proven, is all done?"""
         plan = self.plan
         assert plan is not None, "a round is watched from its first plan on"
         group = self._group()
-        lost = tuple(engine for engine in group if self._failed(engine))
+        lost = tuple(engine for engine in group if self._gave_up(engine))
         broken = lost or any(self._broke(engine) for engine in group)
         if broken and self._rest() and plan.epoch > self._aborted_epoch:
             self._abort(plan, lost)
             return
-        waiting = [engine for engine in self._members if not self._settled(engine)]
+        waiting = {engine for engine in self._members if not self._settled(engine)}
         if not waiting:
             self._close("")
-        elif plan.commit == "together" and not self._committed and self._proven.issuperset(waiting):
+            return
+        unproven = waiting - self._alone - self._proven
+        if plan.commit == "together" and not unproven and not self._committed:
             self._say_commit()
 
     def _abort(self, plan: RoundPlan, lost: tuple[str, ...]) -> None:
@@ -485,7 +469,7 @@ class Leadership:
         return [
             engine
             for engine in self._group()
-            if not self._settled(engine) and engine not in self._proven
+            if not (self._settled(engine) or engine in self._alone or engine in self._proven)
         ]
 
     def _broke(self, engine: str) -> bool:
@@ -496,8 +480,11 @@ class Leadership:
     def _completed(self, engine: str) -> bool:
         return engine in self._serving or isinstance(self._reports.get(engine), UpdateComplete)
 
-    def _failed(self, engine: str) -> bool:
-        return not self._completed(engine) and (engine in self._lost or engine in self._reports)
+    def _gave_up(self, engine: str) -> bool:
+        """Whether an engine will not get the version in this round."""
+        return not self._completed(engine) and (
+            engine in self._lost or engine in self._reports or engine in self._alone
+        )
 
     def _settled(self, engine: str) -> bool:
         return engine in self._reports or engine in self._lost or engine in self._serving

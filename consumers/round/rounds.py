@@ -25,9 +25,10 @@ from weightbus.consumers.round.events import (
     RoundCompleteSeen,
     TimerFired,
     UpdateSeen,
+    WentAlone,
 )
 from weightbus.consumers.round.instructions import ReleaseRound
-from weightbus.consumers.round.leader import Lead, Leadership, LeaderTable, main_round
+from weightbus.consumers.round.leader import MAX_ENGINES, Lead, Leadership, LeaderTable, main_round
 from weightbus.schemas.progress import EngineState
 
 __all__ = ("Rounds",)
@@ -88,6 +89,8 @@ class Rounds:
         """
         if isinstance(event, EngineSeen | EngineGone):
             self._keep_presence(event)
+        elif isinstance(event, PlanSeen) and event.plan.round != main_round(event.plan.version):
+            event = WentAlone(event.plan.leader, event.plan.version)
         find = _CONCERNED.get(type(event))
         if find is None:
             return
@@ -101,8 +104,11 @@ class Rounds:
     def _keep_presence(self, event: EngineSeen | EngineGone) -> None:
         if isinstance(event, EngineGone):
             self._present.pop(event.engine, None)
-        elif event.state.engine != self._config.engine:
-            self._present[event.state.engine] = event.state
+            return
+        engine = event.state.engine
+        room = engine in self._present or len(self._present) < MAX_ENGINES
+        if engine != self._config.engine and room:
+            self._present[engine] = event.state
 
     # Which rounds an event concerns.
 
@@ -131,12 +137,18 @@ class Rounds:
         return () if known is None else (known,)
 
     def _of_update(self, event: UpdateSeen, _: int) -> Iterable[Leadership]:
-        known = self._rounds.get(main_round(event.update.version))
-        return () if known is None else (known,)
+        return self._of_version(event.update.version)
+
+    def _of_solo(self, event: WentAlone, _: int) -> Iterable[Leadership]:
+        return self._of_version(event.version)
 
     def _of_presence(self, event: EngineSeen | EngineGone, _: int) -> Iterable[Leadership]:
         engine = event.engine if isinstance(event, EngineGone) else event.state.engine
         return () if engine == self._config.engine else tuple(self._rounds.values())
+
+    def _of_version(self, version: int) -> Iterable[Leadership]:
+        known = self._rounds.get(main_round(version))
+        return () if known is None else (known,)
 
     def _of_message(self, round: str, version: int, floor: int) -> Iterable[Leadership]:
         if round in self._rounds:
@@ -152,6 +164,7 @@ _CONCERNED: dict[type[Event], Callable[[Rounds, Any, int], Iterable[Leadership]]
     LeaseLost: Rounds._of_lease,
     JoinSeen: Rounds._of_join,
     PlanSeen: Rounds._of_plan,
+    WentAlone: Rounds._of_solo,
     ProvenSeen: Rounds._of_proof,
     RoundCompleteSeen: Rounds._of_end,
     UpdateSeen: Rounds._of_update,

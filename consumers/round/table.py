@@ -76,6 +76,7 @@ from weightbus.consumers.round.events import (
     TransferDone,
     TransferFailed,
     UpdateSeen,
+    WentAlone,
 )
 from weightbus.consumers.round.leader import Lead, LeaderHandler, Leadership, LeaderTable
 from weightbus.consumers.round.member import Member, MemberHandler, MemberTable, Phase
@@ -130,8 +131,6 @@ _MOVING: MemberRow = {
 
 MEMBER_TABLE: MemberTable = {
     Phase.NEW: {
-        **_ROUND_TALK,
-        EngineLost: _ignore,
         Started: Member.start,
         Stop: Member.stop_at_once,
     },
@@ -205,6 +204,7 @@ _KEEP: LeaderRow = {
     ProvenSeen: Leadership.keep_proof,
     EngineSeen: Leadership.keep_state,
     EngineGone: Leadership.keep_loss,
+    WentAlone: Leadership.keep_solo,
     RoundCompleteSeen: Leadership.heard_end,
 }
 """What every engine of a round remembers, because it may have to lead later."""
@@ -229,38 +229,27 @@ LEADER_TABLE: LeaderTable = {
         LeaseWon: Leadership.won_again,
         LeaseHeld: _ignore,
         LeaseLost: Leadership.step_down,
-        JoinSeen: Leadership.collect_join,
         PlanSeen: Leadership.heard_plan,
-        EngineSeen: Leadership.collect_state,
-        EngineGone: Leadership.collect_loss,
         Timer.WINDOW: Leadership.window_ended,
         Timer.RENEW: Leadership.renew,
     },
     Lead.WATCHING: {
+        **_KEEP,
         LeaseWon: Leadership.won_again,
         LeaseHeld: _ignore,
         LeaseLost: Leadership.step_down,
         JoinSeen: Leadership.answer_join,
         PlanSeen: Leadership.heard_plan,
-        UpdateSeen: Leadership.watch_report,
-        ProvenSeen: Leadership.watch_proof,
-        EngineSeen: Leadership.watch_state,
-        EngineGone: Leadership.watch_loss,
-        RoundCompleteSeen: Leadership.heard_end,
+        ProvenSeen: Leadership.answer_proof,
         Timer.ROUND: Leadership.budget_ended,
         Timer.RENEW: Leadership.renew,
     },
     Lead.REGROUPING: {
+        **_KEEP,
         LeaseWon: Leadership.won_again,
         LeaseHeld: _ignore,
         LeaseLost: Leadership.step_down,
-        JoinSeen: Leadership.regroup_join,
         PlanSeen: Leadership.heard_plan,
-        UpdateSeen: Leadership.regroup_report,
-        ProvenSeen: Leadership.regroup_proof,
-        EngineSeen: Leadership.regroup_state,
-        EngineGone: Leadership.regroup_loss,
-        RoundCompleteSeen: Leadership.heard_end,
         Timer.WINDOW: Leadership.regroup_window_ended,
         Timer.ROUND: Leadership.budget_ended,
         Timer.RENEW: Leadership.renew,

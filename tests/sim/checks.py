@@ -77,6 +77,7 @@ class Checks:
         self._bus = bus
         self._leaders: dict[tuple[str, int], str] = {}
         """(Round, epoch) -> the consumer that led in it."""
+        self._alone: set[tuple[str, int]] = set()
         self._plans: dict[tuple[str, int], RoundPlan] = {}
 
     def after_event(self, consumer: Consumer) -> None:
@@ -136,7 +137,7 @@ class Checks:
     def _check_complete(self, consumer: Consumer, message: UpdateComplete) -> None:
         engine = consumer.engine
         true = engine.version == message.version and engine.holds(message.version)
-        if (engine.paused or not true) and not engine.lost:
+        if (engine.paused or not true) and consumer.proven:
             raise Broken(f"{consumer.name} reports {message.version} complete before it is")
         self.routes.update(message.routes)
         self.served[engine.name] = max(self.served[engine.name], message.version)
@@ -144,6 +145,7 @@ class Checks:
 
     def _check_plan(self, consumer: Consumer, message: RoundPlan) -> None:
         if message.round != main_round(message.version):
+            self._alone.add((message.leader, message.version))
             return
         known = self._plans.get((message.round, message.epoch))
         if known is None:
@@ -165,7 +167,8 @@ class Checks:
     def _check_commit(self, message: Commit) -> None:
         record = self.rounds[message.round]
         for engine in record.members:
-            if engine not in record.proven and not self._accounted(engine, record):
+            alone = (engine, message.version) in self._alone
+            if engine not in record.proven and not alone and not self._accounted(engine, record):
                 raise Broken(f"{message.round} is committed before {engine} has proof")
 
     def _check_end(self, consumer: Consumer, message: RoundComplete) -> None:

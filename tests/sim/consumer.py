@@ -151,10 +151,8 @@ class Consumer(Client):
         """The driver asks the engine what it serves, now and then."""
         if not self.alive or not self.engine.lost:
             return
-        if self._state is None or self._state.version <= self.engine.version:
-            self.engine.lost = False
-            return
-        self.feed(ev.EngineLost("its workers were started anew"))
+        if self._state is not None and self._state.version > self.engine.version:
+            self.feed(ev.EngineLost("its workers were started anew"))
         self._world.after(0.5, self._watch_engine)
 
     def hear(self, event: ev.Event) -> None:

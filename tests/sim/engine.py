@@ -35,7 +35,7 @@ class SimEngine:
         self.touched = False
         """A rank was written to since it last served."""
         self.lost = False
-        """Its processes were started anew, and its consumer does not know yet."""
+        """Its processes were started anew, and have got nothing since."""
 
     @property
     def ranks(self) -> int:
@@ -70,7 +70,7 @@ class SimEngine:
         if version < self.version:
             raise Broken(f"engine {self.name} goes back from {self.version} to {version}")
         self.version = version
-        self.paused = self.touched = False
+        self.paused = self.touched = self.lost = False
         self._world.note(self.name, "serves", version)
         self.check()
 

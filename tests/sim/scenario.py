@@ -59,8 +59,8 @@ class Ambush:
     message: type[Message]
     count: int
     """Strikes when so many messages of this type have been said."""
-    sender: bool
-    """Whom: the one who said it, or anyone."""
+    whom: Callable[[Consumer], Consumer]
+    """From the one who said it, who is struck."""
     delay_s: float
     strike: Callable[[Consumer], None]
 
@@ -83,7 +83,7 @@ class Simulation:
         )
         self._consumer_faults = ConsumerFaults(
             prepare=level * dice.choice((0.0, 0.05)),
-            slow_prepare=level * dice.choice((0.0, 0.05)),
+            slow_prepare=level * dice.choice((0.0, 0.05, 0.2)),
             resume=level * dice.choice((0.0, 0.05)),
         )
         self._transfer_faults = TransferFaults(
@@ -97,6 +97,7 @@ class Simulation:
         self.checks = Checks(world, self.bus)
         self._groups = Groups()
         self._policy: CommitPolicy = "together" if world.chance(0.4) else "each"
+        self._join_window_s = dice.choice((0.05, 0.2, 0.2, 3.0))
         self._processes = 0
         hosts = ["host-a", "host-b", "host-c"][: dice.randint(1, 3)]
         ranks = dice.randint(1, 3)
@@ -142,6 +143,7 @@ class Simulation:
             host_id=engine.host,
             commit=self._policy,
             budgets=BUDGETS,
+            join_window_s=self._join_window_s,
             round_ttl_s=2.0,
             negotiate_s=6.0,
             regroup_s=3.0,
@@ -201,7 +203,7 @@ class Simulation:
         return Ambush(
             message=dice.choice(SAID),
             count=1 + int(dice.expovariate(0.15)),
-            sender=dice.random() < 0.6,
+            whom=dice.choice((self._itself, self._itself, self._a_leader, self._anyone)),
             delay_s=dice.choice((0.0, 0.001, 0.03, 0.5)),
             strike=dice.choice(strikes),
         )
@@ -211,8 +213,18 @@ class Simulation:
             if isinstance(message, ambush.message):
                 ambush.count -= 1
                 if ambush.count == 0 and self.world.now_s < FAULTS_END_S:
-                    victim = consumer if ambush.sender else self._some_consumer()
-                    self.world.after(ambush.delay_s, ambush.strike, victim)
+                    self.world.after(ambush.delay_s, ambush.strike, ambush.whom(consumer))
+
+    def _itself(self, consumer: Consumer) -> Consumer:
+        return consumer
+
+    def _anyone(self, _: Consumer) -> Consumer:
+        return self._some_consumer()
+
+    def _a_leader(self, consumer: Consumer) -> Consumer:
+        """Who holds the lease that was won last, if any is held."""
+        leases = sorted(self.bus.leases.values(), key=lambda lease: lease.expires_ns)
+        return self.checks.consumers[leases[-1].engine] if leases else consumer
 
     def _some_consumer(self) -> Consumer:
         engine = self.world.random.choice(self.engines)
@@ -222,10 +234,7 @@ class Simulation:
         self._kill(self._some_consumer())
 
     def _kill_leader(self) -> None:
-        """Whoever leads the newest round, while it does."""
-        if self.bus.leases:
-            lease = self.bus.leases[max(self.bus.leases)]
-            self._kill(self.checks.consumers[lease.engine])
+        self._kill(self._a_leader(self._some_consumer()))
 
     def _kill(self, consumer: Consumer) -> None:
         if consumer.alive:

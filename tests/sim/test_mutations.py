@@ -1,0 +1,178 @@
+"""The simulation would notice: machines with one broken transition, and what it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.sim.scenario import MakeMachine, Simulation, plan
+from tests.sim.world import Broken
+from weightbus.consumers.round import events as ev
+from weightbus.consumers.round.config import RoundConfig
+from weightbus.consumers.round.effects import Timer
+from weightbus.consumers.round.leader import Lead, Leadership
+from weightbus.consumers.round.machine import RoundMachine
+from weightbus.consumers.round.member import Member, Phase
+from weightbus.consumers.round.table import LEADER_TABLE, MEMBER_TABLE
+
+SEEDS = 200
+"""Every mutation is caught within so many."""
+
+Key = tuple[Phase | Lead, type[ev.Event] | Timer]
+Handler = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Transitions put in the place of the right ones, and what the simulation then says."""
+
+    name: str
+    transitions: Mapping[Key, Handler]
+    symptom: str
+
+    @property
+    def make(self) -> MakeMachine:
+        member = {phase: dict(row) for phase, row in MEMBER_TABLE.items()}
+        leader = {phase: dict(row) for phase, row in LEADER_TABLE.items()}
+        for (phase, key), handler in self.transitions.items():
+            if isinstance(phase, Phase):
+                member[phase][key] = handler
+            else:
+                leader[phase][key] = handler
+
+        def make(config: RoundConfig) -> RoundMachine:
+            return RoundMachine(config, plan, member_table=member, leader_table=leader)
+
+        return make
+
+
+def nothing(half: object, event: object) -> None:
+    """The event is ignored."""
+
+
+def resume_without_proof(member: Member, event: ev.TransferFailed) -> None:
+    member.transferred(ev.TransferDone(event.token, "verified", ("local",)))
+
+
+def forget_the_touch(member: Member, event: ev.TransferFailed) -> None:
+    touched = member.touched
+    member.transfer_failed(event)
+    member.touched = touched
+
+
+def go_for_whatever_comes(member: Member, event: ev.CheckpointSeen) -> None:
+    member.floor = min(member.floor, event.ready.version - 1)
+    member.learn_and_settle(event)
+
+
+def trust_a_failed_resume(member: Member, event: ev.ResumeFailed) -> None:
+    member.resumed(ev.Resumed(event.token))
+
+
+def forget_what_may_be_served(member: Member, event: ev.ResumeFailed) -> None:
+    member.floor = member.served
+    member.resume_failed(event)
+
+
+def only_wait(leadership: Leadership, event: ev.TimerFired) -> None:
+    leadership.step_down(event)
+
+
+def close_at_the_first_report(leadership: Leadership, event: ev.UpdateSeen) -> None:
+    leadership.keep_report(event)
+    if leadership.phase is Lead.WATCHING:
+        leadership.budget_ended(event)
+
+
+def lead_in_an_epoch_of_its_own_making(leadership: Leadership, event: ev.LeaseWon) -> None:
+    leadership.won(ev.LeaseWon(event.round, 1))
+
+
+def commit_at_the_first_proof(leadership: Leadership, event: ev.ProvenSeen) -> None:
+    leadership.keep_proof(event)
+    if leadership.phase is Lead.WATCHING:
+        leadership._say_commit()
+
+
+def stay_in_a_broken_group(member: Member, event: ev.TransferFailed) -> None:
+    member.transfer_failed(event)
+    if member.phase is Phase.REPLANNING:
+        member._effects.cancel_timers(Timer.REPLAN)
+
+
+MUTATIONS = (
+    Mutation(
+        "resumes without proof",
+        {(Phase.TRANSFERRING, ev.TransferFailed): resume_without_proof},
+        "claims version",
+    ),
+    Mutation(
+        "ignores that parameters were touched",
+        {(Phase.TRANSFERRING, ev.TransferFailed): forget_the_touch},
+        "takes its engine to serve",
+    ),
+    Mutation(
+        "accepts an older version",
+        {(Phase.IDLE, ev.CheckpointSeen): go_for_whatever_comes},
+        "goes back",
+    ),
+    Mutation(
+        "takes a failed resume for a good one",
+        {(Phase.RESUMING, ev.ResumeFailed): trust_a_failed_resume},
+        "complete before it is",
+    ),
+    Mutation(
+        "forgets that a failed resume may have worked",
+        {(Phase.RESUMING, ev.ResumeFailed): forget_what_may_be_served},
+        "goes back",
+    ),
+    Mutation(
+        "never campaigns again",
+        {(Lead.CANDIDATE, Timer.CAMPAIGN): only_wait},
+        "was never closed",
+    ),
+    Mutation(
+        "closes the round at the first report",
+        {(Lead.WATCHING, ev.UpdateSeen): close_at_the_first_report},
+        "is closed before",
+    ),
+    Mutation(
+        "numbers its epochs itself",
+        {(Lead.CANDIDATE, ev.LeaseWon): lead_in_an_epoch_of_its_own_making},
+        "epoch 1",
+    ),
+    Mutation(
+        "commits at the first proof",
+        {(Lead.WATCHING, ev.ProvenSeen): commit_at_the_first_proof},
+        "is committed before",
+    ),
+    Mutation(
+        "waits for a plan without a deadline",
+        {(Phase.TRANSFERRING, ev.TransferFailed): stay_in_a_broken_group},
+        "without timer replan",
+    ),
+    Mutation(
+        "does not lose patience with a leader",
+        {(Phase.JOINING, Timer.NEGOTIATE): nothing},
+        "without timer negotiate",
+    ),
+    Mutation(
+        "forgets what comes during a transfer",
+        {(Phase.TRANSFERRING, ev.CheckpointSeen): nothing},
+        "has not said why",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_simulation_notices_when_a_transition_is_broken(mutation: Mutation) -> None:
+    for seed in range(SEEDS):
+        try:
+            Simulation(seed, mutation.make).run()
+        except Broken as error:
+            if mutation.symptom in str(error):
+                return
+    pytest.fail(f"a machine that {mutation.name} passes {SEEDS} seeds")
