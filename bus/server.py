@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import anyio
 import anyio.to_thread
@@ -68,8 +68,8 @@ class EmbeddedServer:
         self.url, self.pid, self.data_dir = url, pid, data_dir
         self._program, self._guard = program, guard
 
-    async def wait(self) -> None:
-        """Returns never; ends only when the server did.
+    async def wait(self) -> NoReturn:
+        """Waits for the server's end.
 
         Raises:
             ServerFailed: the server ended by itself, or something killed it.

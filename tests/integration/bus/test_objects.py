@@ -144,6 +144,8 @@ async def test_object_is_refused_when_its_description_is_unreadable(
         await client.jetstream().publish(subject, description)
     with pytest.raises(ObjectCorrupt):
         await bus.objects.get("key")
+    await bus.objects.put("key", b"y")
+    assert await bus.objects.get("key") == b"y"
 
 
 async def test_standard_client_reads_and_writes_objects_when_it_uses_the_store(bus: Bus) -> None:
@@ -175,6 +177,13 @@ async def test_layout_is_read_from_the_bus_once_when_it_is_asked_for_again(
         await other.objects.delete(digest)
         again, _ = await other.layouts.get(digest)
     assert again is first
+
+
+async def test_layout_is_stored_again_when_the_bus_no_longer_has_it(bus: Bus) -> None:
+    digest = await bus.layouts.put(layout())
+    await bus.objects.delete(digest)
+    assert await bus.layouts.put(layout()) == digest
+    assert await bus.objects.get(digest) == encode_layout(layout())
 
 
 async def test_layout_is_refused_when_it_lies_under_another_digest(bus: Bus) -> None:
