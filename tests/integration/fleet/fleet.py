@@ -19,7 +19,7 @@ import torch
 from msgspec import structs
 
 from tests.integration.fleet.engines import EngineProcess, Engines
-from tests.integration.fleet.held import HeldEngine
+from tests.integration.fleet.held import HeldEngine, Hold, Moment
 from tests.integration.fleet.log import DEADLINE_S, Log, open_log
 from tests.integration.fleet.probe import Probe
 from tests.integration.fleet.weights import fingerprints_of, weights_of
@@ -39,7 +39,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import EngineState, UpdateComplete, UpdateFailed
 from weightbus.tracing.telemetry import Telemetry
 
-__all__ = ("PRESENCE_TTL_S", "Fleet", "Follower", "eventually", "open_fleet")
+__all__ = ("PRESENCE_TTL_S", "Fleet", "Follower", "open_fleet")
 
 PRESENCE_TTL_S = 2
 """So soon a killed consumer is missed."""
@@ -56,10 +56,17 @@ class Follower:
     name: str
     fleet: Fleet
     engine: HeldEngine
+    first_hold: Hold | None
     client: TorchEngineClient
     """As the engine's users have it."""
     consumer: Consumer
     process: EngineProcess
+
+    @property
+    def held(self) -> Hold:
+        """The hold that it was started with."""
+        assert self.first_hold is not None
+        return self.first_hold
 
     async def completes(self, version: int) -> UpdateComplete:
         """Wait until the engine serves a version, proven, and see that it does."""
@@ -72,12 +79,9 @@ class Follower:
     async def state(self) -> StateReport:
         return await self.client.state(COMMAND_S)
 
-    async def goes_on_serving(self, version: int) -> None:
+    async def serves(self, version: int) -> None:
         """The engine serves a version, whole, now."""
-        held = await self.client.fingerprint(DEADLINE_S)
-        assert held.version == version
-        model = self.fleet.model
-        assert held.fingerprints == fingerprints_of(model, version, self.process.ranks)
+        await self.fleet.serves(self.client, version)
 
 
 class Fleet:
@@ -116,8 +120,11 @@ class Fleet:
         return structs.replace(config, **changes)
 
     @asynccontextmanager
-    async def follow(self, name: str, *, ranks: int = 1, **changes: Any) -> AsyncIterator[Follower]:
-        """A consumer beside the engine `name`; no mix may be seen while it runs."""
+    async def follow(
+        self, name: str, *, ranks: int = 1, hold: Moment | None = None, **changes: Any
+    ) -> AsyncIterator[Follower]:
+        """A consumer beside the engine `name`, held where it first comes to `hold`; no mix may be
+        seen while it runs."""
         process = await self.engine(name, ranks)
         config = self.config(name, **changes)
         roots = config.file_roots
@@ -128,6 +135,7 @@ class Fleet:
             open_torch_engine(process.directory, roots=roots) as torch_engine,
         ):
             engine = HeldEngine(torch_engine)
+            held = None if hold is None else engine.hold(hold)
             async with open_consumer(
                 config,
                 bus=bus,
@@ -139,6 +147,7 @@ class Fleet:
                     name=name,
                     fleet=self,
                     engine=engine,
+                    first_hold=held,
                     client=client,
                     consumer=consumer,
                     process=process,
@@ -182,12 +191,15 @@ class Fleet:
         ready = self.log.said(CheckpointReady, version=version)[-1]
         assert ready.weights_digest is not None
         assert (done.verified, done.weights_digest) == ("verified", ready.weights_digest)
+        await self.serves(client, version)
+        return done
+
+    async def serves(self, client: TorchEngineClient, version: int) -> None:
+        """See that an engine serves a version, and holds that and nothing else."""
         held = await client.fingerprint(DEADLINE_S)
         assert held.version == version
-        assert held.fingerprints == fingerprints_of(self.model, version, len(held.fingerprints)), (
-            "the engine holds something else than the trainer has published"
-        )
-        return done
+        published = fingerprints_of(self.model, version, len(held.fingerprints))
+        assert held.fingerprints == published, "it holds something else than was published"
 
     async def fails(self, name: str, version: int, cause: str) -> UpdateFailed:
         failed = await self.log.wait(UpdateFailed, engine=name, version=version)
@@ -198,6 +210,15 @@ class Fleet:
         """What an engine's heartbeat says."""
         found = await self.bus.presence.list(self.model)
         return next((state for state in found if state.engine == name), None)
+
+    async def eventually(self, what: str, look: Callable[[], Awaitable[bool]]) -> None:
+        """Look until it is so: for what nobody says on the bus."""
+        with anyio.move_on_after(DEADLINE_S):
+            while True:
+                if await look():
+                    return
+                await anyio.sleep(POLL_S)
+        raise AssertionError(f"{what}: not within {DEADLINE_S:g} s; {self.log}")
 
     def blocks(self) -> list[str]:
         """Names of the model's blocks in /dev/shm."""
@@ -215,16 +236,6 @@ class Trainer:
         version = self._fleet.next_version()
         tensors = weights_of(self._fleet.model, version) | extra
         return await self.publisher.publish(tensors, version)
-
-
-async def eventually(what: str, look: Callable[[], Awaitable[bool]]) -> None:
-    """Look until it is so."""
-    with anyio.move_on_after(DEADLINE_S):
-        while True:
-            if await look():
-                return
-            await anyio.sleep(POLL_S)
-    raise AssertionError(f"{what}: not within {DEADLINE_S:g} s")
 
 
 @asynccontextmanager

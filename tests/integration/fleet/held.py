@@ -20,23 +20,24 @@ Moment = Literal["before_describe", "before_pause", "before_apply", "after_apply
 
 
 class Hold:
-    """One stop: `reached` is set when the engine is there; it goes on after `release`."""
+    """One stop: whatever comes there waits until `release`."""
 
     def __init__(self, moment: Moment) -> None:
         self.moment = moment
         self.reached = anyio.Event()
-        self._released = anyio.Event()
+        """Something has come there."""
+        self.released = anyio.Event()
 
     def release(self) -> None:
-        self._released.set()
+        self.released.set()
 
     async def stop_here(self) -> None:
         self.reached.set()
-        await self._released.wait()
+        await self.released.wait()
 
 
 class HeldEngine(Engine):
-    """See `Engine`; `hold` makes the next call that comes to a moment stop there, once."""
+    """See `Engine`; `hold` makes every call that comes to a moment stop there."""
 
     kind = "held"
 
@@ -45,17 +46,15 @@ class HeldEngine(Engine):
         self._holds: list[Hold] = []
 
     def hold(self, moment: Moment) -> Hold:
-        """Stop there, the next time; a cancelled call does not stop again."""
+        """Stop there, from now on until it is released."""
         hold = Hold(moment)
         self._holds.append(hold)
         return hold
 
     async def _pass(self, moment: Moment) -> None:
         for hold in self._holds:
-            if hold.moment == moment:
-                self._holds.remove(hold)
+            if hold.moment == moment and not hold.released.is_set():
                 await hold.stop_here()
-                return
 
     @property
     def ranks(self) -> int:

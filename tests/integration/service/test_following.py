@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
-from tests.integration.fleet.fleet import Fleet, eventually, open_fleet
+from tests.integration.fleet.fleet import Fleet, open_fleet
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.progress import StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Commit, Join, Proven, RoundComplete, RoundPlan
@@ -103,7 +103,7 @@ async def test_leases_end_with_the_update_so_that_a_slot_can_be_written_at_once(
         async def released() -> bool:
             return not await fleet.bus.reader_leases.readers(fleet.model, versions[-1])
 
-        await eventually("the lease of the newest version is released", released)
+        await fleet.eventually("the lease of the newest version is released", released)
     retired = fleet.log.said(CheckpointRetired)
     assert [(gone.version, gone.active_readers) for gone in retired] == [(v, 0) for v in versions]
 
