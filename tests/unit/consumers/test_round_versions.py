@@ -1,0 +1,120 @@
+"""Which version is gone for next, after every history."""
+
+from __future__ import annotations
+
+from tests.unit.consumers.machines import NS_PER_S, ready
+from weightbus.consumers.round.config import RoundConfig
+from weightbus.consumers.round.versions import MAX_KNOWN, Versions
+
+CONFIG = RoundConfig(model="m", engine="a", consumer="a-1", host_id="h", backoff_s=1.0)
+
+
+def known(*versions: int) -> Versions:
+    book = Versions(CONFIG)
+    for version in versions:
+        assert book.see(ready(version), "", 0)
+    return book
+
+
+def fail(book: Versions, floor: int, *, touched: bool, cause: str = "WorkerLost") -> int:
+    """The best version fails; which one it was."""
+    best = book.best(floor, touched=touched)
+    assert best is not None
+    book.fail(best, cause, 0)
+    return best.version
+
+
+def best(book: Versions, floor: int, *, touched: bool = False) -> int | None:
+    found = book.best(floor, touched=touched)
+    return None if found is None else found.version
+
+
+def test_best_is_the_newest_when_several_can_be_had() -> None:
+    assert best(known(5, 7, 6), floor=4) == 7
+
+
+def test_best_is_none_when_all_are_at_the_floor_or_below() -> None:
+    assert best(known(3, 4), floor=4) is None
+
+
+def test_floor_itself_can_be_had_again_when_the_engine_was_touched() -> None:
+    assert best(known(3, 4), floor=4, touched=True) == 4
+
+
+def test_older_than_the_floor_is_never_best_when_the_engine_was_touched() -> None:
+    assert best(known(3), floor=4, touched=True) is None
+
+
+def test_failed_version_is_left_alone_when_the_engine_serves_another() -> None:
+    book = known(5, 6)
+    assert [fail(book, 4, touched=False) for _ in range(4)] == [6, 6, 5, 5]
+    assert best(book, 4) is None
+
+
+def test_failed_versions_are_tried_in_turns_when_the_engine_is_down() -> None:
+    book = known(5, 6)
+    tried = [fail(book, 5, touched=True) for _ in range(6)]
+    assert tried == [6, 6, 5, 5, 6, 6]
+
+
+def test_version_is_left_alone_when_it_failed_for_a_permanent_cause() -> None:
+    book = known(5, 6)
+    assert fail(book, 4, touched=True, cause="PlanError") == 6
+    assert best(book, 4, touched=True) == 5
+
+
+def test_pauses_double_up_to_the_limit_when_a_version_fails_again() -> None:
+    book = known(5)
+    pauses_s = []
+    for _ in range(8):
+        fail(book, -1, touched=False)
+        found = book.best(-1, touched=False)
+        assert found is not None
+        pauses_s.append(found.not_before_ns / NS_PER_S)
+    assert pauses_s == [1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_repeat_says_nothing_new_when_a_checkpoint_is_heard_twice() -> None:
+    book = known(5)
+    assert not book.see(ready(5), "", 0)
+
+
+def test_retired_version_stays_gone_when_it_is_heard_of_again() -> None:
+    book = known(5)
+    book.retire(5)
+    assert best(book, 4) is None
+    assert not book.see(ready(5), "", 0)
+
+
+def test_retired_version_can_be_had_when_it_is_published_again() -> None:
+    book = known(5)
+    fail(book, 4, touched=False, cause="PlanError")
+    book.retire(5)
+    assert book.see(ready(5, created_ns=99), "", 0)
+    found = book.best(4, touched=False)
+    assert found is not None
+    assert found.failures == 0
+
+
+def test_failure_of_an_earlier_publication_does_not_count_when_it_is_published_again() -> None:
+    book = known(5)
+    earlier = book.best(4, touched=False)
+    assert earlier is not None
+    book.see(ready(5, created_ns=99), "", 0)
+    book.fail(earlier, "PlanError", 0)
+    assert best(book, 4) == 5
+
+
+def test_older_versions_are_forgotten_when_a_version_is_served() -> None:
+    book = known(4, 5, 6)
+    fail(book, 3, touched=False)
+    book.serve(6)
+    found = book.best(6, touched=True)
+    assert found is not None
+    assert (found.version, found.failures) == (6, 0)
+    assert best(book, 3) == 6
+
+
+def test_oldest_versions_make_room_when_too_many_are_known() -> None:
+    book = known(*range(MAX_KNOWN + 2))
+    assert [fail(book, -1, touched=True) for _ in range(2 * MAX_KNOWN)][-1] == 2
