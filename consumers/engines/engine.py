@@ -95,8 +95,8 @@ class Engine(ABC):
         no rank writes any more, or when a rank that might is lost.
 
         Raises:
-            ApplyFailed: a worker failed. `touched` says whether a live parameter of any rank may have
-                been written: a rank that has applied counts, too.
+            ApplyFailed: a worker failed. `touched` says whether a live parameter of any rank may
+                have been written: a rank that has applied counts, too.
         """
 
     @abstractmethod
