@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -42,7 +41,7 @@ _SHIFT = 29
 _MULTIPLIER = 0xBF58476D1CE4E5B9
 
 _BLOCK_WORDS = 1 << 17
-"""Words per inner step: long enough that two threads seldom wait for the interpreter lock."""
+"""Words per inner step: the calls of a step cost little beside its loops; 1 MiB per buffer."""
 
 _TABLE_WORDS = 1 << 20
 """Coefficients of a tensor's first words (4 MiB of it) are kept: most tensors are no longer."""
@@ -62,13 +61,9 @@ def digest_tensor(data: Bytes) -> int:
     return _digest_run(data, 0) * _MULTIPLIER & _MASK
 
 
-def digest_tensors(tensors: Sequence[Bytes], threads: int = 1) -> Sums:
-    """The digest of every tensor of `tensors`, each as in `digest_tensor`, on up to `threads`."""
-    if threads <= 1 or len(tensors) <= 1:
-        sums = map(digest_tensor, tensors)
-        return np.fromiter(sums, np.uint64, len(tensors))
-    with ThreadPoolExecutor(threads, thread_name_prefix="weightbus-digest") as pool:
-        return np.fromiter(pool.map(digest_tensor, tensors), np.uint64, len(tensors))
+def digest_tensors(tensors: Sequence[Bytes]) -> Sums:
+    """The digest of every tensor of `tensors`, each as in `digest_tensor`."""
+    return np.fromiter(map(digest_tensor, tensors), np.uint64, len(tensors))
 
 
 def digest_box(
