@@ -84,8 +84,8 @@ class Announcer:
         self._keys.add(key)
         return digest_hex(combine(tensor_digests)), key
 
-    async def say(self, ready: CheckpointReady, headers: Mapping[str, str]) -> None:
-        """Publish the event; returns once the bus keeps it.
+    async def say(self, ready: CheckpointReady, headers: Mapping[str, str]) -> CheckpointReady:
+        """Publish the event, `created_ns` being now; returns it once the bus keeps it.
 
         Digests are kept of this version and of the one before, which an engine whose update is cut
         short may still take.
@@ -93,5 +93,7 @@ class Announcer:
         for key in self._keys - {ready.tensor_digests, self._key_before}:
             await self.bus.objects.delete(key)
             self._keys.discard(key)
+        ready = structs.replace(ready, created_ns=time.time_ns())
         await self.bus.publish(ready, headers)
         self._key_before = ready.tensor_digests
+        return ready

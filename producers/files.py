@@ -63,9 +63,8 @@ async def publish_files(
         tensor_digests = await digest_files(layout, paths)
         weights_digest, key = await announcer.put_digests(tensor_digests)
         ready = structs.replace(ready, weights_digest=weights_digest, tensor_digests=key)
-    await announcer.say(ready, span.ref.headers())
     span.set(BYTES, sum(map(tensor_bytes, layout.tensors)))
-    return ready
+    return await announcer.say(ready, span.ref.headers())
 
 
 def find_files(files: Files) -> tuple[str, ...]:

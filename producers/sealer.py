@@ -99,8 +99,7 @@ class Sealer:
             weights_digest=weights_digest,
             tensor_digests=key,
         )
-        await self._announcer.say(ready, headers)
-        return ready
+        return await self._announcer.say(ready, headers)
 
     async def fetch(self, mine: Piece, parts: Sequence[CheckpointPart]) -> list[Piece]:
         """The pieces of all ranks, given one's own; `parts` are in rank order.
