@@ -49,8 +49,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line.")
-@click.option("--nats", "nats_url", help="NATS URL; by default a bus of the demo's own.")
-def command(as_json: bool, nats_url: str | None) -> None:
+def command(as_json: bool) -> None:
     """Train, publish and follow a few versions on this machine, and verify each.
 
     A trainer fine-tunes a real sentence encoder (MiniLM) and trains a small mixture-of-experts
@@ -58,20 +57,19 @@ def command(as_json: bool, nats_url: str | None) -> None:
     killed and comes back. After every version each engine's parameters and answers are compared
     with the trainer's. Exit code 0 only if everything was verified.
     """
-    ok = anyio.run(_run, as_json, nats_url)
+    ok = anyio.run(_run, as_json)
     if not ok:
         sys.exit(1)
 
 
-async def _run(as_json: bool, nats_url: str | None) -> bool:
+async def _run(as_json: bool) -> bool:
     console = Console(highlight=False)
     begin = time.monotonic()
 
     def say(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - begin:6.1f} s[/dim]  {text}", soft_wrap=True)
 
-    settings = BusSettings.from_env(os.environ)
-    settings = msgspec.structs.replace(settings, url=nats_url or settings.url, name="demo")
+    settings = msgspec.structs.replace(BusSettings.from_env(os.environ), url=None, name="demo")
     with tempfile.TemporaryDirectory(prefix="weightbus-demo-") as directory:
         async with (
             open_bus(settings) as bus,
