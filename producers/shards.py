@@ -15,6 +15,7 @@ import torch
 from torch.distributed import tensor as distributed
 
 from weightbus.producers.errors import TensorInvalid
+from weightbus.schemas.dtypes import TORCH_NAMES
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 
 __all__ = ("ALIGNMENT_BYTES", "Part", "Shard", "Tensors", "plan_part")
@@ -28,30 +29,10 @@ MAX_DIMENSIONS: Final = 8
 MAX_NAME_CHARACTERS: Final = 512
 """`schemas.base.Name`."""
 
-_TORCH_NAMES: Final = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-    "C64": "complex64",
-}
-
 _DTYPE_NAMES: Final[dict[torch.dtype, str]] = {
-    getattr(torch, torch_name): name
-    for name, torch_name in _TORCH_NAMES.items()
-    if hasattr(torch, torch_name)  # float8_e8m0fnu came with torch 2.7
+    getattr(torch, attribute): name
+    for name, attribute in TORCH_NAMES.items()
+    if hasattr(torch, attribute)
 }
 
 
