@@ -107,7 +107,7 @@ class Leadership:
         self._leader: str | None = None
         """Engine id of the last known leader."""
         self._epoch = 0
-        """Of the lease that was won last; 0: none yet."""
+        """Of the lease that was won last: the next plan has it; 0: none was won."""
         self._joins: dict[str, Join] = {}
         self._members: set[str] = set()
         """Every engine that any plan of the round names."""
@@ -120,7 +120,9 @@ class Leadership:
         """Engines that go for this version in a round of their own."""
         self._proven: set[str] = set()
         self._aborted_epoch = 0
-        self._committed = False
+        """Of the last plan whose group was given up; 0: none was."""
+        self._committed_epoch = 0
+        """Of the last plan that was committed; 0: none was."""
         self._planned_ns = 0
         self._deadline_ns = 0
         self._give_up_ns = 0
@@ -153,6 +155,7 @@ class Leadership:
     # Handlers: the lease.
 
     def won(self, event: LeaseWon) -> None:
+        """Lead: collect joins, or watch over the plan that an earlier leader made."""
         self._epoch = event.epoch
         self._leader = self._config.engine
         self._effects.cancel_timers(self._timer(Timer.CAMPAIGN))
@@ -165,9 +168,11 @@ class Leadership:
             self._watch()
 
     def won_again(self, event: LeaseWon) -> None:
+        """Two campaigns were under way, and both were answered."""
         self._epoch = max(self._epoch, event.epoch)
 
     def won_next_epoch(self, event: LeaseWon) -> None:
+        """Plan for those of the broken group that have joined again."""
         if event.epoch <= self._epoch:
             return
         self._epoch = event.epoch
@@ -179,6 +184,7 @@ class Leadership:
             self._watch()
 
     def won_too_late(self, event: LeaseWon) -> None:
+        """The round was left while a campaign was under way."""
         self._effects.put(ReleaseRound(event.round))
 
     def held(self, event: LeaseHeld) -> None:
@@ -203,6 +209,7 @@ class Leadership:
     # Handlers: joins and plans.
 
     def keep_join(self, event: JoinSeen) -> None:
+        """The last join of an engine counts; an old one that comes late does not."""
         join = event.join
         known = self._joins.get(join.engine)
         if known is None and len(self._joins) >= MAX_ENGINES:
@@ -227,6 +234,7 @@ class Leadership:
             self._effects.send(self.plan)
 
     def window_ended(self, event: Event) -> None:
+        """Whoever has not joined by now is not waited for."""
         self._make_plan(self._joins)
 
     def keep_plan(self, event: PlanSeen) -> None:
@@ -245,6 +253,7 @@ class Leadership:
     # Handlers: reports and presence.
 
     def keep_report(self, event: UpdateSeen) -> None:
+        """The last report of an engine counts; but once complete, complete."""
         update = event.update
         if not isinstance(self._reports.get(update.engine), UpdateComplete):
             self._reports[update.engine] = update
@@ -256,8 +265,8 @@ class Leadership:
 
     def answer_proof(self, event: ProvenSeen) -> None:
         """Whoever still says so after the commit has not heard it."""
-        if self._committed:
-            self._say_commit()
+        if self.plan is not None and self.plan.epoch == self._committed_epoch:
+            self._say_commit(self.plan)
         self.keep_proof(event)
 
     def keep_solo(self, event: WentAlone) -> None:
@@ -265,6 +274,7 @@ class Leadership:
         self._reconsider()
 
     def keep_state(self, event: EngineSeen) -> None:
+        """Presence tells what a lost report would have told, and who has left the round."""
         state = event.state
         join = self._joins.get(state.engine)
         if state.version >= self.version:
@@ -284,6 +294,7 @@ class Leadership:
         self._reconsider()
 
     def suspect_leader(self, event: EngineGone) -> None:
+        """If the leader is gone, its lease is about to expire."""
         self.keep_loss(event)
         if event.engine == self._leader:
             self._campaign()
@@ -295,7 +306,9 @@ class Leadership:
         self._close("it did not report within the round's budget")
 
     def heard_end(self, event: RoundCompleteSeen) -> None:
-        self.finish()
+        """Another leader has closed the round; one of an earlier epoch does not know the plan."""
+        if self.plan is None or event.complete.epoch >= self.plan.epoch:
+            self.finish()
 
     # Steps.
 
@@ -388,8 +401,8 @@ class Leadership:
             self._close("")
             return
         unproven = waiting - self._alone - self._proven
-        if plan.commit == "together" and not unproven and not self._committed:
-            self._say_commit()
+        if plan.commit == "together" and not unproven and plan.epoch > self._committed_epoch:
+            self._say_commit(plan)
 
     def _abort(self, plan: RoundPlan, lost: tuple[str, ...]) -> None:
         """The group of `plan` is broken: say so, and collect its members again."""
@@ -418,14 +431,14 @@ class Leadership:
         self._effects.cancel_timers(self._timer(Timer.WINDOW))
         self._campaign()
 
-    def _say_commit(self) -> None:
-        self._committed = True
+    def _say_commit(self, plan: RoundPlan) -> None:
+        self._committed_epoch = plan.epoch
         self._effects.send(
             Commit(
                 model=self._config.model,
                 version=self.version,
                 round=self.round,
-                epoch=self._epoch,
+                epoch=plan.epoch,
             )
         )
 
@@ -443,7 +456,7 @@ class Leadership:
                 model=self._config.model,
                 version=self.version,
                 round=self.round,
-                epoch=self._epoch,
+                epoch=self._epoch if self.plan is None else self.plan.epoch,
                 leader=self._config.engine,
                 completed=tuple(engine for engine in members if engine not in failed),
                 failed=failed,

@@ -244,7 +244,7 @@ class Member:
 
     def end_of_round(self, event: RoundCompleteSeen) -> None:
         """The round that a plan was waited for is over."""
-        if event.complete.round == self._in_hand().round:
+        if self._ends_round(event):
             self._go_alone()
 
     def keep_abort(self, event: AbortSeen) -> None:
@@ -329,7 +329,7 @@ class Member:
         self._resume()
 
     def commit_at_end(self, event: RoundCompleteSeen) -> None:
-        if event.complete.round == self._in_hand().round:
+        if self._ends_round(event):
             self._resume()
 
     def resumed(self, event: Resumed) -> None:
@@ -517,6 +517,11 @@ class Member:
         plan = self._in_hand().plan
         part = None if plan is None else self._part_of(plan)
         return part is not None and in_group(part)
+
+    def _ends_round(self, event: RoundCompleteSeen) -> bool:
+        """Whether a leader that knows the plan in hand, if there is one, has closed its round."""
+        work, complete = self._in_hand(), event.complete
+        return complete.round == work.round and complete.epoch >= work.epoch
 
     def _is_later(self, plan: RoundPlan) -> bool:
         """Whether a plan is of the round in hand, and of a later epoch than all before."""

@@ -47,8 +47,10 @@ class RoundRecord:
 
     version: int
     planned_s: float
-    members: set[str] = field(default_factory=set)
-    """Engines that a plan named."""
+    members: dict[str, int] = field(default_factory=dict)
+    """Engine -> the epoch of the first plan that named it."""
+    epoch: int = 0
+    """Of the last plan."""
     runners: list[Consumer] = field(default_factory=list)
     """Consumers that ran a plan of it."""
     deadline_s: float = 0.0
@@ -75,10 +77,9 @@ class Checks:
         """Told of every message before it is published."""
         self._world = world
         self._bus = bus
-        self._leaders: dict[tuple[str, int], str] = {}
-        """(Round, epoch) -> the consumer that led in it."""
         self._alone: set[tuple[str, int]] = set()
         self._plans: dict[tuple[str, int], RoundPlan] = {}
+        """(Round, epoch) -> its one plan."""
 
     def after_event(self, consumer: Consumer) -> None:
         """A machine has handled an event and its instructions are under way."""
@@ -120,16 +121,15 @@ class Checks:
             case UpdateFailed():
                 self._report(message)
             case RoundPlan():
-                self._check_plan(consumer, message)
+                self._check_plan(message)
             case Proven():
                 if consumer.proven and not consumer.engine.holds(message.version):
                     raise Broken(f"{consumer.name} claims proof of {message.version}")
                 self.rounds[message.round].proven.add(message.engine)
             case Commit():
-                self._check_leader(consumer, message.round, message.epoch)
                 self._check_commit(message)
             case RoundComplete():
-                self._check_end(consumer, message)
+                self._check_end(message)
 
     def _report(self, message: UpdateComplete | UpdateFailed) -> None:
         self.reports.setdefault((message.engine, message.version), []).append(message)
@@ -143,40 +143,36 @@ class Checks:
         self.served[engine.name] = max(self.served[engine.name], message.version)
         self._report(message)
 
-    def _check_plan(self, consumer: Consumer, message: RoundPlan) -> None:
+    def _check_plan(self, message: RoundPlan) -> None:
         if message.round != main_round(message.version):
             self._alone.add((message.leader, message.version))
             return
-        known = self._plans.get((message.round, message.epoch))
-        if known is None:
-            self._plans[message.round, message.epoch] = message
-            self._check_leader(consumer, message.round, message.epoch)
-        elif known != message:
+        known = self._plans.setdefault((message.round, message.epoch), message)
+        if known != message:
             raise Broken(f"{message.round} has two plans of epoch {message.epoch}")
         record = self.rounds.setdefault(
             message.round, RoundRecord(message.version, self._world.now_s)
         )
         record.deadline_s = max(record.deadline_s, self._world.now_s + message.budgets.round_s)
-        record.members.update(part.engine for part in message.engines)
-
-    def _check_leader(self, consumer: Consumer, round_id: str, epoch: int) -> None:
-        known = self._leaders.setdefault((round_id, epoch), consumer.name)
-        if known != consumer.name:
-            raise Broken(f"{known} and {consumer.name} both lead {round_id} in epoch {epoch}")
+        record.epoch = max(record.epoch, message.epoch)
+        for part in message.engines:
+            earlier = record.members.get(part.engine, message.epoch)
+            record.members[part.engine] = min(earlier, message.epoch)
 
     def _check_commit(self, message: Commit) -> None:
         record = self.rounds[message.round]
-        for engine in record.members:
+        for engine, epoch in record.members.items():
+            if epoch > message.epoch:
+                continue
             alone = (engine, message.version) in self._alone
             if engine not in record.proven and not alone and not self._accounted(engine, record):
                 raise Broken(f"{message.round} is committed before {engine} has proof")
 
-    def _check_end(self, consumer: Consumer, message: RoundComplete) -> None:
+    def _check_end(self, message: RoundComplete) -> None:
         record = self.rounds.get(message.round)
         if record is None:
             return
-        self._check_leader(consumer, message.round, message.epoch)
-        record.closed = True
+        record.closed = record.closed or message.epoch >= record.epoch
         for engine in message.completed:
             if max(self.served[engine], self.consumers[engine].engine.version) < message.version:
                 raise Broken(f"{message.round} is closed as if {engine} had completed")

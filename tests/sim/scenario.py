@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from msgspec import structs
-
 from tests.sim.bus import Bus, BusFaults
 from tests.sim.checks import Checks
 from tests.sim.consumer import Consumer, ConsumerFaults
@@ -15,7 +13,7 @@ from tests.sim.trainer import MODEL, Source, Trainer, TrainerPlan
 from tests.sim.transfer import Groups, TransferFaults
 from tests.sim.world import Broken, World
 from weightbus.consumers.planner import plan_request
-from weightbus.consumers.round.config import PlanRequest, RoundConfig
+from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.machine import RoundMachine
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
@@ -42,14 +40,9 @@ SAID = (Join, RoundPlan, Proven, Commit, Abort, UpdateComplete, UpdateFailed, Ro
 MakeMachine = Callable[[RoundConfig], RoundMachine]
 
 
-def plan(request: PlanRequest) -> RoundPlan:
-    """The service's own planner."""
-    return structs.replace(plan_request(request), checkpoint_ns=request.ready.created_ns)
-
-
 def make_machine(config: RoundConfig) -> RoundMachine:
-    """The machine as it is in the service."""
-    return RoundMachine(config, plan)
+    """The machine as it is in the service, with the service's planner."""
+    return RoundMachine(config, plan_request)
 
 
 @dataclass

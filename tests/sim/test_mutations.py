@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.sim.scenario import MakeMachine, Simulation, plan
+from tests.sim.scenario import MakeMachine, Simulation
 from tests.sim.world import Broken
+from weightbus.consumers.planner import plan_request
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.effects import Timer
@@ -44,7 +45,7 @@ class Mutation:
                 leader[phase][key] = handler
 
         def make(config: RoundConfig) -> RoundMachine:
-            return RoundMachine(config, plan, member_table=member, leader_table=leader)
+            return RoundMachine(config, plan_request, member_table=member, leader_table=leader)
 
         return make
 
@@ -93,8 +94,8 @@ def lead_in_an_epoch_of_its_own_making(leadership: Leadership, event: ev.LeaseWo
 
 def commit_at_the_first_proof(leadership: Leadership, event: ev.ProvenSeen) -> None:
     leadership.keep_proof(event)
-    if leadership.phase is Lead.WATCHING:
-        leadership._say_commit()
+    if leadership.phase is Lead.WATCHING and leadership.plan is not None:
+        leadership._say_commit(leadership.plan)
 
 
 def stay_in_a_broken_group(member: Member, event: ev.TransferFailed) -> None:
@@ -142,7 +143,7 @@ MUTATIONS = (
     Mutation(
         "numbers its epochs itself",
         {(Lead.CANDIDATE, ev.LeaseWon): lead_in_an_epoch_of_its_own_making},
-        "epoch 1",
+        "two plans of epoch 1",
     ),
     Mutation(
         "commits at the first proof",

@@ -162,7 +162,13 @@ class SimTransfer:
             return
         self._end()
         self._answer(
-            ev.TransferDone(self._order.token, "verified", self._routes, bytes=self._engine.ranks)
+            ev.TransferDone(
+                self._order.token,
+                "verified",
+                self._routes,
+                bytes=self._engine.ranks,
+                weights_digest=f"{self._source.content:016x}",
+            )
         )
 
     def _run_out(self) -> None:

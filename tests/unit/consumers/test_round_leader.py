@@ -107,7 +107,7 @@ def test_candidate_watches_for_the_end_when_its_own_update_is_done() -> None:
     assert lead(driver) is Lead.WATCHING
     driver.feed(complete("b"))
     (end,) = driver.said(RoundComplete)
-    assert (end.epoch, end.completed) == (12, ("a", "b"))
+    assert (end.epoch, end.completed) == (1, ("a", "b"))
 
 
 def test_candidate_gives_up_when_the_round_is_long_over_its_budget() -> None:
@@ -326,6 +326,13 @@ def test_round_is_left_to_the_other_when_another_leader_closes_it() -> None:
     assert driver.said(RoundComplete) == []
 
 
+def test_round_is_watched_on_when_a_leader_closes_it_that_does_not_know_the_plan() -> None:
+    driver = watching("b")
+    end = RoundComplete(model="m", version=1, round="v1", epoch=8, leader="b")
+    driver.feed(ev.RoundCompleteSeen(end))
+    assert lead(driver) is Lead.WATCHING
+
+
 def test_round_is_led_to_its_end_when_a_newer_version_comes() -> None:
     driver = watching("b").transferred().resumed().see(2)
     assert lead(driver) is Lead.WATCHING
@@ -381,6 +388,15 @@ def test_commit_does_not_wait_when_an_engine_has_left_the_round(event: ev.Event)
     driver.feed(proven("b"))
     driver.feed(event)
     assert len(driver.said(Commit)) == 1
+
+
+def test_later_plan_is_committed_anew_when_an_earlier_one_was_committed() -> None:
+    driver = watching("b", commit="together").transferred()
+    driver.feed(proven("b"))
+    plan = plan_of(1, {"a": "local", "b": "local"}, epoch=11, together=True)
+    driver.planned(plan)
+    driver.feed(ev.LeaseWon("v1", 12))
+    assert [commit.epoch for commit in driver.said(Commit)] == [9, 11]
 
 
 def test_commit_is_said_again_when_someone_has_not_heard_it() -> None:

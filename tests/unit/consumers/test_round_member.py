@@ -447,6 +447,12 @@ def test_engine_serves_at_once_when_it_is_alone_in_a_plan_of_all_together() -> N
     assert driver.count(do.Resume) == 1
 
 
+def test_engine_waits_on_when_a_leader_ends_the_round_that_does_not_know_the_plan() -> None:
+    driver = proven()
+    driver.feed(end(1, epoch=2))
+    assert driver.count(do.Resume) == 0
+
+
 # Resuming.
 
 
