@@ -220,7 +220,7 @@ def _check_tensor(name: Any, tensor: Any) -> None:
 
 def _dtype_name(box: _Box) -> str:
     if box.dtype not in _DTYPE_NAMES:
-        raise TensorInvalid(box.name, box.dtype, f"must be one of {', '.join(_TORCH_NAMES)}")
+        raise TensorInvalid(box.name, box.dtype, f"must be one of {', '.join(TORCH_NAMES)}")
     return _DTYPE_NAMES[box.dtype]
 
 

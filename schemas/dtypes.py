@@ -46,4 +46,4 @@ TORCH_NAMES: Final[dict[str, str]] = {
     "F64": "float64",
     "C64": "complex64",
 }
-"""dtype name -> name of the attribute of `torch`; an older torch lacks some (F8_E8M0 came with 2.7)."""
+"""dtype name -> attribute of `torch`; an older torch lacks some (`F8_E8M0` came with 2.7)."""
