@@ -169,8 +169,8 @@ class Fleet:
 
     @asynccontextmanager
     async def publisher(self, **options: Any) -> AsyncIterator[Trainer]:
-        """A trainer with one rank, in this process."""
-        chosen = PublisherOptions(**{"slot_wait_s": DEADLINE_S, **options})
+        """A trainer with one rank, in this process, which does not linger."""
+        chosen = PublisherOptions(**{"slot_wait_s": DEADLINE_S, "linger_s": 0.0, **options})
         async with (
             open_bus(self.settings) as bus,
             open_publisher(bus, self.model, options=chosen) as publisher,
