@@ -120,7 +120,7 @@ async def open_consumer(
     the bus, ends what it can within `config.stop_s` (if it was cancelled, or failed, there is
     nothing left to end), and leaves the engine paused if its parameters may be a mix.
 
-    Raises:
+    Raises, in an exception group:
         BusUnavailable: the bus is gone for longer than its reconnect time.
         EngineUnavailable: the engine is gone.
     """
