@@ -121,7 +121,13 @@ class Fleet:
 
     @asynccontextmanager
     async def follow(
-        self, name: str, *, ranks: int = 1, hold: Moment | None = None, **changes: Any
+        self,
+        name: str,
+        *,
+        ranks: int = 1,
+        hold: Moment | None = None,
+        settings: BusSettings | None = None,
+        **changes: Any,
     ) -> AsyncIterator[Follower]:
         """A consumer beside the engine `name`, held where it first comes to `hold`; no mix may be
         seen while it runs."""
@@ -131,7 +137,7 @@ class Fleet:
         async with (
             open_torch_client(process.directory) as client,
             self.watched(client),
-            open_bus(self.settings) as bus,
+            open_bus(settings or self.settings) as bus,
             open_torch_engine(process.directory, roots=roots) as torch_engine,
         ):
             engine = HeldEngine(torch_engine)
