@@ -49,12 +49,11 @@ class RoundRecord:
     planned_s: float
     members: dict[str, int] = field(default_factory=dict)
     """Engine -> the epoch of the first plan that named it."""
-    epoch: int = 0
-    """Of the last plan."""
-    runners: list[Consumer] = field(default_factory=list)
-    """Consumers that ran a plan of it."""
+    runners: list[tuple[Consumer, int]] = field(default_factory=list)
+    """Consumers that ran a plan of it, and the plan's epoch."""
     deadline_s: float = 0.0
-    closed: bool = False
+    closed_epoch: int = 0
+    """Of the last plan that a leader knew who closed it."""
     proven: set[str] = field(default_factory=set)
 
 
@@ -110,7 +109,7 @@ class Checks:
     def runs(self, consumer: Consumer, plan: RoundPlan) -> None:
         """A consumer begins to run a plan."""
         if plan.round in self.rounds:
-            self.rounds[plan.round].runners.append(consumer)
+            self.rounds[plan.round].runners.append((consumer, plan.epoch))
 
     def said(self, consumer: Consumer, message: Message) -> None:
         """A consumer is about to publish a message."""
@@ -154,7 +153,6 @@ class Checks:
             message.round, RoundRecord(message.version, self._world.now_s)
         )
         record.deadline_s = max(record.deadline_s, self._world.now_s + message.budgets.round_s)
-        record.epoch = max(record.epoch, message.epoch)
         for part in message.engines:
             earlier = record.members.get(part.engine, message.epoch)
             record.members[part.engine] = min(earlier, message.epoch)
@@ -172,7 +170,7 @@ class Checks:
         record = self.rounds.get(message.round)
         if record is None:
             return
-        record.closed = record.closed or message.epoch >= record.epoch
+        record.closed_epoch = max(record.closed_epoch, message.epoch)
         for engine in message.completed:
             if max(self.served[engine], self.consumers[engine].engine.version) < message.version:
                 raise Broken(f"{message.round} is closed as if {engine} had completed")
@@ -197,7 +195,6 @@ class Checks:
     def at_end(self) -> None:
         """The faults are long over."""
         for round_id, record in self.rounds.items():
-            if not record.closed:
-                for consumer in record.runners:
-                    if consumer.alive:
-                        raise Broken(f"{round_id}, run by {consumer.name}, was never closed")
+            for consumer, epoch in record.runners:
+                if consumer.alive and epoch > record.closed_epoch:
+                    raise Broken(f"{round_id}, run by {consumer.name}, was never closed")

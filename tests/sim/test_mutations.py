@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.sim.__main__ import main
 from tests.sim.scenario import MakeMachine, Simulation
 from tests.sim.world import Broken
 from weightbus.consumers.planner import plan_request
@@ -177,3 +178,19 @@ def test_simulation_notices_when_a_transition_is_broken(mutation: Mutation) -> N
             if mutation.symptom in str(error):
                 return
     pytest.fail(f"a machine that {mutation.name} passes {SEEDS} seeds")
+
+
+def test_command_shows_the_log_and_how_to_replay_when_a_seed_fails(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--seeds", "20"], MUTATIONS[0].make) == 1
+    *log, failure, replay = capsys.readouterr().out.splitlines()
+    seed = int(failure.split()[1])
+    assert "failed: Broken: engine" in failure
+    assert replay == f"replay: python -m tests.sim --seeds 1 --first {seed} --log"
+    assert "TransferFailed" in "".join(log)
+
+
+def test_command_says_how_many_held_when_none_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "3", "--first", "5"]) == 0
+    assert capsys.readouterr().out.startswith("3 seeds held")
