@@ -7,6 +7,7 @@ from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
     "ApplyFailed",
+    "CheckpointRefused",
     "ConsumerError",
     "DeadlineExceeded",
     "DigestMismatch",
@@ -51,6 +52,14 @@ class TraceRefused(ConsumerError):
     def __init__(self, model: str, reason: str) -> None:
         self.model, self.reason = model, reason
         super().__init__(f"load_weights of {model} cannot be traced: {reason}")
+
+
+class CheckpointRefused(ConsumerError):
+    """A checkpoint does not make the engine's model: loaded, it would leave a part of another."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model, self.reason = model, reason
+        super().__init__(f"not a checkpoint of {model}: {reason}")
 
 
 class SegmentUnavailable(ConsumerError):

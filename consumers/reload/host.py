@@ -52,6 +52,10 @@ class ModelHost(ABC):
         """The engine's mapping of checkpoint tensors to the parameters of `model` (a scratch one).
 
         Only the mapping (`model.load_weights(weights)`), without what an engine does afterwards.
+
+        Raises:
+            CheckpointRefused: these tensors do not make the model; no version of this layout is
+                taken. Whatever else it raises means that it cannot be traced.
         """
 
     @abstractmethod

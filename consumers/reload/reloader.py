@@ -80,6 +80,10 @@ class Reloader:
     """Whole tensors with no destination if untraced."""
 
     def __init__(self, host: ModelHost, layout: Layout) -> None:
+        """
+        Raises:
+            CheckpointRefused: the layout does not make the model.
+        """
         self.layout = layout
         self._host = host
         self._shards = shards_by_tensor(layout)

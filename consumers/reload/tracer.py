@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from weightbus.consumers.errors import TraceRefused
+from weightbus.consumers.errors import CheckpointRefused, TraceRefused
 from weightbus.consumers.reload.canvas import Canvas
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.host import ModelHost
@@ -71,6 +71,7 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
 
     Raises:
         TraceRefused: it cannot be told as a plan; the reason names operation and tensor.
+        CheckpointRefused: the layout does not make the model.
     """
     model = host.scratch_model()
     state = state_tensors(model)
@@ -131,6 +132,8 @@ def _record(
     try:
         with torch.no_grad(), recorder:
             host.load_weights(model, weights)
+    except CheckpointRefused:
+        raise
     except Exception as error:
         raise TraceRefused(
             host.name, recorder.refusal or f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, RoundPlan
 __all__ = ("DEFAULT_PERMANENT_CAUSES", "PlanRequest", "Planner", "RoundConfig")
 
 DEFAULT_PERMANENT_CAUSES = frozenset(
-    {"MessageInvalid", "PlanError", "RouteUnavailable", "VersionRetired"}
+    {"CheckpointRefused", "MessageInvalid", "PlanError", "RouteUnavailable", "VersionRetired"}
 )
 """Errors that the same version would meet again: it is not tried a second time."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from weightbus.consumers.engines.torch.model import ServedModel
-from weightbus.consumers.errors import PlanError
+from weightbus.consumers.errors import CheckpointRefused, PlanError
 from weightbus.consumers.reload.host import ModelHost, Weights
 
 __all__ = ("TorchModelHost", "process_weights_after_loading")
@@ -41,10 +41,16 @@ class TorchModelHost(ModelHost):
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
         if not isinstance(model, ServedModel):
             raise PlanError("model", type(model).__name__, "must be one that this engine built")
-        model.load_weights(weights)
+        try:
+            model.load_checkpoint(weights)
+        except PlanError as error:
+            raise CheckpointRefused(self._name, str(error)) from error
 
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
-        self._live.load_weights(weights)
+        if modules is None:
+            self._live.load_checkpoint(weights)
+        else:
+            self._live.load_weights(weights)
         process_weights_after_loading(self._live, modules)
 
     def synchronize(self) -> None:

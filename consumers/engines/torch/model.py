@@ -61,9 +61,23 @@ class ServedModel(nn.Module, ABC):
         for name, tensor in weights:
             part = parts.get(name)
             if part is not None:
-                part.parameter.weight_loader(tensor, part.shard)
+                try:
+                    part.parameter.weight_loader(tensor, part.shard)
+                except PlanError as error:
+                    raise PlanError(f"shape of {name}", error.value, error.limit) from None
                 taken.add(name)
         return taken
+
+    def load_checkpoint(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """As `load_weights`, for all that the model is made of.
+
+        Raises:
+            PlanError: a tensor is missing, or has another shape than the model is made for.
+        """
+        missing = {part.name for part in self.checkpoint_parts()} - self.load_weights(weights)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise PlanError("checkpoint", "incomplete", f"must have {min(missing)}{more}")
 
     def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         """The inverse of `load_weights`: views that share the parameters' memory. Unsharded models

@@ -181,7 +181,8 @@ def _load(model: ServedModel, path: Path) -> None:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise PlanError("weights", path, f"cannot be read: {error}") from None
-    missing = {part.name for part in model.checkpoint_parts()} - model.load_weights(tensors.items())
-    if missing:
-        raise PlanError("weights", path, f"must have {min(missing)} and {len(missing) - 1} more")
+    try:
+        model.load_checkpoint(tensors.items())
+    except PlanError as error:
+        raise PlanError("weights", path, f"must make the model: {error}") from None
     process_weights_after_loading(model)

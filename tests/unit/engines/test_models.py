@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from weightbus.consumers.engines.errors import RequestRefused
+from weightbus.consumers.engines.torch.host import TorchModelHost
 from weightbus.consumers.engines.torch.messages import Inputs
 from weightbus.consumers.engines.torch.minilm import MiniLM, minilm_config, minilm_folder
 from weightbus.consumers.engines.torch.model import ServedModel
 from weightbus.consumers.engines.torch.models import build_model, initialise
 from weightbus.consumers.engines.torch.parameter import ShardedParameter
-from weightbus.consumers.errors import PlanError
+from weightbus.consumers.errors import CheckpointRefused, PlanError
 
 SMALL_MINILM = {
     "vocab_size": 100,
@@ -193,8 +194,21 @@ def test_model_is_refused_when_configuration_does_not_fit(
 
 def test_load_is_refused_when_checkpoint_has_another_shape() -> None:
     model = build_model("decoder", {})
-    with pytest.raises(PlanError, match=r"\[500, 64\]"):
+    with pytest.raises(PlanError, match=r"shape of model.embed_tokens.weight .* \[500, 64\]"):
         model.load_weights([("model.embed_tokens.weight", torch.zeros(1, 64))])
+
+
+def test_checkpoint_is_refused_when_it_lacks_a_tensor_of_the_model() -> None:
+    model = build_model("decoder", {})
+    tensors = model.checkpoint_tensors()
+    del tensors["model.norm.weight"], tensors["lm_head.weight"]
+    with pytest.raises(PlanError, match=r"must have lm_head.weight and 1 more"):
+        model.load_checkpoint(tensors.items())
+    host = TorchModelHost("decoder", lambda: build_model("decoder", {}), model)
+    with pytest.raises(CheckpointRefused, match=r"must have lm_head.weight and 1 more"):
+        host.load_weights(host.scratch_model(), tensors.items())
+    with pytest.raises(PlanError, match=r"must have lm_head.weight and 1 more"):
+        host.reload(tensors.items(), None)
 
 
 @pytest.mark.parametrize(
