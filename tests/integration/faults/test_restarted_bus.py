@@ -131,13 +131,13 @@ async def test_consumer_ends_at_once_and_its_engine_serves_on_when_the_bus_is_go
     ):
         settings = structs.replace(fleet.settings, url=cable.url, reconnect_for_s=RECONNECT_FOR_S)
         version = (await trainer.publish()).version
-        with pytest.raises(BaseExceptionGroup) as ended:
+        try:
             async with fleet.follow("a", settings=settings, reader_ttl_s=1, stop_s=NEVER_S) as a:
                 await a.completes(version)
                 cable.cut()
                 await anyio.sleep_forever()
-        others = ended.value.split(BusUnavailable)[1]
-        assert others is None
+        except* BusUnavailable:
+            pass
         await fleet.serves(client, version)
 
         async def is_missed() -> bool:

@@ -38,6 +38,10 @@ class Child:
         self._process = process
         self._lines = BufferedByteReceiveStream(process.stdout)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def hears(self, word: str) -> None:
         """Wait for its next report, which must be this one."""
         with anyio.move_on_after(DEADLINE_S):
