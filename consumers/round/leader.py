@@ -5,8 +5,7 @@ Phases and rules are in `table.py`; here is what happens in a transition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from enum import Enum
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from weightbus.consumers.round.config import Planner, PlanRequest, RoundConfig
@@ -25,60 +24,17 @@ from weightbus.consumers.round.events import (
     WentAlone,
 )
 from weightbus.consumers.round.instructions import Campaign, ReleaseRound, Renew
+from weightbus.consumers.round.phases import Lead
+from weightbus.consumers.round.roll import Roll
+from weightbus.consumers.round.work import REASON_CHARS, concerns, main_round
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.errors import WeightBusError
-from weightbus.schemas.progress import EngineState, UpdateComplete, UpdateFailed
-from weightbus.schemas.rounds import Abort, Commit, EngineRoute, Join, RoundComplete, RoundPlan
+from weightbus.schemas.progress import EngineState, UpdateComplete
+from weightbus.schemas.rounds import Abort, Commit, RoundComplete, RoundPlan
 
-__all__ = (
-    "Lead",
-    "LeaderHandler",
-    "LeaderTable",
-    "Leadership",
-    "concerns",
-    "in_group",
-    "main_round",
-)
-
-MAX_ENGINES = 4096
-"""What a plan can name."""
-REASON_CHARS = 4096
-"""What messages hold of a reason."""
-GONE = "its consumer is gone"
-"""Why a member that left presence does not serve the version."""
-
-
-class Lead(Enum):
-    """Where a round is, for one of its engines."""
-
-    HEARD = "heard"
-    CANDIDATE = "candidate"
-    COLLECTING = "collecting"
-    WATCHING = "watching"
-    REGROUPING = "regrouping"
-    REPLANNING = "replanning"
-    OVER = "over"
-
+__all__ = ("LeaderHandler", "LeaderTable", "Leadership")
 
 LEADING = frozenset({Lead.COLLECTING, Lead.WATCHING, Lead.REGROUPING, Lead.REPLANNING})
-
-
-def main_round(version: int) -> str:
-    """Id of the round that brings `version` to all engines that are present."""
-    return f"v{version}"
-
-
-def concerns(message: Join | RoundPlan, ready: CheckpointReady) -> bool:
-    """Whether a message is about this very checkpoint; a version may be published again.
-
-    A sender that does not tell (0) is believed.
-    """
-    return message.checkpoint_ns in (0, ready.created_ns)
-
-
-def in_group(part: EngineRoute) -> bool:
-    """Whether some rank of an engine depends on other engines."""
-    return any(rank.route == "broadcast" for rank in part.ranks)
 
 
 class Leadership:
@@ -95,8 +51,7 @@ class Leadership:
         self.round = main_round(version)
         self.version = version
         self.phase = Lead.HEARD
-        self.plan: RoundPlan | None = None
-        """The plan of the latest epoch that is known."""
+        self._roll = Roll(version)
         self._config = config
         self._planner = planner
         self._effects = effects
@@ -108,17 +63,6 @@ class Leadership:
         """Engine id of the last known leader."""
         self._epoch = 0
         """Of the lease that was won last: the next plan has it; 0: none was won."""
-        self._joins: dict[str, Join] = {}
-        self._members: set[str] = set()
-        """Every engine that any plan of the round names."""
-        self._reports: dict[str, UpdateComplete | UpdateFailed] = {}
-        self._serving: set[str] = set()
-        """Engines whose presence says that they serve this version or a later one."""
-        self._lost: dict[str, str] = {}
-        """Engine id -> why it will not report."""
-        self._alone: set[str] = set()
-        """Engines that go for this version in a round of their own."""
-        self._proven: set[str] = set()
         self._aborted_epoch = 0
         """Of the last plan whose group was given up; 0: none was."""
         self._committed_epoch = 0
@@ -127,6 +71,11 @@ class Leadership:
         self._deadline_ns = 0
         self._give_up_ns = 0
         self._said_ns = 0
+
+    @property
+    def plan(self) -> RoundPlan | None:
+        """The plan of the latest epoch that is known."""
+        return self._roll.plan
 
     # What the member's half asks for.
 
@@ -139,7 +88,7 @@ class Leadership:
 
     def leave(self) -> None:
         """The engine goes on without the round; what it has planned, it leads to the end."""
-        planned = self._config.engine in self._members
+        planned = self._config.engine in self._roll.members
         if self.phase in (Lead.HEARD, Lead.COLLECTING) or (
             self.phase is Lead.CANDIDATE and not planned
         ):
@@ -177,9 +126,9 @@ class Leadership:
             return
         self._epoch = event.epoch
         self._effects.cancel_timers(self._timer(Timer.CAMPAIGN))
-        joins = {engine: self._joins[engine] for engine in self._rest() if self._broke(engine)}
-        if joins:
-            self._make_plan(joins)
+        again = {engine for engine in self._roll.rest_of_group() if self._roll.broke(engine)}
+        if again:
+            self._make_plan(again)
         else:
             self._watch()
 
@@ -209,33 +158,21 @@ class Leadership:
     # Handlers: joins and plans.
 
     def keep_join(self, event: JoinSeen) -> None:
-        """The last join of an engine counts; an old one that comes late does not."""
-        join = event.join
-        known = self._joins.get(join.engine)
-        if known is None and len(self._joins) >= MAX_ENGINES:
-            return
-        if (
-            known is None
-            or known.consumer != join.consumer
-            or known.broken_epoch <= join.broken_epoch
-        ):
-            self._joins[join.engine] = join
-        if join.engine not in self._members:
-            self._lost.pop(join.engine, None)
+        self._roll.keep_join(event.join)
         self._reconsider()
 
     def answer_join(self, event: JoinSeen) -> None:
         """Whoever joins after the plan has not heard it, or its group broke. The plan is said
         again, but not all the time."""
         self.keep_join(event)
-        broke = self._broke(event.join.engine)
+        broke = self._roll.broke(event.join.engine)
         if self.plan is not None and not broke and self._effects.now_ns >= self._said_ns:
             self._said_ns = self._effects.at_ns(self._config.repeat_s)
             self._effects.send(self.plan)
 
     def window_ended(self, event: Event) -> None:
         """Whoever has not joined by now is not waited for."""
-        self._make_plan(self._joins)
+        self._make_plan(self._roll.joins)
 
     def keep_plan(self, event: PlanSeen) -> None:
         self._take_plan(event.plan)
@@ -253,14 +190,11 @@ class Leadership:
     # Handlers: reports and presence.
 
     def keep_report(self, event: UpdateSeen) -> None:
-        """The last report of an engine counts; but once complete, complete."""
-        update = event.update
-        if not isinstance(self._reports.get(update.engine), UpdateComplete):
-            self._reports[update.engine] = update
+        self._roll.keep_report(event.update)
         self._reconsider()
 
     def keep_proof(self, event: ProvenSeen) -> None:
-        self._proven.add(event.proven.engine)
+        self._roll.proven.add(event.proven.engine)
         self._reconsider()
 
     def answer_proof(self, event: ProvenSeen) -> None:
@@ -270,27 +204,15 @@ class Leadership:
         self.keep_proof(event)
 
     def keep_solo(self, event: WentAlone) -> None:
-        self._alone.add(event.engine)
+        self._roll.alone.add(event.engine)
         self._reconsider()
 
     def keep_state(self, event: EngineSeen) -> None:
-        """Presence tells what a lost report would have told, and who has left the round."""
-        state = event.state
-        join = self._joins.get(state.engine)
-        if state.version >= self.version:
-            self._serving.add(state.engine)
-        elif state.target_version > self.version:
-            self._lost[state.engine] = f"it went on to version {state.target_version}"
-        elif state.status == "stopping":
-            self._lost[state.engine] = "it is stopping"
-        elif join is not None and join.consumer != state.consumer:
-            self._lost[state.engine] = "its consumer was started again"
-        elif self._lost.get(state.engine) == GONE:
-            del self._lost[state.engine]
+        self._roll.keep_state(event.state)
         self._reconsider()
 
     def keep_loss(self, event: EngineGone) -> None:
-        self._lost[event.engine] = GONE
+        self._roll.keep_loss(event.engine)
         self._reconsider()
 
     def suspect_leader(self, event: EngineGone) -> None:
@@ -333,22 +255,18 @@ class Leadership:
                 and state.target_version <= self.version
                 and state.status != "stopping"
             )
-            heard_of = state.engine in self._joins or self._gave_up(state.engine)
+            heard_of = state.engine in self._roll.joins or self._roll.gave_up(state.engine)
             if expected and not heard_of:
                 return
-        self._make_plan(self._joins)
+        self._make_plan(self._roll.joins)
 
-    def _make_plan(self, joins: Mapping[str, Join]) -> None:
-        """Plan for `joins` in the epoch that was won, and say so."""
+    def _make_plan(self, engines: Container[str]) -> None:
+        """Plan for those of `engines` that can be planned for, in the epoch that was won."""
         ready = self._ready
         assert ready is not None, "only an engine that has entered the round leads it"
-        chosen = tuple(
-            join
-            for engine, join in sorted(joins.items())
-            if engine not in self._lost and concerns(join, ready)
-        )
+        candidates = self._roll.candidates(ready)
         request = PlanRequest(
-            joins=chosen,
+            joins=tuple(join for engine, join in candidates.items() if engine in engines),
             ready=ready,
             round=self.round,
             epoch=self._epoch,
@@ -371,12 +289,11 @@ class Leadership:
     def _take_plan(self, plan: RoundPlan) -> None:
         if self._ready is not None and not concerns(plan, self._ready):
             return
-        self._members.update(part.engine for part in plan.engines)
-        if self.plan is not None and plan.epoch <= self.plan.epoch:
+        first = self.plan is None
+        if not self._roll.keep_plan(plan):
             return
-        if self.plan is None:
+        if first:
             self._planned_ns = self._effects.now_ns
-        self.plan = plan
         self._deadline_ns = self._effects.at_ns(plan.budgets.round_s)
         self._give_up_ns = self._effects.at_ns(2 * plan.budgets.round_s)
 
@@ -390,17 +307,18 @@ class Leadership:
         """While watching: is a group broken, is all proven, is all done?"""
         plan = self.plan
         assert plan is not None, "a round is watched from its first plan on"
-        group = self._group()
-        lost = tuple(engine for engine in group if self._gave_up(engine))
-        broken = lost or any(self._broke(engine) for engine in group)
-        if broken and self._rest() and plan.epoch > self._aborted_epoch:
+        roll = self._roll
+        group = roll.group()
+        lost = tuple(engine for engine in group if roll.gave_up(engine))
+        broken = lost or any(roll.broke(engine) for engine in group)
+        if broken and roll.rest_of_group() and plan.epoch > self._aborted_epoch:
             self._abort(plan, lost)
             return
-        waiting = {engine for engine in self._members if not self._settled(engine)}
-        if not waiting:
+        waited_for = roll.waited_for()
+        if not waited_for:
             self._close("")
             return
-        unproven = waiting - self._alone - self._proven
+        unproven = waited_for - roll.alone - roll.proven
         if plan.commit == "together" and not unproven and plan.epoch > self._committed_epoch:
             self._say_commit(plan)
 
@@ -409,7 +327,7 @@ class Leadership:
         self._aborted_epoch = plan.epoch
         self.phase = Lead.REGROUPING
         self._set_timer(Timer.WINDOW, self._config.regroup_s)
-        reason = "; ".join(f"{engine}: {self._why(engine)}" for engine in lost)
+        reason = "; ".join(f"{engine}: {self._roll.why(engine)}" for engine in lost)
         self._effects.send(
             Abort(
                 model=self._config.model,
@@ -423,7 +341,7 @@ class Leadership:
         self._replan_if_regrouped()
 
     def _replan_if_regrouped(self) -> None:
-        if all(self._broke(engine) for engine in self._rest()):
+        if all(self._roll.broke(engine) for engine in self._roll.rest_of_group()):
             self._win_next_epoch()
 
     def _win_next_epoch(self) -> None:
@@ -444,13 +362,14 @@ class Leadership:
 
     def _close(self, missing: str) -> None:
         """Say `RoundComplete`; `missing` is the reason of those who have not reported."""
-        members = sorted(self._members or self._joins)
+        roll = self._roll
+        members = sorted(roll.members or roll.joins)
         failed = {
-            engine: (self._why(engine) or missing)[:REASON_CHARS]
+            engine: (roll.why(engine) or missing)[:REASON_CHARS]
             for engine in members
-            if not self._completed(engine)
+            if not roll.completed(engine)
         }
-        reports = [self._reports.get(engine) for engine in members]
+        reports = [roll.reports.get(engine) for engine in members]
         self._effects.send(
             RoundComplete(
                 model=self._config.model,
@@ -469,44 +388,6 @@ class Leadership:
             )
         )
         self.finish()
-
-    # Questions.
-
-    def _group(self) -> list[str]:
-        """Engines of the current plan that depend on each other."""
-        plan = self.plan
-        return [] if plan is None else [part.engine for part in plan.engines if in_group(part)]
-
-    def _rest(self) -> list[str]:
-        """Engines of the current plan's group that still have to get the version."""
-        return [
-            engine
-            for engine in self._group()
-            if not (self._settled(engine) or engine in self._alone or engine in self._proven)
-        ]
-
-    def _broke(self, engine: str) -> bool:
-        """Whether an engine has said that the group of the current plan broke."""
-        join, plan = self._joins.get(engine), self.plan
-        return join is not None and plan is not None and join.broken_epoch >= plan.epoch > 0
-
-    def _completed(self, engine: str) -> bool:
-        return engine in self._serving or isinstance(self._reports.get(engine), UpdateComplete)
-
-    def _gave_up(self, engine: str) -> bool:
-        """Whether an engine will not get the version in this round."""
-        return not self._completed(engine) and (
-            engine in self._lost or engine in self._reports or engine in self._alone
-        )
-
-    def _settled(self, engine: str) -> bool:
-        return engine in self._reports or engine in self._lost or engine in self._serving
-
-    def _why(self, engine: str) -> str:
-        report = self._reports.get(engine)
-        if isinstance(report, UpdateFailed):
-            return f"{report.cause}: {report.reason}"
-        return self._lost.get(engine, "")
 
     # Timers.
 

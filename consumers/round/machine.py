@@ -25,7 +25,8 @@ from weightbus.consumers.round.events import (
 )
 from weightbus.consumers.round.instructions import Instruction
 from weightbus.consumers.round.leader import LeaderTable
-from weightbus.consumers.round.member import Member, MemberTable, Phase
+from weightbus.consumers.round.member import Member, MemberTable
+from weightbus.consumers.round.phases import Phase
 from weightbus.consumers.round.rounds import Rounds
 from weightbus.consumers.round.table import LEADER_TABLE, MEMBER_TABLE
 from weightbus.schemas.base import Message

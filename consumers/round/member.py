@@ -6,7 +6,6 @@ Phases and rules are in `table.py`; here is what happens in a transition.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum
 from typing import Any
 
 from weightbus.consumers.errors import PlanError, VersionRetired
@@ -41,35 +40,26 @@ from weightbus.consumers.round.instructions import (
     SetState,
     Transfer,
 )
-from weightbus.consumers.round.leader import Lead, concerns, in_group, main_round
+from weightbus.consumers.round.phases import Lead, Phase
 from weightbus.consumers.round.rounds import Rounds
 from weightbus.consumers.round.versions import Candidate, Versions
-from weightbus.consumers.round.work import NO_VERSION, Work
+from weightbus.consumers.round.work import (
+    NO_VERSION,
+    Work,
+    concerns,
+    in_group,
+    main_round,
+    solo_round,
+)
 from weightbus.schemas.base import Stage
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.progress import EngineStatus
-from weightbus.schemas.rounds import EngineRoute, Join, RoundPlan
+from weightbus.schemas.rounds import Join, RoundPlan
 
-__all__ = ("Member", "MemberHandler", "MemberTable", "Phase")
+__all__ = ("Member", "MemberHandler", "MemberTable")
 
 CANCELLED = "TransferCancelled"
 """Cause of a transfer that was ended by `CancelTransfer`."""
-
-
-class Phase(Enum):
-    """Where an engine is with the version it is going for."""
-
-    NEW = "new"
-    IDLE = "idle"
-    QUARANTINED = "quarantined"
-    PREPARING = "preparing"
-    JOINING = "joining"
-    TRANSFERRING = "transferring"
-    CANCELLING = "cancelling"
-    REPLANNING = "replanning"
-    PROVEN = "proven"
-    RESUMING = "resuming"
-    STOPPED = "stopped"
 
 
 WAITS = (Timer.JOIN, Timer.NEGOTIATE, Timer.REPLAN, Timer.PROVEN, Timer.COMMIT)
@@ -211,6 +201,7 @@ class Member:
         work = self._in_hand()
         if event.token != work.token:
             return
+        work.prepared = True
         work.offers, work.layout_digest = event.offers, event.layout_digest
         late = event.planned is not None and concerns(event.planned, work.candidate.ready)
         again = work.candidate.failures > 0 or work.version <= self.floor
@@ -228,7 +219,9 @@ class Member:
         leadership.enter(work.candidate.ready, event.layout_digest)
 
     def prepare_failed(self, event: PrepareFailed) -> None:
-        if event.token == self._in_hand().token:
+        work = self._in_hand()
+        if event.token == work.token:
+            work.prepared = True
             self._report_failure(event.cause, event.reason, "negotiate")
 
     def join_again(self, event: TimerFired) -> None:
@@ -236,7 +229,7 @@ class Member:
         self._repeat(Timer.JOIN)
 
     def take_plan(self, event: PlanSeen) -> None:
-        if self._is_later(event.plan):
+        if self._in_hand().awaits(event.plan):
             self._follow(event.plan)
 
     def lose_patience(self, event: TimerFired) -> None:
@@ -244,7 +237,7 @@ class Member:
 
     def end_of_round(self, event: RoundCompleteSeen) -> None:
         """The round that a plan was waited for is over."""
-        if self._ends_round(event):
+        if self._in_hand().ended_by(event.complete):
             self._go_alone()
 
     def keep_abort(self, event: AbortSeen) -> None:
@@ -255,23 +248,23 @@ class Member:
     # Handlers: the transfer.
 
     def keep_plan(self, event: PlanSeen) -> None:
-        if self._is_later(event.plan):
+        if self._in_hand().awaits(event.plan):
             self._in_hand().latest = event.plan
 
     def weigh_plan(self, event: PlanSeen) -> None:
         """A later plan while one is run: it counts only if others depend on this engine in it, or
         this one on others in the one that is run."""
-        if not self._is_later(event.plan):
+        if not self._in_hand().awaits(event.plan):
             return
         self._in_hand().latest = event.plan
-        part = self._part_of(event.plan)
-        if part is not None and (in_group(part) or self._depends()):
+        part = self._in_hand().part_of(event.plan)
+        if part is not None and (in_group(part) or self._in_hand().depends):
             self._cancel_transfer()
 
     def obey_abort(self, event: AbortSeen) -> None:
         self.keep_abort(event)
-        plan = self._in_hand().plan
-        if plan is not None and plan.epoch <= self._in_hand().aborted_epoch and self._depends():
+        work = self._in_hand()
+        if work.depends and work.running.epoch <= work.aborted_epoch:
             self._cancel_transfer()
 
     def transferred(self, event: TransferDone) -> None:
@@ -292,7 +285,7 @@ class Member:
         work = self._answered(event)
         self.touched = self.touched or event.touched
         broken = event.cause == CANCELLED or (
-            self._depends() and event.cause in self._config.peer_causes
+            self._in_hand().depends and event.cause in self._config.peer_causes
         )
         if work.alone or self._stopping or not broken:
             self._report_failure(event.cause, event.reason, event.stage)
@@ -329,7 +322,7 @@ class Member:
         self._resume()
 
     def commit_at_end(self, event: RoundCompleteSeen) -> None:
-        if self._ends_round(event):
+        if self._in_hand().ended_by(event.complete):
             self._resume()
 
     def resumed(self, event: Resumed) -> None:
@@ -374,7 +367,7 @@ class Member:
     def _let_go(self) -> None:
         """Put the version in hand down, whether it is served or not."""
         work = self._in_hand()
-        if self.phase is Phase.PREPARING:
+        if not work.prepared:
             self._effects.put(CancelPrepare(work.token))
         self._effects.cancel_timers(*WAITS)
         self._rounds.leave(work.version)
@@ -388,7 +381,7 @@ class Member:
         self._rounds.leave(work.version)
         self._solo_rounds += 1
         work.alone = True
-        work.round = self._solo_round(work.version)
+        work.round = solo_round(work.version, self._config, self._solo_rounds)
         work.latest = None
         request = PlanRequest(
             joins=(self._join(),),
@@ -411,7 +404,7 @@ class Member:
 
     def _follow(self, plan: RoundPlan) -> None:
         """A plan that was waited for: run it, unless it has been withdrawn or leaves us out."""
-        part = self._part_of(plan)
+        part = self._in_hand().part_of(plan)
         if part is None:
             self._go_alone()
         elif plan.epoch > self._in_hand().aborted_epoch or not in_group(part):
@@ -419,7 +412,7 @@ class Member:
 
     def _run(self, plan: RoundPlan) -> None:
         work = self._in_hand()
-        if self._part_of(plan) is None:
+        if self._in_hand().part_of(plan) is None:
             engine = self._config.engine
             self._fail(
                 PlanError(f"plan of round {plan.round}", "made", f"must name {engine}"), None
@@ -508,32 +501,10 @@ class Member:
     def _best(self) -> Candidate | None:
         return self._versions.best(self.floor, touched=self.touched)
 
-    def _part_of(self, plan: RoundPlan) -> EngineRoute | None:
-        engine = self._config.engine
-        return next((part for part in plan.engines if part.engine == engine), None)
-
-    def _depends(self) -> bool:
-        """Whether the plan in hand makes this engine depend on others."""
-        plan = self._in_hand().plan
-        part = None if plan is None else self._part_of(plan)
-        return part is not None and in_group(part)
-
     def _ends_round(self, event: RoundCompleteSeen) -> bool:
         """Whether a leader that knows the plan in hand, if there is one, has closed its round."""
         work, complete = self._in_hand(), event.complete
         return complete.round == work.round and complete.epoch >= work.epoch
-
-    def _is_later(self, plan: RoundPlan) -> bool:
-        """Whether a plan is of the round in hand, and of a later epoch than all before."""
-        work = self._in_hand()
-        ours = plan.round == work.round and concerns(plan, work.candidate.ready)
-        return ours and plan.epoch > work.epoch
-
-    def _solo_round(self, version: int) -> str:
-        """An id that no other round has: also not one of an earlier consumer of this engine."""
-        head = f"{main_round(version)}-"
-        tail = f"-{self._config.consumer[-6:]}-{self._solo_rounds}"
-        return head + self._config.engine[: 64 - len(head) - len(tail)] + tail
 
 
 MemberHandler = Callable[[Member, Any], None]

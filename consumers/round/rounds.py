@@ -28,7 +28,10 @@ from weightbus.consumers.round.events import (
     WentAlone,
 )
 from weightbus.consumers.round.instructions import ReleaseRound
-from weightbus.consumers.round.leader import MAX_ENGINES, Lead, Leadership, LeaderTable, main_round
+from weightbus.consumers.round.leader import Leadership, LeaderTable
+from weightbus.consumers.round.phases import Lead
+from weightbus.consumers.round.roll import MAX_ENGINES
+from weightbus.consumers.round.work import main_round
 from weightbus.schemas.progress import EngineState
 
 __all__ = ("Rounds",)

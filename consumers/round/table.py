@@ -78,8 +78,9 @@ from weightbus.consumers.round.events import (
     UpdateSeen,
     WentAlone,
 )
-from weightbus.consumers.round.leader import Lead, LeaderHandler, Leadership, LeaderTable
-from weightbus.consumers.round.member import Member, MemberHandler, MemberTable, Phase
+from weightbus.consumers.round.leader import LeaderHandler, Leadership, LeaderTable
+from weightbus.consumers.round.member import Member, MemberHandler, MemberTable
+from weightbus.consumers.round.phases import Lead, Phase
 
 __all__ = ("LEADER_TABLE", "MEMBER_TABLE")
 

@@ -1,4 +1,4 @@
-"""The version in hand, and what an engine says about it. Does no I/O."""
+"""The version in hand, its rounds, and what an engine says about it. Does no I/O."""
 
 from __future__ import annotations
 
@@ -8,16 +8,52 @@ from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.events import TransferDone
 from weightbus.consumers.round.versions import Candidate
 from weightbus.schemas.base import Stage
+from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
-from weightbus.schemas.rounds import Join, Proven, RankOffer, RoundComplete, RoundPlan
+from weightbus.schemas.rounds import EngineRoute, Join, Proven, RankOffer, RoundComplete, RoundPlan
 
-__all__ = ("CAUSE_CHARS", "NO_VERSION", "REASON_CHARS", "Work")
+__all__ = (
+    "CAUSE_CHARS",
+    "NO_VERSION",
+    "REASON_CHARS",
+    "Work",
+    "concerns",
+    "in_group",
+    "main_round",
+    "solo_round",
+)
 
 NO_VERSION = -1
 """In messages and events: none."""
+TOKEN_CHARS = 64
+"""What a round's id may have."""
 CAUSE_CHARS = 128
 REASON_CHARS = 4096
 """What messages hold of an error."""
+
+
+def main_round(version: int) -> str:
+    """Id of the round that brings `version` to all engines that are present."""
+    return f"v{version}"
+
+
+def solo_round(version: int, config: RoundConfig, number: int) -> str:
+    """Id of a round of one engine alone: no other has it, also not one of an earlier consumer."""
+    head, tail = f"{main_round(version)}-", f"-{config.consumer[-6:]}-{number}"
+    return head + config.engine[: TOKEN_CHARS - len(head) - len(tail)] + tail
+
+
+def concerns(message: Join | RoundPlan, ready: CheckpointReady) -> bool:
+    """Whether a message is about this very checkpoint; a version may be published again.
+
+    A sender that does not tell (0) is believed.
+    """
+    return message.checkpoint_ns in (0, ready.created_ns)
+
+
+def in_group(part: EngineRoute) -> bool:
+    """Whether some rank of an engine depends on other engines."""
+    return any(rank.route == "broadcast" for rank in part.ranks)
 
 
 @dataclass
@@ -31,7 +67,9 @@ class Work:
     first one."""
     round: str
     token: int
-    """Of the instruction under way."""
+    """Of the instruction that was given last: `Prepare`, `Transfer` or `Resume`."""
+    prepared: bool = False
+    """`Prepare` was answered, whatever the answer."""
     offers: tuple[RankOffer, ...] = ()
     layout_digest: str | None = None
     alone: bool = False
@@ -66,6 +104,25 @@ class Work:
         """The plan that is run, or was run last."""
         assert self.plan is not None, "a transfer has a plan, and a proof has had one"
         return self.plan
+
+    @property
+    def depends(self) -> bool:
+        """Whether the plan that is run makes this engine depend on others."""
+        part = None if self.plan is None else self.part_of(self.plan)
+        return part is not None and in_group(part)
+
+    def part_of(self, plan: RoundPlan) -> EngineRoute | None:
+        """What this engine does in a plan; None: it is not named."""
+        return next((part for part in plan.engines if part.engine == self.config.engine), None)
+
+    def awaits(self, plan: RoundPlan) -> bool:
+        """Whether a plan is of the round in hand, and of a later epoch than all before."""
+        ours = plan.round == self.round and concerns(plan, self.candidate.ready)
+        return ours and plan.epoch > self.epoch
+
+    def ended_by(self, complete: RoundComplete) -> bool:
+        """Whether a leader that knows the plan in hand, if there is one, has closed its round."""
+        return complete.round == self.round and complete.epoch >= self.epoch
 
     def join(self, served_version: int, now_ns: int) -> Join:
         return Join(

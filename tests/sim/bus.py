@@ -77,6 +77,8 @@ class Client(ABC):
         self.cut = False
         self.outbox: list[Message] = []
         """Said while the bus could not be reached."""
+        self.said_ns = 0
+        """When the last message said reaches the server: they keep their order."""
         self.presence_ns = 0
         """When the last change of presence reaches this client: they keep their order."""
         self.resync_due = False
@@ -175,7 +177,9 @@ class Bus:
         if client.outbox or not self.reaches(client):
             client.outbox.append(message)
             return
-        self.world.after(self.world.between(0.0001, 0.001), self._arrive, client, message)
+        at_ns = self.world.now_ns + int(self.world.between(0.0001, 0.001) * NS_PER_S)
+        client.said_ns = max(client.said_ns, at_ns)
+        self.world.at(client.said_ns, self._arrive, client, message)
 
     def _arrive(self, client: Client, message: Message) -> None:
         if client.alive and not self.reaches(client):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tests.sim.world import Broken, World
-from weightbus.consumers.round.leader import Lead, main_round
-from weightbus.consumers.round.member import Phase
+from weightbus.consumers.round.phases import Lead, Phase
+from weightbus.consumers.round.work import main_round
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Commit, Proven, RoundComplete, RoundPlan

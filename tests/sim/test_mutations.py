@@ -15,9 +15,10 @@ from weightbus.consumers.planner import plan_request
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.effects import Timer
-from weightbus.consumers.round.leader import Lead, Leadership
+from weightbus.consumers.round.leader import Leadership
 from weightbus.consumers.round.machine import RoundMachine
-from weightbus.consumers.round.member import Member, Phase
+from weightbus.consumers.round.member import Member
+from weightbus.consumers.round.phases import Lead, Phase
 from weightbus.consumers.round.table import LEADER_TABLE, MEMBER_TABLE
 
 SEEDS = 200

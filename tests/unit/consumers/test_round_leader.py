@@ -9,7 +9,7 @@ from weightbus.consumers.errors import PlanError
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.config import PlanRequest
-from weightbus.consumers.round.leader import Lead
+from weightbus.consumers.round.phases import Lead
 from weightbus.consumers.round.rounds import MAX_ROUNDS
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed

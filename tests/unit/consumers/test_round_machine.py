@@ -13,8 +13,7 @@ from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.effects import Effects, Timer
 from weightbus.consumers.round.errors import UnexpectedEvent
-from weightbus.consumers.round.leader import Lead
-from weightbus.consumers.round.member import Phase
+from weightbus.consumers.round.phases import Lead, Phase
 from weightbus.consumers.round.rounds import _CONCERNED
 from weightbus.consumers.round.table import LEADER_TABLE, MEMBER_TABLE
 from weightbus.schemas.rounds import RoundPlan

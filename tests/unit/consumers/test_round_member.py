@@ -8,7 +8,7 @@ from tests.unit.consumers.machines import Driver, plan_of, ready
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.errors import UnexpectedEvent
-from weightbus.consumers.round.member import Phase
+from weightbus.consumers.round.phases import Phase
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Abort, Commit, Join, Proven, RoundComplete, RoundPlan
 
@@ -121,6 +121,7 @@ def test_failure_is_reported_and_retried_alone_when_prepare_fails() -> None:
     assert (failed.cause, failed.reason, failed.stage) == ("BusTimeout", "no answer", "negotiate")
     assert (failed.served_version, failed.quarantined) == (0, False)
     assert failed.trace_id == "f" * 32
+    assert driver.count(do.CancelPrepare) == 0
     driver.fire("retry")
     driver.prepared()
     assert driver.last(do.Transfer).late
