@@ -13,7 +13,7 @@ from weightbus.schemas.shared_memory import (
     unpack_shm_header,
 )
 
-__all__ = ("block_of", "overwrite")
+__all__ = ("block_of", "flip_bit", "overwrite")
 
 SHM = Path("/dev/shm")
 GARBAGE = b"\xa5"
@@ -34,3 +34,12 @@ def overwrite(ready: CheckpointReady) -> None:
         block.write(struct.pack("<Q", generation | 1))
         block.seek(SHM_HEADER_BYTES)
         block.write(GARBAGE * size_bytes)
+
+
+def flip_bit(ready: CheckpointReady, offset_bytes: int) -> None:
+    """Damage one byte of a version's segment, unnoticed by its generation word."""
+    with block_of(ready).open("r+b", buffering=0) as block:
+        block.seek(SHM_HEADER_BYTES + offset_bytes)
+        (byte,) = block.read(1)
+        block.seek(SHM_HEADER_BYTES + offset_bytes)
+        block.write(bytes([byte ^ 1]))
