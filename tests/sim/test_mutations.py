@@ -24,6 +24,9 @@ from weightbus.consumers.round.table import LEADER_TABLE, MEMBER_TABLE
 SEEDS = 200
 """Every mutation is caught within so many."""
 
+NEWEST = 2**62
+"""Newer than every version: served, it leaves none to go for."""
+
 Key = tuple[Phase | Lead, type[ev.Event] | Timer]
 Handler = Callable[[Any, Any], None]
 
@@ -67,7 +70,8 @@ def forget_the_touch(member: Member, event: ev.TransferFailed) -> None:
 
 
 def go_for_whatever_comes(member: Member, event: ev.CheckpointSeen) -> None:
-    member.floor = min(member.floor, event.ready.version - 1)
+    member._versions.serve(NEWEST)
+    member.floor = event.ready.version - 1
     member.learn_and_settle(event)
 
 
