@@ -428,9 +428,9 @@ class _Pause:
         return False
 
 
-def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, bool]]:
-    """What the parameters of every rank hold, by process, version and whether it is whole."""
-    return [(rank.instance, rank.version, rank.touched) for rank in ranks]
+def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, int, bool]]:
+    """Differs if the parameters of some rank may have been written to in between."""
+    return [(rank.instance, rank.updates, rank.version, rank.touched) for rank in ranks]
 
 
 def _read_files(files: Sequence[str], roots: Sequence[str]) -> tuple[Layout, Placement]:

@@ -190,6 +190,8 @@ class Inspected(WorkerMessage, frozen=True, kw_only=True):
     """The version whose bytes were written last, whole; -1: none."""
     touched: bool
     """True: an update began and did not end whole."""
+    updates: Count = 0
+    """How many updates have begun since the process started: the same version may come twice."""
     cell_digests: Digests = b""
     """As in `Applied`, but read back now; empty if not asked for. Cells that cannot be read back
     (copy -1, casts, parameters that the engine repacks) are 0 and listed in `unreadable`."""

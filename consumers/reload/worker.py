@@ -75,6 +75,7 @@ class ReloadWorker:
         self._host = host
         self._version = -1
         self._touched = False
+        self._updates = 0
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._segments = SegmentCache("", ())
         self._readable: tuple[str, tuple[str, ...]] = ("", ())
@@ -173,6 +174,7 @@ class ReloadWorker:
         with self._segments.open_all(request.sources, sizes) as segments:
             deadline.check()
             self._touched = True
+            self._updates += 1
             outcome = reloader.apply(segments, deadline)
         self._touched, self._version = False, request.version
         return Applied(
@@ -200,6 +202,7 @@ class ReloadWorker:
             instance=self.instance,
             version=self._version,
             touched=self._touched,
+            updates=self._updates,
             cell_digests=digests,
             unreadable=unreadable,
         )

@@ -335,6 +335,7 @@ _WORKER: Final[tuple[Message, ...]] = (
         instance="worker-1",
         version=7,
         touched=False,
+        updates=3,
         cell_digests=bytes(range(16)),
         unreadable=(1,),
     ),

@@ -384,8 +384,10 @@ def test_update_fails_touched_and_the_next_is_whole_when_the_read_was_torn(
 
     host = Tearing(Fused, load_fused)
     client = make_client(trainer, host)
+    assert client.inspect().updates == 0
     for version in (1, 3):
         client.apply(make_tensors(version), version)
+        assert client.inspect().updates == version
         host.tear = True
         sources = trainer.publish(make_tensors(50), version + 1)
         failed = client.fail(client.request(sources, version + 1))
@@ -393,6 +395,7 @@ def test_update_fails_touched_and_the_next_is_whole_when_the_read_was_torn(
         assert "must be" in failed.reason
         inspected = client.inspect()
         assert (inspected.version, inspected.touched) == (version, True)
+        assert inspected.updates == version + 1
     applied = client.apply(make_tensors(70), 5)
     assert applied.direct_parameters == 3
     check_model(host.live, make_tensors(70))
