@@ -58,7 +58,7 @@ class RoundMachine:
             now_ns: when it happened: nanoseconds since the Unix epoch, by a steady clock.
 
         Raises:
-            UnexpectedEvent: it cannot happen now; the machine is as it was before.
+            UnexpectedEvent: it cannot happen now; the machine is of no use any more.
         """
         effects = self._effects
         effects.now_ns = now_ns
