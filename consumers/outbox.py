@@ -16,13 +16,17 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from weightbus.bus.connection import Bus
-from weightbus.bus.errors import BusTimeout
+from weightbus.bus.errors import BusTimeout, BusUnavailable, RequestRefused
 from weightbus.schemas.base import Message
+from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("Outbox",)
 
 PROGRESS_KEPT: Final = 10_000
 """Progress messages that wait to be sent; about 5 MB."""
+
+AGAIN_S: Final = 0.2
+"""Pause before something is said again."""
 
 _logger = logging.getLogger(__name__)
 
@@ -64,8 +68,9 @@ class Outbox:
     async def run(self) -> None:
         """Send until cancelled.
 
-        Raises:
+        Raises, in an exception group:
             BusUnavailable: the bus did not come back in its stated time.
+            PayloadTooLarge, MessageInvalid: what others act on cannot be said.
         """
         async with anyio.create_task_group() as group:
             group.start_soon(self._run_control)
@@ -89,8 +94,9 @@ class Outbox:
             while True:
                 try:
                     await self._bus.publish(message, headers=headers)
-                except BusTimeout as error:
+                except (BusTimeout, RequestRefused) as error:
                     _logger.warning("said again: %s: %s", type(message).__name__, error)
+                    await anyio.sleep(AGAIN_S)
                 else:
                     break
             self._count(-1)
@@ -99,7 +105,9 @@ class Outbox:
         async for message, headers in self._progress_out:
             try:
                 await self._bus.publish(message, headers=headers)
-            except BusTimeout as error:
+            except BusUnavailable:
+                raise
+            except WeightBusError as error:
                 self.progress_lost += 1
                 _logger.warning("lost: %s: %s", type(message).__name__, error)
             self._count(-1)
