@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from tests.nats_server import NatsServer, running_server
 from weightbus.bus.connection import Bus, open_bus
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs this in the background ignores SIGINT, and so would every process of a test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

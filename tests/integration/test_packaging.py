@@ -63,7 +63,7 @@ def test_wheel_imports_and_runs_when_installed_away_from_the_checkout(
     script = (
         f"import sys; sys.path[:0] = [{str(target)!r}]; sys.path += {sorted(here)!r}; "
         "import weightbus; print(weightbus.__file__); "
-        "from weightbus.cli.main import main; main(['--version'])"
+        "from weightbus.cli.main import main; sys.argv[1:] = ['--version']; main()"
     )
     printed = _run(python, "-c", script, cwd=tmp_path)
     assert printed.startswith(str(target)), printed
