@@ -11,7 +11,6 @@ import pytest
 from tests.nats_server import NatsServer, running_server
 from weightbus.bus.connection import Bus, open_bus
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs this in the background ignores SIGINT, and so would every process of a test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
