@@ -130,6 +130,7 @@ class Consumer:
             bus, config.model, self._journal, self._feed, self._put_state_soon
         )
         self._preparing: dict[int, anyio.CancelScope] = {}
+        self._moving = anyio.CancelScope()
         self._state: EngineState | None = None
         self._state_changed = anyio.Event()
         self._heartbeats = anyio.CancelScope()
@@ -239,6 +240,8 @@ class Consumer:
                         self._config.engine,
                         f"no answer for {self._config.engine_lost_s:g} s: {error}",
                     ) from error
+                if not isinstance(error, EngineUnavailable):
+                    continue  # slow, not gone
                 held, reason = -1, str(error)
             else:
                 answered = anyio.current_time()
@@ -265,9 +268,10 @@ class Consumer:
                 if token in self._preparing:
                     self._preparing[token].cancel()
             case do.Transfer():
-                self._group.start_soon(self._transfer, instruction)
+                self._moving = anyio.CancelScope()
+                self._group.start_soon(self._transfer, instruction, self._moving)
             case do.CancelTransfer():
-                self._updater.cancel_transfer()
+                self._moving.cancel()
             case do.Resume():
                 self._group.start_soon(self._resume, instruction)
             case do.Campaign(round):
@@ -332,7 +336,7 @@ class Consumer:
                 )
         del self._preparing[token]
 
-    async def _transfer(self, instruction: do.Transfer) -> None:
+    async def _transfer(self, instruction: do.Transfer, moving: anyio.CancelScope) -> None:
         plan, token = instruction.plan, instruction.token
         work = self._journal.find(plan.version)
         assert work is not None, "a plan comes after `Prepared`"
@@ -341,7 +345,7 @@ class Consumer:
         start_ns = self.now_ns()
         try:
             outcome = await self._updater.transfer(
-                work.prepared, instruction.ready, plan, self._seconds_to(instruction)
+                work.prepared, instruction.ready, plan, self._seconds_to(instruction), moving
             )
         except TransferError as error:
             failure = f"{error.cause}: {error.reason}"

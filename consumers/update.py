@@ -133,7 +133,6 @@ class Updater:
         self._lease_changes = anyio.Lock()
         self._engine_turn = anyio.Lock()
         """A `prepare` that is cancelled lets go of the engine before the next one takes it."""
-        self._moving = anyio.CancelScope()
 
     async def prepare(self, ready: CheckpointReady, deadline_s: float) -> Prepared:
         """Everything that can be got before a plan. The engine goes on serving.
@@ -166,9 +165,16 @@ class Updater:
         return Prepared(manifest=manifest, binding=binding, offers=offers)
 
     async def transfer(
-        self, prepared: Prepared, ready: CheckpointReady, plan: RoundPlan, deadline_s: float
+        self,
+        prepared: Prepared,
+        ready: CheckpointReady,
+        plan: RoundPlan,
+        deadline_s: float,
+        moving: anyio.CancelScope,
     ) -> Outcome:
         """Run this engine's part of a plan. Returns with the engine paused and proven.
+
+        Cancelling `moving`, also before this is called, ends the transfer with an error.
 
         Raises:
             TransferError: it failed or was cancelled, and nothing writes to the engine any more.
@@ -176,10 +182,10 @@ class Updater:
         """
         pause = _Pause(self._engine, self._config.command_s)
         try:
-            with anyio.fail_after(deadline_s), anyio.CancelScope() as self._moving:
+            with anyio.fail_after(deadline_s), moving:
                 applied, rank_routes = await self._move(prepared, plan, pause, deadline_s)
                 verified = await self._prove(prepared, ready, applied)
-            if self._moving.cancelled_caught:
+            if moving.cancelled_caught:
                 raise TransferCancelled(plan.round, plan.epoch)
         except (WeightBusError, TimeoutError) as error:
             touched = await pause.undo_unless_touched()
@@ -197,10 +203,6 @@ class Updater:
             weights_digest=ready.weights_digest,
             pause_start_ns=pause.start_ns,
         )
-
-    def cancel_transfer(self) -> None:
-        """End the transfer that runs, if one does; `transfer` then raises."""
-        self._moving.cancel()
 
     async def resume(self, version: int, deadline_s: float) -> None:
         """Let the engine serve the version that its parameters hold, proven."""

@@ -58,6 +58,7 @@ class World:
         self.engine = engine or FakeEngine(version=1)
         self.routes = routes or (FakeRoute(),)
         self.updater = Updater(config, "c", self.bus.as_bus(), self.engine, self.routes)
+        self.moving = anyio.CancelScope()
 
     @property
     def route(self) -> FakeRoute:
@@ -70,7 +71,9 @@ class World:
         ready = ready_of(version)
         prepared = await self.updater.prepare(ready, LONG_S)
         self.engine.calls.clear()
-        return await self.updater.transfer(prepared, ready, plan or plan_of(version), deadline_s)
+        return await self.updater.transfer(
+            prepared, ready, plan or plan_of(version), deadline_s, self.moving
+        )
 
     async def transfer_fails(self, **arguments: float) -> TransferError:
         with pytest.raises(TransferError) as raised:
@@ -348,17 +351,17 @@ async def test_transfer_ends_and_is_undone_when_it_is_cancelled_by_the_machine()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(transfer)
         await applying.wait()
-        world.updater.cancel_transfer()
+        world.moving.cancel()
     assert [(error.cause, error.touched) for error in failures] == [("TransferCancelled", False)]
     assert world.engine.calls[-1] == "resume 1"
 
 
-async def test_next_transfer_runs_when_the_one_before_was_cancelled_too_late() -> None:
+async def test_transfer_touches_nothing_when_it_is_cancelled_before_it_begins() -> None:
     world = World()
-    await world.transfer()
-    world.updater.cancel_transfer()
-    outcome = await world.transfer(3)
-    assert outcome.verified == "verified"
+    world.moving.cancel()
+    error = await world.transfer_fails()
+    assert (error.cause, error.touched) == ("TransferCancelled", False)
+    assert "apply" not in world.engine.calls
 
 
 async def test_transfer_is_undone_when_the_service_is_cancelled() -> None:
@@ -415,9 +418,9 @@ async def test_replicas_are_compared_when_no_digest_is_offered() -> None:
     ready = ready_of(2, weights_digest=None, tensor_digests=None)
     prepared = await world.updater.prepare(ready, LONG_S)
     plan = plan_of(2, "local", "local")
-    outcome = await world.updater.transfer(prepared, ready, plan, LONG_S)
+    outcome = await world.updater.transfer(prepared, ready, plan, LONG_S, anyio.CancelScope())
     assert (outcome.verified, outcome.weights_digest) == ("not_offered", None)
     world.engine.data = [DATA, bytes(16)]
     with pytest.raises(TransferError, match="replicas of tensor w disagree") as raised:
-        await world.updater.transfer(prepared, ready, plan, LONG_S)
+        await world.updater.transfer(prepared, ready, plan, LONG_S, anyio.CancelScope())
     assert (raised.value.cause, raised.value.touched) == ("DigestMismatch", True)
