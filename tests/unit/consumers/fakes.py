@@ -107,6 +107,11 @@ def plan_of(version: int, *routes: RouteName) -> RoundPlan:
     )
 
 
+class LateAnswer:
+    def __init__(self) -> None:
+        self.asked, self.go_on = anyio.Event(), anyio.Event()
+
+
 class FakeEngine(Engine):
     """An engine whose every call can fail, hang, or be waited for."""
 
@@ -118,6 +123,7 @@ class FakeEngine(Engine):
         """Every call but `state`, in order; `resume` with its version."""
         self.errors: dict[str, Exception] = {}
         """Call -> what it raises."""
+        self._late: LateAnswer | None = None
         self.hangs: set[str] = set()
         """Calls that never return."""
         self.entered: dict[str, anyio.Event] = {}
@@ -146,6 +152,11 @@ class FakeEngine(Engine):
         self.hangs.add(call)
         self.entered[call] = anyio.Event()
         return self.entered[call]
+
+    def answer_state_late(self) -> LateAnswer:
+        """The next answer is of when it was asked for, and comes when it may."""
+        self._late = LateAnswer()
+        return self._late
 
     async def describe(
         self, layout_digest: str, layout: bytes, deadline_s: float
@@ -211,7 +222,11 @@ class FakeEngine(Engine):
     async def state(self, deadline_s: float) -> EngineReport:
         if "state" in self.errors:
             raise self.errors["state"]
-        report = self.report
+        report, late = self.report, self._late
+        self._late = None
+        if late is not None:
+            late.asked.set()
+            await late.go_on.wait()
         await anyio.lowlevel.checkpoint()
         return report
 
@@ -303,6 +318,10 @@ class FakeBus:
         """Somebody says it."""
         self.kept[type(message)] = message
         self._heard.send_nowait(Received(message, "", {}, 0))
+
+    def hear_again(self, marker: Reconnected) -> None:
+        """The connection was lost, and is back."""
+        self._heard.send_nowait(marker)
 
     @asynccontextmanager
     async def subscribe(

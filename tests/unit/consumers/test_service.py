@@ -1,0 +1,252 @@
+"""The service around its round machine: how it starts, what it keeps alive, how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from msgspec import structs
+
+from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
+from weightbus.bus.received import Reconnected
+from weightbus.consumers.errors import EngineUnavailable
+from weightbus.consumers.service import Consumer, open_consumer
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.progress import UpdateComplete, UpdateFailed
+from weightbus.schemas.rounds import Join
+from weightbus.tracing.telemetry import Telemetry
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE_S = 30.0
+NEVER_S = 3600.0
+
+
+class World:
+    """One consumer's surroundings."""
+
+    def __init__(self, engine: FakeEngine | None = None) -> None:
+        self.bus = FakeBus()
+        self.engine = engine or FakeEngine(version=1)
+        self.route = FakeRoute()
+
+    @asynccontextmanager
+    async def following(self, **changes: Any) -> AsyncIterator[Consumer]:
+        async with open_consumer(
+            structs.replace(CONFIG, **changes),
+            bus=self.bus.as_bus(),
+            engine=self.engine,
+            routes=[self.route],
+            telemetry=Telemetry(),
+        ) as consumer:
+            yield consumer
+
+    async def until(self, what: str, is_so: Callable[[], bool]) -> None:
+        with anyio.move_on_after(DEADLINE_S):
+            while not is_so():
+                await anyio.lowlevel.checkpoint()
+            return
+        raise AssertionError(f"{what}: {self.bus.calls} {self.bus.published} {self.engine.calls}")
+
+    async def until_complete(self, version: int, times: int = 1) -> None:
+        def is_complete() -> bool:
+            done = self.bus.said(UpdateComplete)
+            return [one.version for one in done].count(version) == times
+
+        await self.until(f"version {version} is complete", is_complete)
+
+
+# ---------------------------------------------------------------- start
+
+
+async def test_engine_is_present_before_its_consumer_hears_of_versions() -> None:
+    world = World()
+    async with world.following():
+        first = next(n for n, call in enumerate(world.bus.calls) if call.startswith("put"))
+        assert first < world.bus.calls.index("subscribe")
+        assert world.bus.calls.index("subscribe") < world.bus.calls.index("last CheckpointReady")
+
+
+@pytest.mark.parametrize(
+    ("report", "rank", "resumed", "status", "version"),
+    [
+        ({}, {}, False, "serving", 1),
+        ({"version": -1, "paused": True}, {"version": -1}, False, "starting", -1),
+        # A consumer died between its pause and its first write.
+        ({"paused": True}, {}, True, "serving", 1),
+        # It died after its last write, and nobody has seen a proof.
+        ({"paused": True}, {"version": 2}, False, "quarantined", -1),
+        ({"paused": True}, {"touched": True}, False, "quarantined", -1),
+        ({"paused": True, "touched": True}, {"version": 2}, False, "quarantined", -1),
+        ({"version": -1, "paused": True, "touched": True}, {}, False, "quarantined", -1),
+    ],
+)
+async def test_engine_is_taken_over_as_it_is(
+    report: dict[str, Any], rank: dict[str, Any], resumed: bool, status: str, version: int
+) -> None:
+    world = World()
+    world.engine.report = structs.replace(world.engine.report, **report)
+    world.engine.held = [structs.replace(world.engine.held[0], **rank)]
+    async with world.following() as consumer:
+        state = consumer.state
+        assert state is not None
+        assert (state.status, state.version) == (status, version)
+        assert ("resume 1" in world.engine.calls) == resumed
+
+
+async def test_engine_that_was_written_to_is_taken_over_though_its_workers_do_not_answer() -> None:
+    world = World()
+    world.engine.report = structs.replace(world.engine.report, paused=True, touched=True)
+    world.engine.hang("inspect")
+    async with world.following() as consumer:
+        assert consumer.state is not None
+        assert consumer.state.status == "quarantined"
+
+
+async def test_consumer_catches_up_with_the_last_version_when_it_starts() -> None:
+    world = World()
+    world.bus.kept[CheckpointReady] = ready_of(2)
+    async with world.following():
+        await world.until_complete(2)
+    assert world.engine.calls[-3:] == ["pause", "apply", "resume 2"]
+
+
+# ---------------------------------------------------------------- what is kept alive
+
+
+async def test_state_is_put_with_every_beat_and_when_the_bus_is_back() -> None:
+    world = World()
+    async with world.following(heartbeat_s=NEVER_S):
+        assert world.bus.calls.count("put serving") == 1
+        world.bus.kept[CheckpointReady] = ready_of(1)
+        world.bus.hear_again(Reconnected())
+        await world.until("it is put again", lambda: world.bus.calls.count("put serving") == 2)
+    world = World()
+    async with world.following():
+        await world.until("it beats", lambda: world.bus.calls.count("put serving") > 3)
+
+
+async def test_version_that_was_missed_is_taken_when_the_bus_is_back() -> None:
+    world = World()
+    async with world.following():
+        world.bus.kept[CheckpointReady] = ready_of(2)
+        world.bus.hear_again(Reconnected())
+        await world.until_complete(2)
+
+
+async def test_engine_is_brought_back_when_it_has_lost_what_it_served() -> None:
+    world = World()
+    async with world.following():
+        world.bus.hear(ready_of(2))
+        await world.until_complete(2)
+        world.engine.start_anew("j")
+        await world.until_complete(2, times=2)
+    assert world.engine.report.version == 2
+    assert world.bus.said(UpdateFailed) == []
+
+
+async def test_engine_is_not_taken_for_lost_when_it_is_asked_while_it_resumes() -> None:
+    """What it says is older than what it is compared with."""
+    world = World()
+    async with world.following():
+        stale = world.engine.answer_state_late()
+        await stale.asked.wait()
+        world.bus.hear(ready_of(2))
+        await world.until_complete(2)
+        stale.go_on.set()
+        beats = world.bus.calls.count("put serving")
+        await world.until("it goes on", lambda: world.bus.calls.count("put serving") > beats + 3)
+    assert world.engine.calls.count("apply") == 1
+
+
+async def test_consumer_ends_when_its_engine_does_not_answer_any_more() -> None:
+    world = World()
+    with pytest.RaisesGroup(EngineUnavailable):
+        async with world.following(engine_lost_s=0.05, stop_s=NEVER_S):
+            world.engine.errors["state"] = EngineUnavailable("a", "nothing runs there")
+            with anyio.fail_after(DEADLINE_S):
+                await anyio.sleep_forever()
+    assert world.bus.calls[-1] == "drop"
+
+
+# ---------------------------------------------------------------- versions that overtake
+
+
+async def test_older_version_is_put_down_when_a_newer_one_comes_while_it_is_prepared() -> None:
+    world = World()
+    async with world.following():
+        describing = world.engine.hang("describe")
+        world.bus.hear(ready_of(2))
+        await describing.wait()
+        world.engine.hangs.clear()
+        world.bus.hear(ready_of(3))
+        await world.until_complete(3)
+    assert world.bus.said(UpdateFailed) == []
+    assert {join.version for join in world.bus.said(Join)} == {3}
+    assert world.bus.reader_leases.held == set()
+
+
+async def test_lease_is_held_while_a_version_that_was_published_again_is_prepared() -> None:
+    world = World()
+    async with world.following():
+        describing = world.engine.hang("describe")
+        world.bus.hear(ready_of(2))
+        await describing.wait()
+        again = world.engine.hang("describe")
+        world.bus.hear(ready_of(2, created_ns=100))
+        await again.wait()
+        await anyio.wait_all_tasks_blocked()
+        assert world.bus.reader_leases.held == {2}
+
+
+# ---------------------------------------------------------------- stop
+
+
+async def test_consumer_releases_its_lease_before_it_leaves_and_is_silent_afterwards() -> None:
+    world = World()
+    async with world.following():
+        describing = world.engine.hang("describe")
+        world.bus.hear(ready_of(2))
+        await describing.wait()
+    calls = world.bus.calls
+    assert calls.index("release 2") < calls.index("drop") == len(calls) - 1
+    assert calls[calls.index("release 2") :].count("put stopping") <= 1
+    assert world.bus.reader_leases.held == set()
+
+
+async def test_consumer_says_that_an_update_failed_before_it_leaves() -> None:
+    world = World()
+    async with world.following():
+        applying = world.engine.hang("apply")
+        world.bus.hear(ready_of(2))
+        await applying.wait()
+    (failed,) = world.bus.said(UpdateFailed)
+    assert (failed.cause, failed.served_version) == ("TransferCancelled", 1)
+    assert world.engine.calls[-2:] == ["inspect", "resume 1"]
+    assert world.bus.calls[-1] == "drop"
+
+
+async def test_consumer_leaves_at_once_when_it_is_cancelled() -> None:
+    world = World()
+    with anyio.move_on_after(DEADLINE_S) as scope:
+        async with world.following(stop_s=NEVER_S):
+            applying = world.engine.hang("apply")
+            world.bus.hear(ready_of(2))
+            await applying.wait()
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert world.bus.calls[-1] == "drop"
+    assert world.engine.calls[-2:] == ["inspect", "resume 1"]
+
+
+async def test_consumer_gives_up_after_its_time_when_its_engine_hangs_while_it_stops() -> None:
+    world = World()
+    async with world.following(stop_s=0.05):
+        resuming = world.engine.hang("resume 2")
+        world.bus.hear(ready_of(2))
+        await resuming.wait()
+    assert world.bus.said(UpdateComplete) == []
