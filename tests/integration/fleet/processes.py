@@ -5,6 +5,7 @@ Owns each process while its context is open: it ends with the context, and with 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,8 +24,9 @@ from tests.integration.fleet import consumer, trainer
 from tests.integration.fleet.fleet import PRESENCE_TTL_S, Fleet
 from tests.integration.fleet.held import Moment
 from tests.integration.fleet.log import DEADLINE_S
+from tests.integration.fleet.weights import ARCHITECTURE, CONFIG
 
-__all__ = ("Child", "consumer_process", "trainer_process")
+__all__ = ("Child", "consume_command", "consumer_process", "trainer_process")
 
 ROOT = Path(__file__).parents[3]
 MAX_LINE_BYTES = 1 << 16
@@ -42,16 +44,18 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    async def hears(self, word: str) -> None:
-        """Wait for its next report, which must be this one."""
+    async def report(self) -> str:
+        """Its next report."""
         with anyio.move_on_after(DEADLINE_S):
             try:
-                line = await self._lines.receive_until(b"\n", MAX_LINE_BYTES)
+                return (await self._lines.receive_until(b"\n", MAX_LINE_BYTES)).decode()
             except (anyio.EndOfStream, anyio.IncompleteRead):
                 raise AssertionError(f"it ended with {await self._process.wait()}") from None
-            assert line.decode() == word
-            return
-        raise AssertionError(f"it did not say {word!r} within {DEADLINE_S:g} s")
+        raise AssertionError(f"it said nothing within {DEADLINE_S:g} s")
+
+    async def hears(self, word: str) -> None:
+        """Wait for its next report, which must be this one."""
+        assert await self.report() == word
 
     async def tell(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -67,12 +71,12 @@ class Child:
             self._process.kill()
         await self._process.wait()
 
-    async def stop(self) -> int:
-        """SIGTERM; returns its exit code."""
-        self._process.terminate()
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send the signal; returns its exit code."""
+        self._process.send_signal(number)
         with anyio.move_on_after(DEADLINE_S):
             return await self._process.wait()
-        raise AssertionError(f"it did not end within {DEADLINE_S:g} s of SIGTERM")
+        raise AssertionError(f"it did not end within {DEADLINE_S:g} s of {number.name}")
 
 
 @asynccontextmanager
@@ -90,6 +94,23 @@ async def consumer_process(
     )
     async with _child(consumer.__name__, msgspec.json.encode(arguments).decode()) as child:
         await child.hears(consumer.FOLLOWING)
+        yield child
+
+
+@asynccontextmanager
+async def consume_command(fleet: Fleet, name: str, directory: Path) -> AsyncIterator[Child]:
+    """`weightbus consume` with an engine of its own; entered once it follows."""
+    options = {
+        "--model": fleet.model,
+        "--engine-id": name,
+        "--nats": fleet.server.url,
+        "--engine-dir": str(directory),
+        "--architecture": ARCHITECTURE,
+        "--config": json.dumps(CONFIG),
+    }
+    words = [word for option in options.items() for word in option]
+    async with _child("weightbus", "consume", *words) as child:
+        assert f"follows {fleet.model}" in await child.report()
         yield child
 
 
