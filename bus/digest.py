@@ -10,6 +10,10 @@ with zeros) of `word * mix(index of the word in the tensor)`; the model's is the
 - the digests of boxes that cut a tensor, at any byte, add up to the tensor's;
 - they may be taken in any order, on any rank, from any copy of the bytes.
 
+Every coefficient is odd. A single flipped bit changes its word by 2^k, k < 32, so the tensor's
+digest by an odd number times 2^k and the model's by another: never 0 mod 2^64 for k < 64, hence
+always seen. An even coefficient would shift the highest bits of a word, or of a tensor, out.
+
 It guards against corruption and planning errors, not against an attacker.
 """
 
@@ -35,7 +39,8 @@ _WORD_BYTES = 4
 _MASK = 2**64 - 1
 
 # The finaliser of splitmix64 (Steele, Lea, Flood 2014), cut to one round: an odd step of the golden
-# ratio, one xor-shift, one odd multiplier. The step of a GPU kernel is the same three lines.
+# ratio, one xor-shift, one odd multiplier; and the lowest bit set in between, which keeps the
+# product odd.
 _STEP = 0x9E3779B97F4A7C15
 _SHIFT = 29
 _MULTIPLIER = 0xBF58476D1CE4E5B9
@@ -51,9 +56,9 @@ _NARROW_COLUMNS = 64
 
 
 def mix(index: int) -> int:
-    """The 64-bit coefficient of word (or tensor) number `index`."""
+    """The 64-bit coefficient of word (or tensor) number `index`: odd."""
     step = (index + 1) * _STEP & _MASK
-    return (step ^ (step >> _SHIFT)) * _MULTIPLIER & _MASK
+    return ((step ^ (step >> _SHIFT)) | 1) * _MULTIPLIER & _MASK
 
 
 def digest_tensor(data: Bytes) -> int:
@@ -110,6 +115,7 @@ def combine(tensor_digests: Sums) -> int:
     numbers = np.arange(1, tensor_digests.size + 1, dtype=np.uint64)
     step = numbers * np.uint64(_STEP)
     step ^= step >> np.uint64(_SHIFT)
+    step |= np.uint64(1)
     return int(np.add.reduce(tensor_digests * step)) * _MULTIPLIER & _MASK
 
 
@@ -118,8 +124,8 @@ def digest_hex(digest: int) -> str:
     return f"{digest:016x}"
 
 
-# Below, sums are taken with `step ^ (step >> 29)` as the coefficient: the multiplier, common to all
-# words, is applied to the sum.
+# Below, sums are taken with `(step ^ (step >> 29)) | 1` as the coefficient: the multiplier, common
+# to all words, is applied to the sum.
 
 
 def _runs(
@@ -180,7 +186,7 @@ def _digest_edge(data: Bytes, first_byte: int) -> int:
         return 0
     word = int.from_bytes(data.tobytes(), "little") << 8 * (first_byte % _WORD_BYTES)
     step = (first_byte // _WORD_BYTES + 1) * _STEP & _MASK
-    return word * (step ^ (step >> _SHIFT))
+    return word * ((step ^ (step >> _SHIFT)) | 1)
 
 
 def _digest_rows(rows: Bytes, outer: Sequence[tuple[int, int]], first_byte: int) -> int:
@@ -226,7 +232,7 @@ def _multiples() -> Sums:
 def _table() -> Sums:
     """The coefficients of words 0, 1, 2, ..."""
     steps = np.arange(1, _TABLE_WORDS + 1, dtype=np.uint64) * np.uint64(_STEP)
-    return steps ^ (steps >> np.uint64(_SHIFT))
+    return (steps ^ (steps >> np.uint64(_SHIFT))) | np.uint64(1)
 
 
 def _coefficients(first_word: int, count: int) -> Sums:
@@ -236,6 +242,7 @@ def _coefficients(first_word: int, count: int) -> Sums:
     steps = _scratch.steps[:count]
     np.add(_multiples()[:count], np.uint64((first_word + 1) * _STEP & _MASK), out=steps)
     steps ^= np.right_shift(steps, np.uint64(_SHIFT), out=_scratch.products[:count])
+    steps |= np.uint64(1)
     return steps
 
 
@@ -268,6 +275,7 @@ def _grid_coefficients(first_words: Indices, columns: int) -> Sums:
         np.add(along_rows[:, None], along_columns, out=steps)
     shifted = _scratch.products[: steps.size].reshape(steps.shape)
     steps ^= np.right_shift(steps, np.uint64(_SHIFT), out=shifted)
+    steps |= np.uint64(1)
     return steps.T if narrow else steps
 
 
