@@ -38,6 +38,6 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     engine_lost_s: float = 60.0
     """How long an engine may be silent before its consumer gives up."""
     command_s: float = 10.0
-    """Budget of a command to the engine that moves no bytes, and of one bus request."""
+    """Budget of a command to the engine that is answered at once, whatever it is doing."""
     stop_s: float = 10.0
     """Budget of the whole clean-up."""

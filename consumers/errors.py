@@ -12,6 +12,7 @@ __all__ = (
     "DeadlineExceeded",
     "DigestMismatch",
     "EngineUnavailable",
+    "NotAttached",
     "PlanError",
     "ProofFailed",
     "RouteUnavailable",
@@ -44,6 +45,14 @@ class PlanError(ConsumerError):
     def __init__(self, thing: str, value: object, limit: str) -> None:
         self.thing, self.value, self.limit = thing, value, limit
         super().__init__(f"{thing} is {value}: {limit}")
+
+
+class NotAttached(ConsumerError):
+    """A worker does not know a layout (any more): it must be described and attached again."""
+
+    def __init__(self, layout_digest: str, missing: str) -> None:
+        self.layout_digest, self.missing = layout_digest, missing
+        super().__init__(f"layout {layout_digest} is not {missing} in this worker")
 
 
 class TraceRefused(ConsumerError):

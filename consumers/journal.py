@@ -31,6 +31,7 @@ class _Heard:
 
     publish: SpanRef | None
     seen_ns: int
+    """0: it was tried before, and what follows begins when it is tried again."""
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class Work:
 
     scope: StageScope
     seen_ns: int
-    """When its `CheckpointReady` was first heard."""
+    """When the negotiation began: its `CheckpointReady` was heard, or the last attempt failed."""
     span: Span
     stack: ExitStack
     prepared: Prepared | None = None
@@ -79,6 +80,7 @@ class Journal:
         if (work := self._works.get(ready.version)) is not None:
             return work
         heard = self._heard.get(ready.version) or _Heard(None, self._now_ns())
+        self._heard[ready.version] = _Heard(heard.publish, 0)
         scope = StageScope(ready.model, ready.version, round, self._engine)
         stack = ExitStack()
         span = stack.enter_context(
@@ -86,7 +88,7 @@ class Journal:
                 subject_of(ready, self._prefix), scope, parent=heard.publish
             )
         )
-        work = Work(scope=scope, seen_ns=heard.seen_ns, span=span, stack=stack)
+        work = Work(scope=scope, seen_ns=heard.seen_ns or self._now_ns(), span=span, stack=stack)
         self._works[ready.version] = work
         return work
 

@@ -71,6 +71,7 @@ async def open_consumer(
 
     Raises, in an exception group:
         BusUnavailable: the bus is gone for longer than its reconnect time.
+        SubscriptionOverflow: this process is too slow for what is said on the bus.
         EngineUnavailable: the engine is gone.
     """
     async with anyio.create_task_group() as group:
@@ -351,6 +352,7 @@ class Consumer:
             failure = f"{error.cause}: {error.reason}"
             self._journal.record(work, error.stage, start_ns, self.now_ns(), error=failure)
             work.span.fail(failure)
+            work.seen_ns = self.now_ns()
             self._feed(
                 ev.TransferFailed(token, error.cause, error.reason, error.touched, error.stage)
             )

@@ -26,13 +26,16 @@ from weightbus.bus.files import expand_index_files, read_layout_of_files
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.errors import (
+    ApplyFailed,
     ConsumerError,
     DeadlineExceeded,
     DigestMismatch,
+    NotAttached,
     RouteUnavailable,
     TransferCancelled,
     TransferError,
     VersionRetired,
+    WorkerLost,
 )
 from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cells
 from weightbus.consumers.transfer.route import Route, Transfer
@@ -53,6 +56,9 @@ __all__ = ("Outcome", "Prepared", "Updater")
 _logger = logging.getLogger(__name__)
 
 Sums = npt.NDArray[np.uint64]
+
+CLOCK_TOLERANCE_NS = 60 * 10**9
+"""How far the trainer's clock may be off before `valid_until_ns` misleads."""
 
 LAYOUTS_KEPT = 4
 """Layouts whose needs and cells are kept; the engine keeps its own plans."""
@@ -128,7 +134,7 @@ class Updater:
         self._engine = engine
         self._routes = {route.name: route for route in routes if route.name in config.routes}
         self._bindings: OrderedDict[str, Binding] = OrderedDict()
-        self._leases: set[int] = set()
+        self._leases: dict[int, CheckpointReady] = {}
         """Versions whose reader lease is held, or about to be."""
         self._lease_changes = anyio.Lock()
         self._engine_turn = anyio.Lock()
@@ -180,7 +186,7 @@ class Updater:
             TransferError: it failed or was cancelled, and nothing writes to the engine any more.
                 If `touched`, it stays paused; otherwise it does what it did before.
         """
-        pause = _Pause(self._engine, self._config.command_s)
+        pause = _Pause(self._engine, prepared.binding.instances, deadline_s, self._config.command_s)
         try:
             with anyio.fail_after(deadline_s), moving:
                 applied, rank_routes = await self._move(prepared, plan, pause, deadline_s)
@@ -189,6 +195,8 @@ class Updater:
                 raise TransferCancelled(plan.round, plan.epoch)
         except (WeightBusError, TimeoutError) as error:
             touched = await pause.undo_unless_touched()
+            if isinstance(error, ApplyFailed) and error.cause == NotAttached.__name__:
+                self._bindings.pop(prepared.manifest.layout_digest, None)
             if isinstance(error, TimeoutError):
                 error = DeadlineExceeded("transfer", deadline_s)
             raise TransferError(error, touched=touched) from error
@@ -214,16 +222,16 @@ class Updater:
             async with self._lease_changes:
                 if version not in self._leases:
                     continue
+                lease = self._lease(version)
                 try:
-                    await self._bus.reader_leases.renew(
-                        self._lease(version), self._config.reader_ttl_s
-                    )
+                    await self._bus.reader_leases.renew(lease, self._config.reader_ttl_s)
                 except LeaseLost as error:
-                    _logger.warning("version %d is not protected any more: %s", version, error)
+                    _logger.warning("version %d was not protected for a while: %s", version, error)
+                    await self._bus.reader_leases.take(lease, self._config.reader_ttl_s)
 
     def let_go_nowait(self, version: int) -> None:
         """The reader lease of a version is not renewed any more; `release` is to follow."""
-        self._leases.discard(version)
+        self._leases.pop(version, None)
 
     async def release(self, version: int) -> None:
         """Drop the reader lease of a version, unless it was taken again since it was let go: its
@@ -246,11 +254,11 @@ class Updater:
     async def _take_lease(self, ready: CheckpointReady) -> None:
         """Take the lease, then look whether the version can still be read: in this order."""
         async with self._lease_changes:
-            self._leases.add(ready.version)
+            self._leases[ready.version] = ready
             await self._bus.reader_leases.take(
                 self._lease(ready.version), self._config.reader_ttl_s
             )
-        if 0 < ready.valid_until_ns < time.time_ns():
+        if 0 < ready.valid_until_ns < time.time_ns() - CLOCK_TOLERANCE_NS:
             raise VersionRetired(ready.version, "its placement was valid until a time that is past")
         last = await self._bus.last(CheckpointRetired, model=ready.model)
         if last is not None and isinstance(last.message, CheckpointRetired):
@@ -264,16 +272,15 @@ class Updater:
             digest, placement = ready.layout_digest, ready.placement
             layout, blob = await self._bus.layouts.get(digest)
         else:
-            layout, placement = await anyio.to_thread.run_sync(
+            return await anyio.to_thread.run_sync(
                 _read_files, ready.files, self._config.file_roots, abandon_on_cancel=True
             )
-            digest, blob = layout_digest(layout), encode_layout(layout)
         check_placement(layout, placement)
         return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
 
     async def _bind(self, manifest: Manifest, deadline_s: float) -> Binding:
         """Needs and cells of the engine for a layout; made once per layout and worker process."""
-        inspected = await self._engine.inspect(None, min(deadline_s, self._config.command_s))
+        inspected = await self._engine.inspect(None, deadline_s)
         known = self._bindings.get(manifest.layout_digest)
         if known is not None and known.instances == tuple(rank.instance for rank in inspected):
             self._bindings.move_to_end(manifest.layout_digest)
@@ -389,8 +396,12 @@ class Updater:
 class _Pause:
     """The pause of one transfer: begun before the first byte is written, undone if none was."""
 
-    def __init__(self, engine: Engine, command_s: float) -> None:
+    def __init__(
+        self, engine: Engine, instances: Sequence[str], deadline_s: float, command_s: float
+    ) -> None:
         self._engine = engine
+        self._instances = instances
+        self._deadline_s = deadline_s
         self._command_s = command_s
         self._lock = anyio.Lock()
         self._before: tuple[Inspected, ...] | None = None
@@ -399,15 +410,22 @@ class _Pause:
         """When requests began to wait; 0: not paused."""
 
     async def begin(self) -> None:
-        """Pause the engine, once, however many routes ask."""
+        """Pause the engine, once, however many routes ask; requests that run are waited for.
+
+        Raises:
+            WorkerLost: a worker is not the process that was prepared.
+        """
         async with self._lock:
             if self._before is not None:
                 return
             report = await self._engine.state(self._command_s)
-            before = await self._engine.inspect(None, self._command_s)
+            before = await self._engine.inspect(None, self._deadline_s)
+            for rank, known in zip(before, self._instances, strict=True):
+                if rank.instance != known:
+                    raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
             self.start_ns = time.time_ns()
             self._served = report
-            await self._engine.pause(self._command_s)
+            await self._engine.pause(self._deadline_s)
             self._before = before
 
     async def undo_unless_touched(self) -> bool:
@@ -419,8 +437,11 @@ class _Pause:
             return False
         with anyio.CancelScope(shield=True):
             try:
-                after = await self._engine.inspect(None, self._command_s)
-                if self._served.touched or _contents(after) != _contents(self._before or after):
+                if self._before is not None:  # the pause was complete: routes may have written
+                    after = await self._engine.inspect(None, self._command_s)
+                    if _contents(after) != _contents(self._before):
+                        return True
+                if self._served.touched:
                     return True
                 if not self._served.paused:
                     await self._engine.resume(self._served.version, self._command_s)
@@ -435,11 +456,16 @@ def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, int, bool]]:
     return [(rank.instance, rank.updates, rank.version, rank.touched) for rank in ranks]
 
 
-def _read_files(files: Sequence[str], roots: Sequence[str]) -> tuple[Layout, Placement]:
-    """Layout and placement of safetensors files, indexes expanded. Blocking; only reads."""
+def _read_files(files: Sequence[str], roots: Sequence[str]) -> Manifest:
+    """The manifest of safetensors files, indexes expanded. Blocking; only reads."""
     paths = expand_index_files(files, roots)
     layout = read_layout_of_files(paths, roots)
-    return layout, tuple((FileSegment(path=path),) for path in paths)
+    return Manifest(
+        layout=layout,
+        layout_digest=layout_digest(layout),
+        layout_blob=encode_layout(layout),
+        placement=tuple((FileSegment(path=path),) for path in paths),
+    )
 
 
 def _plan_proof(layout: Layout, described: Sequence[Described]) -> tuple[CellPlan, tuple[int, ...]]:

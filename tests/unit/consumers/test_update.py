@@ -192,14 +192,14 @@ async def test_lease_is_renewed_until_it_is_let_go() -> None:
     assert world.bus.calls == ["renew 2", "release 2"]
 
 
-async def test_lease_that_is_lost_does_not_keep_others_from_being_renewed() -> None:
+async def test_lease_that_is_lost_is_taken_again_and_others_are_renewed_when_renewing() -> None:
     world = World()
     for version in (2, 3):
         await world.updater.prepare(ready_of(version), LONG_S)
     world.bus.reader_leases.held.discard(2)
     world.bus.calls.clear()
     await world.updater.renew_leases()
-    assert world.bus.calls == ["renew 2", "renew 3"]
+    assert world.bus.calls == ["renew 2", "take 2", "renew 3"]
 
 
 async def test_lease_is_kept_when_it_was_taken_again_before_its_release() -> None:
@@ -322,7 +322,19 @@ async def test_engine_serves_on_when_its_pause_did_not_end_in_time() -> None:
     world.engine.errors["pause"] = DeadlineExceeded("Pause of the engine", 5.0)
     error = await world.transfer_fails()
     assert (error.cause, error.touched) == ("DeadlineExceeded", False)
-    assert world.engine.calls == ["inspect", "pause", "inspect", "resume 1"]
+    assert world.engine.calls == ["inspect", "pause", "resume 1"]
+
+
+async def test_transfer_does_not_begin_when_a_worker_was_replaced_since_prepare() -> None:
+    world = World()
+    ready = ready_of(2)
+    prepared = await world.updater.prepare(ready, LONG_S)
+    world.engine.start_anew("j")
+    with pytest.raises(TransferError) as raised:
+        await world.updater.transfer(prepared, ready, plan_of(2), LONG_S, world.moving)
+    assert (raised.value.cause, raised.value.touched) == ("WorkerLost", False)
+    assert "apply" not in world.engine.calls
+    assert "pause" not in world.engine.calls
 
 
 async def test_transfer_fails_when_its_route_is_none_of_ours() -> None:
