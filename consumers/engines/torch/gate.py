@@ -95,5 +95,6 @@ class Gate:
 
     def reset(self) -> None:
         """Close, on no version: what was served is gone."""
-        self._opened = anyio.Event()
+        waited_for, self._opened = self._opened, anyio.Event()
+        waited_for.set()  # who waits looks again, and waits on
         self.version = -1

@@ -111,6 +111,22 @@ async def test_gate_stays_closed_when_closing_twice_was_given_up_once() -> None:
         running.go.set()
 
 
+async def test_request_that_waits_is_let_in_when_gate_was_reset_and_opened_again() -> None:
+    gate = Gate(max_waiting=8)
+    log: list[str] = []
+    visitor = Visitor(gate, log, "a")
+    visitor.go.set()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(visitor.visit)
+        await anyio.wait_all_tasks_blocked()
+        gate.reset()
+        await anyio.wait_all_tasks_blocked()
+        assert log == []
+        gate.open(4)
+        await anyio.wait_all_tasks_blocked()
+        assert log == ["a on 4", "a leaves"]
+
+
 async def test_gate_stays_closed_when_reset_while_closing_was_given_up() -> None:
     gate = Gate(max_waiting=8)
     log: list[str] = []
