@@ -2,12 +2,14 @@
 
 Does no I/O and knows no clock. Messages may come late, twice and out of order: of two that tell of
 one engine the one that was said later counts, versions announced never go back, and a round that
-was closed stays closed until a plan of a later epoch. Everything kept is bounded.
+was closed stays closed until a plan of a later epoch. Everything kept is bounded; to know repeats,
+a digest of every message is kept and not the message.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Final, TypeVar
 
 from msgspec import msgpack
@@ -53,6 +55,8 @@ DEAD_LETTERS_KEPT: Final = 8
 ROUNDS_KEPT: Final = 64
 CLOSED_ROUNDS_KNOWN: Final = 256
 REPEATS_KNOWN: Final = 4096
+REPEAT_DIGEST_BYTES: Final = 16
+"""A message may be 1 MiB: 4,096 of them would be 4 GiB."""
 GONE_ENGINES_KEPT: Final = 16
 
 K = TypeVar("K")
@@ -97,7 +101,7 @@ class Fleet:
         self._closed: dict[tuple[str, str], int] = {}
         self._failures: dict[tuple[str, str, str], FailureView] = {}
         self._dead_letters: dict[DeadLetterView, None] = {}
-        self._told: dict[bytes, None] = {}
+        self._told_digests: dict[bytes, None] = {}
 
     @property
     def models(self) -> frozenset[str]:
@@ -109,10 +113,10 @@ class Fleet:
         """Take a message in; False if it tells nothing new: a heartbeat, a repeat, an old word."""
         if isinstance(message, EngineState):
             return self._feed_state(message)
-        said = msgpack.encode(message)
-        if said in self._told:
+        said = blake2b(msgpack.encode(message), digest_size=REPEAT_DIGEST_BYTES).digest()
+        if said in self._told_digests:
             return False
-        _keep(self._told, said, None, REPEATS_KNOWN)
+        _keep(self._told_digests, said, None, REPEATS_KNOWN)
         match message:
             case CheckpointReady():
                 return self._feed_ready(message)

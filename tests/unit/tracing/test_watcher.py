@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import msgspec
 import pytest
@@ -221,6 +222,22 @@ def test_fleet_ends_in_the_same_state_when_history_comes_twice(seed: int) -> Non
     ]
     assert not any(news), f"seed {seed}"
     assert fleet.view(T0_NS) == fed(*messages).view(T0_NS), f"seed {seed}"
+
+
+def test_fleet_keeps_no_message_when_it_has_told_of_many_large_ones() -> None:
+    fleet = Fleet()
+    tracemalloc.start()
+    try:
+        for version in range(64):
+            metadata = {"note": "x" * 2**18}
+            large = msgspec.structs.replace(ready(version), metadata=metadata)
+            assert fleet.feed(large, T0_NS)
+            assert not fleet.feed(large, T0_NS)
+        del large, metadata
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 2**18, "16 MiB were said"
 
 
 def test_models_are_those_that_any_message_named() -> None:
