@@ -17,7 +17,7 @@ from msgspec import Struct
 from weightbus.bus.connection import open_bus
 from weightbus.bus.host import host_id
 from weightbus.bus.settings import BusSettings
-from weightbus.cli.until import until_stopped
+from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
@@ -122,7 +122,7 @@ def _spec(kind: str, architecture: str | None, config: str, tp: int) -> TorchEng
 async def run_consumer(options: Options) -> None:
     """One consumer, from its parts, until SIGINT or SIGTERM."""
     config = options.consumer
-    async with AsyncExitStack() as stack:
+    async with open_stop() as stop, AsyncExitStack() as stack:
         directory = options.engine_dir or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="weightbus-engine-"))
         )
@@ -147,4 +147,4 @@ async def run_consumer(options: Options) -> None:
                 f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on "
                 f"{bus.url}; its sockets are in {directory}"
             )
-            await until_stopped()
+            await stop.wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import anyio
 import click
@@ -16,6 +18,7 @@ from weightbus.cli.monitoring import close_broken_pipe, running_bus
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.errors import RoundUnknown
+from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.waterfall import (
     ROUND_MESSAGES,
     RoundSummary,
@@ -25,10 +28,13 @@ from weightbus.tracing.waterfall import (
 )
 from weightbus.tracing.waterfall_view import WaterfallView
 
-__all__ = ("command",)
+__all__ = ("command", "latest_rounds")
 
-ROUNDS_LISTED = 5
+ROUNDS_LISTED: Final = 5
 """How many rounds an error names."""
+
+WINDOWS_S: Final = (60, 3600)
+"""How far the newest round is looked for, one after the other; then everything is read."""
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -87,18 +93,53 @@ async def _trace(options: Options) -> Waterfall:
 
 
 async def _choose(bus: Bus, options: Options) -> RoundSummary:
-    history = [
-        (received.message, received.received_ns)
-        async for received in bus.replay(Join, RoundPlan, RoundComplete, model=options.model)
-    ]
-    rounds = summarise_rounds(history)
-    matching = [each for each in rounds if options.round in (None, each.round)]
-    if not matching:
-        raise RoundUnknown(options.round, options.model, _recent(rounds))
-    models = sorted({each.model for each in matching})
+    model, round_id = options.model, options.round
+    if round_id is None:
+        latest = _of_one_model(await _latest_of(bus, model))
+        if not latest:
+            raise RoundUnknown(None, model, ())
+        model, round_id = latest[-1].model, latest[-1].round
+    # A window may have begun in the middle of the round: where it starts, only its own words tell.
+    found = _of_one_model(await _rounds_since(bus, model, 0, round=round_id))
+    if not found:
+        raise RoundUnknown(round_id, model, _recent(await _latest_of(bus, model)))
+    return found[-1]
+
+
+async def latest_rounds(
+    rounds_since: Callable[[int], Awaitable[Sequence[RoundSummary]]], now_ns: int
+) -> Sequence[RoundSummary]:
+    """The rounds of the shortest of `WINDOWS_S` that holds any, else all; the newest last.
+
+    A clock that differs from the bus's costs a look that is too wide, and no round.
+    """
+    for window_s in WINDOWS_S:
+        if rounds := await rounds_since(now_ns - window_s * NS_PER_S):
+            return rounds
+    return await rounds_since(0)
+
+
+async def _latest_of(bus: Bus, model: str | None) -> Sequence[RoundSummary]:
+    async def rounds_since(since_ns: int) -> Sequence[RoundSummary]:
+        return await _rounds_since(bus, model, since_ns)
+
+    return await latest_rounds(rounds_since, time.time_ns())
+
+
+async def _rounds_since(
+    bus: Bus, model: str | None, since_ns: int, **tokens: str
+) -> Sequence[RoundSummary]:
+    history = bus.replay(
+        Join, RoundPlan, RoundComplete, model=model, since_ns=since_ns, **tokens
+    )
+    return summarise_rounds([(each.message, each.received_ns) async for each in history])
+
+
+def _of_one_model(rounds: Sequence[RoundSummary]) -> Sequence[RoundSummary]:
+    models = sorted({each.model for each in rounds})
     if len(models) > 1:
         raise click.UsageError(f"the bus has several models, choose --model: {', '.join(models)}")
-    return matching[-1]
+    return rounds
 
 
 def _recent(rounds: Sequence[RoundSummary]) -> tuple[str, ...]:

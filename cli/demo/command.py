@@ -13,12 +13,15 @@ import click
 import msgspec
 from msgspec import Struct
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.demo.fleet import DemoFailed, open_fleet
-from weightbus.cli.demo.story import Checked, Story, tell
+from weightbus.cli.demo.story import Checked, Say, Story, tell
+from weightbus.cli.until import open_stop
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.tracing.waterfall import ROUND_MESSAGES, Waterfall, build_waterfall
 from weightbus.tracing.waterfall_view import WaterfallView
@@ -58,35 +61,48 @@ def command(as_json: bool) -> None:
     with the trainer's. Exit code 0 only if everything was verified.
     """
     ok = anyio.run(_run, as_json)
+    if ok is None:
+        raise click.Abort
     if not ok:
         sys.exit(1)
 
 
-async def _run(as_json: bool) -> bool:
+async def _run(as_json: bool) -> bool | None:
+    """Whether everything was verified; None: interrupted."""
     console = Console(highlight=False)
     begin = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - begin:6.1f} s[/dim]  {text}", soft_wrap=True)
+        time_s = time.monotonic() - begin
+        console.print(f"[dim]{time_s:6.1f} s[/dim]  {escape(text)}", soft_wrap=True)
 
-    settings = msgspec.structs.replace(BusSettings.from_env(os.environ), url=None, name="demo")
-    with tempfile.TemporaryDirectory(prefix="weightbus-demo-") as directory:
-        async with (
-            open_bus(settings) as bus,
-            open_fleet(Path(directory), bus.url, bus.prefix) as fleet,
-            anyio.create_task_group() as group,
-        ):
-            say(f"bus at {bus.url}; try `weightbus watch --nats {bus.url}` beside it")
-            story = Story(bus, fleet, say)
-            await group.start(story.listen)
-            await tell(story, fleet, say)
-            waterfall = await _last_round(bus, story)
-            group.cancel_scope.cancel()
+    settings = BusSettings(name="demo", server_path=BusSettings.from_env(os.environ).server_path)
+    async with open_stop() as stop:
+        with tempfile.TemporaryDirectory(prefix="weightbus-demo-") as directory:
+            story, waterfall = await _follow(settings, Path(directory), say)
+    if stop.came:
+        return None
     result = _result(story)
     _show(console, story, waterfall, result)
     if as_json:
         click.echo(msgspec.json.encode(result))
     return result.ok
+
+
+async def _follow(settings: BusSettings, directory: Path, say: Say) -> tuple[Story, Waterfall]:
+    """The whole demo; returns with every process ended."""
+    async with (
+        open_bus(settings) as bus,
+        open_fleet(directory, bus.url, bus.prefix) as fleet,
+        anyio.create_task_group() as group,
+    ):
+        say(f"bus at {bus.url}; try `weightbus watch --nats {bus.url}` beside it")
+        story = Story(bus, fleet, say)
+        await group.start(story.listen)
+        await tell(story, fleet, say)
+        waterfall = await _last_round(bus, story)
+        group.cancel_scope.cancel()
+    return story, waterfall
 
 
 async def _last_round(bus: Bus, story: Story) -> Waterfall:
@@ -138,7 +154,7 @@ def _show(console: Console, story: Story, waterfall: Waterfall, result: Result) 
             ", ".join(update.routes),
             f"{checked.seconds * 1e3:.0f} ms",
             f"{update.paused_s * 1e3:.0f} ms",
-            "; ".join(checked.faults) or "the same bits",
+            Text("; ".join(checked.faults) or "the same bits"),
         )
     console.print()
     console.print(table)

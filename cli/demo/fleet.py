@@ -20,11 +20,12 @@ from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from msgspec import Struct
 
+from weightbus.bus.guard import guarded_command
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("DemoFailed", "EngineSpec", "Fleet", "open_fleet")
 
-STOP_S = 10.0
+STOP_S = 20.0
 """How long a process may take to end in order."""
 
 LOG_TAIL_LINES = 12
@@ -56,7 +57,7 @@ class Fleet:
         self._directory = directory
         self._nats_url = nats_url
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not _is_ours(name)},
             "WEIGHTBUS_NATS_URL": nats_url,
             "WEIGHTBUS_PREFIX": bus_prefix,
             "OMP_NUM_THREADS": "1",
@@ -70,17 +71,15 @@ class Fleet:
         return self._directory / engine
 
     async def start_engine(self, spec: EngineSpec) -> None:
-        """Start a consumer that starts its engine; returns at once."""
-        await self._start(
-            spec.engine,
-            [
-                *(sys.executable, "-m", "weightbus", "consume"),
-                *("--model", spec.model, "--engine-id", spec.engine),
-                *("--engine-dir", str(self.engine_directory(spec.engine))),
-                *("--architecture", spec.architecture, "--tp", str(spec.ranks)),
-                *("--config", msgspec.json.encode(spec.config).decode()),
-            ],
-        )
+        """Start a consumer that starts its engine; returns at once. Both die with this process."""
+        consume = [
+            *(sys.executable, "-m", "weightbus", "consume"),
+            *("--model", spec.model, "--engine-id", spec.engine),
+            *("--engine-dir", str(self.engine_directory(spec.engine))),
+            *("--architecture", spec.architecture, "--tp", str(spec.ranks)),
+            *("--config", msgspec.json.encode(spec.config).decode()),
+        ]
+        await self._start(spec.engine, guarded_command(consume))
 
     async def start_trainer(self) -> None:
         """Start the trainer; returns at once."""
@@ -132,35 +131,44 @@ class Fleet:
         return "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "it printed nothing"
 
     async def stop(self) -> None:
-        """End every process: the trainer by the end of its input, the others by SIGTERM."""
-        for process in self._processes.values():
-            if process.stdin is not None:
-                await process.stdin.aclose()
-            else:
-                with suppress(ProcessLookupError):
-                    process.terminate()
-        with anyio.move_on_after(STOP_S):
-            for process in self._processes.values():
-                await process.wait()
-        for process in self._processes.values():
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+        """End every process by the end of its input: the engines', then the trainer."""
+        trainer = self._processes.pop("trainer", None)
+        await _end(list(self._processes.values()))
+        if trainer is not None:
+            await _end([trainer])
 
     async def _start(self, name: str, argv: Sequence[str], *, answers: bool = False) -> Process:
-        pipe = subprocess.PIPE if answers else subprocess.DEVNULL
         with (self._directory / f"{name}.log").open("ab") as log:
             process = await anyio.open_process(
                 list(argv),
-                stdin=pipe,
-                stdout=pipe if answers else log,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if answers else log,
                 stderr=log,
                 env=self._environment,
                 start_new_session=True,
             )
         self._processes[name] = process
         return process
+
+
+def _is_ours(variable: str) -> bool:
+    """Settings of some other bus, which the demo has nothing to do with."""
+    return variable.startswith("WEIGHTBUS_")
+
+
+async def _end(processes: Sequence[Process]) -> None:
+    """Close their input; kill those that have not ended in time."""
+    for process in processes:
+        if process.stdin is not None:
+            await process.stdin.aclose()
+    with anyio.move_on_after(STOP_S):
+        for process in processes:
+            await process.wait()
+    for process in processes:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter, UpdateComplete, UpdateFailed
 from weightbus.tracing.narration import narrate
 
-__all__ = ("ENGINES", "Checked", "Story", "tell")
+__all__ = ("ENGINES", "Checked", "Say", "Story", "tell")
 
 ENGINES = (
     EngineSpec(engine="a", model="minilm", architecture="minilm"),
@@ -44,6 +44,7 @@ POLL_S = 0.5
 EMBEDDING_TOLERANCE = 1e-5
 
 Say = Callable[[str], None]
+"""Shows one line of plain text."""
 
 
 class Checked(Struct, frozen=True, kw_only=True):

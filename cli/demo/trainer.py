@@ -28,6 +28,7 @@ from weightbus.consumers.engines.torch.fingerprint import fingerprint
 from weightbus.consumers.engines.torch.minilm import MiniLM, minilm_folder
 from weightbus.consumers.engines.torch.models import build_model, initialise
 from weightbus.producers.blocking import BlockingPublisher
+from weightbus.producers.publisher import PublisherOptions
 
 __all__ = ("main",)
 
@@ -159,9 +160,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     settings = BusSettings.from_env(os.environ)
+    options = PublisherOptions(linger_s=0.0, close_wait_s=5.0)  # every version was checked already
     with (
-        BlockingPublisher(settings, model="minilm") as minilm,
-        BlockingPublisher(settings, model="decoder") as decoder,
+        BlockingPublisher(settings, model="minilm", options=options) as minilm,
+        BlockingPublisher(settings, model="decoder", options=options) as decoder,
     ):
         trainings: dict[str, tuple[BlockingPublisher, Training]] = {
             "minilm": (minilm, MiniLMTraining()),
