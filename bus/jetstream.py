@@ -4,6 +4,9 @@ A thin client of JetStream's API (NATS ADR-8, ADR-31 and ADR-43), instead of nat
 has a deadline, can be sent again after a reconnect without doing its work twice, and needs no
 consumer on the server. Streams that are missing (a server came back without its data) are made
 again.
+
+`last` and `walk` ask the leader of a stream and see every write that was acknowledged before;
+`scan` may be answered by a replica that lags behind.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ _HEADER_STATUS: Final = "Status"
 _STATUS_END_OF_BATCH = "204"
 _STATUS_NOT_FOUND = "404"
 
+_MESSAGE_NOT_FOUND = 10037
 _STREAM_NOT_FOUND = 10059
 _WRONG_LAST_SEQUENCE = frozenset((10071, 10164))
 _NOT_READY = frozenset((10004, 10008, 10009))
@@ -48,6 +52,9 @@ _BATCH_MESSAGES = 512
 _BATCH_BYTES = 4 * 2**20
 _RETRY_WAIT_S = 0.1
 _NS_PER_S = 10**9
+_DUPLICATE_WINDOW_S = 120
+_RESEND_FOR_S = 100.0
+"""How long a message whose fate is not known is sent again: less than the server remembers it."""
 
 T = TypeVar("T")
 
@@ -64,8 +71,8 @@ class StreamConfig(Struct, frozen=True, kw_only=True):
     max_msgs_per_subject: int = -1
     max_bytes: int = -1
     max_age: int = 0
-    duplicate_window: int = 120 * _NS_PER_S
-    """How long a `Nats-Msg-Id` is remembered: longer than a lost connection may last."""
+    duplicate_window: int = _DUPLICATE_WINDOW_S * _NS_PER_S
+    """How long a `Nats-Msg-Id` is remembered: longer than a message is sent again."""
     allow_direct: bool = True
     allow_rollup_hdrs: bool = True
     allow_msg_ttl: bool = False
@@ -106,6 +113,20 @@ class _Answer(Struct):
     error: _ApiError | None = None
 
 
+class _LeadersMessage(Struct):
+    """As `STREAM.MSG.GET` answers; both byte strings in base64."""
+
+    subject: str
+    seq: int
+    time: str
+    hdrs: bytes = b""
+    data: bytes = b""
+
+
+class _LeadersAnswer(Struct):
+    message: _LeadersMessage
+
+
 class _NotReady(Exception):
     pass
 
@@ -128,16 +149,19 @@ class JetStream:
         *,
         ready_within_s: float,
         reconnect_for_s: float,
+        resend_for_s: float = _RESEND_FOR_S,
     ) -> None:
         """`streams` are made when missing, on every new connection.
 
         A call waits `ready_within_s` for a JetStream that is not ready, and is given up when it was
-        interrupted for longer than `reconnect_for_s` by connections that do not last.
+        interrupted for longer than `reconnect_for_s` by connections that do not last. A message
+        that may have been stored is sent again for `resend_for_s` at most.
         """
         self._link = link
         self._streams = streams
         self._ready_within_s = ready_within_s
         self._reconnect_for_s = reconnect_for_s
+        self._resend_for_s = resend_for_s
         self._checked_connection = 0
         self._checking = anyio.Lock()
 
@@ -166,37 +190,97 @@ class JetStream:
 
         Raises:
             WrongLastSequence: the subject's last message is not `expected_sequence` (0: none).
+            BusTimeout: also when the connection was lost for so long that the server may have
+                forgotten whether it has stored the message.
             PayloadTooLarge
         """
-        all_headers = {**(headers or {}), HEADER_MESSAGE_ID: message_id or uuid.uuid4().hex}
+        message_id = message_id or uuid.uuid4().hex
+        all_headers = {**(headers or {}), HEADER_MESSAGE_ID: message_id}
         if ttl_s is not None:
             all_headers[HEADER_TTL] = str(ttl_s)
         if expected_sequence is not None:
             all_headers[_HEADER_EXPECTED] = str(expected_sequence)
         operation = f"publish to {subject}"
+        in_doubt_since: float | None = None
 
         async def send() -> PublishAck:
-            answer = await self._link.request(subject, payload, all_headers, operation=operation)
-            return _decode(answer, PublishAck, operation)
+            nonlocal in_doubt_since
+            sent = anyio.current_time()
+            if in_doubt_since is not None and sent >= in_doubt_since + self._resend_for_s:
+                raise BusTimeout(operation, self._resend_for_s)
+            try:
+                answer = await self._link.request(
+                    subject, payload, all_headers, operation=operation
+                )
+                return _decode(answer, PublishAck, operation)
+            except Interrupted:
+                in_doubt_since = in_doubt_since or sent
+                raise
+            except WrongLastSequence:
+                ours = await self._find(subject, message_id) if in_doubt_since else None
+                if ours is None:
+                    raise
+                return ours
 
         return await self._when_ready(send, operation)
 
+    async def _find(self, subject: str, message_id: str) -> PublishAck | None:
+        """The acknowledgement of a message that was stored, if it still is its subject's last.
+
+        The server compares the expected sequence before the id: a compare and set that is sent
+        again is not called a duplicate, but refused because of its own first copy.
+        """
+        stream = next(s.name for s in self._streams if _covers(s.subjects, subject))
+        last = await self._get(stream, {"last_by_subj": subject}, f"publish to {subject}")
+        if last is None or last.headers.get(HEADER_MESSAGE_ID) != message_id:
+            return None
+        return PublishAck(stream=stream, sequence=last.sequence, duplicate=True)
+
     async def last(self, stream: str, subject: str) -> StoredMessage | None:
-        """The last message of a subject, which may hold wildcards."""
+        """The last message of a subject, which may hold wildcards; the leader's word."""
         operation = f"read of the last message of {subject}"
-        request = msgspec.json.encode({"last_by_subj": subject})
 
-        async def send() -> Incoming:
-            return await self._link.request(
-                f"$JS.API.DIRECT.GET.{stream}", request, operation=operation
-            )
+        async def send() -> StoredMessage | None:
+            return await self._get(stream, {"last_by_subj": subject}, operation)
 
-        answer = await self._when_ready(send, operation)
-        if _is_stored(answer):
-            return _stored(answer)
-        if answer.headers.get(_HEADER_STATUS) != _STATUS_NOT_FOUND:
-            raise _refused(operation, answer)
-        return None
+        return await self._when_ready(send, operation)
+
+    async def walk(self, stream: str, subject: str) -> AsyncIterator[StoredMessage]:
+        """As `scan`, from the leader: one round trip for each message.
+
+        A message that is there when the walk begins, and is only replaced by later ones of its
+        subject, is found itself or in its replacement: those have higher sequences.
+        """
+        operation = f"read of {subject} from the leader of stream {stream}"
+        sequence = 1
+
+        async def send() -> StoredMessage | None:
+            return await self._get(stream, {"seq": sequence, "next_by_subj": subject}, operation)
+
+        while (message := await self._when_ready(send, operation)) is not None:
+            yield message
+            sequence = message.sequence + 1
+
+    async def _get(
+        self, stream: str, request: dict[str, Any], operation: str
+    ) -> StoredMessage | None:
+        """One message, from the stream's leader."""
+        answer = await self._link.request(
+            f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(request), operation=operation
+        )
+        try:
+            found = _decode(answer, _LeadersAnswer, operation).message
+        except RequestRefused as error:
+            if error.code != _MESSAGE_NOT_FOUND:
+                raise
+            return None
+        return StoredMessage(
+            subject=found.subject,
+            sequence=found.seq,
+            stored_ns=nanoseconds_of(found.time),
+            headers=_headers_of(found.hdrs),
+            payload=found.data,
+        )
 
     async def scan(
         self, stream: str, subject: str, *, since_ns: int = 0
@@ -213,6 +297,15 @@ class JetStream:
             if not pending:
                 return
             start = {"seq": page[-1].sequence + 1}
+
+    async def count(self, stream: str, subject: str) -> int:
+        """How many messages of a subject, without wildcards, are stored."""
+
+        async def send() -> int:
+            info = await self._api(f"STREAM.INFO.{stream}", {"subjects_filter": subject})
+            return int((info["state"].get("subjects") or {}).get(subject, 0))
+
+        return await self._when_ready(send, f"count of {subject}")
 
     async def purge(self, stream: str, subject: str) -> None:
         """Remove all messages of a subject."""
@@ -336,6 +429,30 @@ def _stored(answer: Incoming) -> StoredMessage:
     )
 
 
+def _headers_of(block: bytes) -> dict[str, str]:
+    """A header block as it is stored: a line of its own, then `name: value` lines."""
+    headers: dict[str, str] = {}
+    for line in block.decode(errors="replace").split("\r\n")[1:]:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers.setdefault(name.strip(), value.strip())
+    return headers
+
+
+def _covers(patterns: tuple[str, ...], subject: str) -> bool:
+    """Whether a subject is among those of a stream."""
+    tokens = subject.split(".")
+    for pattern in patterns:
+        wanted = pattern.split(".")
+        is_open = wanted[-1] == ">"
+        if is_open:
+            wanted.pop()
+        fits = len(tokens) > len(wanted) if is_open else len(tokens) == len(wanted)
+        if fits and all(one in ("*", token) for one, token in zip(wanted, tokens, strict=False)):
+            return True
+    return False
+
+
 def _check_stream(wanted: StreamConfig, found: Mapping[str, Any]) -> None:
     """Sizes, ages and replicas are the operator's; what the bus is built on must be as we made it.
 
@@ -348,6 +465,9 @@ def _check_stream(wanted: StreamConfig, found: Mapping[str, Any]) -> None:
     if found.get("max_msgs_per_subject") != wanted.max_msgs_per_subject:
         value, needed = found.get("max_msgs_per_subject"), wanted.max_msgs_per_subject
         raise StreamUnsuitable(wanted.name, "max_msgs_per_subject", value, needed)
+    if found.get("duplicate_window", 0) < wanted.duplicate_window:
+        value, needed = found.get("duplicate_window"), wanted.duplicate_window
+        raise StreamUnsuitable(wanted.name, "duplicate_window", value, needed)
     for feature in ("allow_direct", "allow_rollup_hdrs", "allow_msg_ttl"):
         if getattr(wanted, feature) and not found.get(feature, False):
             raise StreamUnsuitable(wanted.name, feature, False, True)

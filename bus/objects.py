@@ -82,6 +82,8 @@ class ObjectStore:
     async def put(self, key: str, blob: bytes) -> str:
         """Store a blob under a key and return the key; the same blob is not stored twice.
 
+        A description whose chunks are not there is replaced.
+
         Raises:
             ObjectTooLarge
         """
@@ -91,7 +93,9 @@ class ObjectStore:
         for _ in range(_MAX_RACES):
             before, sequence = await self._describe(key)
             if before is not None and before.is_of(len(blob), digest):
-                return key
+                chunks = self._chunks_subject(before.nuid)
+                if await self._jetstream.count(self._stream, chunks) == before.chunks:
+                    return key
             try:
                 await self._put_new(key, blob, digest, sequence)
             except WrongLastSequence:  # another client was faster: look again
