@@ -107,6 +107,14 @@ class KeyBucket(Generic[M]):
             if kept.message is not None:
                 yield kept
 
+    async def walk(self, keys: str) -> AsyncIterator[Kept[M]]:
+        """As `scan`, from the leader: whoever wrote before it began, and keeps on, is not missed.
+        One round trip for each key."""
+        async for stored in self._jetstream.walk(self._stream, self.subject(keys)):
+            kept = self._kept(stored)
+            if kept.message is not None:
+                yield kept
+
     def read(self, subject: str, headers: Mapping[str, str], payload: bytes) -> M | None:
         """The value of a key in a message on its subject; None: an end, or not readable."""
         if is_end(headers):

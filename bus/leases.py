@@ -2,7 +2,8 @@
 
 Leases are keys with a time to live, which their holders renew; who is gone loses them. Every change
 is a compare and set, so that of several clients exactly one succeeds. The server's clock alone
-decides what has expired. With replicated buckets a look may lag behind; a change never does.
+decides what has expired. Every look asks the stream's leader: with replicated buckets, too, it sees
+every change that was acknowledged before.
 """
 
 from __future__ import annotations
@@ -129,10 +130,13 @@ class ReaderLeases:
         await self._bucket.delete(f"{model}.{version}.{engine}")
 
     async def readers(self, model: str, version: int) -> tuple[ReaderLease, ...]:
-        """Who is reading a version now."""
+        """Who is reading a version now: every lease taken before the call that still holds.
+
+        An engine that renews meanwhile is found all the same.
+        """
         found = {
             kept.message.engine: kept.message
-            async for kept in self._bucket.scan(f"{model}.{version}.*")
+            async for kept in self._bucket.walk(f"{model}.{version}.*")
             if kept.message is not None
         }
         return tuple(found.values())
