@@ -80,7 +80,7 @@ class CpuExecutor:
         for fill in bound.plan.needs.fills:
             element = filled_bytes(self._needs.parameters[fill.parameter].dtype, fill.value)
             offset, strides = _in_bytes(fill.offset, fill.strides, element.size)
-            parameter = memories.parameters[fill.parameter]
+            parameter = memories.parameter(fill.parameter)
             window = parameter.window(offset, fill.sizes, strides, element.size)
             window[...] = element.view(window.dtype)[0]
         return bound.plan.source_bytes
@@ -130,10 +130,10 @@ class CpuExecutor:
             ctypes.memmove(destination, source, size_bytes)
         for number in np.flatnonzero(as_is & ~runs).tolist():
             shape, unit = pieces.sizes[number, ::-1].tolist(), int(unit_bytes[number])
-            segment = memories.segments[pieces.segment[number]]
+            segment = memories.segment(int(pieces.segment[number]))
             strides = pieces.source_strides[number, ::-1].tolist()
             source_window = segment.window(int(pieces.source[number]), shape, strides, unit)
-            parameter = memories.parameters[pieces.parameter[number]]
+            parameter = memories.parameter(int(pieces.parameter[number]))
             strides = pieces.destination_strides[number, ::-1].tolist()
             target = parameter.window(int(pieces.destination[number]), shape, strides, unit)
             np.copyto(target, source_window)
@@ -186,7 +186,7 @@ class CpuExecutor:
                 continue
             strides = [math.prod(shard.sizes[dim + 1 :]) for dim in range(len(shard.sizes))]
             offset, strides = _in_bytes(_offset(common, held, strides), strides, item_bytes)
-            segment = memories.segments[shard.segment]
+            segment = memories.segment(shard.segment)
             source = segment.window(shard.offset_bytes + offset, common.sizes, strides, item_bytes)
             spans = zip(common.starts, common.ends, box.starts, strict=True)
             staged[tuple(slice(start - base, end - base) for start, end, base in spans)] = source
@@ -197,7 +197,7 @@ class CpuExecutor:
         item_bytes = DTYPE_BYTES[self._needs.parameters[copy.parameter].dtype]
         first = copy.offset + _offset(box, _box(copy), copy.strides)
         offset, strides = _in_bytes(first, copy.strides, item_bytes)
-        return memories.parameters[copy.parameter].window(offset, box.sizes, strides, item_bytes)
+        return memories.parameter(copy.parameter).window(offset, box.sizes, strides, item_bytes)
 
 
 class _Memory:
@@ -214,21 +214,28 @@ class _Memory:
 
 
 class _Memories:
-    """The segments and parameters of a bound plan."""
+    """The segments and parameters of a bound plan; those that are not used cost nothing."""
 
     def __init__(self, bound: BoundTiles) -> None:
-        self.segments = [
-            _Memory(address, size_bytes)
-            for address, size_bytes in zip(
-                bound.segment_addresses.tolist(), bound.segment_sizes, strict=True
-            )
-        ]
-        self.parameters = [
-            _Memory(address, size_bytes)
-            for address, size_bytes in zip(
-                bound.parameter_addresses.tolist(), bound.parameter_sizes, strict=True
-            )
-        ]
+        self._bound = bound
+        self._segments: dict[int, _Memory] = {}
+        self._parameters: dict[int, _Memory] = {}
+
+    def segment(self, number: int) -> _Memory:
+        found = self._segments.get(number)
+        if found is None:
+            address = int(self._bound.segment_addresses[number])
+            found = _Memory(address, int(self._bound.segment_sizes[number]))
+            self._segments[number] = found
+        return found
+
+    def parameter(self, number: int) -> _Memory:
+        found = self._parameters.get(number)
+        if found is None:
+            address = int(self._bound.parameter_addresses[number])
+            found = _Memory(address, int(self._bound.parameter_sizes[number]))
+            self._parameters[number] = found
+        return found
 
 
 def _box(thing: Cell | Copy | ShardSpec) -> Box:

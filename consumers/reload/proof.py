@@ -12,7 +12,7 @@ cannot see what an engine derives from weights and keeps elsewhere than in tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,13 @@ from weightbus.consumers.reload.memory import (
 from weightbus.consumers.reload.tracer import Trace
 from weightbus.schemas.needs import ParameterSpec
 
-__all__ = ("Proof", "memory_of", "prove")
+__all__ = ("Made", "Proof", "memory_of", "prove")
 
 COMPARED_BYTES = 64 * 2**20
 """Compared at a time: on a GPU a comparison makes a temporary of as many bytes."""
+
+Made = Iterator[tuple[int, torch.Tensor]]
+"""Parameters by number as the plan makes them: new tensors on the live ones' device."""
 
 Memory = frozenset[tuple[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
 
@@ -61,23 +64,28 @@ def memory_of(model: nn.Module) -> Memory:
     )
 
 
-def prove(trace: Trace, live: nn.Module, make: Callable[[int], torch.Tensor]) -> Proof:
+def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) -> Proof:
     """Compare a live model, loaded by its engine, with what the plan makes of the same checkpoint.
 
     Args:
-        make: the plan's parameter of a number, as a new tensor on the live one's device.
+        make: the plan's parameters of some numbers, in any order.
     """
     state = {item.name: item for item in state_tensors(live)}
     reasons: dict[str, list[str]] = {}  # by module
     for name in sorted(state.keys() - trace.names):
         _note(reasons, name, f"{name} is not there before the engine processes what it loaded")
     owners = trace.needs.parameters
+    comparable: list[int] = []
     for number, spec in enumerate(owners):
         difference = _difference(spec, state.get(spec.name))
-        if not difference and not _same_bytes(state[spec.name].tensor, make(number)):
-            difference = "holds other bytes than the plan makes"
         if difference:
             _note(reasons, spec.name, f"{spec.name} {difference}")
+        else:
+            comparable.append(number)
+    for number, made in make(comparable):
+        name = owners[number].name
+        if not _same_bytes(state[name].tensor, made):
+            _note(reasons, name, f"{name} holds other bytes than the plan makes")
     for tie in trace.ties:
         name, owner = tie.spec.name, owners[tie.parameter].name
         difference = _difference(tie.spec, state.get(name))
@@ -86,9 +94,10 @@ def prove(trace: Trace, live: nn.Module, make: Callable[[int], torch.Tensor]) ->
             difference = "" if distance == tie.offset_bytes else f"is no longer tied to {owner}"
         if difference:
             _note(reasons, name, f"{name} {difference}")
+    holders = sorted({module_of(name) for name in state})
     for module, attribute in sorted(plain_tensors(live).keys() - trace.plain):
         below = f"{module}." if module else ""
-        for inner in {module_of(name) for name in state}:
+        for inner in holders:
             if inner == module or inner.startswith(below):
                 reasons.setdefault(inner, []).append(f"{module} derives {attribute} from weights")
     modules = _closure(trace, reasons)

@@ -25,11 +25,10 @@ from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.deadline import Deadline
-from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.host import ModelHost
+from weightbus.consumers.reload.making import made_parameters
 from weightbus.consumers.reload.memory import state_tensors
-from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
-from weightbus.consumers.reload.proof import Proof, memory_of, prove
+from weightbus.consumers.reload.proof import Made, Proof, memory_of, prove
 from weightbus.consumers.reload.split import Split, split_update
 from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
@@ -188,10 +187,8 @@ class Reloader:
         executor = CpuExecutor(self.layout, trace.needs, ())
         with StagedSources(version.segments) as sources:
 
-            def make(parameter: int) -> torch.Tensor:
-                version.deadline.check()
-                part = part_of_plan(plan, [parameter])
-                return _made(part, parameter, cut_portions(part), sources, executor)
+            def make(numbers: Iterable[int]) -> Made:
+                return made_parameters(plan, numbers, sources, executor, version.deadline)
 
             proof = prove(trace, self._host.live_model(), make)
         version.outcome.processed = len(trace.needs.parameters)
@@ -285,28 +282,6 @@ class Reloader:
             addresses[number] = tensor.data_ptr()
             sizes[number] = tensor.untyped_storage().nbytes() - skipped
         return addresses, sizes
-
-
-def _made(
-    plan: TilePlan,
-    parameter: int,
-    portions: Sequence[Portion],
-    sources: StagedSources,
-    executor: CpuExecutor,
-) -> torch.Tensor:
-    """One parameter as its plan makes it, in memory of its own; gaps between elements are 0."""
-    spec = plan.needs.parameters[parameter]
-    extent = 1 + sum((n - 1) * step for n, step in zip(spec.shape, spec.strides, strict=True))
-    memory = torch.zeros(extent, dtype=TORCH_DTYPES[spec.dtype])
-    addresses = [0] * len(plan.needs.parameters)
-    sizes = [0] * len(addresses)
-    addresses[parameter], sizes[parameter] = memory.data_ptr(), memory.nbytes
-    for portion in portions:
-        with sources.fetched(portion.ranges):
-            executor.move(
-                bind_tiles(portion.plan, sources.addresses, sources.sizes_bytes, addresses, sizes)
-            )
-    return torch.as_strided(memory, spec.shape, spec.strides)
 
 
 def _summary(proof: Proof) -> str:
