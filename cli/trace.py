@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeVar
 
 import anyio
 import click
@@ -13,8 +13,10 @@ from msgspec import Struct
 from rich.console import Console
 
 from weightbus.bus.connection import Bus, open_bus
+from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.monitoring import close_broken_pipe, running_bus
+from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.errors import RoundUnknown
@@ -37,6 +39,9 @@ WINDOWS_S: Final = (60, 3600)
 """How far the newest round is looked for, one after the other; then everything is read."""
 
 
+M = TypeVar("M", bound=Message)
+
+
 class Options(Struct, frozen=True, kw_only=True):
     """What was asked for."""
 
@@ -47,7 +52,7 @@ class Options(Struct, frozen=True, kw_only=True):
 
 @click.command("trace")
 @click.argument("round_id", metavar="[ROUND]", required=False)
-@click.option("--model", help="Model of the round; needed when the bus has several.")
+@click.option("--model", help="Model of the round; needed when several were updated lately.")
 @click.option("--nats", "nats_url", help="NATS URL; else WEIGHTBUS_NATS_URL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def command(round_id: str | None, model: str | None, nats_url: str | None, as_json: bool) -> None:
@@ -99,8 +104,9 @@ async def _choose(bus: Bus, options: Options) -> RoundSummary:
         if not latest:
             raise RoundUnknown(None, model, ())
         model, round_id = latest[-1].model, latest[-1].round
-    # A window may have begun in the middle of the round: where it starts, only its own words tell.
-    found = _of_one_model(await _rounds_since(bus, model, 0, round=round_id))
+    # Of all time: a round may have begun before the window in which it was found.
+    told = bus.replay(Join, RoundPlan, RoundComplete, model=model, round=round_id)
+    found = _of_one_model(await _summaries(told))
     if not found:
         raise RoundUnknown(round_id, model, _recent(await _latest_of(bus, model)))
     return found[-1]
@@ -109,9 +115,10 @@ async def _choose(bus: Bus, options: Options) -> RoundSummary:
 async def latest_rounds(
     rounds_since: Callable[[int], Awaitable[Sequence[RoundSummary]]], now_ns: int
 ) -> Sequence[RoundSummary]:
-    """The rounds of the shortest of `WINDOWS_S` that holds any, else all; the newest last.
+    """The rounds of the shortest of `WINDOWS_S` that holds any, else of all time.
 
-    A clock that differs from the bus's costs a look that is too wide, and no round.
+    `rounds_since` is asked for those since a time in ns. Where our clock is not the bus's, more or
+    less is read, and the newest round is found all the same.
     """
     for window_s in WINDOWS_S:
         if rounds := await rounds_since(now_ns - window_s * NS_PER_S):
@@ -120,19 +127,16 @@ async def latest_rounds(
 
 
 async def _latest_of(bus: Bus, model: str | None) -> Sequence[RoundSummary]:
+    """By their joins alone: the end of an older round may come after a newer one has begun."""
+
     async def rounds_since(since_ns: int) -> Sequence[RoundSummary]:
-        return await _rounds_since(bus, model, since_ns)
+        return await _summaries(bus.replay(Join, model=model, since_ns=since_ns))
 
     return await latest_rounds(rounds_since, time.time_ns())
 
 
-async def _rounds_since(
-    bus: Bus, model: str | None, since_ns: int, **tokens: str
-) -> Sequence[RoundSummary]:
-    history = bus.replay(
-        Join, RoundPlan, RoundComplete, model=model, since_ns=since_ns, **tokens
-    )
-    return summarise_rounds([(each.message, each.received_ns) async for each in history])
+async def _summaries(told: AsyncIterator[Received[M]]) -> Sequence[RoundSummary]:
+    return summarise_rounds([(each.message, each.received_ns) async for each in told])
 
 
 def _of_one_model(rounds: Sequence[RoundSummary]) -> Sequence[RoundSummary]:

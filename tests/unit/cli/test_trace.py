@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import anyio
 import pytest
 from click.testing import CliRunner
 
-from weightbus.cli.trace import command
-from weightbus.tracing.waterfall import EngineWaterfall, StageRow, Waterfall
+from weightbus.cli.trace import command, latest_rounds
+from weightbus.tracing.waterfall import EngineWaterfall, RoundSummary, StageRow, Waterfall
+
+NS_PER_S = 10**9
+NOW_NS = 1_700_000_000 * NS_PER_S
 
 
 def test_trace_asks_for_a_bus_when_none_is_named() -> None:
@@ -20,3 +26,32 @@ def test_trace_help_names_every_field_of_its_json(struct: type[Waterfall]) -> No
     text = CliRunner().invoke(command, ["--help"]).output
     missing = [field for field in struct.__struct_fields__ if field not in text]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("age_s", "looks_s"),
+    [(0, [60]), (59, [60]), (61, [60, 3600]), (3601, [60, 3600, None]), (-90, [60])],
+)
+def test_latest_rounds_looks_no_further_back_than_to_the_newest_round(
+    age_s: int, looks_s: list[int | None]
+) -> None:
+    rounds = [
+        RoundSummary(model="minilm", round=name, version=version, first_ns=NOW_NS - age * NS_PER_S)
+        for version, (name, age) in enumerate([("v0", 90_000), ("v1", age_s)])
+    ]
+    looks: list[int] = []
+
+    async def rounds_since(since_ns: int) -> Sequence[RoundSummary]:
+        looks.append(since_ns)
+        return [each for each in rounds if each.first_ns >= since_ns]
+
+    latest = anyio.run(latest_rounds, rounds_since, NOW_NS)
+    assert latest[-1].round == "v1"
+    assert looks == [0 if look is None else NOW_NS - look * NS_PER_S for look in looks_s]
+
+
+def test_latest_rounds_are_none_when_the_bus_remembers_none() -> None:
+    async def rounds_since(since_ns: int) -> Sequence[RoundSummary]:
+        return ()
+
+    assert anyio.run(latest_rounds, rounds_since, NOW_NS) == ()
