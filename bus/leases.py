@@ -125,9 +125,16 @@ class ReaderLeases:
         except WrongLastSequence:
             raise LeaseLost(key, None) from None
 
-    async def release(self, model: str, version: int, engine: str) -> None:
-        """Done reading."""
-        await self._bucket.delete(f"{model}.{version}.{engine}")
+    async def release(self, lease: ReaderLease) -> None:
+        """Done reading; nothing happens if another consumer of the engine took the lease."""
+        key = key_of(lease)
+        kept = await self._bucket.get(key)
+        if kept.message is None or kept.message.consumer != lease.consumer:
+            return
+        try:
+            await self._bucket.delete(key, expected_sequence=kept.sequence)
+        except WrongLastSequence:
+            return
 
     async def readers(self, model: str, version: int) -> tuple[ReaderLease, ...]:
         """Who is reading a version now: every lease taken before the call that still holds.

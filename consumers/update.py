@@ -238,9 +238,7 @@ class Updater:
         publisher may overwrite it."""
         async with self._lease_changes:
             if version not in self._leases:
-                await self._bus.reader_leases.release(
-                    self._config.model, version, self._config.engine
-                )
+                await self._bus.reader_leases.release(self._lease(version))
 
     def _lease(self, version: int) -> ReaderLease:
         return ReaderLease(

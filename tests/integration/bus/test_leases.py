@@ -131,7 +131,7 @@ async def test_readers_are_those_with_a_lease_on_the_version_when_listed(bus: Bu
     await bus.reader_leases.take(reader_lease("a"), 60)
     await bus.reader_leases.take(reader_lease("b"), 60)
     await bus.reader_leases.take(reader_lease("c", version=2), 60)
-    await bus.reader_leases.release("m", 1, "a")
+    await bus.reader_leases.release(reader_lease("a"))
     assert await bus.reader_leases.readers("m", 1) == (reader_lease("b"),)
     assert await bus.reader_leases.readers("m", 3) == ()
 
@@ -145,6 +145,15 @@ async def test_reader_is_gone_and_cannot_renew_when_its_lease_has_run_out(bus: B
     await until(is_gone)
     with pytest.raises(LeaseLost):
         await bus.reader_leases.renew(reader_lease("a"), 60)
+
+
+async def test_older_consumer_releases_nothing_when_a_newer_took_the_lease(bus: Bus) -> None:
+    await bus.reader_leases.take(reader_lease("a", "old"), 60)
+    await bus.reader_leases.take(reader_lease("a", "new"), 60)
+    await bus.reader_leases.release(reader_lease("a", "old"))
+    assert await bus.reader_leases.readers("m", 1) == (reader_lease("a", "new"),)
+    await bus.reader_leases.release(reader_lease("a", "new"))
+    assert await bus.reader_leases.readers("m", 1) == ()
 
 
 async def test_older_consumer_cannot_renew_when_a_newer_took_the_lease(bus: Bus) -> None:

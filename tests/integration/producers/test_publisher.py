@@ -225,7 +225,7 @@ async def test_publish_waits_for_a_reader_when_it_holds_a_lease(bus: Bus, model:
         assert heard.message.version == 1
         assert block.is_whole
         assert not done
-        await bus.reader_leases.release(model, 1, "a")
+        await bus.reader_leases.release(lease(model, 1))
     assert done
     assert not block.is_whole
 
@@ -244,7 +244,7 @@ async def test_publish_names_readers_when_they_do_not_end(bus: Bus, model: str, 
         assert found.version == 1
         assert same(await read_checkpoint(bus, first), weights(1))
         assert same(await read_checkpoint(bus, second), weights(2))
-        await bus.reader_leases.release(model, read, "slow")
+        await bus.reader_leases.release(lease(model, read, "slow"))
         third = await publisher.publish(weights(3), 3)
         assert same(await read_checkpoint(bus, third), weights(3))
 

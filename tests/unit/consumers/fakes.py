@@ -380,10 +380,10 @@ class FakeReaderLeases:
         if lease.version not in self.held:
             raise LeaseLost(f"m.{lease.version}.a", None)
 
-    async def release(self, model: str, version: int, engine: str) -> None:
-        self._calls.append(f"release {version}")
+    async def release(self, lease: ReaderLease) -> None:
+        self._calls.append(f"release {lease.version}")
         await self.gate.wait()
-        self.held.discard(version)
+        self.held.discard(lease.version)
 
 
 class FakePresence:
