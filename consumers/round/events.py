@@ -203,7 +203,7 @@ class TransferFailed(Struct, frozen=True):
 
     token: int
     cause: str
-    """Name of the error class; `Cancelled` after `CancelTransfer`."""
+    """Name of the error class; `TransferCancelled` after `CancelTransfer`."""
     reason: str
     touched: bool
     """True: a live parameter may have been written; the engine is paused. False: none was, and the
