@@ -65,6 +65,11 @@ CANCELLED = "TransferCancelled"
 WAITS = (Timer.JOIN, Timer.NEGOTIATE, Timer.REPLAN, Timer.PROVEN, Timer.COMMIT)
 """Timers of the version in hand."""
 
+MAX_REPLACED = 2
+"""Versions in a row that newer ones may replace before they get as far as a transfer: the next one
+is brought to its end, or a publisher faster than a `Prepare` would keep an engine from every
+version."""
+
 
 class Member:
     """One engine. Its handlers are called through its table only."""
@@ -93,6 +98,8 @@ class Member:
         self._versions = Versions(config)
         self._work: Work | None = None
         self._stopping = False
+        self._replaced = 0
+        """Versions put down for a better one since the last transfer began."""
         self._solo_rounds = 0
         self._announced: SetState | None = None
 
@@ -165,8 +172,13 @@ class Member:
             self._settle()
 
     def learn_and_reconsider(self, event: CheckpointSeen) -> None:
-        """Nothing is being transferred: go for a better version if this made one."""
-        if self._see(event) and self._best() is not self._in_hand().candidate:
+        """Nothing is being transferred: go for a better version if this made one, unless that has
+        been done too often."""
+        candidate = self._in_hand().candidate
+        if not self._see(event) or self._best() is candidate:
+            return
+        if self._versions.replaces(candidate) or self._replaced < MAX_REPLACED:
+            self._replaced += 1
             self._let_go()
             self._settle()
 
@@ -419,6 +431,7 @@ class Member:
             )
             return
         self._effects.cancel_timers(*WAITS)
+        self._replaced = 0
         work.plan = plan
         work.runs += 1
         work.token = self._effects.token()

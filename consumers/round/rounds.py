@@ -37,7 +37,9 @@ from weightbus.schemas.progress import EngineState
 __all__ = ("Rounds",)
 
 MAX_ROUNDS = 16
-"""Rounds kept; one that is over, or else the one of the lowest version, makes room."""
+"""Rounds kept; more than one can be under way only while versions come faster than they are served."""
+ROOM_FIRST = (Lead.OVER, Lead.HEARD)
+"""Rounds in these phases make room first, in this order."""
 
 
 class Rounds:
@@ -67,8 +69,11 @@ class Rounds:
         self._rounds[known.round] = known
         if len(self._rounds) > MAX_ROUNDS:
             oldest = min(
-                self._rounds.values(),
-                key=lambda other: (other.phase is not Lead.OVER, other.version),
+                (other for other in self._rounds.values() if other is not known),
+                key=lambda other: (
+                    *(other.phase is not lead for lead in ROOM_FIRST),
+                    other.version,
+                ),
             )
             oldest.finish()
             del self._rounds[oldest.round]

@@ -41,8 +41,9 @@ Rules:
   that two leaders never act in one epoch. A leader that hears a later epoch's plan leads no more.
 - Only a proof (`TransferDone`) leads to `Resume`, and only `Resumed` makes a version the served
   one. It never goes back: `floor` is the last version that was, or may have been, served.
-- A newer version takes the place of one that is not being transferred yet. A transfer that runs
-  ends first; then the newest is gone for. What is tried after a failure is in `versions.py`.
+- A newer version takes the place of one that is not being transferred yet, but not of a third in a
+  row: that one is brought to its end, however fast versions come. A transfer that runs ends first;
+  then the newest is gone for. What is tried after a failure is in `versions.py`.
 - Every wait ends: by an answer that the driver owes by a deadline, or by a timer. Nothing that an
   engine serves depends on a leader: a plan that does not come is done without, alone; a `Commit`
   that does not come is done without, because the weights are whole and proven.

@@ -65,6 +65,10 @@ class Versions:
             del self._known[min(self._known)]
         return True
 
+    def replaces(self, candidate: Candidate) -> bool:
+        """Whether the version has been published again since: `candidate` is gone."""
+        return self._known.get(candidate.version, candidate) is not candidate
+
     def retire(self, version: int) -> None:
         known = self._known.pop(version, None)
         if known is not None:

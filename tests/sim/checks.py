@@ -27,6 +27,9 @@ OWED = frozenset({Phase.PREPARING, Phase.TRANSFERRING, Phase.CANCELLING, Phase.R
 """Phases in which the driver owes an answer."""
 JOIN_AGE_S = 5.0
 """A leader may know an engine by a `Join` that is this much older than its plan."""
+PREPARES_IN_A_ROW = 5
+"""How many versions an engine takes up before it transfers one or fails: two may be replaced by
+newer ones, and then some by another publication of the same version."""
 MEMBER_TIMERS = {
     Phase.JOINING: ("join", "negotiate"),
     Phase.REPLANNING: ("join", "replan"),
@@ -76,6 +79,8 @@ class Checks:
         """Told of every message before it is published."""
         self._world = world
         self._bus = bus
+        self._prepares: defaultdict[str, int] = defaultdict(int)
+        """Consumer -> how many versions it took up since it transferred one or failed."""
         self._alone: set[tuple[str, int]] = set()
         self._plans: dict[tuple[str, int], RoundPlan] = {}
         """(Round, epoch) -> its one plan."""
@@ -106,8 +111,15 @@ class Checks:
         ):
             raise Broken(f"{consumer.name} takes its engine to serve {member.served}")
 
+    def prepares(self, consumer: Consumer) -> None:
+        """A consumer takes a version up."""
+        self._prepares[consumer.name] += 1
+        if self._prepares[consumer.name] > PREPARES_IN_A_ROW:
+            raise Broken(f"{consumer.name} takes versions up and never transfers one")
+
     def runs(self, consumer: Consumer, plan: RoundPlan) -> None:
         """A consumer begins to run a plan."""
+        self._prepares[consumer.name] = 0
         if plan.round in self.rounds:
             self.rounds[plan.round].runners.append((consumer, plan.epoch))
 
@@ -118,6 +130,7 @@ class Checks:
             case UpdateComplete():
                 self._check_complete(consumer, message)
             case UpdateFailed():
+                self._prepares[consumer.name] = 0
                 self._report(message)
             case RoundPlan():
                 self._check_plan(message)

@@ -32,6 +32,8 @@ class ConsumerFaults:
     """`Prepare` fails."""
     slow_prepare: float = 0.0
     """`Prepare` takes seconds."""
+    prepare_s: float = 0.05
+    """How long any other `Prepare` takes at most; not a fault, and stays."""
     resume: float = 0.0
     """`Resume` fails; whether it had an effect is left to chance."""
 
@@ -240,11 +242,12 @@ class Consumer(Client):
 
     def _prepare(self, order: do.Prepare) -> None:
         world, faults = self._world, self._faults
+        self._checks.prepares(self)
         self.under_way.add(order.token)
         self._held.add(order.ready.version)
         self._bus.take_reader(self, order.ready.version, self.engine.name)
         slow = world.chance(faults.slow_prepare)
-        delay_s = world.between(1.0, 8.0) if slow else world.between(0.001, 0.05)
+        delay_s = world.between(1.0, 8.0) if slow else world.between(0.001, faults.prepare_s)
         at_ns = world.now_ns + int(delay_s * 1e9)
         if at_ns >= order.deadline_ns:
             failure = ev.PrepareFailed(order.token, "DeadlineExceeded", "prepare took too long")

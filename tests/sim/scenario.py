@@ -78,6 +78,7 @@ class Simulation:
             prepare=level * dice.choice((0.0, 0.05)),
             slow_prepare=level * dice.choice((0.0, 0.05, 0.2)),
             resume=level * dice.choice((0.0, 0.05)),
+            prepare_s=dice.choice((0.05, 0.05, 0.5)),
         )
         self._transfer_faults = TransferFaults(
             untouched=level * dice.choice((0.0, 0.05)),
@@ -96,7 +97,7 @@ class Simulation:
         ranks = dice.randint(1, 3)
         self._trainer_plan = TrainerPlan(
             host=hosts[0],
-            period_s=dice.choice(((0.3, 1.5), (2.0, 5.0), (4.0, 9.0))),
+            period_s=dice.choice(((0.05, 0.2), (0.3, 1.5), (2.0, 5.0), (4.0, 9.0))),
             copy_s=dice.choice((0.02, 0.5)),
             slot_wait_s=dice.choice((0.5, 5.0, 20.0)),
             in_slots=world.chance(0.75),

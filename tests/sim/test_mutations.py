@@ -104,6 +104,11 @@ def commit_at_the_first_proof(leadership: Leadership, event: ev.ProvenSeen) -> N
         leadership._say_commit(leadership.plan)
 
 
+def go_for_every_newer_version(member: Member, event: ev.CheckpointSeen) -> None:
+    member._replaced = 0
+    member.learn_and_reconsider(event)
+
+
 def stay_in_a_broken_group(member: Member, event: ev.TransferFailed) -> None:
     member.transfer_failed(event)
     if member.phase is Phase.REPLANNING:
@@ -165,6 +170,11 @@ MUTATIONS = (
         "does not lose patience with a leader",
         {(Phase.JOINING, Timer.NEGOTIATE): nothing},
         "without timer negotiate",
+    ),
+    Mutation(
+        "goes for every newer version",
+        {(Phase.PREPARING, ev.CheckpointSeen): go_for_every_newer_version},
+        "never transfers one",
     ),
     Mutation(
         "forgets what comes during a transfer",

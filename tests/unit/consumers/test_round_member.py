@@ -106,6 +106,33 @@ def test_newer_version_takes_over_when_it_comes_while_preparing() -> None:
     assert driver.last(do.Prepare).ready.version == 2
 
 
+def test_version_in_hand_is_finished_when_newer_ones_come_faster_than_it_can_be_prepared() -> None:
+    driver = Driver().start()
+    for version in range(1, 21):
+        driver.see(version)
+    prepares = [order for order in driver.orders if isinstance(order, do.Prepare)]
+    assert [order.ready.version for order in prepares] == [1, 2, 3]
+    driver.prepared().see(21).planned(plan_of(3, {"a": "local"})).transferred().resumed()
+    assert driver.said(UpdateComplete)[-1].version == 3
+    assert driver.last(do.Prepare).ready.version == 21
+    driver.see(22).see(23).see(24)
+    assert driver.last(do.Prepare).ready.version == 23
+
+
+def test_version_in_hand_is_put_down_when_it_is_published_again_however_often() -> None:
+    driver = Driver().start().see(1).see(2).see(3, created_ns=7).see(4)
+    assert driver.member.target == 3
+    driver.see(3, created_ns=8)
+    assert driver.last(do.Prepare).ready.version == 4
+
+
+def test_version_in_hand_is_put_down_when_it_is_retired_though_it_was_to_be_finished() -> None:
+    driver = Driver().start().see(1).see(2).see(3).see(4)
+    driver.feed(ev.CheckpointGone(3))
+    assert driver.said(UpdateFailed)[-1].cause == "VersionRetired"
+    assert driver.last(do.Prepare).ready.version == 4
+
+
 def test_late_answer_is_ignored_when_its_prepare_was_cancelled() -> None:
     driver = Driver().start().see(1)
     token = driver.last(do.Prepare).token
