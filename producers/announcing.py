@@ -1,7 +1,8 @@
 """What every kind of publishing does on the bus: the order of versions, digests, the one event.
 
 Owns the objects with tensor digests that it put into the store, and removes those of old versions.
-Imports no torch: a publisher of files needs none.
+Remembers what it has said or may have said: the bus can forget, or be unable to tell. Imports no
+torch: a publisher of files needs none.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Announcer:
         self.bus, self.model, self.producer = bus, model, producer
         self._keys: set[str] = set()
         self._key_before: str | None = None
+        self._newest, self._newest_by = -1, ""
+        self._unsure: set[int] = set()
 
     def draft(self, version: int, metadata: Mapping[str, str]) -> CheckpointReady:
         """The event of a version, but for what is published; checked before anything is done.
@@ -60,9 +63,11 @@ class Announcer:
         return telemetry.publish_span(subject, model=self.model, version=version)
 
     async def newest(self) -> int:
-        """The newest version on the bus, whoever published it; -1: none."""
+        """The newest version that the bus has told of or has kept of ours; -1: none."""
         last = await self.bus.last(CheckpointReady, model=self.model)
-        return -1 if last is None else last.message.version
+        if last is not None:
+            self.remember(last.message)
+        return self._newest
 
     async def check_new(self, version: int) -> int:
         """Readers must be able to take `version` for news. Returns the newest version so far.
@@ -70,13 +75,14 @@ class Announcer:
         Raises:
             VersionNotNew: it is not greater than that.
         """
-        last = await self.bus.last(CheckpointReady, model=self.model)
-        if last is None:
-            return -1
-        newest = last.message
-        if version <= newest.version:
-            raise VersionNotNew(self.model, version, newest.version, newest.producer)
-        return newest.version
+        newest = await self.newest()
+        if version <= newest:
+            raise VersionNotNew(self.model, version, newest, self._newest_by)
+        return newest
+
+    def is_offered(self, version: int) -> bool:
+        """Whether readers may know of a version of ours, also if nobody could tell us so."""
+        return version <= self._newest or version in self._unsure
 
     async def put_digests(self, tensor_digests: Sums) -> tuple[str, str]:
         """Offer proof of a version: (its weights digest, key of the tensor digests' object)."""
@@ -94,6 +100,14 @@ class Announcer:
             await self.bus.objects.delete(key)
             self._keys.discard(key)
         ready = structs.replace(ready, created_ns=time.time_ns())
+        self._unsure.add(ready.version)
         await self.bus.publish(ready, headers)
+        self.remember(ready)
         self._key_before = ready.tensor_digests
         return ready
+
+    def remember(self, ready: CheckpointReady) -> None:
+        """It has been announced, by whomever."""
+        if ready.version > self._newest:
+            self._newest, self._newest_by = ready.version, ready.producer
+            self._unsure = {version for version in self._unsure if version > ready.version}

@@ -105,7 +105,7 @@ class Publisher:
         self._model, self._producer = announcer.model, announcer.producer
         self._rank, self._world_size = rank, world_size
         self._telemetry, self._options = telemetry, options
-        self._slots = Slots(self._bus, self._model, self._producer, rank)
+        self._slots = Slots(announcer, rank)
         self._sealer = Sealer(announcer)
         self._part_layout = StoredLayout(self._bus, partial=True)
         self._group = RankGroup(self._bus, rank, world_size, options.seal_timeout_s)
@@ -199,7 +199,9 @@ class Publisher:
             key = await put_sums(self._bus, mine.digests)
             said = structs.replace(said, placement=mine.placement, shard_digests=key)
             if self._rank != 0:
-                return await self._group.follow(said)
+                ready = await self._group.follow(said)
+                self._announcer.remember(ready)
+                return ready
             pieces = await self._sealer.fetch(mine, await self._group.gather(said))
             return await self._sealer.seal(pieces, draft, span.ref.headers())
         except BaseException as error:
@@ -209,7 +211,7 @@ class Publisher:
     async def _write(self, part: Part, version: int, newest: int) -> Piece:
         """Into a free slot. Cancelled or failed, the slot stays odd: nobody can read it."""
         size_bytes = part.layout.segments[0].size_bytes
-        slot = await self._slots.free(size_bytes, newest, self._options.slot_wait_s)
+        slot = await self._slots.free(size_bytes, version, newest, self._options.slot_wait_s)
         digests = await anyio.to_thread.run_sync(
             write_part,
             part,
@@ -256,10 +258,10 @@ class Publisher:
         try:
             with anyio.fail_after(timeout_s, shield=True):
                 async with self._one_at_a_time:  # a publish that was cancelled is on its way out
-                    if not self._slots.versions:
+                    if not self._slots.written:
                         return
-                    newest = await self._announcer.newest()
-                    await self._slots.retire_all(newest, self._options.close_wait_s)
+                    await self._announcer.newest()
+                    await self._slots.retire_all(self._options.close_wait_s)
         except TimeoutError:
             raise BusTimeout(f"retiring the versions of {self._model}", timeout_s) from None
         finally:

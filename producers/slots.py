@@ -4,6 +4,9 @@ Owns the shared-memory blocks. A slot that held a published version is given out
 `CheckpointRetired` was acknowledged, *then* the leases of its readers were listed and are gone. A
 reader takes its lease first and looks for the retirement then: whichever way the two meet, the
 publisher sees the lease or the reader sees the retirement.
+
+What readers may know of is the announcer's to say, who remembers it: the bus alone could have
+forgotten. On ranks other than 0, who announce nothing, it is what they have heard.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from collections.abc import Sequence
 import anyio
 import anyio.to_thread
 
-from weightbus.bus.connection import Bus
 from weightbus.bus.host import host_id
+from weightbus.producers.announcing import Announcer
 from weightbus.producers.blocks import SHM_PREFIX, SharedBlock, check_room
 from weightbus.producers.errors import SlotBusy
 from weightbus.schemas.checkpoint import CheckpointRetired
@@ -37,7 +40,7 @@ class Slot:
     def __init__(self) -> None:
         self.held: SharedBlock | None = None
         self.version: int | None = None
-        """What readers may have been told is in it; None: nothing."""
+        """What was written into it, whole; None: nothing."""
 
     @property
     def block(self) -> SharedBlock:
@@ -49,14 +52,15 @@ class Slot:
 class Slots:
     """Made once per publisher; `close` it."""
 
-    def __init__(self, bus: Bus, model: str, producer: str, rank: int) -> None:
-        self._bus, self._model, self._producer, self._rank = bus, model, producer, rank
+    def __init__(self, announcer: Announcer, rank: int) -> None:
+        self._announcer, self._rank = announcer, rank
+        self._bus, self._model, self._producer = announcer.bus, announcer.model, announcer.producer
         self._host_id = host_id()
         self._slots = [Slot() for _ in range(SLOTS)]
 
     @property
-    def versions(self) -> tuple[int, ...]:
-        """What readers may have been told is in the slots."""
+    def written(self) -> tuple[int, ...]:
+        """The versions in the slots."""
         return tuple(slot.version for slot in self._slots if slot.version is not None)
 
     def placement(self, slot: Slot) -> Placement:
@@ -64,10 +68,11 @@ class Slots:
         name, generation = slot.block.name, slot.block.generation
         return ((SharedMemorySegment(name=name, host_id=self._host_id, generation=generation),),)
 
-    async def free(self, size_bytes: int, newest: int, wait_s: float) -> Slot:
-        """A slot with a block of `size_bytes` that nobody reads; never the one of `newest`.
+    async def free(self, size_bytes: int, version: int, newest: int, wait_s: float) -> Slot:
+        """A slot with a block of `size_bytes` for `version`; nobody reads it any more.
 
-        Versions above `newest`, the newest on the bus, were never sealed: they have no readers.
+        Never the slot of `newest`, the newest version that was announced; the slot that holds
+        `version` itself, if that was tried before.
 
         Raises:
             SlotBusy: readers held on for `wait_s`. The slot's version is retired, not overwritten.
@@ -77,13 +82,14 @@ class Slots:
         """
         slot = min(
             (slot for slot in self._slots if slot.version is None or slot.version != newest),
-            key=lambda slot: _order(slot, newest),
+            key=lambda slot: self._order(slot, version),
         )
         renew = slot.held is None or slot.held.size_bytes != size_bytes
         if renew:
             check_room(SHM_HEADER_BYTES + size_bytes, slot.held.size_bytes if slot.held else 0)
-        if slot.version is not None and slot.version <= newest:
-            await self._retire(slot.version, "its slot is needed for a new version")
+        if slot.version is not None and self._announcer.is_offered(slot.version):
+            if slot.version != version:
+                await self._retire(slot.version, "its slot is needed for a new version")
             readers = await self._readers_left((slot.version, newest), wait_s)
             if readers:
                 raise SlotBusy(slot.version, readers, wait_s)
@@ -92,13 +98,13 @@ class Slots:
             await anyio.to_thread.run_sync(self._renew, slot, size_bytes)
         return slot
 
-    async def retire_all(self, newest: int, wait_s: float) -> None:
-        """Tell readers that every version in a slot ends, and wait for them, `wait_s` at most.
+    async def retire_all(self, wait_s: float) -> None:
+        """Tell readers that every offered version ends, and wait for them, `wait_s` at most.
 
         Blocks that are closed under a reader stay his, unchanged; who has not opened them yet
         fails cleanly.
         """
-        versions = sorted(version for version in self.versions if version <= newest)
+        versions = sorted(filter(self._announcer.is_offered, self.written))
         for version in versions:
             await self._retire(version, "its publisher ends")
         readers = await self._readers_left(versions, wait_s)
@@ -111,6 +117,14 @@ class Slots:
         for slot in self._slots:
             if slot.held is not None:
                 slot.held.close()
+
+    def _order(self, slot: Slot, version: int) -> tuple[int, int]:
+        """The slot of `version`, then empty ones, never offered ones, and the oldest version."""
+        if slot.version is None:
+            return (1, 0)
+        if slot.version == version:
+            return (0, 0)
+        return (3 if self._announcer.is_offered(slot.version) else 2, slot.version)
 
     def _renew(self, slot: Slot, size_bytes: int) -> None:
         """Blocking. The old block goes first, so that /dev/shm never holds three."""
@@ -146,10 +160,3 @@ class Slots:
             if not readers or anyio.current_time() >= deadline:
                 return readers
             await anyio.sleep(POLL_S)
-
-
-def _order(slot: Slot, newest: int) -> tuple[int, int]:
-    """Empty slots first, then those that never had a reader, then the oldest version."""
-    if slot.version is None:
-        return (0, 0)
-    return (1 if slot.version > newest else 2, slot.version)

@@ -1,0 +1,105 @@
+"""A publisher of one rank on a bus that fails: which slot is written, and who is told."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+
+from tests.unit.producers.fakes import FakeBus
+from weightbus.bus.errors import BusTimeout
+from weightbus.producers.errors import SlotBusy, VersionNotNew
+from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
+from weightbus.schemas.leases import ReaderLease
+from weightbus.schemas.placement import SharedMemorySegment
+
+pytestmark = pytest.mark.anyio
+
+OPTIONS = PublisherOptions(slot_wait_s=0.0, close_wait_s=0.0)
+MODEL = f"m{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def fake() -> FakeBus:
+    return FakeBus()
+
+
+@pytest.fixture
+async def publisher(fake: FakeBus) -> AsyncIterator[Publisher]:
+    async with open_publisher(fake.as_bus(), MODEL, options=OPTIONS) as publisher:
+        yield publisher
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((8,), float(seed))}
+
+
+def block_of(ready: CheckpointReady) -> str:
+    (segment,) = (way for ways in ready.placement for way in ways)
+    assert isinstance(segment, SharedMemorySegment)
+    return segment.name
+
+
+@pytest.mark.parametrize("step", ["put", "CheckpointReady"])
+@pytest.mark.parametrize("failures", [1, 2, 3])
+async def test_publisher_goes_on_when_a_version_is_tried_again(
+    fake: FakeBus, publisher: Publisher, step: str, failures: int
+) -> None:
+    for _ in range(failures):
+        fake.failing = {step}
+        with pytest.raises(BusTimeout):
+            await publisher.publish(weights(1), 1)
+    blocks = [block_of(await publisher.publish(weights(n), n)) for n in (1, 2, 3, 4)]
+    assert blocks[0] == blocks[2] != blocks[1] == blocks[3]
+    assert [gone.version for gone in fake.said_of(CheckpointRetired)] == [1, 2]
+
+
+async def test_newest_version_keeps_its_slot_when_the_bus_has_forgotten_it(
+    fake: FakeBus, publisher: Publisher
+) -> None:
+    first = await publisher.publish(weights(1), 1)
+    second = await publisher.publish(weights(2), 2)
+    fake.forgetful = True
+    fake.leases = [ReaderLease(model=MODEL, version=1, engine="a", consumer="c")]
+    with pytest.raises(SlotBusy, match="a \\(version 1\\)"):
+        await publisher.publish(weights(3), 3)
+    fake.leases = []
+    third = await publisher.publish(weights(3), 3)
+    assert block_of(third) == block_of(first) != block_of(second)
+
+
+async def test_version_is_refused_when_the_bus_has_forgotten_it(
+    fake: FakeBus, publisher: Publisher
+) -> None:
+    await publisher.publish(weights(1), 3)
+    fake.forgetful = True
+    with pytest.raises(VersionNotNew, match="greater than 3, which trainer has used"):
+        await publisher.publish(weights(1), 3)
+
+
+async def test_readers_of_a_version_are_waited_for_when_it_may_have_been_said(
+    fake: FakeBus, publisher: Publisher
+) -> None:
+    await publisher.publish(weights(1), 1)
+    fake.failing = {"CheckpointReady"}
+    with pytest.raises(BusTimeout):
+        await publisher.publish(weights(2), 2)
+    fake.leases = [ReaderLease(model=MODEL, version=2, engine="a", consumer="c")]
+    with pytest.raises(SlotBusy, match="a \\(version 2\\)"):
+        await publisher.publish(weights(3), 3)
+    fake.leases = []
+    await publisher.publish(weights(3), 3)
+
+
+async def test_nothing_is_retired_when_a_version_was_certainly_not_said(
+    fake: FakeBus, publisher: Publisher
+) -> None:
+    await publisher.publish(weights(1), 1)
+    fake.failing = {"put"}
+    with pytest.raises(BusTimeout):
+        await publisher.publish(weights(2), 2)
+    await publisher.publish(weights(3), 3)
+    assert fake.said_of(CheckpointRetired) == []
