@@ -117,14 +117,21 @@ class Bus:
     async def last(
         self, message_type: type[M], *, model: str | None = None, **tokens: str | int
     ) -> Received[M] | None:
-        """The last message on the subject of a type; `tokens` as in `pattern_of`.
+        """The last readable message on the subject of a type; `tokens` as in `pattern_of`.
 
-        None: there is none, it cannot be read, or it is of another type on the same subject.
+        What cannot be read is answered on `dead` and hides nothing: what is kept before it counts.
+        None: there is none, or it is of another type on the same subject.
         """
         subject = pattern_of(message_type, self.prefix, model, **tokens)
         stream = stream_name(entry_of(message_type).stream, self.prefix)
         stored = await self._jetstream.last(stream, subject)
-        return None if stored is None else self._read(stored, (message_type,))
+        if stored is None:
+            return None
+        last = self._readable(stored)
+        if last is None:
+            async for earlier in self._jetstream.walk(stream, subject):
+                last = self._readable(earlier) or last
+        return None if last is None else _of_types(last, (message_type,))
 
     async def replay(
         self,
@@ -145,7 +152,8 @@ class Bus:
             for kind in message_types
         }
         async for stored in merged_scan(self._jetstream, sorted(sources), since_ns):
-            if (received := self._read(stored, message_types)) is not None:
+            readable = self._readable(stored)
+            if readable and (received := _of_types(readable, message_types)):
                 yield received
 
     async def reject(
@@ -155,9 +163,10 @@ class Bus:
         model = model_of(subject, self.prefix)
         await self._dead_letters.report(model, subject, payload, content_type or "", error)
 
-    def _read(self, stored: StoredMessage, types: tuple[type[M], ...]) -> Received[M] | None:
+    def _readable(self, stored: StoredMessage) -> Received[Message] | None:
+        """What cannot be read is answered on `dead`."""
         try:
-            received = read(
+            return read(
                 stored.subject, stored.headers, stored.payload, stored.stored_ns, self.prefix
             )
         except MessageInvalid as error:
@@ -167,10 +176,14 @@ class Bus:
                 model, stored.subject, stored.payload, content_type, error
             )
             return None
-        message = received.message
-        if not isinstance(message, types):
-            return None
-        return Received(message, received.subject, received.headers, received.received_ns)
+
+
+def _of_types(received: Received[Message], types: tuple[type[M], ...]) -> Received[M] | None:
+    """Several types may share a subject."""
+    message = received.message
+    if not isinstance(message, types):
+        return None
+    return Received(message, received.subject, received.headers, received.received_ns)
 
 
 @asynccontextmanager

@@ -28,6 +28,8 @@ _NS_PER_S = 10**9
 _PROGRESS = "PROGRESS"
 _PROGRESS_MAX_AGE_NS = 7 * 86_400 * _NS_PER_S
 _PROGRESS_MAX_BYTES = 256 * 2**20
+_LAST_KEPT = 16
+"""Of each subject: junk that is put on it after the last good message must not hide that one."""
 _MARKER_TTL_NS = 10 * _NS_PER_S
 """How long the server's note lasts that a key has expired, for watchers of other clients."""
 
@@ -47,7 +49,7 @@ def bus_streams(prefix: str) -> tuple[StreamConfig, ...]:
 
 
 def _message_stream(stream: StreamEntry, prefix: str) -> StreamConfig:
-    """`PROGRESS` keeps what happened lately; every other stream the last of each subject."""
+    """`PROGRESS` keeps what happened lately; every other stream the last few of each subject."""
     config = StreamConfig(
         name=stream_name(stream.name, prefix),
         subjects=stream_subjects(stream, prefix),
@@ -57,7 +59,7 @@ def _message_stream(stream: StreamEntry, prefix: str) -> StreamConfig:
         return msgspec.structs.replace(
             config, max_age=_PROGRESS_MAX_AGE_NS, max_bytes=_PROGRESS_MAX_BYTES
         )
-    return msgspec.structs.replace(config, max_msgs_per_subject=1)
+    return msgspec.structs.replace(config, max_msgs_per_subject=_LAST_KEPT)
 
 
 def _bucket_stream(bucket: BucketEntry, prefix: str) -> StreamConfig:

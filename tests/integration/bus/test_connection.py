@@ -201,6 +201,23 @@ async def test_last_is_chosen_by_tokens_when_they_are_given(bus: Bus) -> None:
     assert last.message.engine == "a"
 
 
+async def test_last_is_the_newest_readable_message_when_junk_came_after_it(bus: Bus) -> None:
+    await bus.publish(ready(1))
+    await bus.publish(ready(2))
+    async with bus.subscribe(DeadLetter) as letters:
+        for junk in (b"junk", b"", encode(ready(3, "other"))):
+            await publish_raw(bus.url, "weightbus.m.checkpoint.ready", junk, {})
+        last = await bus.last(CheckpointReady, model="m")
+        assert "weightbus.m.checkpoint.ready" in str(await anext(letters))
+    assert last is not None
+    assert last.message == ready(2)
+
+
+async def test_last_is_none_when_nothing_on_the_subject_can_be_read(bus: Bus) -> None:
+    await publish_raw(bus.url, "weightbus.m.checkpoint.ready", b"junk", {})
+    assert await bus.last(CheckpointReady, model="m") is None
+
+
 async def test_last_is_none_when_the_subject_ends_with_another_type(bus: Bus) -> None:
     await bus.publish(complete("a"))
     await bus.publish(failed("a"))
