@@ -6,6 +6,10 @@ the plan makes of the same checkpoint. A module with a parameter that differs is
 whole: it goes through the engine's own reload every time. So does every module below one that hangs
 tensors on itself which a freshly built model does not have: they are derived from what was loaded.
 
+Some bytes prove nothing: zeros, or rows that are all equal, look the same in any order. A parameter
+that holds such bytes is *undecided*: of it is known only what the engine makes of these very bytes.
+It may be written directly while they stay the same, and must be proven again once they change.
+
 A proof holds for one layout, one set of needs and the memory that the live parameters then had. It
 cannot see what an engine derives from weights and keeps elsewhere than in tensors of its modules.
 """
@@ -28,10 +32,13 @@ from weightbus.consumers.reload.memory import (
 from weightbus.consumers.reload.tracer import Trace
 from weightbus.schemas.needs import ParameterSpec
 
-__all__ = ("Made", "Proof", "memory_of", "prove")
+__all__ = ("Made", "Proof", "memory_of", "prove", "same_bytes")
 
 COMPARED_BYTES = 64 * 2**20
 """Compared at a time: on a GPU a comparison makes a temporary of as many bytes."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element -> a dtype in which equal bits are equal, NaNs included."""
 
 Made = Iterator[tuple[int, torch.Tensor]]
 """Parameters by number as the plan makes them: new tensors on the live ones' device."""
@@ -47,6 +54,8 @@ class Proof:
     """Where its parameters and buffers were; elsewhere the proof does not hold."""
     direct: frozenset[int]
     """Parameters of the needs that are what the plan makes of them."""
+    undecided: frozenset[int]
+    """Those of them that must be proven again as soon as the plan makes other bytes of them."""
     processed: frozenset[int]
     """The others."""
     modules: frozenset[str]
@@ -82,10 +91,13 @@ def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) 
             _note(reasons, spec.name, f"{spec.name} {difference}")
         else:
             comparable.append(number)
+    undecided: set[int] = set()
     for number, made in make(comparable):
         name = owners[number].name
-        if not _same_bytes(state[name].tensor, made):
+        if not same_bytes(state[name].tensor, made):
             _note(reasons, name, f"{name} holds other bytes than the plan makes")
+        elif _hides_order(made):
+            undecided.add(number)
     for tie in trace.ties:
         name, owner = tie.spec.name, owners[tie.parameter].name
         difference = _difference(tie.spec, state.get(name))
@@ -107,9 +119,19 @@ def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) 
     return Proof(
         memory=memory_of(live),
         direct=frozenset(range(len(owners))) - processed,
+        undecided=frozenset(undecided) - processed,
         processed=processed,
         modules=modules,
         reasons=tuple(dict.fromkeys(reason for found in reasons.values() for reason in found)),
+    )
+
+
+def same_bytes(live: torch.Tensor, made: torch.Tensor) -> bool:
+    """Equal bits, NaNs and signs of zero included; shapes and dtypes are equal already."""
+    left, right = _bytes(live), _bytes(made)
+    return all(
+        torch.equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
+        for start in range(0, left.numel(), COMPARED_BYTES)
     )
 
 
@@ -162,14 +184,24 @@ def _difference(spec: ParameterSpec, live: StateTensor | None) -> str:
     return ""
 
 
-def _same_bytes(live: torch.Tensor, made: torch.Tensor) -> bool:
-    """Equal bits, NaNs and signs of zero included; shapes and dtypes are equal already."""
-    left, right = _bytes(live), _bytes(made)
-    return all(
-        torch.equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
-        for start in range(0, left.numel(), COMPARED_BYTES)
-    )
-
-
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _hides_order(made: torch.Tensor) -> bool:
+    """Whether elements can change places without a trace: within a dimension, or two for another.
+
+    Looks at two slices, or at a row and a column, before it looks at all of a tensor.
+    """
+    bits = made.view(_BITS[made.itemsize])
+    for dim, extent in enumerate(bits.shape):
+        if extent > 1 and torch.equal(bits.select(dim, 0), bits.select(dim, 1)):
+            first = bits.narrow(dim, 0, 1)
+            if torch.equal(bits, first.expand_as(bits)):
+                return True
+    square = bits.dim() > 1 and bits.shape[-1] == bits.shape[-2] > 1
+    return (
+        square
+        and torch.equal(bits[..., 0, :], bits[..., :, 0])
+        and torch.equal(bits, bits.transpose(-1, -2))
+    )

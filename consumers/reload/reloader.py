@@ -2,7 +2,8 @@
 
 Owns the trace, the plan and its proof. The first version goes through the engine's own loader and
 proves the plan; after that, what is proven is written directly, and the rest is loaded by the
-engine. A model that cannot be traced is always loaded by the engine.
+engine. A version that changes what is undecided proves the plan again, whole. A model that cannot
+be traced is always loaded by the engine.
 
 Invariants: every cell is digested from the very bytes that were written to a parameter or handed
 to the engine's loader, or that no rank needs; a proof is kept only if the version that it was made
@@ -11,7 +12,8 @@ with ended whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,7 @@ from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.making import made_parameters
 from weightbus.consumers.reload.memory import state_tensors
-from weightbus.consumers.reload.proof import Made, Proof, memory_of, prove
+from weightbus.consumers.reload.proof import Made, Proof, memory_of, prove, same_bytes
 from weightbus.consumers.reload.split import Split, split_update
 from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
@@ -134,8 +136,10 @@ class Reloader:
             outcome=Outcome(digests=np.zeros(len(self._cells), dtype=np.uint64)),
         )
         split = self._split if self._is_in_place() else None
-        if split is None or split.proof.modules:
-            self._split = None  # until what the engine loads has ended whole
+        if split is not None and self._must_be_proven_again(version, split):
+            split = None
+        if split is None or split.proof.modules or split.proof.undecided:
+            self._split = None  # until this version has ended whole
         if self._traced is None:
             self._load_all(version)
             version.outcome.reason = self.untraced_reason
@@ -184,16 +188,35 @@ class Reloader:
         """The first version since the parameters lie where they do."""
         self._load_all(version)
         self._host.synchronize()
-        executor = CpuExecutor(self.layout, trace.needs, ())
-        with StagedSources(version.segments) as sources:
-
-            def make(numbers: Iterable[int]) -> Made:
-                return made_parameters(plan, numbers, sources, executor, version.deadline)
-
+        with self._making(version, trace, plan) as make:
             proof = prove(trace, self._host.live_model(), make)
         version.outcome.processed = len(trace.needs.parameters)
         version.outcome.reason = f"proof of the plan, {_summary(proof)}"
         return proof
+
+    def _must_be_proven_again(self, version: _Version, split: Split) -> bool:
+        """Whether this version changes a parameter whose bytes have proven nothing so far."""
+        undecided = split.proof.undecided
+        if self._traced is None or not undecided:
+            return False
+        trace, plan = self._traced
+        live = {item.name: item.tensor for item in state_tensors(self._host.live_model())}
+        with self._making(version, trace, plan) as make:
+            return not all(
+                same_bytes(live[trace.needs.parameters[number].name], made)
+                for number, made in make(undecided)
+            )
+
+    @contextmanager
+    def _making(
+        self, version: _Version, trace: Trace, plan: TilePlan
+    ) -> Iterator[Callable[[Iterable[int]], Made]]:
+        """Makes parameters of a version beside the live ones."""
+        executor = CpuExecutor(self.layout, trace.needs, ())
+        with StagedSources(version.segments) as sources:
+            yield lambda numbers: made_parameters(
+                plan, numbers, sources, executor, version.deadline
+            )
 
     def _load_processed(self, version: _Version, split: Split) -> None:
         """What the engine processes; and the digest of all that is not moved."""
@@ -288,6 +311,8 @@ def _summary(proof: Proof) -> str:
     """How many parameters are written directly, and why not all."""
     count = len(proof.direct) + len(proof.processed)
     said = f"{len(proof.direct)} of {count} parameters are written directly"
+    if proof.undecided:
+        said += f" ({len(proof.undecided)} are proven again once their uniform bytes change)"
     if proof.processed:
         more = f" and {len(proof.reasons) - 3} more" if len(proof.reasons) > 3 else ""
         said += f", the others loaded by the engine: {'; '.join(proof.reasons[:3])}{more}"
