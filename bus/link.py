@@ -231,7 +231,8 @@ class Link:
         Raises:
             BusUnavailable: it was lost for `reconnect_for_s`, or ended for good.
         """
-        await self._up.wait()
+        while not self._up.is_set():
+            await self._up.wait()  # it may be lost again before this task's turn comes
         if self._failure is not None:
             raise BusUnavailable(self.url, self._failure)
 
@@ -318,7 +319,7 @@ class Link:
             self._connecting.cancel()  # the first connection only: trying again would not help
 
     async def _on_disconnected(self) -> None:
-        if self._closing or not self._up.is_set():
+        if self._closing or self._failure is not None or not self._up.is_set():
             return
         self._up = anyio.Event()
         self._interrupt()

@@ -71,6 +71,19 @@ async def test_operators_sizes_are_respected_when_a_stream_is_there(
     assert (await stream_configs(nats_server.url))[progress.name]["max_bytes"] == 2**20
 
 
+async def test_stream_is_refused_when_it_forgets_ids_before_messages_are_sent_again(
+    nats_server: NatsServer,
+) -> None:
+    (progress,) = (s for s in bus_streams("weightbus") if s.name == "weightbus-PROGRESS")
+    forgetful = msgspec.structs.replace(progress, duplicate_window=10**9)
+    async with raw_client(nats_server.url) as client:
+        request = msgspec.json.encode(forgetful)
+        await client.request(f"$JS.API.STREAM.CREATE.{progress.name}", request)
+    with pytest.raises(StreamUnsuitable, match="duplicate_window"):
+        async with open_bus(nats_server.settings):
+            pass
+
+
 async def test_stream_is_refused_by_name_when_it_lacks_what_the_bus_needs(
     nats_server: NatsServer,
 ) -> None:
