@@ -11,12 +11,12 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import HostId
 from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, RoundPlan
 
-__all__ = ("DEFAULT_PERMANENT_CAUSES", "PlanRequest", "Planner", "RoundConfig")
+__all__ = ("PERMANENT_CAUSES", "SERVING_CAUSES", "PlanRequest", "Planner", "RoundConfig")
 
-DEFAULT_PERMANENT_CAUSES = frozenset(
-    {"CheckpointRefused", "MessageInvalid", "PlanError", "RouteUnavailable", "VersionRetired"}
-)
-"""Errors that the same version would meet again: it is not tried a second time."""
+PERMANENT_CAUSES = frozenset({"CheckpointRefused", "MessageInvalid", "VersionRetired"})
+"""Errors of the version itself, which it would meet again: it is not tried a second time."""
+SERVING_CAUSES = frozenset({"PlanError"})
+"""Errors that may pass with time, but are not worth a second attempt while the engine serves."""
 
 
 class RoundConfig(Struct, frozen=True, kw_only=True):
@@ -45,12 +45,19 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     replan_s: float = 15.0
     """From a broken group to the next plan; then the engine goes on alone. Must outlive one dead
     leader and `regroup_s`."""
-    max_attempts: int = 2
-    """How often one version is tried while the engine serves another, and how often in a group."""
+    max_attempts: int = 4
+    """How often one version is tried while the engine serves another."""
+    attempts_in_turn: int = 2
+    """How often one version is tried before it is the next one's turn, while the engine is down."""
+    group_attempts: int = 2
+    """How many plans of a group are run for one version; then the engine goes on alone."""
     backoff_s: float = 1.0
     """Pause before the second attempt; doubled before each later one."""
     backoff_max_s: float = 30.0
-    permanent_causes: frozenset[str] = DEFAULT_PERMANENT_CAUSES
+    permanent_causes: frozenset[str] = PERMANENT_CAUSES
+    """Errors for which a version is never tried again."""
+    serving_causes: frozenset[str] = SERVING_CAUSES
+    """Errors for which a version is not tried again while the engine serves another."""
     peer_causes: frozenset[str] = frozenset({"PeerLost"})
     """Errors by which a transfer says that another member of its group failed: the next plan is
     waited for."""

@@ -301,7 +301,7 @@ class Member:
         )
         if work.alone or self._stopping or not broken:
             self._report_failure(event.cause, event.reason, event.stage)
-        elif work.runs >= self._config.max_attempts:
+        elif work.runs >= self._config.group_attempts:
             self._go_alone()
         else:
             self._await_next_plan()

@@ -37,7 +37,7 @@ from weightbus.schemas.progress import EngineState
 __all__ = ("Rounds",)
 
 MAX_ROUNDS = 16
-"""Rounds kept; more than one can be under way only while versions come faster than they are served."""
+"""Rounds kept."""
 ROOM_FIRST = (Lead.OVER, Lead.HEARD)
 """Rounds in these phases make room first, in this order."""
 

@@ -2,9 +2,10 @@
 
 - A version is worth going for if it is above the floor: the last version that was, or may have
   been, served. An engine that was touched, and so serves nothing, may also go to the floor itself.
-- The newest goes first. While the engine serves, a version that failed `max_attempts` times, or
-  once for a cause that would be met again, is left alone. An engine that is down never gives up:
-  it goes round the versions that can be had, newest first, with growing pauses.
+- The newest goes first, and what fails is tried again after a pause that grows. A version that
+  cannot be used at all (`permanent_causes`) is left alone. While the engine serves, so is one that
+  failed `max_attempts` times, or for a cause of `serving_causes`. An engine that is down gives up
+  nothing else: it goes round the versions that can be had, newest first.
 - What is retired cannot be had, until it is published again: then it is new in every respect. The
   two are told apart by `created_ns` of the trainer's clock; only that it grows is relied on.
 """
@@ -33,8 +34,8 @@ class Candidate:
     received_ns: int
     trace_id: str
     failures: int = 0
-    hopeless: bool = False
-    """It failed for a cause that the same version would meet again."""
+    cause: str = ""
+    """Why it failed last: the name of the error class."""
     not_before_ns: int = 0
     """When it may be tried (again)."""
 
@@ -80,7 +81,7 @@ class Versions:
         """An attempt failed."""
         config = self._config
         candidate.failures += 1
-        candidate.hopeless = cause in config.permanent_causes
+        candidate.cause = cause
         pause_s = min(config.backoff_s * 2 ** (candidate.failures - 1), config.backoff_max_s)
         candidate.not_before_ns = now_ns + round(pause_s * NS_PER_S)
 
@@ -89,7 +90,7 @@ class Versions:
         self._known = {v: known for v, known in self._known.items() if v >= version}
         if version in self._known:
             served = self._known[version]
-            served.failures, served.hopeless, served.not_before_ns = 0, False, 0
+            served.failures, served.cause, served.not_before_ns = 0, "", 0
 
     def best(self, floor: int, *, touched: bool) -> Candidate | None:
         """The version to go for, now or at its `not_before_ns`.
@@ -99,12 +100,24 @@ class Versions:
             touched: the engine serves nothing, because its parameters may be a mix.
         """
         down = touched or floor < 0
-        limit = self._config.max_attempts
+        in_turn = self._config.attempts_in_turn
         worth = [
             known
             for version, known in self._known.items()
-            if (version > floor or (touched and version == floor))
-            and not known.hopeless
-            and (down or known.failures < limit)
+            if (version > floor or (touched and version == floor)) and self._hopeful(known, down)
         ]
-        return min(worth, key=lambda k: (k.failures // limit, -k.version), default=None)
+        return min(
+            worth,
+            key=lambda known: (known.failures // in_turn if down else 0, -known.version),
+            default=None,
+        )
+
+    def _hopeful(self, candidate: Candidate, down: bool) -> bool:
+        """Whether another attempt may go better."""
+        config = self._config
+        if candidate.cause in config.permanent_causes:
+            return False
+        given_up = (
+            candidate.cause in config.serving_causes or candidate.failures >= config.max_attempts
+        )
+        return down or not given_up

@@ -156,7 +156,7 @@ def test_failure_is_reported_and_retried_alone_when_prepare_fails() -> None:
 
 def test_version_is_not_tried_again_when_the_cause_is_permanent() -> None:
     driver = Driver().start().see(1)
-    driver.feed(ev.PrepareFailed(driver.last(do.Prepare).token, "RouteUnavailable", "no way"))
+    driver.feed(ev.PrepareFailed(driver.last(do.Prepare).token, "MessageInvalid", "no way"))
     assert driver.member.phase is Phase.IDLE
     assert driver.machine.timers == frozenset()
 
@@ -294,7 +294,7 @@ def test_engine_is_quarantined_when_the_transfer_fails_touched() -> None:
 
 
 def test_previous_version_is_brought_back_when_the_newest_keeps_failing() -> None:
-    driver = Driver(max_attempts=2).start().joined(1).planned(plan_of(1, {"a": "local"}))
+    driver = Driver(attempts_in_turn=2).start().joined(1).planned(plan_of(1, {"a": "local"}))
     driver.transferred().resumed().joined(2).planned(plan_of(2, {"a": "local"}))
     driver.failed("WorkerLost", touched=True)
     driver.fire("retry")
@@ -420,7 +420,7 @@ def test_engine_of_a_broken_group_goes_alone_when_no_plan_comes_in_time() -> Non
 
 
 def test_engine_goes_alone_when_groups_broke_as_often_as_allowed() -> None:
-    driver = in_group(max_attempts=1)
+    driver = in_group(group_attempts=1)
     driver.failed("PeerLost", touched=False)
     assert driver.said(UpdateFailed)[-1].cause == "PlanError"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.unit.consumers.machines import NS_PER_S, ready
 from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.versions import MAX_KNOWN, Versions
@@ -47,7 +49,7 @@ def test_older_than_the_floor_is_never_best_when_the_engine_was_touched() -> Non
 
 def test_failed_version_is_left_alone_when_the_engine_serves_another() -> None:
     book = known(5, 6)
-    assert [fail(book, 4, touched=False) for _ in range(4)] == [6, 6, 5, 5]
+    assert [fail(book, 4, touched=False) for _ in range(8)] == [6, 6, 6, 6, 5, 5, 5, 5]
     assert best(book, 4) is None
 
 
@@ -57,10 +59,31 @@ def test_failed_versions_are_tried_in_turns_when_the_engine_is_down() -> None:
     assert tried == [6, 6, 5, 5, 6, 6]
 
 
-def test_version_is_left_alone_when_it_failed_for_a_permanent_cause() -> None:
+@pytest.mark.parametrize("cause", ["CheckpointRefused", "MessageInvalid", "VersionRetired"])
+@pytest.mark.parametrize("touched", [False, True])
+def test_version_is_left_alone_when_it_cannot_be_used_at_all(cause: str, touched: bool) -> None:
     book = known(5, 6)
-    assert fail(book, 4, touched=True, cause="PlanError") == 6
-    assert best(book, 4, touched=True) == 5
+    assert fail(book, 4, touched=touched, cause=cause) == 6
+    assert best(book, 4, touched=touched) == 5
+
+
+def test_version_without_a_plan_is_left_alone_only_while_the_engine_serves() -> None:
+    book = known(5, 6)
+    assert fail(book, 4, touched=False, cause="PlanError") == 6
+    assert best(book, 4, touched=False) == 5
+    assert best(book, 4, touched=True) == 6
+
+
+@pytest.mark.parametrize("cause", ["RouteUnavailable", "SegmentUnavailable", "PlanError"])
+def test_version_is_never_given_up_when_the_engine_is_down(cause: str) -> None:
+    for book, floor, touched in ((known(6), 5, True), (known(6), -1, False)):
+        assert [fail(book, floor, touched=touched, cause=cause) for _ in range(20)] == [6] * 20
+
+
+def test_version_is_tried_again_when_no_route_was_available_for_a_moment() -> None:
+    book = known(6)
+    assert [fail(book, 5, touched=False, cause="RouteUnavailable") for _ in range(4)] == [6] * 4
+    assert best(book, 5) is None
 
 
 def test_pauses_double_up_to_the_limit_when_a_version_fails_again() -> None:
@@ -88,7 +111,7 @@ def test_retired_version_stays_gone_when_it_is_heard_of_again() -> None:
 
 def test_retired_version_can_be_had_when_it_is_published_again() -> None:
     book = known(5)
-    fail(book, 4, touched=False, cause="PlanError")
+    fail(book, 4, touched=False, cause="MessageInvalid")
     book.retire(5)
     assert book.see(ready(5, created_ns=99), "", 0)
     found = book.best(4, touched=False)
@@ -101,7 +124,7 @@ def test_failure_of_an_earlier_publication_does_not_count_when_it_is_published_a
     earlier = book.best(4, touched=False)
     assert earlier is not None
     book.see(ready(5, created_ns=99), "", 0)
-    book.fail(earlier, "PlanError", 0)
+    book.fail(earlier, "MessageInvalid", 0)
     assert best(book, 4) == 5
 
 
