@@ -81,6 +81,8 @@ class CheckpointGone(Struct, frozen=True):
 
     version: int
     reason: str = ""
+    producer: str = ""
+    """Whose version it is: another producer's of the same number stays. Empty: whoever's."""
 
 
 class Prepared(Struct, frozen=True):

@@ -183,7 +183,7 @@ class Member:
             self._settle()
 
     def forget(self, event: CheckpointGone) -> None:
-        self._versions.retire(event.version)
+        self._versions.retire(event.version, event.producer)
 
     def forget_and_settle(self, event: CheckpointGone) -> None:
         self.forget(event)
@@ -191,7 +191,8 @@ class Member:
 
     def forget_and_reconsider(self, event: CheckpointGone) -> None:
         self.forget(event)
-        if event.version == self.target:
+        candidate = self._in_hand().candidate
+        if event.version == candidate.version and candidate.comes_from(event.producer):
             self._fail(VersionRetired(event.version, event.reason), "negotiate")
 
     def retry(self, event: TimerFired) -> None:

@@ -43,6 +43,10 @@ class Candidate:
     def version(self) -> int:
         return self.ready.version
 
+    def comes_from(self, producer: str) -> bool:
+        """Whether it is a version of this producer; empty: of any."""
+        return producer in ("", self.ready.producer)
+
 
 class Versions:
     """The versions that this consumer has heard of and that are not known to be gone."""
@@ -70,9 +74,11 @@ class Versions:
         """Whether the version has been published again since: `candidate` is gone."""
         return self._known.get(candidate.version, candidate) is not candidate
 
-    def retire(self, version: int) -> None:
-        known = self._known.pop(version, None)
-        if known is not None:
+    def retire(self, version: int, producer: str = "") -> None:
+        """A version is gone, if it is this producer's; empty: whoever's it is."""
+        known = self._known.get(version)
+        if known is not None and known.comes_from(producer):
+            del self._known[version]
             self._retired[version] = known.ready.created_ns
         while len(self._retired) > MAX_RETIRED:
             del self._retired[min(self._retired)]

@@ -39,7 +39,7 @@ def event_of(message: Message) -> ev.Event:
         case CheckpointReady():
             return ev.CheckpointSeen(message, "0" * 32)
         case CheckpointRetired():
-            return ev.CheckpointGone(message.version, message.reason)
+            return ev.CheckpointGone(message.version, message.reason, message.producer)
         case Join():
             return ev.JoinSeen(message)
         case RoundPlan():

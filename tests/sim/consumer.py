@@ -172,7 +172,8 @@ class Consumer(Client):
             self._bus.world.after(0.001, self._deliver, ev.CheckpointSeen(ready, "0" * 32))
             retired = self._bus.retired.get(ready.producer, -1)
             if retired >= 0:
-                self._bus.world.after(0.001, self._deliver, ev.CheckpointGone(retired, "reused"))
+                gone = ev.CheckpointGone(retired, "reused", ready.producer)
+                self._bus.world.after(0.001, self._deliver, gone)
         plan = self._bus.plans.get(f"v{self.machine.member.target}")
         if plan is not None:
             self._bus.world.after(0.001, self._deliver, ev.PlanSeen(plan))

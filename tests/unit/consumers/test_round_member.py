@@ -170,6 +170,13 @@ def test_failure_is_reported_when_the_version_in_hand_is_retired() -> None:
     assert driver.machine.timers == frozenset()
 
 
+def test_nothing_happens_when_another_producer_retires_a_version_of_the_same_number() -> None:
+    driver = Driver().start().joined(1)
+    assert driver.feed(ev.CheckpointGone(1, "overwritten", "another")) == ()
+    driver.feed(ev.CheckpointGone(1, "overwritten", ready(1).producer))
+    assert driver.said(UpdateFailed)[-1].cause == "VersionRetired"
+
+
 def test_nothing_happens_when_another_version_is_retired() -> None:
     driver = Driver().start().see(0).joined(1)
     assert driver.feed(ev.CheckpointGone(0, "overwritten")) == ()

@@ -109,6 +109,14 @@ def test_retired_version_stays_gone_when_it_is_heard_of_again() -> None:
     assert not book.see(ready(5), "", 0)
 
 
+def test_version_can_be_had_when_another_producer_has_retired_its_own() -> None:
+    book = known(5)
+    book.retire(5, "another")
+    assert best(book, 4) == 5
+    book.retire(5, ready(5).producer)
+    assert best(book, 4) is None
+
+
 def test_retired_version_can_be_had_when_it_is_published_again() -> None:
     book = known(5)
     fail(book, 4, touched=False, cause="MessageInvalid")
