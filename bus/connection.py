@@ -78,14 +78,20 @@ class Bus:
         self.reader_leases = ReaderLeases(bucket("readers", ReaderLease))
 
     async def publish(
-        self, message: Message, headers: Mapping[str, str] | None = None
+        self,
+        message: Message,
+        headers: Mapping[str, str] | None = None,
+        *,
+        expected_sequence: int | None = None,
     ) -> PublishAck:
         """Say it on the message's subject; returns once the server has stored it.
 
         A `CheckpointReady` of the same model, version and producer is stored and delivered to the
-        history once: the acknowledgement of a repeat says `duplicate`.
+        history once: the acknowledgement of a repeat says `duplicate`. With `expected_sequence`, of
+        `last_sequence`, it is stored only if nothing has been since; who listens hears it anyway.
 
         Raises:
+            WrongLastSequence: something has been.
             PayloadTooLarge
         """
         message_id = None
@@ -96,7 +102,17 @@ class Bus:
             encode(message),
             {HEADER_CONTENT_TYPE: CONTENT_TYPE_MSGPACK, **(headers or {})},
             message_id=message_id,
+            expected_sequence=expected_sequence,
         )
+
+    async def last_sequence(
+        self, message_type: type[Message], *, model: str, **tokens: str | int
+    ) -> int:
+        """The number of the last message on the subject of a type, readable or not; 0: none."""
+        subject = pattern_of(message_type, self.prefix, model, **tokens)
+        stream = stream_name(entry_of(message_type).stream, self.prefix)
+        stored = await self._jetstream.last(stream, subject)
+        return 0 if stored is None else stored.sequence
 
     def subscribe(
         self, *message_types: type[M], model: str | None = None

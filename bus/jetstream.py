@@ -100,7 +100,7 @@ class StoredMessage(Struct, frozen=True, kw_only=True):
 
 
 class WrongLastSequence(Exception):
-    """The subject's last message is not the expected one. Stays inside the bus."""
+    """The subject's last message is not the expected one. Only `Bus.publish` lets it out."""
 
 
 class _ApiError(Struct):

@@ -10,11 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import NoReturn
 
 from msgspec import structs
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.digest import combine, digest_hex
+from weightbus.bus.errors import RequestRefused
+from weightbus.bus.jetstream import WrongLastSequence
 from weightbus.producers.digests import Sums, put_sums
 from weightbus.producers.errors import VersionNotNew
 from weightbus.schemas.catalogue import check_token, pattern_of
@@ -23,6 +26,9 @@ from weightbus.schemas.codec import encode
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Announcer",)
+
+MAX_RACES = 16
+"""Each lost race means that something else came between; so many in a row do not happen."""
 
 
 class Announcer:
@@ -95,16 +101,50 @@ class Announcer:
 
         Digests are kept of this version and of the one before, which an engine whose update is cut
         short may still take.
+
+        Raises:
+            VersionNotNew: another publisher has announced it, or a greater one, in the meantime.
+            BusUnavailable, BusTimeout, RequestRefused: it may have been announced.
         """
         for key in self._keys - {ready.tensor_digests, self._key_before}:
             await self.bus.objects.delete(key)
             self._keys.discard(key)
         ready = structs.replace(ready, created_ns=time.time_ns())
-        self._unsure.add(ready.version)
-        await self.bus.publish(ready, headers)
+        await self._say_if_newer(ready, headers)
         self.remember(ready)
         self._key_before = ready.tensor_digests
         return ready
+
+    async def _say_if_newer(self, ready: CheckpointReady, headers: Mapping[str, str]) -> None:
+        """Say it as the next word after a look at the last one, or not at all.
+
+        After a lost connection the bus sends again: then the word found there can be our own.
+        """
+        for _ in range(MAX_RACES):
+            sequence = await self.bus.last_sequence(CheckpointReady, model=self.model)
+            last = await self.bus.last(CheckpointReady, model=self.model)
+            if last is not None and last.message == ready:
+                return
+            if last is not None and last.message.version >= ready.version:
+                self._refuse(ready, last.message)
+            self._unsure.add(ready.version)
+            try:
+                ack = await self.bus.publish(ready, headers, expected_sequence=sequence)
+            except WrongLastSequence:
+                continue
+            if not ack.duplicate:
+                return
+            last = await self.bus.last(CheckpointReady, model=self.model)
+            if last is not None and last.message == ready:
+                return
+            newer = last is not None and last.message.version > ready.version
+            self._refuse(ready, last.message if last and newer else ready)
+        operation = f"announcement of version {ready.version} of {self.model}"
+        raise RequestRefused(operation, 0, "other clients keep saying something")
+
+    def _refuse(self, ready: CheckpointReady, newest: CheckpointReady) -> NoReturn:
+        self.remember(newest)
+        raise VersionNotNew(self.model, ready.version, newest.version, newest.producer)
 
     def remember(self, ready: CheckpointReady) -> None:
         """It has been announced, by whomever."""

@@ -126,7 +126,8 @@ class Publisher:
 
         Raises:
             TensorInvalid, MessageInvalid: this cannot be published; nothing has happened.
-            VersionNotNew: the version is not greater than all before it; nothing has happened.
+            VersionNotNew: the version is not greater than all before it: nothing has happened; or
+                another publisher has announced one meanwhile: a slot was written for nothing.
             SlotBusy: readers did not end; the older version is retired, the newest is untouched.
             SharedMemoryFull: two slots of this size do not fit; the newest version is untouched.
             SharedMemoryUnavailable: the system refuses a slot; the newest version is untouched.

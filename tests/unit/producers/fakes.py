@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusTimeout
-from weightbus.bus.jetstream import PublishAck
+from weightbus.bus.jetstream import PublishAck, WrongLastSequence
 from weightbus.bus.received import Received
 from weightbus.schemas.base import Message
+from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.layout_codec import layout_digest
 from weightbus.schemas.leases import ReaderLease
@@ -35,6 +36,9 @@ class FakeBus:
         """How often readers were listed."""
         self.objects = self.layouts = self.presence = self.reader_leases = self
 
+        self.faster: list[CheckpointReady] = []
+        """What others announce just before our next `CheckpointReady` comes."""
+
     def as_bus(self) -> Bus:
         return cast(Bus, self)
 
@@ -42,11 +46,19 @@ class FakeBus:
         return [message for message in self.said if isinstance(message, kind)]
 
     async def publish(
-        self, message: Message, headers: Mapping[str, str] | None = None, **options: Any
+        self, message: Message, headers: Mapping[str, str] | None = None, **options: int
     ) -> PublishAck:
         self._fail(type(message).__name__)
+        if isinstance(message, CheckpointReady):
+            self.said += self.faster
+            self.faster = []
+        if options.get("expected_sequence", len(self.said)) != len(self.said):
+            raise WrongLastSequence
         self.said.append(message)
         return PublishAck(stream="s", sequence=len(self.said))
+
+    async def last_sequence(self, message_type: type[Message], *, model: str) -> int:
+        return len(self.said)
 
     async def last(
         self, message_type: type[Message], *, model: str, **tokens: Any

@@ -103,3 +103,27 @@ async def test_nothing_is_retired_when_a_version_was_certainly_not_said(
         await publisher.publish(weights(2), 2)
     await publisher.publish(weights(3), 3)
     assert fake.said_of(CheckpointRetired) == []
+
+
+def ready_of(version: int, producer: str) -> CheckpointReady:
+    return CheckpointReady(model=MODEL, version=version, producer=producer, files=("/w",))
+
+
+@pytest.mark.parametrize(("newest", "producer"), [(8, "another"), (7, "another"), (7, "trainer")])
+async def test_version_is_refused_when_another_publisher_is_faster(
+    fake: FakeBus, publisher: Publisher, newest: int, producer: str
+) -> None:
+    fake.faster = [ready_of(newest, producer)]
+    with pytest.raises(VersionNotNew, match=f"is 7: .* {newest}, which {producer} has used"):
+        await publisher.publish(weights(1), 7)
+    assert [ready.producer for ready in fake.said_of(CheckpointReady)] == [producer]
+    await publisher.publish(weights(1), 9)
+
+
+async def test_version_is_said_when_an_older_one_comes_between(
+    fake: FakeBus, publisher: Publisher
+) -> None:
+    fake.faster = [ready_of(6, "another")]
+    ready = await publisher.publish(weights(1), 7)
+    assert [said.version for said in fake.said_of(CheckpointReady)] == [6, 7]
+    assert fake.said[-1] == ready

@@ -1,0 +1,58 @@
+"""Two publishers announce at once: the last word on the bus is the newest version, said once."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec import structs
+
+from weightbus.bus.connection import Bus
+from weightbus.bus.jetstream import WrongLastSequence
+from weightbus.producers.announcing import Announcer
+from weightbus.producers.errors import VersionNotNew
+from weightbus.schemas.checkpoint import CheckpointReady
+
+pytestmark = pytest.mark.anyio
+
+
+def drafted(announcer: Announcer, version: int, path: str) -> CheckpointReady:
+    return structs.replace(announcer.draft(version, {}), files=(path,))
+
+
+async def newest(bus: Bus, model: str) -> CheckpointReady:
+    last = await bus.last(CheckpointReady, model=model)
+    assert last is not None
+    return last.message
+
+
+@pytest.mark.parametrize(("faster", "producer"), [(8, "b"), (7, "b"), (7, "a")])
+async def test_announcement_is_refused_when_another_comes_after_the_check(
+    bus: Bus, model: str, faster: int, producer: str
+) -> None:
+    one, other = Announcer(bus, model, "a"), Announcer(bus, model, producer)
+    await one.check_new(7)
+    said = await other.say(drafted(other, faster, "/other"), {})
+    with pytest.raises(VersionNotNew, match=f"is 7: .* {faster}, which {producer} has used"):
+        await one.say(drafted(one, 7, "/one"), {})
+    assert await newest(bus, model) == said
+
+
+async def test_announcement_is_refused_when_an_older_one_of_its_name_is_remembered(
+    bus: Bus, model: str
+) -> None:
+    """The server drops a repeat without a word; nobody may take that for success."""
+    one, other = Announcer(bus, model, "a"), Announcer(bus, model, "a")
+    await one.say(drafted(one, 7, "/one"), {})
+    await bus.publish(drafted(other, 3, "/files"))
+    with pytest.raises(VersionNotNew, match="is 7: must be greater than 7"):
+        await other.say(drafted(other, 7, "/other"), {})
+
+
+async def test_bus_refuses_a_word_when_another_was_stored_since(bus: Bus, model: str) -> None:
+    announcer = Announcer(bus, model, "a")
+    assert await bus.last_sequence(CheckpointReady, model=model) == 0
+    await bus.publish(drafted(announcer, 1, "/one"), expected_sequence=0)
+    with pytest.raises(WrongLastSequence):
+        await bus.publish(drafted(announcer, 2, "/two"), expected_sequence=0)
+    sequence = await bus.last_sequence(CheckpointReady, model=model)
+    await bus.publish(drafted(announcer, 2, "/two"), expected_sequence=sequence)
+    assert (await newest(bus, model)).version == 2
