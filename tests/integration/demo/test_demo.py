@@ -1,0 +1,119 @@
+"""`weightbus demo` as a user runs it: to its end, and ended before it by whatever may end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+END_S = 150.0
+CLEAN_S = 60.0
+MODELS = ("minilm", "decoder")
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@contextmanager
+def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """A demo in a session of its own, whose temporary files are in `directory`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "weightbus", "demo", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Command lines of what still runs with `directory` in its environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if str(directory).encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def blocks() -> list[str]:
+    """Shared-memory blocks of the demo's models."""
+    return [
+        path.name
+        for model in MODELS
+        for path in Path("/dev/shm").glob(f"weightbus-{model}.trainer.*")
+    ]
+
+
+def assert_nothing_is_left(directory: Path) -> None:
+    end = time.monotonic() + CLEAN_S
+    while (processes := processes_of(directory)) or blocks():
+        assert time.monotonic() < end, f"left after {CLEAN_S:g} s: {processes} {blocks()}"
+        time.sleep(0.2)
+
+
+def test_demo_verifies_every_version_and_leaves_nothing_when_it_runs_to_its_end(
+    tmp_path: Path,
+) -> None:
+    with demo(tmp_path) as process:
+        output, _ = process.communicate(timeout=END_S)
+    assert process.returncode == 0, output
+    result = json.loads(output.splitlines()[-1])
+    assert result["ok"], output
+    assert result["versions"] == [1, 2, 3, 4]
+    assert {name: engine["version"] for name, engine in result["engines"].items()} == {
+        "a": 4,
+        "b": 4,
+        "c": 4,
+    }
+    assert all(engine["verified"] for engine in result["engines"].values())
+    assert result["routes_used"] == ["local"]
+    assert len(result["update_seconds"]) == 11
+    assert len(result["trace_ids"]) == 7
+    assert_nothing_is_left(tmp_path)
+    assert not list(tmp_path.glob("weightbus*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "signals", "exit_code"),
+    [
+        ("starting engine c", [signal.SIGINT], 130),
+        ("loss", [signal.SIGINT, signal.SIGINT, signal.SIGINT], 130),
+        ("is killed (SIGKILL)", [signal.SIGTERM], 130),
+        ("serves version 1", [signal.SIGKILL], -signal.SIGKILL),
+    ],
+)
+def test_demo_leaves_nothing_when_it_is_ended(
+    tmp_path: Path, line: str, signals: list[signal.Signals], exit_code: int
+) -> None:
+    with demo(tmp_path) as process:
+        assert process.stdout is not None
+        seen = []
+        for printed in process.stdout:
+            seen.append(printed)
+            if line in printed:
+                break
+        else:
+            pytest.fail(f"{line!r} was never printed: {seen}")
+        for number in signals:
+            process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(END_S) == exit_code, seen
+    assert_nothing_is_left(tmp_path)
+    if exit_code > 0:
+        assert not list(tmp_path.glob("weightbus*"))
