@@ -1,7 +1,7 @@
 """What consumers say to each other while they negotiate one round. Does no I/O.
 
 A round brings one version to the engines that are present. Its leader holds the round's lease; the
-lease's `epoch` grows by one with every new leader and every new plan, and fences the old ones.
+lease's `epoch` grows with every new leader and every new plan, and fences the old ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ __all__ = (
     "RoundPlan",
 )
 
-Epoch = Annotated[int, Meta(ge=0, lt=2**31)]
+Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""Sequence of a write in the stream of the rounds' leases."""
 CommitPolicy = Literal["each", "together"]
 """`each`: an engine serves once its own proof holds. `together`: once the leader says so."""
 

@@ -9,10 +9,11 @@ import anyio
 import msgspec
 import pytest
 
-from tests.integration.bus.raw import publish_raw
+from tests.integration.bus.raw import publish_raw, raw_client
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.errors import LeaseLost
+from weightbus.bus.streams import bus_streams
 from weightbus.schemas.leases import ReaderLease, RoundLease
 from weightbus.schemas.progress import DeadLetter
 
@@ -79,6 +80,20 @@ async def test_epoch_grows_when_a_round_is_won_again(bus: Bus) -> None:
     assert 0 < first.epoch < again.epoch < other.epoch
     assert (await bus.round_leases.renew(other, 60)).epoch == other.epoch
     assert await bus.round_leases.holder("m", "r") == other
+
+
+async def test_round_is_led_when_its_leases_were_written_more_often_than_32_bits_count(
+    nats_server: NatsServer,
+) -> None:
+    (rounds,) = (s for s in bus_streams("weightbus") if s.name == "KV_weightbus-rounds")
+    config = msgspec.to_builtins(rounds) | {"first_seq": 2**31}
+    async with raw_client(nats_server.url) as client:
+        await client.request(f"$JS.API.STREAM.CREATE.{rounds.name}", msgspec.json.encode(config))
+    async with open_bus(nats_server.settings) as bus:
+        lease = await bus.round_leases.acquire(round_lease("a"), 60)
+        assert lease.epoch == 2**31
+        assert await bus.round_leases.renew(lease, 60) == lease
+        assert await bus.round_leases.holder("m", "r") == lease
 
 
 async def test_round_is_free_when_its_lease_has_run_out(bus: Bus) -> None:
