@@ -18,7 +18,7 @@ import uuid
 from collections import OrderedDict
 from typing import Final
 
-from weightbus.consumers.errors import PlanError
+from weightbus.consumers.errors import NotAttached, PlanError
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.reloader import Reloader
@@ -89,6 +89,11 @@ class ReloadWorker:
     def touched(self) -> bool:
         """True: an update began and did not end whole; the model must not serve."""
         return self._touched
+
+    @property
+    def updates(self) -> int:
+        """How many updates have begun to write."""
+        return self._updates
 
     def handle(self, request: WorkerRequest) -> WorkerReply:
         """Carry out one request and answer it. Blocks until done or its deadline; never raises."""
@@ -209,12 +214,12 @@ class ReloadWorker:
 
     def _known_layout(self, digest: str) -> _Known:
         if digest not in self._known:
-            raise PlanError("layout", digest, "must have been described to this worker before")
+            raise NotAttached(digest, "described")
         self._known.move_to_end(digest)
         return self._known[digest]
 
     def _attached_layout(self, digest: str) -> _Known:
         known = self._known_layout(digest)
         if not known.attached:
-            raise PlanError("layout", digest, "must have been attached before")
+            raise NotAttached(digest, "attached")
         return known

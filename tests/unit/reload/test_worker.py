@@ -487,9 +487,13 @@ def test_deadline_is_looked_at_between_steps(trainer: Trainer) -> None:
 def test_requests_are_refused_when_they_do_not_fit(trainer: Trainer) -> None:
     client = make_client(trainer, ModuleHost(Fused, load_fused), attached=False)
     sources = trainer.publish(make_tensors(10), 1)
-    assert "must have been described" in client.fail(client.request(sources, 1)).reason
+    unknown = client.fail(client.request(sources, 1))
+    assert (unknown.error, unknown.touched) == ("NotAttached", False)
+    assert "is not described" in unknown.reason
     described = client.describe()
-    assert "must have been attached" in client.fail(client.request(sources, 1)).reason
+    unattached = client.fail(client.request(sources, 1))
+    assert (unattached.error, unattached.touched) == ("NotAttached", False)
+    assert "is not attached" in unattached.reason
     attach = Attach(
         request=7,
         layout_digest=trainer.layout_digest,
@@ -526,9 +530,9 @@ def test_plans_are_forgotten_when_detached_or_too_many(tmp_path: Path) -> None:
             clients[-1].attach()
             clients[-1].apply(make_tensors(seed), seed)
     sources = clients[0].trainer.publish(make_tensors(0), 9)
-    assert "must have been described" in clients[0].fail(clients[0].request(sources, 9)).reason
+    assert "is not described" in clients[0].fail(clients[0].request(sources, 9)).reason
     detached = worker.handle(Detach(request=5, deadline_s=1.0))
     assert isinstance(detached, Detached)
     sources = clients[-1].trainer.publish(make_tensors(0), 9)
-    assert "must have been described" in clients[-1].fail(clients[-1].request(sources, 9)).reason
+    assert "is not described" in clients[-1].fail(clients[-1].request(sources, 9)).reason
     assert worker.version == LAYOUTS_KEPT
