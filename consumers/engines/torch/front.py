@@ -35,6 +35,7 @@ from weightbus.consumers.engines.torch.messages import (
     StateReport,
 )
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
+from weightbus.consumers.engines.torch.words import NOTHING_HELD, Held
 from weightbus.consumers.errors import (
     ConsumerError,
     DeadlineExceeded,
@@ -56,7 +57,7 @@ class RankGroup(Protocol):
 
     @property
     def pids(self) -> tuple[int, ...]: ...
-    def held_versions(self) -> list[tuple[int, bool]]: ...
+    def held(self) -> list[Held]: ...
     def hold(self) -> None: ...
     def let_go(self) -> None: ...
     def condemn(self, reason: str) -> None: ...
@@ -83,6 +84,8 @@ class Front:
         self._controlling = anyio.Lock()
         self._ranks: RankGroup | None = None
         """Of the present generation, while all of them are well."""
+        self._served = self._nothing_held()
+        """What each rank held when the gate was last opened."""
         self._gone = anyio.Event()
         """The present generation has ended, to the last process."""
         self._generation = 0
@@ -127,7 +130,11 @@ class Front:
 
     def _lose_ranks(self) -> None:
         self._ranks = None
+        self._served = self._nothing_held()
         self._gate.reset()
+
+    def _nothing_held(self) -> list[Held]:
+        return [NOTHING_HELD] * self._spec.tp
 
     async def answer(self, request: ClientRequest) -> ClientReply:
         """Carry out one request of a client; every failure is an answer too."""
@@ -193,12 +200,14 @@ class Front:
         if version == _NO_VERSION and not self._spec.weights:
             raise EngineUnavailable(self._spec.architecture, "it was started without weights")
         self._ranks.let_go()
-        for rank, (held, touched) in enumerate(self._ranks.held_versions()):
-            if touched or held != version:
+        holding = self._ranks.held()
+        for rank, held in enumerate(holding):
+            if held.touched or held.version != version:
                 self._ranks.hold()
-                what = f"{'a part of an update after' if touched else 'version'} {held}"
-                reason = f"rank {rank} holds {what}, not version {version}"
+                what = "a part of an update after" if held.touched else "version"
+                reason = f"rank {rank} holds {what} {held.version}, not version {version}"
                 raise EngineUnavailable(self._spec.architecture, reason)
+        self._served = holding
         self._gate.open(version)
 
     async def _restart(self, reason: str) -> None:
@@ -208,13 +217,11 @@ class Front:
         await self._gone.wait()
 
     def _report(self, number: int) -> StateReport:
-        served = (self._gate.version, False)
         return StateReport(
             request=number,
             version=self._gate.version,
             paused=self._gate.closed,
-            touched=self._ranks is not None
-            and any(held != served for held in self._ranks.held_versions()),
+            touched=self._ranks is not None and self._ranks.held() != self._served,
             ready=self._ranks is not None,
             ranks=self._spec.tp,
             pids=self._ranks.pids if self._ranks is not None else (),

@@ -40,7 +40,7 @@ from weightbus.consumers.engines.torch.messages import (
 from weightbus.consumers.engines.torch.model import ServedModel
 from weightbus.consumers.engines.torch.models import build_model
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
-from weightbus.consumers.engines.torch.words import RankWords
+from weightbus.consumers.engines.torch.words import Held, RankWords
 from weightbus.consumers.errors import EngineUnavailable, PlanError
 from weightbus.consumers.reload.worker import ReloadWorker
 from weightbus.schemas.errors import WeightBusError
@@ -126,15 +126,18 @@ class _Rank:
         """An instruction of the consumer."""
         if not isinstance(request, Apply):
             return self._reload.handle(request)
-        self._words.report(self._reload.version, touched=True)
+        self._words.report(self._held()._replace(touched=True))
         reply: WorkerReply
         if self._words.is_held():
             reply = self._reload.handle(request)
         else:
             serving = EngineUnavailable(self._name, "it is not paused: its weights must not change")
             reply = self._failed(request.request, serving)
-        self._words.report(self._reload.version, touched=self._reload.touched)
+        self._words.report(self._held())
         return reply
+
+    def _held(self) -> Held:
+        return Held(self._reload.version, self._reload.touched, self._reload.updates)
 
     def _answer(self, request: RankRequest) -> RankReply:
         """A request that came through the front."""

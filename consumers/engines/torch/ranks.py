@@ -33,7 +33,7 @@ from weightbus.consumers.engines.torch.messages import (
     Refused,
 )
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
-from weightbus.consumers.engines.torch.words import RankWords
+from weightbus.consumers.engines.torch.words import Held, RankWords
 from weightbus.consumers.engines.torch.worker import WorkerArguments
 from weightbus.consumers.errors import WorkerLost
 from weightbus.schemas.errors import WeightBusError
@@ -94,9 +94,9 @@ class Ranks:
         """Process ids, in rank order."""
         return tuple(rank.process.pid for rank in self._ranks)
 
-    def held_versions(self) -> list[tuple[int, bool]]:
-        """(version, touched) of every rank, whatever it is doing."""
-        return [rank.words.held_version() for rank in self._ranks]
+    def held(self) -> list[Held]:
+        """What every rank holds, whatever it is doing."""
+        return [rank.words.held() for rank in self._ranks]
 
     def hold(self) -> None:
         """From now on the ranks' weights may change."""

@@ -1,27 +1,44 @@
-"""Two words that the front process and one rank's worker share, readable at any time.
+"""Words that the front process and one rank's worker share, readable at any time.
 
 A rank that is applying an update answers nothing until it is done; what it holds must be known all
-the same. So each side writes one 8-byte word of an anonymous file and reads the other's:
+the same. So each side writes 8-byte words of an anonymous file and reads the other's:
 
-    the rank's word   which version it holds, and whether an update of it is under way
+    the rank's words  which version it holds, and whether an update of it is under way;
+                      how many updates have begun to write: the same version can come twice
     the front's word  whether the rank is held: no request runs on it, its weights may change
 
 Each word has one writer. A rank writes `touched` before it looks whether it is held, and the front
-lets go before it looks at `touched`: whichever order they meet in, one of them sees the other.
+lets go before it looks at `touched`: whichever order they meet in, one of them sees the other. A
+rank writes the count before it writes that an update has ended, and the front reads it after that.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from typing import NamedTuple
 
-__all__ = ("RankWords",)
+__all__ = ("NOTHING_HELD", "Held", "RankWords")
 
 _WORD = struct.Struct("<q")
 _RANK_OFFSET = 0
 _FRONT_OFFSET = 8
-_NOTHING_HELD = -1
+_UPDATES_OFFSET = 16
 _HELD, _FREE = 1, 0
+
+
+class Held(NamedTuple):
+    """What one rank holds."""
+
+    version: int
+    """Written last, whole; -1: none of the bus."""
+    touched: bool
+    """An update is under way, or did not end whole."""
+    updates: int
+    """How many have begun to write since the rank's process started."""
+
+
+NOTHING_HELD = Held(-1, False, 0)
 
 
 class RankWords:
@@ -34,18 +51,19 @@ class RankWords:
     def create(rank: int) -> RankWords:
         """The front's side: of a rank that holds nothing and is held."""
         words = RankWords(os.memfd_create(f"weightbus-rank-{rank}"))
-        words.report(_NOTHING_HELD, touched=False)
+        words.report(NOTHING_HELD)
         words.hold()
         return words
 
-    def report(self, version: int, *, touched: bool) -> None:
-        """Called by the rank: it holds `version`, whole unless `touched`."""
-        self._write(_RANK_OFFSET, version * 2 + touched)
+    def report(self, held: Held) -> None:
+        """Called by the rank."""
+        self._write(_UPDATES_OFFSET, held.updates)
+        self._write(_RANK_OFFSET, held.version * 2 + held.touched)
 
-    def held_version(self) -> tuple[int, bool]:
-        """(version, touched) as the rank last reported."""
+    def held(self) -> Held:
+        """As the rank last reported."""
         word = self._read(_RANK_OFFSET)
-        return word >> 1, bool(word & 1)
+        return Held(word >> 1, bool(word & 1), self._read(_UPDATES_OFFSET))
 
     def hold(self) -> None:
         """Called by the front: no request is running and none will."""

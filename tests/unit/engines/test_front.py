@@ -31,6 +31,7 @@ from weightbus.consumers.engines.torch.messages import (
     StateReport,
 )
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
+from weightbus.consumers.engines.torch.words import NOTHING_HELD, Held
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable, WorkerLost
 
 pytestmark = pytest.mark.anyio
@@ -45,7 +46,7 @@ class FakeRanks:
     """One generation: computes when it is told to, and is lost when it is told to."""
 
     def __init__(self) -> None:
-        self.held = [(-1, False), (-1, False)]
+        self.holds = [NOTHING_HELD] * 2
         self.holding = True
         self.may_compute = anyio.Event()
         self.may_compute.set()
@@ -58,8 +59,8 @@ class FakeRanks:
     def pids(self) -> tuple[int, ...]:
         return (101, 102)
 
-    def held_versions(self) -> list[tuple[int, bool]]:
-        return self.held
+    def held(self) -> list[Held]:
+        return list(self.holds)
 
     def hold(self) -> None:
         self.holding = True
@@ -75,7 +76,7 @@ class FakeRanks:
         """As a consumer would: only while held."""
         assert self.holding
         assert not self.computing
-        self.held = [(version, False)] * 2
+        self.holds = [Held(version, False, held.updates + 1) for held in self.holds]
 
     async def wait_until_ready(self, deadline_s: float) -> None:
         if self.failure is not None:
@@ -89,7 +90,7 @@ class FakeRanks:
         self, request: Infer | AskFingerprints, deadline_s: float
     ) -> Inferred | Fingerprints:
         self.computing += 1
-        version, _ = self.held[0]
+        version = self.holds[0].version
         try:
             await self.may_compute.wait()
             if self.failure is not None:
@@ -257,7 +258,7 @@ async def test_resume_is_refused_when_ranks_do_not_all_hold_the_version(
 ) -> None:
     ranks = FakeRanks()
     async with running(ranks) as engine:
-        ranks.held = held
+        ranks.holds = [Held(version, touched, 1) for version, touched in held]
         assert reason in refused(await engine.resume(4))
         assert ranks.holding
         assert (await engine.state()).paused
@@ -276,13 +277,28 @@ async def test_engine_is_touched_when_ranks_hold_other_than_what_it_serves() -> 
     ranks = FakeRanks()
     async with running(ranks) as engine:
         for held, touched in [
-            ([(-1, False), (-1, False)], False),
-            ([(-1, True), (-1, False)], True),
-            ([(1, False), (-1, False)], True),
-            ([(1, False), (1, False)], True),
+            ([NOTHING_HELD, NOTHING_HELD], False),
+            ([Held(-1, True, 1), NOTHING_HELD], True),
+            ([Held(1, False, 1), NOTHING_HELD], True),
+            ([Held(1, False, 1), Held(1, False, 1)], True),
         ]:
-            ranks.held = held
+            ranks.holds = held
             assert (await engine.state()).touched is touched, held
+        await engine.resume(1)
+        assert not (await engine.state()).touched
+
+
+async def test_engine_is_touched_when_the_version_it_serves_was_written_again() -> None:
+    """Its consumer may have died before it proved what was written."""
+    ranks = FakeRanks()
+    async with running(ranks) as engine:
+        ranks.update(1)
+        await engine.resume(1)
+        await engine.pause()
+        assert not (await engine.state()).touched
+        ranks.update(1)
+        state = await engine.state()
+        assert (state.version, state.paused, state.touched) == (1, True, True)
         await engine.resume(1)
         assert not (await engine.state()).touched
 
@@ -334,7 +350,7 @@ async def test_ranks_are_started_anew_when_they_computed_with_another_version() 
     async with running(ranks) as engine:
         ranks.update(1)
         await engine.resume(1)
-        ranks.held = [(2, False), (2, False)]
+        ranks.holds = [Held(2, False, 2)] * 2
         assert "WorkerLost" in refused(await engine.front.answer(INFER))
         assert (await engine.ready_again()).paused
 
