@@ -52,7 +52,7 @@ class LocalRoute(Route):
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
         end = anyio.current_time() + transfer.deadline_s
-        sources = await anyio.to_thread.run_sync(self.reach, transfer.layout, transfer.placement)
+        sources = await self._reach_in_time(transfer)
         await transfer.begin_write()
         left_s = end - anyio.current_time()
         if left_s <= 0:
@@ -68,6 +68,14 @@ class LocalRoute(Route):
                 reason = f"answered for rank {reply.rank} and version {reply.version}"
                 raise ApplyFailed(rank, "PeerProtocolError", reason, touched=True)
         return applied
+
+    async def _reach_in_time(self, transfer: Transfer) -> Sequence[Segment]:
+        """A file server that hangs keeps a thread, but nobody who waits for it."""
+        with anyio.move_on_after(transfer.deadline_s):
+            return await anyio.to_thread.run_sync(
+                self.reach, transfer.layout, transfer.placement, abandon_on_cancel=True
+            )
+        raise DeadlineExceeded("reload", transfer.deadline_s)
 
     def _nearest(self, number: int, ways: Sequence[Segment], size_bytes: int) -> Segment:
         """The nearest way to one segment that can be opened now."""
