@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from weightbus.consumers.errors import PlanError
 from weightbus.schemas.base import Token
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import HostId
@@ -38,13 +39,8 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     repeat_max_s: float = 1.0
     round_ttl_s: float = 3.0
     """After how long a silent leader's lease expires; it is renewed three times as often."""
-    negotiate_s: float = 10.0
-    """From `Join` to a plan; then the engine goes on alone. Must outlive one dead leader."""
     regroup_s: float = 5.0
     """How long a leader waits for the members of a broken group to join again."""
-    replan_s: float = 15.0
-    """From a broken group to the next plan; then the engine goes on alone. Must outlive one dead
-    leader and `regroup_s`."""
     max_attempts: int = 4
     """How often one version is tried while the engine serves another."""
     attempts_in_turn: int = 2
@@ -61,6 +57,42 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     peer_causes: frozenset[str] = frozenset({"PeerLost"})
     """Errors by which a transfer says that another member of its group failed: the next plan is
     waited for."""
+
+    def __post_init__(self) -> None:
+        """Refuse times that contradict each other.
+
+        Raises:
+            PlanError: one of them makes another pointless.
+        """
+        budgets = self.budgets
+        for name, value, least, why in (
+            ("join_window_s", self.join_window_s, 0.0, "it must not be negative"),
+            ("repeat_s", self.repeat_s, 0.001, "a pause takes time"),
+            ("repeat_max_s", self.repeat_max_s, self.repeat_s, "it is at least repeat_s"),
+            ("round_ttl_s", self.round_ttl_s, 0.001, "a lease lasts"),
+            ("regroup_s", self.regroup_s, 0.001, "members need time to join again"),
+            ("backoff_s", self.backoff_s, 0.001, "a pause takes time"),
+            ("backoff_max_s", self.backoff_max_s, self.backoff_s, "it is at least backoff_s"),
+            ("max_attempts", self.max_attempts, 1, "there is a first one"),
+            ("attempts_in_turn", self.attempts_in_turn, 1, "there is a first one"),
+            ("group_attempts", self.group_attempts, 1, "there is a first one"),
+            ("budgets.round_s", budgets.round_s, budgets.transfer_s, "a round holds a transfer"),
+        ):
+            if not value >= least:
+                raise PlanError(name, value, f"must be at least {least:g}: {why}")
+
+    @property
+    def negotiate_s(self) -> float:
+        """From `Join` to a plan; then the engine goes on alone. Outlives one leader that dies
+        at the end of its join window: the window, its lease, the pause of who campaigns next, the
+        window of that one; a lease's time is left for what is said."""
+        return 2 * self.join_window_s + 3 * self.round_ttl_s
+
+    @property
+    def replan_s(self) -> float:
+        """From a broken group to the next plan; then the engine goes on alone. Outlives one dead
+        leader, and the regrouping under the next."""
+        return self.regroup_s + 3 * self.round_ttl_s
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True):

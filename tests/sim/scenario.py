@@ -139,9 +139,7 @@ class Simulation:
             budgets=BUDGETS,
             join_window_s=self._join_window_s,
             round_ttl_s=2.0,
-            negotiate_s=6.0,
             regroup_s=3.0,
-            replan_s=10.0,
             backoff_s=0.5,
             backoff_max_s=4.0,
         )

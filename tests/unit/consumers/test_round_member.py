@@ -186,7 +186,7 @@ def test_nothing_happens_when_another_version_is_retired() -> None:
 
 
 def test_join_is_said_again_with_growing_pauses_when_no_plan_comes() -> None:
-    driver = Driver(repeat_s=0.1, repeat_max_s=0.3, negotiate_s=100.0).start().joined(1)
+    driver = Driver(repeat_s=0.1, repeat_max_s=0.3).start().joined(1)
     began_ns = driver.now_ns
     times_s = []
     for _ in range(4):
