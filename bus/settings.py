@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,6 +21,14 @@ __all__ = ("BusSettings",)
 _VARIABLES = {"url": "WEIGHTBUS_NATS_URL", "server_path": "WEIGHTBUS_NATS_SERVER"}
 _SCHEMES = ("nats", "tls", "ws", "wss")
 _MAX_SECONDS = 86_400.0
+_DURATIONS = (
+    "connect_timeout_s",
+    "server_start_timeout_s",
+    "request_timeout_s",
+    "reconnect_for_s",
+)
+_HIDDEN = "(not shown: it may hold a password)"
+"""Stands for the URL in errors."""
 
 
 class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +66,9 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Key of `tls_cert_file`; None: it is in the same file."""
 
     connect_timeout_s: float = 5.0
-    """How long the first connection, and the start of an embedded server, may take."""
+    """How long the first connection may take."""
+    server_start_timeout_s: float = 30.0
+    """How long the start of an embedded server may take, which reads all its data first."""
     request_timeout_s: float = 5.0
     """How long one request may go unanswered while connected."""
     reconnect_for_s: float = 60.0
@@ -75,10 +86,10 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
         except MessageInvalid as error:
             raise SettingInvalid("prefix", self.prefix, error.limit) from None
         if self.url is not None and not all(map(_is_server_url, self.url.split(","))):
-            raise SettingInvalid("url", self.url, "must be nats://host:port, tls:// or wss://")
+            raise SettingInvalid("url", _HIDDEN, "must be nats://host:port, tls:// or wss://")
         if not 0 <= self.port < 65_536:
             raise SettingInvalid("port", self.port, "must be from 0 to 65535")
-        for setting in ("connect_timeout_s", "request_timeout_s", "reconnect_for_s"):
+        for setting in _DURATIONS:
             value = getattr(self, setting)
             if not 0 < value <= _MAX_SECONDS:
                 raise SettingInvalid(
@@ -102,17 +113,24 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
         An empty variable counts as absent.
 
         Raises:
-            SettingInvalid: a variable's value cannot be used.
+            SettingInvalid: a variable's value cannot be used; names that variable only.
         """
-        given: dict[str, str] = {}
-        for setting in cls.__struct_fields__:
-            value = environ.get(_variable(setting), "")
-            if value:
-                given[setting] = value
+        given: dict[str, Any] = {}
+        for field in msgspec.structs.fields(cls):
+            setting, variable = field.name, _variable(field.name)
+            value = environ.get(variable, "")
+            if not value:
+                continue
+            try:
+                given[setting] = msgspec.convert(
+                    value, field.type, strict=False, dec_hook=_decode_path
+                )
+            except msgspec.ValidationError as error:
+                raise SettingInvalid(variable, value, str(error)) from None
         try:
-            return msgspec.convert(given, cls, strict=False, dec_hook=_decode_path)
-        except msgspec.ValidationError as error:
-            raise SettingInvalid("WEIGHTBUS_*", given, str(error)) from None
+            return cls(**given)
+        except SettingInvalid as error:
+            raise SettingInvalid(_variable(error.setting), error.value, error.limit) from None
 
 
 def _is_server_url(url: str) -> bool:

@@ -162,7 +162,7 @@ async def test_server_is_given_up_when_it_does_not_become_ready(tmp_path: Path) 
     text = "test $1 = --version && echo 'nats-server: v2.12.0' || exec sleep 600"
     program = script(tmp_path / "nats-server", text)
     with pytest.raises(ServerFailed, match=r"was not ready within 0\.3 s"):
-        async with open_server(BusSettings(server_path=program, connect_timeout_s=0.3)):
+        async with open_server(BusSettings(server_path=program, server_start_timeout_s=0.3)):
             pass
 
 

@@ -48,6 +48,7 @@ def test_settings_are_read_when_the_environment_has_them() -> None:
         {"url": "nats://host:port"},
         {"port": 65_536},
         {"connect_timeout_s": 0},
+        {"server_start_timeout_s": 0},
         {"request_timeout_s": float("nan")},
         {"reconnect_for_s": -1},
         {"presence_ttl_s": 0},
@@ -66,8 +67,35 @@ def test_setting_is_refused_by_name_when_it_cannot_be_used(given: dict[str, Any]
 
 @pytest.mark.parametrize("value", ["x", "1e999", "70000"])
 def test_variable_is_refused_when_its_value_is_no_port(value: str) -> None:
-    with pytest.raises(SettingInvalid, match="port"):
+    with pytest.raises(SettingInvalid, match="WEIGHTBUS_PORT"):
         BusSettings.from_env({"WEIGHTBUS_PORT": value})
+
+
+@pytest.mark.parametrize(
+    ("environ", "variable"),
+    [
+        ({"WEIGHTBUS_NATS_URL": "http://user:secret@host"}, "WEIGHTBUS_NATS_URL"),
+        ({"WEIGHTBUS_PORT": "x"}, "WEIGHTBUS_PORT"),
+        ({"WEIGHTBUS_PORT": "70000"}, "WEIGHTBUS_PORT"),
+        ({"WEIGHTBUS_RECONNECT_FOR_S": "-1"}, "WEIGHTBUS_RECONNECT_FOR_S"),
+        ({"WEIGHTBUS_TLS_KEY_FILE": "/key"}, "WEIGHTBUS_TLS_KEY_FILE"),
+    ],
+)
+def test_error_names_one_variable_and_no_password_when_a_value_cannot_be_used(
+    environ: dict[str, str], variable: str
+) -> None:
+    others = {"WEIGHTBUS_NATS_URL": "nats://user:secret@host", "WEIGHTBUS_PREFIX": "other"}
+    with pytest.raises(SettingInvalid) as raised:
+        BusSettings.from_env({**others, **environ})
+    assert raised.value.setting == variable
+    assert "secret" not in str(raised.value)
+    assert "other" not in str(raised.value)
+
+
+def test_url_is_not_repeated_when_it_is_refused() -> None:
+    with pytest.raises(SettingInvalid) as raised:
+        BusSettings(url="http://user:secret@host")
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("url", ["host", "host:4222", "tls://h:1", "wss://h", "nats://[::1]:4222"])
