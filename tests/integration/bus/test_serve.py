@@ -103,6 +103,21 @@ async def test_bus_is_reached_and_keeps_its_data_when_serve_is_started_again(
     assert last.message == MESSAGE
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_serve_refuses_an_address_that_others_reach_when_not_told_to(host: str) -> None:
+    with serve("--host", host) as process:
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output) == (2, b"")
+    assert b"--insecure" in errors
+    assert host.encode() in errors
+
+
+def test_serve_listens_everywhere_when_told_to() -> None:
+    with serve("--json", "--host", "0.0.0.0", "--insecure") as process:
+        assert started(process).url
+        process.terminate()
+
+
 def test_serve_fails_with_one_line_when_the_server_is_not_found(tmp_path: Path) -> None:
     with serve("--nats-server", str(tmp_path / "none")) as process:
         output, errors = process.communicate(timeout=20)
