@@ -90,12 +90,14 @@ class Listener:
             self._hear(received)
 
     async def _look_back(self) -> Sequence[Received[Any]]:
-        """The last checkpoint, the last that is gone and, of the round in hand, the last plan."""
+        """The last checkpoint, its producer's last that is gone and, of the round in hand, the last
+        plan."""
         model = self._model
-        found: list[Received[Any] | None] = [
-            await self._bus.last(CheckpointReady, model=model),
-            await self._bus.last(CheckpointRetired, model=model),
-        ]
+        ready = await self._bus.last(CheckpointReady, model=model)
+        found: list[Received[Any] | None] = [ready]
+        if ready is not None:
+            producer = ready.message.producer
+            found.append(await self._bus.last(CheckpointRetired, model=model, producer=producer))
         if self.round:
             found.append(await self._bus.last(RoundPlan, model=model, round=self.round))
         return [received for received in found if received is not None]

@@ -258,11 +258,10 @@ class Updater:
             )
         if 0 < ready.valid_until_ns < time.time_ns() - CLOCK_TOLERANCE_NS:
             raise VersionRetired(ready.version, "its placement was valid until a time that is past")
-        last = await self._bus.last(CheckpointRetired, model=ready.model)
-        if last is not None and isinstance(last.message, CheckpointRetired):
-            retired = last.message
-            if retired.producer == ready.producer and retired.version >= ready.version:
-                raise VersionRetired(ready.version, retired.reason or "its publisher retired it")
+        last = await self._bus.last(CheckpointRetired, model=ready.model, producer=ready.producer)
+        if last is not None and last.message.version >= ready.version:
+            reason = last.message.reason or "its publisher retired it"
+            raise VersionRetired(ready.version, reason)
 
     async def _manifest(self, ready: CheckpointReady) -> Manifest:
         """The layout from the store, or from the headers of the files."""

@@ -121,11 +121,11 @@ CATALOGUE: Final = (
     ),
     Entry(
         message=CheckpointRetired,
-        subject="{p}.{model}.checkpoint.retired",
+        subject="{p}.{model}.checkpoint.retired.{producer}",
         stream="CHECKPOINTS",
         sender=TRAINER,
         receivers=(CONSUMER, MONITOR),
-        description="A version can no longer be read.",
+        description="A version of this producer can no longer be read.",
     ),
     Entry(
         message=Join,

@@ -136,5 +136,5 @@ async def test_leader_is_asked_when_leases_and_retirements_are_looked_at(
         await leases.renew(READER, 60)
         link.sent.clear()
         assert set(await leases.readers("m", 1)) == {READER, *others}
-        await jetstream.last("weightbus-CHECKPOINTS", "weightbus.m.checkpoint.retired")
+        await jetstream.last("weightbus-CHECKPOINTS", "weightbus.m.checkpoint.retired.t")
     assert {subject.rpartition(".")[0] for subject in link.sent} == {"$JS.API.STREAM.MSG.GET"}

@@ -9,7 +9,7 @@ from weightbus.bus.connection import Bus
 from weightbus.bus.jetstream import WrongLastSequence
 from weightbus.producers.announcing import Announcer
 from weightbus.producers.errors import VersionNotNew
-from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 
 pytestmark = pytest.mark.anyio
 
@@ -56,3 +56,13 @@ async def test_bus_refuses_a_word_when_another_was_stored_since(bus: Bus, model:
     sequence = await bus.last_sequence(CheckpointReady, model=model)
     await bus.publish(drafted(announcer, 2, "/two"), expected_sequence=sequence)
     assert (await newest(bus, model)).version == 2
+
+
+async def test_retirement_is_found_when_another_producer_has_retired_something_since(
+    bus: Bus, model: str
+) -> None:
+    for producer, version in (("a", 7), ("b", 2)):
+        await bus.publish(CheckpointRetired(model=model, version=version, producer=producer))
+    last = await bus.last(CheckpointRetired, model=model, producer="a")
+    assert last is not None
+    assert last.message.version == 7

@@ -74,7 +74,7 @@ async def versions(messages: Subscription[Message]) -> list[int]:
             ("p.m.round.*.*", "p.m.checkpoint.ready"),
         ),
         (["p.m.checkpoint.ready", "p.m.checkpoint.part.*.*"], ("p.m.checkpoint.>",)),
-        (["p.m.checkpoint.ready", "p.m.checkpoint.retired"], ("p.m.checkpoint.*",)),
+        (["p.m.checkpoint.ready", "p.m.checkpoint.retired.*"], ("p.m.checkpoint.>",)),
     ],
 )
 def test_cover_is_one_subject_per_family_when_patterns_are_given(
@@ -105,7 +105,7 @@ async def test_repeat_is_left_out_when_its_id_came_before() -> None:
 async def test_good_message_passes_when_an_unreadable_one_had_its_id() -> None:
     letters = Letters()
     messages = subscription(CheckpointRetired, letters=letters)
-    subject = "p.m.checkpoint.retired"
+    subject = "p.m.checkpoint.retired.t"
     messages.deliver_nowait(Incoming(subject, {"Nats-Msg-Id": "a"}, b"junk", 1))
     messages.deliver_nowait(incoming(retired(1), "a"))
     assert await versions(messages) == [1]
@@ -113,7 +113,7 @@ async def test_good_message_passes_when_an_unreadable_one_had_its_id() -> None:
 
 
 @pytest.mark.parametrize(
-    "subject", ["p.other.checkpoint.retired", "p.bad model.checkpoint.retired"]
+    "subject", ["p.other.checkpoint.retired.t", "p.bad model.checkpoint.retired.t"]
 )
 async def test_message_is_rejected_when_its_subject_is_not_its_own(subject: str) -> None:
     letters = Letters()
@@ -128,7 +128,9 @@ async def test_overflow_is_raised_at_once_when_more_wait_than_allowed() -> None:
     for version in range(4):
         messages.deliver_nowait(incoming(retired(version)))
     for _ in range(2):
-        with pytest.raises(SubscriptionOverflow, match=r"p\.\*\.checkpoint\.retired had 3 unread"):
+        with pytest.raises(
+            SubscriptionOverflow, match=r"p\.\*\.checkpoint\.retired\.\* had 3 unread"
+        ):
             await anext(messages)
 
 

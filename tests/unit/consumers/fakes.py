@@ -336,7 +336,9 @@ class FakeBus:
         self.calls.append(f"last {kind.__name__}")
         await anyio.lowlevel.checkpoint()
         message = self.kept.get(kind)
-        return None if message is None else Received(message, "", {}, 0)
+        if message is None or any(getattr(message, name) != tokens[name] for name in tokens):
+            return None
+        return Received(message, "", {}, 0)
 
     async def get(self, key: str) -> Any:
         """A layout and its blob, or an object."""

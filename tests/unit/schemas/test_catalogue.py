@@ -43,7 +43,7 @@ from weightbus.schemas import (
     [
         ("CheckpointReady", "weightbus.qwen3-rl.checkpoint.ready"),
         ("CheckpointPart", "weightbus.qwen3-rl.checkpoint.part.trainer.1"),
-        ("CheckpointRetired", "weightbus.qwen3-rl.checkpoint.retired"),
+        ("CheckpointRetired", "weightbus.qwen3-rl.checkpoint.retired.trainer"),
         ("Join", "weightbus.qwen3-rl.round.v7-0.join"),
         ("RoundPlan", "weightbus.qwen3-rl.round.v7-0.plan"),
         ("Proven", "weightbus.qwen3-rl.round.v7-0.proven"),
