@@ -33,6 +33,11 @@ class FileSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="file
 
     path: Annotated[str, Meta(min_length=1, max_length=4096)]
     """Absolute path as the reader sees it; must lie under the reader's allowed roots."""
+    size_bytes: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
+    """Of the whole file when its header was read; 0: not stated."""
+    modified_ns: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
+    """When the file was last modified then, in ns since 1970; 0: not stated. A file whose size or
+    time is another is not the one that was meant, and is not read."""
 
 
 class SharedMemorySegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="shared_memory"):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from msgspec.structs import replace
 
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
 from weightbus.schemas.errors import MessageInvalid
@@ -33,7 +34,7 @@ from weightbus.schemas.shared_memory import (
     unpack_shm_header,
 )
 
-__all__ = ("OpenFile", "OpenMemory", "OpenSegment", "SegmentCache", "probe_segment")
+__all__ = ("OpenFile", "OpenMemory", "OpenSegment", "SegmentCache", "probe_segment", "stamped")
 
 SHM_DIRECTORY: Final = Path("/dev/shm")
 
@@ -93,9 +94,9 @@ class OpenMemory(OpenSegment):
 class OpenFile(OpenSegment):
     """An open file."""
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
+    def __init__(self, fd: int, size_bytes: int, segment: FileSegment) -> None:
         self.name, self.size_bytes = os.readlink(f"/proc/self/fd/{fd}"), size_bytes
-        self._fd = fd
+        self._fd, self._segment = fd, segment
         self._opened = os.fstat(fd)
 
     def check(self) -> None:
@@ -103,6 +104,7 @@ class OpenFile(OpenSegment):
         now = os.fstat(self._fd)
         if (now.st_mtime_ns, now.st_size) != (self._opened.st_mtime_ns, self._opened.st_size):
             raise TornRead(self.name, self._opened.st_mtime_ns, now.st_mtime_ns)
+        _check_stamp(self._segment, now)
 
     def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
         rest = buffer.cast("B")
@@ -163,8 +165,9 @@ class SegmentCache:
 
     def _open(self, segment: Segment, size_bytes: int) -> OpenSegment:
         fd = _open_checked(segment, size_bytes, self._host_id, self._roots)
-        if not isinstance(segment, SharedMemorySegment):
-            return OpenFile(fd, size_bytes)
+        if isinstance(segment, FileSegment):
+            return OpenFile(fd, size_bytes, segment)
+        assert isinstance(segment, SharedMemorySegment), "others have been refused"
         try:
             mapping = self._map(segment.name, fd)
         finally:
@@ -201,6 +204,22 @@ def probe_segment(segment: Segment, size_bytes: int, host_id: str, roots: Sequen
     os.close(_open_checked(segment, size_bytes, host_id, roots))
 
 
+def stamped(segment: FileSegment) -> FileSegment:
+    """A file with its present size and time: every worker will read this one or none. Blocking.
+
+    To be called on the reading host, before the file's header is read: whoever copies a file to
+    another host gives it another time.
+
+    Raises:
+        SegmentUnavailable: there is no such file.
+    """
+    try:
+        status = os.stat(segment.path)
+    except OSError as error:
+        raise SegmentUnavailable(segment.path, error.strerror, "must be a file") from error
+    return replace(segment, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+
 class _Mapping:
     """One block of shared memory, mapped whole and read-only."""
 
@@ -233,7 +252,7 @@ def _open_checked(segment: Segment, size_bytes: int, host_id: str, roots: Sequen
     """A descriptor of what a segment names, after every check that needs no mapping."""
     match segment:
         case FileSegment():
-            return _open_file(segment.path, size_bytes, roots)
+            return _open_file(segment, size_bytes, roots)
         case SharedMemorySegment():
             if segment.host_id != host_id:
                 raise SegmentUnavailable(
@@ -244,14 +263,29 @@ def _open_checked(segment: Segment, size_bytes: int, host_id: str, roots: Sequen
     raise SegmentUnavailable(kind, "not memory of this host", "must be a file or shared memory")
 
 
-def _open_file(path: str, size_bytes: int, roots: Sequence[str]) -> int:
+def _open_file(segment: FileSegment, size_bytes: int, roots: Sequence[str]) -> int:
     real_roots = [os.path.realpath(root) for root in roots]
-    fd = _open(path, os.path.realpath(path), real_roots)
+    fd = _open(segment.path, os.path.realpath(segment.path), real_roots)
     with _closing_on_error(fd):
-        found = os.fstat(fd).st_size
-        if found < size_bytes:
-            raise _too_short(path, found, size_bytes)
+        status = os.fstat(fd)
+        if status.st_size < size_bytes:
+            raise _too_short(segment.path, status.st_size, size_bytes)
+        _check_stamp(segment, status)
     return fd
+
+
+def _check_stamp(segment: FileSegment, status: os.stat_result) -> None:
+    """A file is the one that was stamped, if it was: see `stamped`.
+
+    Raises:
+        SegmentUnavailable: it has another size.
+        TornRead: it was modified since.
+    """
+    if segment.size_bytes and status.st_size != segment.size_bytes:
+        limit = f"must be {segment.size_bytes}, as when its header was read"
+        raise SegmentUnavailable(segment.path, f"{status.st_size} bytes long", limit)
+    if segment.modified_ns and status.st_mtime_ns != segment.modified_ns:
+        raise TornRead(segment.path, segment.modified_ns, status.st_mtime_ns)
 
 
 def _open_block(segment: SharedMemorySegment, size_bytes: int) -> int:

@@ -107,7 +107,11 @@ _PLACEMENT = (
     ),
     (
         CudaSegment(handle=bytes(range(64)), host_id=HOST, device_uuid="GPU-0", generation=14),
-        FileSegment(path="/shared/step-7/model-00002.safetensors"),
+        FileSegment(
+            path="/shared/step-7/model-00002.safetensors",
+            size_bytes=4_294_967_296,
+            modified_ns=1_790_000_000_123_456_789,
+        ),
     ),
 )
 

@@ -17,6 +17,7 @@ from weightbus.consumers.transfer.segments import (
     OpenMemory,
     SegmentCache,
     probe_segment,
+    stamped,
 )
 from weightbus.schemas.placement import CudaSegment, FileSegment, SharedMemorySegment
 
@@ -131,6 +132,36 @@ def test_torn_read_is_noticed_when_file_is_written(tmp_path: Path, cache: Segmen
         os.utime(tmp_path / "a", ns=(0, 5))
         with pytest.raises(TornRead, match="has generation 5"):
             opened.check()
+
+
+def test_stamped_file_is_refused_when_it_was_written_before_it_was_opened(
+    tmp_path: Path, cache: SegmentCache
+) -> None:
+    path = tmp_path / "a"
+    segment = stamped(write(path, b"0123456789"))
+    assert segment.size_bytes == 10
+    with cache.open_all([segment], [10]) as (opened,):
+        opened.check()
+    path.write_bytes(b"9876543210")
+    os.utime(path, ns=(0, segment.modified_ns + 1))
+    with pytest.raises(TornRead, match=str(path)), cache.open_all([segment], [10]):
+        pytest.fail("opened")
+    with pytest.raises(TornRead, match=str(path)):
+        probe_segment(segment, 10, HOST, [str(tmp_path)])
+    path.write_bytes(b"0123456789a")
+    os.utime(path, ns=(0, segment.modified_ns))
+    with (
+        pytest.raises(SegmentUnavailable, match="11 bytes long: must be 10"),
+        cache.open_all([segment], [10]),
+    ):
+        pytest.fail("opened")
+    with cache.open_all([FileSegment(path=str(path))], [10]) as (opened,):
+        opened.check()
+
+
+def test_stamp_is_refused_when_there_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SegmentUnavailable, match="absent"):
+        stamped(FileSegment(path=str(tmp_path / "absent")))
 
 
 def test_process_lives_when_file_is_shortened_while_it_is_read(
