@@ -47,6 +47,7 @@ __all__ = (
     "EngineSeen",
     "EngineGone",
     "EngineLost",
+    "EngineServes",
     "TransferDone",
     "TransferFailed",
     "Resumed",
@@ -184,6 +185,14 @@ class EngineLost(Struct, frozen=True):
     reason: str = ""
 
 
+class EngineServes(Struct, frozen=True):
+    """The engine was asked, and serves `version`: it is neither paused nor touched. Undoes an
+    `EngineLost` that was wrong, and a `Resume` that only seemed to fail. It was asked after the
+    last answer to a `Transfer` or `Resume`."""
+
+    version: int
+
+
 class TransferDone(Struct, frozen=True):
     """`Transfer`: every rank holds the version, whole and proven; the engine is still paused."""
 
@@ -261,6 +270,7 @@ Event = (
     | EngineSeen
     | EngineGone
     | EngineLost
+    | EngineServes
     | TransferDone
     | TransferFailed
     | Resumed

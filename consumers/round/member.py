@@ -11,13 +11,14 @@ from typing import Any
 from weightbus.consumers.errors import PlanError, VersionRetired
 from weightbus.consumers.round.config import Planner, PlanRequest, RoundConfig
 from weightbus.consumers.round.effects import Effects, Timer, timer_of
-from weightbus.consumers.round.errors import UnexpectedEvent
+from weightbus.consumers.round.errors import UnexpectedEvent, VersionNotNew
 from weightbus.consumers.round.events import (
     AbortSeen,
     CheckpointGone,
     CheckpointSeen,
     CommitSeen,
     EngineLost,
+    EngineServes,
     Event,
     PlanSeen,
     Prepared,
@@ -53,7 +54,7 @@ from weightbus.consumers.round.work import (
 )
 from weightbus.schemas.base import Stage
 from weightbus.schemas.errors import WeightBusError
-from weightbus.schemas.progress import EngineStatus
+from weightbus.schemas.progress import EngineStatus, UpdateFailed
 from weightbus.schemas.rounds import Join, RoundPlan
 
 __all__ = ("Member", "MemberHandler", "MemberTable")
@@ -207,6 +208,13 @@ class Member:
     def lose_engine_and_settle(self, event: EngineLost) -> None:
         self.lose_engine(event)
         self._settle()
+
+    def find_engine(self, event: EngineServes) -> None:
+        """It has not lost what it served, or what it was to serve."""
+        if self.touched and event.version == self.floor > NO_VERSION:
+            self.served, self.touched = event.version, False
+            self._versions.serve(event.version)
+            self._settle()
 
     # Handlers: negotiation.
 
@@ -489,8 +497,31 @@ class Member:
         self._settle()
 
     def _see(self, event: CheckpointSeen) -> bool:
-        """Whether the event says anything new."""
+        """Whether the event says anything new. A step back is refused, and that is all."""
+        if self._versions.goes_back(event.ready, self.floor):
+            self._refuse(event)
+            return False
         return self._versions.see(event.ready, event.trace_id, self._effects.now_ns)
+
+    def _refuse(self, event: CheckpointSeen) -> None:
+        """Say that a version is older than the one that is, or may be, served."""
+        version, now_ns = event.ready.version, self._effects.now_ns
+        error = VersionNotNew(version, self.floor)
+        self._effects.send(
+            UpdateFailed(
+                model=self._config.model,
+                version=version,
+                round=main_round(version),
+                engine=self._config.engine,
+                cause=type(error).__name__,
+                reason=str(error),
+                served_version=self._serving(),
+                quarantined=self.touched,
+                start_ns=now_ns,
+                end_ns=now_ns,
+                trace_id=event.trace_id,
+            )
+        )
 
     # Questions.
 

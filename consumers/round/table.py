@@ -40,7 +40,8 @@ Rules:
 - Every plan of a main round has an epoch of its own, which the lease store gives with the lease, so
   that two leaders never act in one epoch. A leader that hears a later epoch's plan leads no more.
 - Only a proof (`TransferDone`) leads to `Resume`, and only `Resumed` makes a version the served
-  one. It never goes back: `floor` is the last version that was, or may have been, served.
+  one. It never goes back: `floor` is the last version that was, or may have been, served. An older
+  one that is published after it is refused, and that is said once (`VersionNotNew`).
 - A newer version takes the place of one that is not being transferred yet, but not of a third in a
   row: that one is brought to its end, however fast versions come. A transfer that runs ends first;
   then the newest is gone for. What is tried after a failure is in `versions.py`.
@@ -60,6 +61,7 @@ from weightbus.consumers.round.events import (
     EngineGone,
     EngineLost,
     EngineSeen,
+    EngineServes,
     Event,
     JoinSeen,
     LeaseHeld,
@@ -110,6 +112,7 @@ _RESTING: MemberRow = {
     CheckpointSeen: Member.learn_and_settle,
     CheckpointGone: Member.forget_and_settle,
     EngineLost: Member.lose_engine_and_settle,
+    EngineServes: Member.find_engine,
     Timer.RETRY: Member.retry,
     Stop: Member.stop_at_once,
 }
@@ -120,6 +123,7 @@ _NEGOTIATING: MemberRow = {
     CheckpointSeen: Member.learn_and_reconsider,
     CheckpointGone: Member.forget_and_reconsider,
     EngineLost: Member.lose_engine,
+    EngineServes: _ignore,
     Stop: Member.stop_at_once,
 }
 
@@ -129,6 +133,7 @@ _MOVING: MemberRow = {
     CheckpointSeen: Member.learn,
     CheckpointGone: Member.forget,
     EngineLost: _ignore,
+    EngineServes: _ignore,
 }
 
 MEMBER_TABLE: MemberTable = {
@@ -195,6 +200,7 @@ MEMBER_TABLE: MemberTable = {
         CheckpointSeen: _ignore,
         CheckpointGone: _ignore,
         EngineLost: _ignore,
+        EngineServes: _ignore,
         Stop: _ignore,
     },
 }

@@ -23,7 +23,7 @@ __all__ = ("Candidate", "Versions")
 MAX_KNOWN = 8
 """Versions kept: the newest ones. A publisher keeps two alive; files may keep more."""
 MAX_RETIRED = 64
-"""Retired versions remembered."""
+"""Retired versions remembered, and refused ones."""
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Versions:
         self._known: dict[int, Candidate] = {}
         self._retired: dict[int, int] = {}
         """Version -> `created_ns` of what was retired."""
+        self._refused: dict[int, int] = {}
+        """Version -> `created_ns` of what was too old."""
 
     def see(self, ready: CheckpointReady, trace_id: str, now_ns: int) -> bool:
         """Remember `ready`; False if that says nothing new."""
@@ -68,6 +70,23 @@ class Versions:
         self._known[version] = Candidate(ready, now_ns, trace_id)
         while len(self._known) > MAX_KNOWN:
             del self._known[min(self._known)]
+        return True
+
+    def goes_back(self, ready: CheckpointReady, floor: int) -> bool:
+        """Whether `ready` was published after the version that is served, and yet is older: true
+        once for each publication. What is only heard of late does not go back."""
+        version, created_ns = ready.version, ready.created_ns
+        served = self._known.get(floor)
+        known_ns = max(
+            -1 if served is None else served.ready.created_ns,
+            self._retired.get(version, -1),
+            self._refused.get(version, -1),
+        )
+        if version >= floor or created_ns <= known_ns:
+            return False
+        self._refused[version] = created_ns
+        while len(self._refused) > MAX_RETIRED:
+            del self._refused[min(self._refused)]
         return True
 
     def replaces(self, candidate: Candidate) -> bool:

@@ -151,11 +151,23 @@ class Consumer(Client):
 
     def _watch_engine(self) -> None:
         """The driver asks the engine what it serves, now and then."""
-        if not self.alive or not self.engine.lost:
+        if not self.alive:
             return
-        if self._state is not None and self._state.version > self.engine.version:
-            self.feed(ev.EngineLost("its workers were started anew"))
-        self._world.after(0.5, self._watch_engine)
+        engine, state = self.engine, self._state
+        if state is not None and not self.under_way and not self.stalled:
+            if engine.lost and state.version > engine.version:
+                self.feed(ev.EngineLost("its workers were started anew"))
+            elif not engine.paused and not engine.touched and state.status == "quarantined":
+                self.feed(ev.EngineServes(engine.version))
+        if engine.lost or self.machine.member.touched:
+            self._world.after(0.5, self._watch_engine)
+
+    def doubt_engine(self) -> None:
+        """The engine does not answer in time, and is wrongly taken for lost."""
+        if self.machine.member.phase.value not in ("new", "stopped"):
+            self._world.note(self.engine.name, "is slow")
+            self.feed(ev.EngineLost("no answer"))
+            self._world.after(self._world.between(0.1, 1.0), self._watch_engine)
 
     def hear(self, event: ev.Event) -> None:
         if self.machine.member.phase.value != "new":
@@ -326,6 +338,7 @@ class Consumer(Client):
         if fails:
             failure = ev.ResumeFailed(order.token, "EngineUnavailable", "no answer to resume")
             self._answer(order.token, failure)
+            self._world.after(self._world.between(0.1, 1.0), self._watch_engine)
         else:
             self._answer(order.token, ev.Resumed(order.token, 0.01))
 

@@ -97,7 +97,7 @@ class Simulation:
         ranks = dice.randint(1, 3)
         self._trainer_plan = TrainerPlan(
             host=hosts[0],
-            period_s=dice.choice(((0.05, 0.2), (0.3, 1.5), (2.0, 5.0), (4.0, 9.0))),
+            period_s=dice.choice(((0.1, 0.3), (0.3, 1.5), (2.0, 5.0), (4.0, 9.0))),
             copy_s=dice.choice((0.02, 0.5)),
             slot_wait_s=dice.choice((0.5, 5.0, 20.0)),
             in_slots=world.chance(0.75),
@@ -176,6 +176,7 @@ class Simulation:
             self._kill_leader,
             self._kill_engine,
             self._lose_some_engine,
+            self._doubt_some_engine,
             self._stop_consumer,
             self._stall_consumer,
             self._cut_consumer,
@@ -248,6 +249,11 @@ class Simulation:
     def _lose_engine(self, consumer: Consumer) -> None:
         if consumer.alive:
             consumer.lose_engine()
+
+    def _doubt_some_engine(self) -> None:
+        consumer = self._some_consumer()
+        if consumer.alive and not consumer.stalled:
+            consumer.doubt_engine()
 
     def _stop_consumer(self) -> None:
         self._stop(self._some_consumer())

@@ -78,15 +78,23 @@ async def test_nothing_happens_when_a_version_is_said_twice(fleet: Fleet) -> Non
     assert fleet.log.said(UpdateFailed) == []
 
 
-async def test_nothing_happens_when_a_version_is_older_than_the_one_served(fleet: Fleet) -> None:
+async def test_version_is_refused_by_name_when_it_is_older_than_the_one_served(
+    fleet: Fleet,
+) -> None:
     older = fleet.next_version()
     async with fleet.follow("a") as a, fleet.publisher() as trainer:
         ready = await trainer.publish()
         await a.completes(ready.version)
-        await fleet.say(
-            structs.replace(ready, version=older, producer="other", created_ns=ready.created_ns + 1)
+        late = structs.replace(
+            ready, version=older, producer="other", created_ns=ready.created_ns + 1
         )
+        await fleet.say(late)
+        failed = await a.fails(older, "VersionNotNew")
+        assert f"is older than version {ready.version}" in failed.reason
+        assert (failed.served_version, failed.quarantined) == (ready.version, False)
+        await fleet.say(late)
         await a.completes((await trainer.publish()).version)
+    assert len(fleet.log.said(UpdateFailed)) == 1
     assert fleet.log.said(Join, version=older) == []
     assert fleet.log.said(UpdateComplete, version=older) == []
 

@@ -40,10 +40,47 @@ def test_engine_is_told_to_prepare_when_a_first_version_is_seen() -> None:
     assert driver.orders[-1] == do.SetState("updating", -1, 1)
 
 
-@pytest.mark.parametrize("version", [3, 4])
-def test_version_is_ignored_when_it_is_not_newer_than_the_served_one(version: int) -> None:
-    driver = Driver().start(served=4)
-    assert driver.feed(ev.CheckpointSeen(ready(version))) == ()
+def serving(version: int, created_ns: int) -> Driver:
+    """Has brought a version to the engine itself."""
+    driver = Driver().start().see(version, created_ns).prepared()
+    driver.fire("negotiate")
+    return driver.transferred().resumed()
+
+
+def test_nothing_happens_when_the_served_version_is_heard_again() -> None:
+    driver = serving(4, 100)
+    assert driver.feed(ev.CheckpointSeen(ready(4, 100))) == ()
+    assert driver.feed(ev.CheckpointSeen(ready(4, 101))) == ()
+
+
+def test_nothing_happens_when_an_older_version_is_only_heard_of_late() -> None:
+    driver = serving(4, 100)
+    assert driver.feed(ev.CheckpointSeen(ready(3, 99))) == ()
+
+
+def test_older_version_is_refused_once_when_it_is_published_after_the_served_one() -> None:
+    driver = serving(5, 100).see(3, created_ns=101)
+    (failed,) = driver.said(UpdateFailed)
+    assert (failed.version, failed.round, failed.cause) == (3, "v3", "VersionNotNew")
+    assert failed.reason == "version 3 is older than version 5, which is served"
+    assert (failed.served_version, failed.quarantined, failed.trace_id) == (5, False, "f" * 32)
+    assert driver.member.phase is Phase.IDLE
+    assert driver.feed(ev.CheckpointSeen(ready(3, 101))) == ()
+    driver.see(4, created_ns=102).see(3, created_ns=103)
+    assert [failed.version for failed in driver.said(UpdateFailed)] == [3, 4, 3]
+
+
+def test_older_version_is_refused_when_an_earlier_consumer_brought_the_served_one() -> None:
+    driver = Driver().start(served=4).see(3)
+    assert driver.said(UpdateFailed)[-1].cause == "VersionNotNew"
+    assert driver.feed(ev.CheckpointSeen(ready(4))) == ()
+
+
+def test_update_goes_on_when_an_older_version_is_refused() -> None:
+    driver = serving(5, 100).see(6, created_ns=101).see(3, created_ns=102)
+    assert driver.said(UpdateFailed)[-1].version == 3
+    assert driver.member.target == 6
+    assert driver.count(do.CancelPrepare) == 0
 
 
 def test_engine_is_quarantined_when_its_last_consumer_left_it_touched() -> None:
@@ -65,6 +102,42 @@ def test_served_version_is_brought_back_when_the_engine_lost_it() -> None:
     driver.feed(ev.EngineLost("started anew"))
     assert driver.member.phase is Phase.PREPARING
     assert driver.orders[-1] == do.SetState("quarantined", -1, 4)
+
+
+def test_engine_serves_on_when_it_was_wrongly_taken_for_lost() -> None:
+    driver = Driver().start(served=4)
+    driver.feed(ev.EngineLost("no answer"))
+    assert driver.orders[-1] == do.SetState("quarantined", -1, -1)
+    for version in (-1, 3, 5):
+        assert driver.feed(ev.EngineServes(version)) == ()
+    assert driver.feed(ev.EngineServes(4)) == (do.SetState("serving", 4, -1),)
+    assert driver.member.phase is Phase.IDLE
+    assert driver.feed(ev.EngineServes(4)) == ()
+
+
+def test_version_is_served_when_the_resume_only_seemed_to_fail() -> None:
+    driver = Driver().start(served=0).joined(1).planned(plan_of(1, {"a": "local"})).transferred()
+    driver.feed(ev.ResumeFailed(driver.last(do.Resume).token, "EngineUnavailable", "silent"))
+    assert driver.member.phase is Phase.QUARANTINED
+    assert "retry" in driver.machine.timers
+    driver.feed(ev.EngineServes(1))
+    assert (driver.member.served, driver.member.phase) == (1, Phase.IDLE)
+    assert "retry" not in driver.machine.timers
+
+
+def test_engine_that_is_found_changes_nothing_when_a_version_is_in_hand() -> None:
+    driver = Driver().start(served=4)
+    driver.feed(ev.EngineLost("no answer"))
+    for step in (
+        lambda: driver.see(4),
+        lambda: driver.prepared(),
+        lambda: driver.transferred(),
+        lambda: driver.feed(ev.Stop()),
+        lambda: driver.resumed(),
+    ):
+        step()
+        assert driver.feed(ev.EngineServes(4)) == ()
+    assert driver.machine.stopped
 
 
 # Preparing.
