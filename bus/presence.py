@@ -23,6 +23,9 @@ _EXPIRY_SLACK_S = 0.25
 """A heartbeat that is a little late on its way is no death."""
 _QUEUE_CHANGES = 4096
 
+_Engine = tuple[str, str]
+"""Model and name."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineGone:
@@ -57,30 +60,27 @@ class Presence:
         """Take leave at once."""
         await self._bucket.delete(f"{model}.{engine}")
 
-    async def list(self, model: str) -> tuple[EngineState, ...]:
-        """The engines that are there."""
-        check_token("model", model)
+    async def list(self, model: str | None) -> tuple[EngineState, ...]:
+        """The engines of a model that are there; None: of all models."""
         found = {
-            kept.message.engine: kept.message
-            async for kept in self._bucket.scan(f"{model}.*")
+            _key(kept.message): kept.message
+            async for kept in self._bucket.scan(_pattern(model))
             if kept.message is not None
         }
         return tuple(found.values())
 
     @asynccontextmanager
-    async def watch(self, model: str) -> AsyncIterator[PresenceWatch]:
-        """The engines that are there, then every change.
+    async def watch(self, model: str | None) -> AsyncIterator[PresenceWatch]:
+        """The engines of a model that are there, then every change; None: of all models.
 
         Expiry is noticed within `ttl_s` + 1 s of the last heartbeat that could be heard. A lost
         connection is no sign of anything: when it is back, the list is read again, and an engine
         that is missing has `ttl_s` to be heard.
         """
-        check_token("model", model)
-        watch = PresenceWatch(self._bucket, model)
+        keys = _pattern(model)
+        watch = PresenceWatch(self._bucket, keys)
         with self._link.listen(watch):
-            async with self._link.subscribe(
-                self._bucket.subject(f"{model}.*"), watch.deliver_nowait
-            ):
+            async with self._link.subscribe(self._bucket.subject(keys), watch.deliver_nowait):
                 yield watch
 
 
@@ -106,10 +106,10 @@ class PresenceWatch:
         BusTimeout, RequestRefused
     """
 
-    def __init__(self, bucket: KeyBucket[EngineState], model: str) -> None:
+    def __init__(self, bucket: KeyBucket[EngineState], keys: str) -> None:
         self._bucket = bucket
-        self._model = model
-        self._known: dict[str, _Known] = {}
+        self._keys = keys
+        self._known: dict[_Engine, _Known] = {}
         self._ready: deque[EngineState | EngineGone] = deque()
         self._inbox: deque[Incoming] = deque()
         self._lists_wanted, self._lists_done = 1, 0
@@ -156,7 +156,7 @@ class PresenceWatch:
     async def _list(self) -> None:
         """An engine that is missing had no chance to be heard: it is given its time again."""
         wanted = self._lists_wanted
-        async for kept in self._bucket.scan(f"{self._model}.*"):
+        async for kept in self._bucket.scan(self._keys):
             if kept.message is not None:
                 self._learn(kept.message, kept.ttl_s)
         for known in self._known.values():
@@ -166,7 +166,8 @@ class PresenceWatch:
 
     def _hear(self, incoming: Incoming) -> None:
         if is_end(incoming.headers):
-            self._forget(incoming.subject.rpartition(".")[2])
+            *_, model, engine = incoming.subject.split(".")
+            self._forget((model, engine))
             return
         state = self._bucket.read(incoming.subject, incoming.headers, incoming.payload)
         if state is not None:
@@ -174,13 +175,13 @@ class PresenceWatch:
 
     async def _look_for_late(self) -> None:
         now = anyio.current_time()
-        for engine in [name for name, known in self._known.items() if known.expires <= now]:
+        for engine in [engine for engine, known in self._known.items() if known.expires <= now]:
             await self._check(engine)
         self._look_at = self._first_expiry()
 
-    async def _check(self, engine: str) -> None:
+    async def _check(self, engine: _Engine) -> None:
         """Gone, unless there is a heartbeat that we have not heard."""
-        kept = await self._bucket.get(f"{self._model}.{engine}")
+        kept = await self._bucket.get(".".join(engine))
         if self._lists_done < self._lists_wanted:
             return  # the connection was lost meanwhile: the list says more
         known = self._known[engine].state
@@ -190,21 +191,30 @@ class PresenceWatch:
             self._learn(kept.message, kept.ttl_s)
 
     def _learn(self, state: EngineState, ttl_s: int) -> None:
-        known = self._known.get(state.engine)
+        known = self._known.get(_key(state))
         if known is not None and _is_older(state, known.state):
             return
         expires = _expiry(ttl_s)
-        self._known[state.engine] = _Known(state, ttl_s, expires)
+        self._known[_key(state)] = _Known(state, ttl_s, expires)
         self._look_at = min(self._look_at, expires)
         if known is None or _content(known.state) != _content(state):
             self._ready.append(state)
 
-    def _forget(self, engine: str) -> None:
+    def _forget(self, engine: _Engine) -> None:
         if self._known.pop(engine, None) is not None:
-            self._ready.append(EngineGone(self._model, engine))
+            self._ready.append(EngineGone(*engine))
 
     def _first_expiry(self) -> float:
         return min((known.expires for known in self._known.values()), default=math.inf)
+
+
+def _key(state: EngineState) -> _Engine:
+    return state.model, state.engine
+
+
+def _pattern(model: str | None) -> str:
+    """The keys of a model's engines, or of all."""
+    return f"{'*' if model is None else check_token('model', model)}.*"
 
 
 def _expiry(ttl_s: int) -> float:

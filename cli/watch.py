@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 import anyio
 import click
 import msgspec
-from anyio.abc import TaskGroup
 from msgspec import Struct
 from rich.console import Console
 from rich.live import Live
@@ -87,9 +86,8 @@ async def run_once(options: Options) -> None:
     async with open_bus(options.bus) as bus:
         watch = Watch(bus, options.model)
         await watch.look_back(time.time_ns() - HISTORY_S * NS_PER_S)
-        for model in watch.models():
-            for state in await bus.presence.list(model):
-                watch.fleet.feed(state, time.time_ns())
+        for state in await bus.presence.list(options.model):
+            watch.fleet.feed(state, time.time_ns())
     view = watch.fleet.view(time.time_ns())
     if options.as_json:
         click.echo(msgspec.json.encode(view))
@@ -140,12 +138,7 @@ class Watch:
     def __init__(self, bus: Bus, model: str | None) -> None:
         self.fleet = Fleet()
         self._bus, self._model = bus, model
-        self._followed: set[str] = set()
         self._heard_ns = time.time_ns()
-
-    def models(self) -> list[str]:
-        """The model asked for, or all that were told of."""
-        return sorted(self.fleet.models) if self._model is None else [self._model]
 
     async def look_back(self, since_ns: int) -> None:
         """Take in the newest versions, and the state that history since then tells of.
@@ -167,13 +160,12 @@ class Watch:
             anyio.create_task_group() as tasks,
         ):
             await self.look_back(time.time_ns() - HISTORY_S * NS_PER_S)
-            self._follow_engines(tasks, tell)
+            tasks.start_soon(self._follow_engines, tell)
             async for item in messages:
                 if isinstance(item, Reconnected):
                     await self._catch_up(tell)
                 else:
                     self._take(item.message, item.received_ns, tell)
-                self._follow_engines(tasks, tell)
 
     async def _catch_up(self, tell: Tell) -> None:
         """Tell what happened while the connection was lost."""
@@ -183,14 +175,9 @@ class Watch:
         ):
             self._take(missed.message, missed.received_ns, tell)
 
-    def _follow_engines(self, tasks: TaskGroup, tell: Tell) -> None:
-        for model in self.models():
-            if model not in self._followed:
-                self._followed.add(model)
-                tasks.start_soon(self._follow, model, tell)
-
-    async def _follow(self, model: str, tell: Tell) -> None:
-        async with self._bus.presence.watch(model) as changes:
+    async def _follow_engines(self, tell: Tell) -> None:
+        """Also those of models that nothing was published of yet."""
+        async with self._bus.presence.watch(self._model) as changes:
             async for change in changes:
                 self._take(change, time.time_ns(), tell)
 

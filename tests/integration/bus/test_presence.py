@@ -58,6 +58,25 @@ async def test_engines_are_listed_when_their_heartbeats_are_fresh(bus: Bus) -> N
     assert await bus.presence.list("m") == (state("a", "updating"),)
 
 
+async def test_engines_of_all_models_are_listed_when_no_model_is_named(bus: Bus) -> None:
+    states = {state("a"), state("b"), state("a", model="other")}
+    for one in states:
+        await bus.presence.put(one)
+    assert set(await bus.presence.list(None)) == states
+
+
+async def test_watch_tells_engines_of_models_apart_when_they_have_one_name(bus: Bus) -> None:
+    mine, other = state("a"), state("a", model="other")
+    async with bus.presence.watch(None) as changes:
+        await bus.presence.put(mine)
+        assert await anext(changes) == mine
+        await bus.presence.put(other)
+        assert await anext(changes) == other
+        await bus.presence.drop("m", "a")
+        assert await anext(changes) == EngineGone("m", "a")
+        assert await anext(changes) == EngineGone("other", "a")
+
+
 async def test_watch_begins_with_the_engines_that_are_there_when_opened(bus: Bus) -> None:
     await bus.presence.put(state("a"))
     async with bus.presence.watch("m") as changes:

@@ -82,6 +82,23 @@ def test_watch_once_shows_one_model_when_it_is_named(nats_server: NatsServer) ->
     assert (view.newest, [engine.engine for engine in view.engines]) == ({"zeta": 3}, ["z"])
 
 
+def test_watch_once_shows_engines_that_wait_for_their_first_checkpoint(
+    nats_server: NatsServer,
+) -> None:
+    put_on_bus(nats_server.settings, [state("z", model="zeta")])
+    done = weightbus("watch", "--once", "--json", "--nats", nats_server.url)
+    view = msgspec.json.decode(done.stdout, type=FleetView)
+    assert [(engine.model, engine.engine) for engine in view.engines] == [("zeta", "z")]
+
+
+def test_watch_tells_of_engines_that_wait_for_their_first_checkpoint(
+    nats_server: NatsServer,
+) -> None:
+    put_on_bus(nats_server.settings, [state("z", model="zeta")])
+    with watching(nats_server) as process:
+        assert "zeta: z is" in next_line(process)
+
+
 def test_watch_prints_a_line_per_event_until_it_is_interrupted(nats_server: NatsServer) -> None:
     put_on_bus(nats_server.settings, [ready(6), state("a", "updating", 6, 7)])
     with watching(nats_server) as process:
