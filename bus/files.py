@@ -47,11 +47,12 @@ def read_layout_of_files(
     lie; None: anywhere, for files that we were told of by our own user.
 
     Raises:
-        MessageInvalid: a path outside the roots, or a file that is no safetensors file.
+        MessageInvalid: a path outside the roots, a file that is no safetensors file, too many
+            files, or headers that are too long in all.
         FileUnreadable: a file is absent, or cannot be read.
     """
     files = expand_index_files(paths, roots, limits)
-    return layout_of_files([_read_header(path, roots, limits) for path in files], limits)
+    return layout_of_files(_read_headers(files, roots, limits), limits)
 
 
 def expand_index_files(
@@ -60,16 +61,26 @@ def expand_index_files(
     """`paths`, with every `*.safetensors.index.json` replaced by the files it names, by name.
 
     Raises:
-        MessageInvalid: a path outside the roots, or an index that cannot be read.
+        MessageInvalid: a path outside the roots, an index that cannot be read, or too many files.
         FileUnreadable
     """
+    _check_number(paths, limits)
     found: list[str] = []
     for path in paths:
         if path.endswith(INDEX_SUFFIX):
             found += _read_index(path, roots, limits)
+            _check_number(found, limits)
         else:
             found.append(path)
+    _check_number(found, limits)
     return tuple(found)
+
+
+def _check_number(files: Sequence[str], limits: Limits) -> None:
+    """Every file becomes a segment."""
+    if len(files) > limits.max_segments:
+        limit = f"at most {limits.max_segments} files"
+        raise MessageInvalid("checkpoint", "files", f"{len(files)} files", limit)
 
 
 def _read_index(path: str, roots: Sequence[str] | None, limits: Limits) -> list[str]:
@@ -87,12 +98,24 @@ def _read_index(path: str, roots: Sequence[str] | None, limits: Limits) -> list[
     return [os.path.join(directory, name) for name in sorted(set(index.weight_map.values()))]
 
 
-def _read_header(path: str, roots: Sequence[str] | None, limits: Limits) -> SafetensorsHeader:
-    with _open_below(path, roots) as (file, size_bytes):
-        length_word = _read(file, path, LENGTH_WORD_BYTES, 0)
-        header_bytes = safetensors_header_bytes(length_word, size_bytes, path, limits)
-        header = _read(file, path, header_bytes, LENGTH_WORD_BYTES)
-    return parse_safetensors_header(header, size_bytes, path, limits)
+def _read_headers(
+    files: Sequence[str], roots: Sequence[str] | None, limits: Limits
+) -> list[SafetensorsHeader]:
+    """What the files hold. All headers together may be as long as one."""
+    headers: list[SafetensorsHeader] = []
+    total_bytes = 0
+    for path in files:
+        with _open_below(path, roots) as (file, size_bytes):
+            length_word = _read(file, path, LENGTH_WORD_BYTES, 0)
+            header_bytes = safetensors_header_bytes(length_word, size_bytes, path, limits)
+            total_bytes += header_bytes
+            if total_bytes > limits.max_safetensors_header_bytes:
+                limit = f"at most {limits.max_safetensors_header_bytes} bytes in all"
+                found = f"{total_bytes} bytes of headers, up to {path}"
+                raise MessageInvalid("checkpoint", "files", found, limit)
+            header = _read(file, path, header_bytes, LENGTH_WORD_BYTES)
+        headers.append(parse_safetensors_header(header, size_bytes, path, limits))
+    return headers
 
 
 @contextmanager

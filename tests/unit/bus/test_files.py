@@ -73,6 +73,33 @@ def test_index_is_refused_unread_when_it_is_too_long(tmp_path: Path) -> None:
         expand_index_files([index], None, Limits(max_safetensors_header_bytes=16))
 
 
+def test_files_are_refused_unread_when_there_are_too_many(tmp_path: Path) -> None:
+    absent = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
+    index = write_index(
+        tmp_path / "model.safetensors.index.json",
+        {path: os.path.basename(path) for path in absent},
+    )
+    limits = Limits(max_segments=2)
+    for paths in (absent, [index], [absent[0], absent[1], index], [index] * 3):
+        with pytest.raises(MessageInvalid, match="at most 2 files"):
+            read_layout_of_files(paths, None, limits)
+
+
+def test_files_are_refused_when_their_headers_are_too_long_in_all(tmp_path: Path) -> None:
+    files = [
+        write_safetensors(tmp_path / "a.safetensors", "x"),
+        write_safetensors(tmp_path / "b.safetensors", "y"),
+    ]
+    header_bytes = int.from_bytes(Path(files[0]).read_bytes()[:8], "little")
+    one = Limits(max_safetensors_header_bytes=2 * header_bytes - 1)
+    for path in files:
+        assert read_layout_of_files([path], None, one).tensors
+    with pytest.raises(MessageInvalid, match=f"at most {2 * header_bytes - 1} bytes in all"):
+        read_layout_of_files(files, None, one)
+    both = Limits(max_safetensors_header_bytes=2 * header_bytes)
+    assert len(read_layout_of_files(files, None, both).tensors) == 2
+
+
 def test_file_is_refused_when_it_lies_outside_the_roots(tmp_path: Path) -> None:
     (tmp_path / "allowed").mkdir()
     (tmp_path / "allowed-not").mkdir()
