@@ -23,6 +23,13 @@ class TorchModelHost(ModelHost):
         self._build = build
         self._live = live
 
+    def warm_up(self) -> None:
+        """Import what the first trace would import while requests wait: most of a second.
+
+        On `meta` many kernels are written in Python; torch imports them with their first tensor.
+        """
+        self.scratch_model()
+
     @property
     def name(self) -> str:
         return self._name

@@ -85,6 +85,7 @@ def run_rank(
             timeout=timedelta(seconds=spec.step_timeout_s),
         )
     host = TorchModelHost(spec.architecture, build, model)
+    host.warm_up()
     _Rank(directory, host, ReloadWorker(host, rank, spec.tp), words).run(parent)
 
 
