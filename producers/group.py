@@ -1,20 +1,23 @@
 """How the ranks of one trainer agree on a version: every rank says its part, rank 0 seals.
 
-Only what is said while a rank is inside `publish` counts; nothing old is ever taken for new. Rank 0
-calls by saying its own part, and again every second; every other rank says its part when it begins
-and whenever it hears the call, until it hears `CheckpointReady`. A rank that gives up says so, and
-why, and no other waits for it. Every wait has one deadline.
+Only parts that are said while a rank is inside `publish` count; nothing old is ever taken for new.
+Rank 0 calls by saying its own part, and again every second; every other rank says its part when it
+begins and whenever it hears the call, until it hears `CheckpointReady`. A rank that gives up says
+so, and why, and no other waits for it, not even one that begins later: what was given up since this
+rank's publisher was opened is read back. A version is tried once, so there is no older try to
+mistake it for. Every wait has one deadline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
 
 import anyio
 from msgspec import structs
 
-from weightbus.bus.connection import Bus
-from weightbus.bus.received import Reconnected
+from weightbus.bus.received import Received, Reconnected
+from weightbus.producers.announcing import Announcer
 from weightbus.producers.errors import SealFailed
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
 from weightbus.schemas.errors import WeightBusError
@@ -31,9 +34,16 @@ REASON_CHARACTERS = 4096
 class RankGroup:
     """One rank's view of its trainer's ranks."""
 
-    def __init__(self, bus: Bus, rank: int, world_size: int, timeout_s: float) -> None:
-        self._bus, self._rank, self._world_size = bus, rank, world_size
-        self._timeout_s = timeout_s
+    def __init__(self, announcer: Announcer, rank: int, world_size: int, timeout_s: float) -> None:
+        self._bus, self._model, self._producer = announcer.bus, announcer.model, announcer.producer
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._since_ns = 0
+        """By the server's clock; no part of this run is older."""
+
+    async def open(self) -> None:
+        """What the bus holds by now is of an earlier run."""
+        async for old in self._stored():
+            self._since_ns = max(self._since_ns, old.received_ns + 1)
 
     async def gather(self, mine: CheckpointPart) -> Sequence[CheckpointPart]:
         """On rank 0: the parts of all ranks, in rank order.
@@ -44,12 +54,17 @@ class RankGroup:
         parts = {mine.rank: mine}
         with anyio.move_on_after(self._timeout_s):
             async with self._bus.subscribe(CheckpointPart, model=mine.model) as messages:
+                missed = True
                 while len(parts) < self._world_size:
+                    if missed:
+                        await self._look_back(mine)
+                        missed = False
                     await self._bus.publish(mine)
                     with anyio.move_on_after(CALL_INTERVAL_S):
                         while len(parts) < self._world_size:
                             heard = await anext(messages)
                             if isinstance(heard, Reconnected):
+                                missed = True
                                 break
                             if self._is_of(heard.message, mine):
                                 parts[heard.message.rank] = heard.message
@@ -71,11 +86,13 @@ class RankGroup:
                 CheckpointPart, CheckpointReady, model=mine.model
             ) as messages:
                 await self._bus.publish(mine)
+                await self._look_back(mine)
                 async for heard in messages:
                     if isinstance(heard, Reconnected):
                         ready = await self._sealed(mine)
                         if ready is not None:
                             return ready
+                        await self._look_back(mine)
                         await self._bus.publish(mine)
                     elif isinstance(heard.message, CheckpointReady):
                         if _is_sealed(heard.message, mine):
@@ -99,6 +116,24 @@ class RankGroup:
                 await self._bus.publish(structs.replace(mine, error=reason))
             except WeightBusError:
                 return
+
+    async def _look_back(self, mine: CheckpointPart) -> None:
+        """
+        Raises:
+            SealFailed: a rank has given up before this one listened.
+        """
+        async for part in self._stored():
+            if part.message.error:
+                self._is_of(part.message, mine)
+
+    def _stored(self) -> AsyncIterator[Received[CheckpointPart]]:
+        """Parts of this run that may bear bad news: rank 0 looks at all, and tells the others."""
+        tokens: dict[str, Any] = {"producer": self._producer}
+        if self._rank != 0:
+            tokens["rank"] = 0
+        return self._bus.replay(
+            CheckpointPart, model=self._model, since_ns=self._since_ns, **tokens
+        )
 
     async def _sealed(self, mine: CheckpointPart) -> CheckpointReady | None:
         last = await self._bus.last(CheckpointReady, model=mine.model)

@@ -36,6 +36,9 @@ __all__ = ("Publisher", "PublisherOptions", "open_publisher")
 
 LINGER_POLL_S = 0.1
 
+NO_LAYOUT = "0" * 64
+"""Of a part that is given up before its layout is stored."""
+
 CLOSE_GRACE_S = 10.0
 """For the bus to answer, at the end, beside the wait for readers."""
 
@@ -83,6 +86,8 @@ async def open_publisher(
     telemetry, options = telemetry or Telemetry(), options or PublisherOptions()
     publisher = Publisher(announcer, rank, world_size, telemetry, options)
     await publisher._clean_up_after_the_dead()
+    if world_size > 1:
+        await publisher._group.open()
     try:
         yield publisher
         await publisher._linger()
@@ -108,7 +113,7 @@ class Publisher:
         self._slots = Slots(announcer, rank)
         self._sealer = Sealer(announcer)
         self._part_layout = StoredLayout(self._bus, partial=True)
-        self._group = RankGroup(self._bus, rank, world_size, options.seal_timeout_s)
+        self._group = RankGroup(announcer, rank, world_size, options.seal_timeout_s)
         self._one_at_a_time = anyio.Lock()
         self._closed = False
         self._tried = -1
@@ -191,11 +196,13 @@ class Publisher:
             producer=self._producer,
             rank=self._rank,
             world_size=self._world_size,
-            layout_digest=await self._part_layout.put(part.layout),
+            layout_digest=NO_LAYOUT,
             placement=(),
             created_ns=draft.created_ns,
         )
         try:
+            layout_digest = await self._part_layout.put(part.layout)
+            said = structs.replace(said, layout_digest=layout_digest)
             mine = await self._write(part, draft.version, newest)
             key = await put_sums(self._bus, mine.digests)
             said = structs.replace(said, placement=mine.placement, shard_digests=key)

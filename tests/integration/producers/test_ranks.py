@@ -14,7 +14,7 @@ from tests.integration.producers.reader import digest_of_model, next_message, re
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.errors import ObjectMissing
-from weightbus.producers.errors import SealFailed, TensorInvalid, VersionNotNew
+from weightbus.producers.errors import SealFailed, SlotBusy, TensorInvalid, VersionNotNew
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import Shard, Tensors
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
@@ -247,3 +247,50 @@ async def test_ranks_refuse_each_other_when_they_disagree_on_their_number(
         outcomes = await publish_all([first, second], held, 1)
     assert any("is one of" in str(outcome) for outcome in outcomes), outcomes
     assert all(isinstance(outcome, SealFailed) for outcome in outcomes), outcomes
+
+
+async def give_up_alone(ranks: Sequence[Publisher], rank: int, bus: Bus, model: str) -> None:
+    """Rank `rank` fails before any other rank begins: a reader keeps its slot."""
+    for version in (1, 2):
+        held = [held_by(number, len(ranks), version) for number in range(len(ranks))]
+        await publish_all(ranks, held, version)
+    reader = ReaderLease(model=model, version=1, engine="slow", consumer="c")
+    await bus.reader_leases.take(reader, 60)
+    with pytest.raises(SlotBusy):
+        await ranks[rank].publish(held_by(rank, len(ranks), 3), 3)
+    await bus.reader_leases.release(reader)
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 0), (0, 1)])
+async def test_rank_ends_at_once_when_another_gave_up_before_it_began(
+    nats_server: NatsServer, bus: Bus, model: str, first: int, then: int
+) -> None:
+    options = PublisherOptions(slot_wait_s=0.2, close_wait_s=0.1, seal_timeout_s=600)
+    async with open_ranks(nats_server, model, 2, options) as ranks:
+        await give_up_alone(ranks, first, bus, model)
+        with anyio.fail_after(30), pytest.raises(SealFailed, match=f"rank {first} gave up: SlotB"):
+            await ranks[then].publish(held_by(then, 2, 3), 3)
+
+
+async def test_ranks_come_together_when_a_rank_of_an_earlier_run_gave_the_version_up(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    options = PublisherOptions(slot_wait_s=0.2, close_wait_s=0.1)
+    async with open_ranks(nats_server, model, 2, options) as ranks:
+        await give_up_alone(ranks, 1, bus, model)
+    async with open_ranks(nats_server, model, 2, options) as ranks:
+        outcomes = await publish_all(ranks, [held_by(rank, 2, 3) for rank in range(2)], 3)
+    assert all(isinstance(outcome, CheckpointReady) for outcome in outcomes), outcomes
+
+
+async def test_other_ranks_are_told_when_the_layout_of_a_part_is_not_one(
+    nats_server: NatsServer, model: str
+) -> None:
+    options = PublisherOptions(seal_timeout_s=600)
+    async with open_ranks(nats_server, model, 2, options) as ranks:
+        held = [held_by(rank, 2, 1) for rank in range(2)]
+        held[1].append(held[1][1])
+        with anyio.fail_after(30):
+            outcomes = await publish_all(ranks, held, 1)
+    assert isinstance(outcomes[1], WeightBusError)
+    assert "rank 1 gave up" in str(outcomes[0]), outcomes
