@@ -107,7 +107,7 @@ class Listener:
             case CheckpointReady() as ready:
                 self._feed(ev.CheckpointSeen(ready, self._journal.hear(ready, received.headers)))
             case CheckpointRetired() as retired:
-                self._feed(ev.CheckpointGone(retired.version, retired.reason))
+                self._feed(ev.CheckpointGone(retired.version, retired.reason, retired.producer))
             case Join() as join:
                 self._feed(ev.JoinSeen(join))
             case RoundPlan() as plan:

@@ -32,6 +32,7 @@ from weightbus.consumers.errors import (
     DigestMismatch,
     NotAttached,
     RouteUnavailable,
+    SegmentUnavailable,
     TransferCancelled,
     TransferError,
     VersionRetired,
@@ -39,6 +40,7 @@ from weightbus.consumers.errors import (
 )
 from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cells
 from weightbus.consumers.transfer.route import Route, Transfer
+from weightbus.consumers.transfer.segments import stamped
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -456,12 +458,17 @@ def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, int, bool]]:
 def _read_files(files: Sequence[str], roots: Sequence[str]) -> Manifest:
     """The manifest of safetensors files, indexes expanded. Blocking; only reads."""
     paths = expand_index_files(files, roots)
+    try:  # before the headers are read: what is read must be what is stamped
+        segments = [stamped(FileSegment(path=path)) for path in paths]
+    except SegmentUnavailable:
+        read_layout_of_files(paths, roots)  # names what is wrong: absent, or outside the roots
+        raise
     layout = read_layout_of_files(paths, roots)
     return Manifest(
         layout=layout,
         layout_digest=layout_digest(layout),
         layout_blob=encode_layout(layout),
-        placement=tuple((FileSegment(path=path),) for path in paths),
+        placement=tuple((segment,) for segment in segments),
     )
 
 
