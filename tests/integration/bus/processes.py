@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import time
+from pathlib import Path
 
-__all__ = ("assert_ends", "is_running")
+__all__ = ("assert_ends", "halt", "is_running")
 
 
 def assert_ends(pid: int, within_s: float = 10.0) -> None:
@@ -22,10 +25,22 @@ def assert_ends(pid: int, within_s: float = 10.0) -> None:
         os.close(process)
 
 
+def halt(pid: int, within_s: float = 10.0) -> None:
+    """Stops a process that SIGCONT shall continue; returns once every thread of it stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    give_up = time.monotonic() + within_s
+    while any(_state(stat) != "T" for stat in Path(f"/proc/{pid}/task").glob("*/stat")):
+        assert time.monotonic() < give_up, f"process {pid} goes on after {within_s:g} s"
+
+
 def is_running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
+        return _state(Path(f"/proc/{pid}/stat")) != "Z"
     except FileNotFoundError:
         return False
+
+
+def _state(stat: Path) -> str:
+    """The kernel's letter for what a process or a thread does."""
+    return stat.read_text("ascii").rpartition(")")[2].split()[0]

@@ -13,6 +13,7 @@ import anyio.to_thread
 import msgspec
 import pytest
 
+from tests.integration.bus.processes import halt
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.errors import BusTimeout, BusUnavailable
@@ -242,7 +243,7 @@ async def test_request_times_out_when_the_server_hangs_and_passes_when_it_goes_o
 ) -> None:
     settings = msgspec.structs.replace(nats_server.settings, request_timeout_s=0.3)
     async with open_bus(settings) as bus:
-        os.kill(nats_server.pid, signal.SIGSTOP)
+        halt(nats_server.pid)
         try:
             for waiting in (
                 bus.publish(ready(1)),
