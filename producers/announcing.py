@@ -1,6 +1,7 @@
 """What every kind of publishing does on the bus: the order of versions, digests, the one event.
 
-Owns the objects with tensor digests that it put into the store, and removes those of old versions.
+Owns the objects with tensor digests that it and publishers of its name before it have put into the
+store, and removes those of old versions.
 Remembers what it has said or may have said: the bus can forget, or be unable to tell. Imports no
 torch: a publisher of files needs none.
 """
@@ -44,6 +45,7 @@ class Announcer:
         self.bus, self.model, self.producer = bus, model, producer
         self._keys: set[str] = set()
         self._key_before: str | None = None
+        self._adopted = False
         self._newest, self._newest_by = -1, ""
         self._unsure: set[int] = set()
 
@@ -106,6 +108,8 @@ class Announcer:
             VersionNotNew: another publisher has announced it, or a greater one, in the meantime.
             BusUnavailable, BusTimeout, RequestRefused: it may have been announced.
         """
+        if not self._adopted:
+            await self._adopt()
         for key in self._keys - {ready.tensor_digests, self._key_before}:
             await self.bus.objects.delete(key)
             self._keys.discard(key)
@@ -114,6 +118,15 @@ class Announcer:
         self.remember(ready)
         self._key_before = ready.tensor_digests
         return ready
+
+    async def _adopt(self) -> None:
+        """Become the owner of the objects of earlier publishers of this name."""
+        async for past in self.bus.replay(CheckpointReady, model=self.model):
+            key = past.message.tensor_digests
+            if past.message.producer == self.producer and key is not None:
+                self._keys.add(key)
+                self._key_before = key
+        self._adopted = True
 
     async def _say_if_newer(self, ready: CheckpointReady, headers: Mapping[str, str]) -> None:
         """Say it as the next word after a look at the last one, or not at all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ Sums = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 async def put_sums(bus: Bus, sums: Sums) -> str:
-    """Store digests; returns their key, the SHA-256 of what is stored."""
+    """Store digests; returns their key.
+
+    The key is nobody else's, though others store the same digests: who put them may delete them.
+    """
     blob = sums.astype("<u8").tobytes()
-    return await bus.objects.put(hashlib.sha256(blob).hexdigest(), blob)
+    return await bus.objects.put(hashlib.sha256(secrets.token_bytes(32) + blob).hexdigest(), blob)
 
 
 async def get_sums(bus: Bus, key: str, count: int) -> Sums:

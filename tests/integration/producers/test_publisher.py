@@ -125,6 +125,17 @@ async def test_tensor_digests_are_kept_when_two_versions_have_the_same(
         assert await bus.objects.get(ready.tensor_digests)
 
 
+async def test_tensor_digests_are_kept_when_another_model_drops_its_own_of_the_same(
+    bus: Bus, model: str
+) -> None:
+    async with open_publisher(bus, model) as one, open_publisher(bus, f"{model}-b") as other:
+        kept = await one.publish(weights(1), 1)
+        for version in range(1, 5):
+            await other.publish(weights(min(version, 2)), version)
+        assert kept.tensor_digests is not None
+        assert await bus.objects.get(kept.tensor_digests)
+
+
 async def test_generation_grows_and_a_torn_read_is_seen_when_a_slot_is_written_again(
     bus: Bus, model: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 from weightbus.bus.connection import Bus
@@ -67,6 +67,12 @@ class FakeBus:
         if self.forgetful or not found:
             return None
         return Received(found[-1], "", {}, 0)
+
+    async def replay(
+        self, message_type: type[Message], *, model: str
+    ) -> AsyncIterator[Received[Any]]:
+        for message in self.said_of(message_type):
+            yield Received(message, "", {}, 0)
 
     async def list(self, model: str) -> tuple[EngineState, ...]:
         return ()

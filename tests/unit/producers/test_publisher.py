@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import torch
+from msgspec import structs
 
 from tests.unit.producers.fakes import FakeBus
 from weightbus.bus.errors import BusTimeout
@@ -127,3 +128,16 @@ async def test_version_is_said_when_an_older_one_comes_between(
     ready = await publisher.publish(weights(1), 7)
     assert [said.version for said in fake.said_of(CheckpointReady)] == [6, 7]
     assert fake.said[-1] == ready
+
+
+async def test_digests_of_a_dead_publisher_go_when_the_next_one_has_published_twice(
+    fake: FakeBus, publisher: Publisher
+) -> None:
+    killed = [await publisher.publish(weights(version), version) for version in (1, 2)]
+    foreign = ready_of(3, "another")
+    fake.said.append(structs.replace(foreign, tensor_digests=await fake.put("f" * 64, b"")))
+    async with open_publisher(fake.as_bus(), MODEL, options=OPTIONS) as following:
+        fourth = await following.publish(weights(4), 4)
+        assert set(fake.kept) == {killed[1].tensor_digests, fourth.tensor_digests, "f" * 64}
+        fifth = await following.publish(weights(5), 5)
+        assert set(fake.kept) == {fourth.tensor_digests, fifth.tensor_digests, "f" * 64}
