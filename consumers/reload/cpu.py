@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -85,15 +85,20 @@ class CpuExecutor:
             window[...] = element.view(window.dtype)[0]
         return bound.plan.source_bytes
 
-    def digest_cells(self, bound: BoundTiles) -> Sums:
-        """The digest of every cell, in order, of what `move(bound)` has just written."""
+    def digest_cells(self, bound: BoundTiles, numbers: Iterable[int] | None = None) -> Sums:
+        """The digests of cells, in order, of what `move(bound)` has just written; None: of all.
+
+        `bound` may be a portion of the plan: then the numbers are of cells of its copies.
+        """
         memories = _Memories(bound)
-        for number, cell in enumerate(self._cells):
+        chosen = range(len(self._cells)) if numbers is None else tuple(numbers)
+        for number in chosen:
+            cell = self._cells[number]
             if cell.copy < 0:
                 self._digests[number] = self._digest_source(cell, memories)
             elif not self._is_transformed(cell.copy):
                 self._digests[number] = self._digest_parameter(cell, memories)
-        return self._digests.copy()
+        return self._digests[list(chosen)]
 
     def read_back(self, bound: BoundTiles) -> tuple[Sums, tuple[int, ...]]:
         """The digest of every cell as the parameters hold it now; no segment need be there.

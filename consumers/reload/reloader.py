@@ -282,16 +282,15 @@ class Reloader:
     def _move(self, version: _Version, split: Split) -> None:
         memory = self._live_memory(split)
         with StagedSources(version.segments) as sources:
-            for portion in split.portions:
+            for portion, cells in split.steps:
                 version.deadline.check()
                 with sources.fetched(portion.ranges):
                     bound = bind_tiles(
                         portion.plan, sources.addresses, sources.sizes_bytes, *memory
                     )
                     version.outcome.source_bytes += split.executor.move(bound)
-            bound = bind_tiles(split.plan, sources.addresses, sources.sizes_bytes, *memory)
-            version.deadline.check()
-            version.outcome.digests[split.moved_cells] = split.executor.digest_cells(bound)
+                digests = split.executor.digest_cells(bound, cells)
+                version.outcome.digests[split.moved_cells[list(cells)]] = digests
         version.outcome.direct = len(split.proof.direct)
 
     def _live_memory(self, split: Split) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ Invariant: every cell is either of a copy to a direct parameter, and digested as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from weightbus.consumers.planning.tiles import TilePlan
 from weightbus.consumers.reload.cpu import CpuExecutor
-from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
+from weightbus.consumers.reload.portions import PORTION_BYTES, Portion, cut_portions, part_of_plan
 from weightbus.consumers.reload.proof import Proof
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.worker import Cell
@@ -34,8 +34,8 @@ class Split:
     """Of all parameters."""
     plan: TilePlan
     """Of the direct ones."""
-    portions: tuple[Portion, ...]
-    """The same, step by step."""
+    steps: tuple[tuple[Portion, tuple[int, ...]], ...]
+    """The same, step by step: what is moved, and the `moved_cells` (by place) digested after it."""
     moved_cells: npt.NDArray[np.int64]
     """Numbers of the cells that the plan moves."""
     executor: CpuExecutor
@@ -46,8 +46,17 @@ class Split:
     """All other cells."""
 
 
-def split_update(layout: Layout, plan: TilePlan, proof: Proof, cells: Sequence[Cell]) -> Split:
-    """Split a plan and its cells into what is direct and the rest."""
+def split_update(
+    layout: Layout,
+    plan: TilePlan,
+    proof: Proof,
+    cells: Sequence[Cell],
+    portion_bytes: int = PORTION_BYTES,
+) -> Split:
+    """Split a plan and its cells into what is direct and the rest.
+
+    A deadline is looked at between steps: each moves and digests about `portion_bytes`.
+    """
     part = part_of_plan(plan, proof.direct)
     copies = plan.needs.copies
     moved: list[int] = []
@@ -61,9 +70,25 @@ def split_update(layout: Layout, plan: TilePlan, proof: Proof, cells: Sequence[C
         proof=proof,
         whole=plan,
         plan=part,
-        portions=cut_portions(part),
+        steps=tuple(
+            _steps(cut_portions(part, portion_bytes), [cells[number].copy for number in moved])
+        ),
         moved_cells=np.array(moved, dtype=np.int64),
         executor=CpuExecutor(layout, part.needs, [cells[number] for number in moved]),
         loaded=tuple(sorted({c.tensor for c in copies if c.parameter in proof.processed})),
         loose_cells=loose,
     )
+
+
+def _steps(
+    portions: Sequence[Portion], copy_of_cell: Sequence[int]
+) -> Iterator[tuple[Portion, tuple[int, ...]]]:
+    """Every portion, with the cells of the copies that it holds; the first takes those of none."""
+    portion_of = dict.fromkeys(copy_of_cell, 0)
+    for number, portion in enumerate(portions):
+        for copy in np.unique(portion.plan.pieces.copy).tolist():
+            portion_of[copy] = number
+    digested: list[list[int]] = [[] for _ in portions]
+    for cell, copy in enumerate(copy_of_cell):
+        digested[portion_of[copy]].append(cell)
+    return ((portion, tuple(found)) for portion, found in zip(portions, digested, strict=True))
