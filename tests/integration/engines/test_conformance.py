@@ -258,6 +258,22 @@ async def test_update_that_was_cut_short_is_seen_when_a_new_consumer_comes(
         assert await running.fingerprints() == checkpoints.fingerprints(3)
 
 
+async def test_unproven_update_is_seen_when_it_was_of_the_version_that_is_served(
+    running: EngineUnderTest,
+) -> None:
+    """A consumer that goes back to the version before may die before it has proven it."""
+    async with running.open_consumer() as engine:
+        updates = Updates(engine, running.checkpoints)
+        await updates.prepare()
+        await updates.update(1)
+        await engine.pause(LONG_S)
+        assert not await is_touched(engine)
+        await updates.apply(1)
+    async with running.open_consumer() as engine:
+        report = await engine.state(LONG_S)
+        assert (report.version, report.paused, report.touched) == (1, True, True)
+
+
 async def test_second_consumer_is_refused_when_engine_has_one(running: EngineUnderTest) -> None:
     async with running.open_consumer():
         with pytest.raises(EngineUnavailable, match="another process"):
