@@ -30,8 +30,9 @@ __all__ = ("Slot", "Slots")
 SLOTS = 2
 """The newest version, and one that is being written, or is kept for who was cut short."""
 
-POLL_S = 0.02
-"""Between two looks at the leases."""
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 0.25
+"""Between two looks at the leases: each pause is twice the one before, up to this."""
 
 
 class Slot:
@@ -151,12 +152,15 @@ class Slots:
     async def _readers_left(self, versions: Sequence[int], wait_s: float) -> list[str]:
         """Wait until nobody reads `versions`; returns who does after `wait_s`."""
         deadline = anyio.current_time() + wait_s
+        pause_s = FIRST_PAUSE_S
         while True:
             readers = [
                 f"{lease.engine} (version {version})"
                 for version in versions
                 for lease in await self._bus.reader_leases.readers(self._model, version)
             ]
-            if not readers or anyio.current_time() >= deadline:
+            left_s = deadline - anyio.current_time()
+            if not readers or left_s <= 0:
                 return readers
-            await anyio.sleep(POLL_S)
+            await anyio.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -141,3 +141,16 @@ async def test_digests_of_a_dead_publisher_go_when_the_next_one_has_published_tw
         assert set(fake.kept) == {killed[1].tensor_digests, fourth.tensor_digests, "f" * 64}
         fifth = await following.publish(weights(5), 5)
         assert set(fake.kept) == {fourth.tensor_digests, fifth.tensor_digests, "f" * 64}
+
+
+async def test_leases_are_looked_at_ever_less_often_when_readers_stay(fake: FakeBus) -> None:
+    options = PublisherOptions(slot_wait_s=1.0, close_wait_s=0.0)
+    async with open_publisher(fake.as_bus(), MODEL, options=options) as publisher:
+        for version in (1, 2):
+            await publisher.publish(weights(version), version)
+        fake.leases = [ReaderLease(model=MODEL, version=1, engine="a", consumer="c")]
+        fake.looks = 0
+        with pytest.raises(SlotBusy):
+            await publisher.publish(weights(3), 3)
+        assert fake.looks / 2 <= 9, "two versions are looked at, after 0, 20, 60, 140, 300 ... ms"
+        fake.leases = []
