@@ -17,13 +17,15 @@ import torch
 from weightbus.bus.settings import BusSettings
 from weightbus.consumers.engines.torch.models import build_model, initialise
 from weightbus.producers.blocking import BlockingPublisher
+from weightbus.tracing.otlp import OtlpSettings
 
 
 def main(versions: int) -> None:
     model = build_model("decoder", {})  # any module or state dict of yours
     initialise(model, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with BlockingPublisher(BusSettings.from_env(os.environ), model="tiny") as publisher:
+    settings, otlp = BusSettings.from_env(os.environ), OtlpSettings.from_env(os.environ)
+    with BlockingPublisher(settings, model="tiny", otlp=otlp) as publisher:
         for version in range(1, versions + 1):
             for _ in range(10):
                 tokens = torch.randint(0, 500, (32,))

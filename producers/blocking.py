@@ -24,7 +24,8 @@ from weightbus.producers.files import Files
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.tracing.telemetry import Telemetry
+from weightbus.tracing.otlp import OtlpSettings
+from weightbus.tracing.telemetry import Telemetry, open_telemetry
 
 __all__ = ("BlockingPublisher",)
 
@@ -49,11 +50,16 @@ class BlockingPublisher:
         rank: int = 0,
         world_size: int = 1,
         telemetry: Telemetry | None = None,
+        otlp: OtlpSettings | None = None,
         options: PublisherOptions | None = None,
     ) -> None:
         """Connect to the bus of `settings` and open a publisher; see `open_publisher`.
 
+        Without `telemetry` its spans go to the collector of `otlp`, as those of a service with the
+        producer's name; the last are sent when it is closed.
+
         Raises:
+            ExporterMissing: `otlp` is given, but the extra `otlp` is not installed.
             RankInvalid, MessageInvalid, HostUnknown
             BusUnavailable, BusTimeout, RequestRefused, and what else `open_bus` raises
         """
@@ -78,6 +84,8 @@ class BlockingPublisher:
                 yield bus.url, publisher
 
         with self._stack:
+            if telemetry is None:
+                telemetry = self._stack.enter_context(open_telemetry(producer, otlp=otlp))
             self._portal = self._stack.enter_context(start_blocking_portal())
             self.url, self._publisher = self._stack.enter_context(
                 self._portal.wrap_async_context_manager(open_both())

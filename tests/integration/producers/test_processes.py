@@ -16,6 +16,7 @@ import torch
 
 from tests.integration.producers.reader import blocks_of, next_message, read_checkpoint
 from tests.integration.producers.trainer import whole
+from tests.integration.tracing.collector import open_collector
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusUnavailable
@@ -25,6 +26,7 @@ from weightbus.producers.errors import PublisherClosed, TensorInvalid, VersionNo
 from weightbus.producers.publisher import open_publisher
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.leases import ReaderLease
+from weightbus.tracing.otlp import OtlpSettings
 
 
 class Trainer:
@@ -183,6 +185,18 @@ def test_blocking_publisher_works_from_any_thread_and_ends_with_its_block(
     with pytest.raises(PublisherClosed):
         publisher.publish({"w": torch.zeros(3)}, 3)
     publisher.close()
+
+
+def test_blocking_publisher_sends_its_spans_when_a_collector_is_given(
+    nats_server: NatsServer, model: str
+) -> None:
+    with open_collector() as collector:
+        otlp = OtlpSettings(endpoint=f"{collector.url}/v1/traces")
+        with BlockingPublisher(nats_server.settings, model, producer="t", otlp=otlp) as publisher:
+            publisher.publish({"w": torch.ones(3)}, 1)
+        (published,) = collector.spans["t"]
+    assert published.parent_span_id == b""
+    assert published.name.startswith("publish")
 
 
 def test_blocking_publisher_leaves_no_thread_when_it_cannot_be_opened(model: str) -> None:
