@@ -247,6 +247,8 @@ class Consumer:
             else:
                 answered = anyio.current_time()
                 held, reason = report.version, report.error or "its workers were started anew"
+                if served < 0 <= held and not report.paused and not report.touched:
+                    self._feed(ev.EngineServes(held))
             if held < served:
                 _logger.warning("engine %s serves nothing: %s", self._config.engine, reason)
                 self._feed(ev.EngineLost(reason))

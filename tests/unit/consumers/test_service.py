@@ -13,7 +13,7 @@ from msgspec import structs
 
 from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
 from weightbus.bus.received import Reconnected
-from weightbus.consumers.errors import EngineUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 from weightbus.consumers.service import Consumer, open_consumer
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
@@ -161,6 +161,30 @@ async def test_engine_is_not_taken_for_lost_when_it_is_asked_while_it_resumes() 
         beats = world.bus.calls.count("put serving")
         await world.until("it goes on", lambda: world.bus.calls.count("put serving") > beats + 3)
     assert world.engine.calls.count("apply") == 1
+
+
+async def test_engine_counts_as_serving_again_when_it_was_only_out_of_reach() -> None:
+    world = World()
+    async with world.following() as consumer:
+
+        def status() -> str:
+            return consumer.state.status if consumer.state is not None else ""
+
+        world.engine.errors["state"] = EngineUnavailable("a", "nothing runs there")
+        await world.until("it is given up", lambda: status() == "quarantined")
+        del world.engine.errors["state"]
+        await world.until("it is found again", lambda: status() == "serving")
+    assert world.engine.calls == []
+
+
+async def test_engine_counts_as_serving_when_it_is_only_slow() -> None:
+    world = World()
+    async with world.following() as consumer:
+        world.engine.errors["state"] = DeadlineExceeded("state", 1.0)
+        beats = world.bus.calls.count("put serving")
+        await world.until("it goes on", lambda: world.bus.calls.count("put serving") > beats + 3)
+        assert consumer.state is not None
+        assert consumer.state.status == "serving"
 
 
 async def test_consumer_ends_when_its_engine_does_not_answer_any_more() -> None:
