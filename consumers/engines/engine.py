@@ -26,7 +26,8 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     paused: bool
     """Requests wait."""
     touched: bool
-    """An update began and did not end whole: it must not serve before one does."""
+    """It holds other than what it last served: an update began and did not end whole, or was not
+    proven by who began it, were it of the same version. It must not serve before one is."""
     ranks: int
     error: str = ""
     """Why its workers were last lost; empty: they never were."""
