@@ -93,7 +93,7 @@ STREAMS: Final = (
     StreamEntry(
         name="CHECKPOINTS",
         subjects=("{p}.*.checkpoint.>",),
-        description="The last message of every subject: what can be read now.",
+        description="The last 16 messages of every subject: what can be read now.",
     ),
     StreamEntry(
         name="PROGRESS",
