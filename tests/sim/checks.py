@@ -25,6 +25,8 @@ __all__ = ("Checks",)
 
 OWED = frozenset({Phase.PREPARING, Phase.TRANSFERRING, Phase.CANCELLING, Phase.RESUMING})
 """Phases in which the driver owes an answer."""
+ANSWER_S = 10.0
+"""By when the driver has answered anything."""
 JOIN_AGE_S = 5.0
 """A leader may know an engine by a `Join` that is this much older than its plan."""
 PREPARES_IN_A_ROW = 5
@@ -207,6 +209,10 @@ class Checks:
 
     def at_end(self) -> None:
         """The faults are long over."""
+        for consumer in self.consumers.values():
+            waits_s = self._world.now_s - consumer.owed_since_s
+            if consumer.alive and consumer.under_way and waits_s > ANSWER_S:
+                raise Broken(f"{consumer.name} has been owed an answer for {waits_s:.0f} s")
         for round_id, record in self.rounds.items():
             for consumer, epoch in record.runners:
                 if consumer.alive and epoch > record.closed_epoch:

@@ -24,6 +24,10 @@ from weightbus.schemas.rounds import RankOffer
 __all__ = ("Consumer", "ConsumerFaults")
 
 
+PASSING_CAUSES = ("EngineUnavailable", "RouteUnavailable", "FileUnreadable")
+"""Why a `Prepare` may fail and the next one not."""
+
+
 @dataclass
 class ConsumerFaults:
     """Probabilities per instruction."""
@@ -63,6 +67,8 @@ class Consumer(Client):
         self.stalled = False
         self.under_way: set[int] = set()
         """Tokens of instructions that are owed an answer."""
+        self.owed_since_s = 0.0
+        """When the last of them was given."""
         self._world = world
         self._bus = bus
         self._groups = groups
@@ -76,6 +82,8 @@ class Consumer(Client):
         """What happened while the process was stalled."""
         self._transfers: dict[int, SimTransfer] = {}
         self._incarnation = engine.incarnation
+        self._described = engine.incarnation
+        """Of the processes whose needs were described last."""
         self._state: EngineState | None = None
         self._held: set[int] = set()
         """Versions whose reader lease is held."""
@@ -87,7 +95,7 @@ class Consumer(Client):
             do.ReleaseRound: lambda order: bus.release(self, order.round),
             do.Send: self._send,
             do.Transfer: self._transfer,
-            do.CancelTransfer: lambda order: self._transfers[order.token].cancel(),
+            do.CancelTransfer: self._cancel_transfer,
             do.Resume: self._resume,
             do.SetState: self._set_state,
             do.ReleaseReader: self._release_reader,
@@ -222,6 +230,10 @@ class Consumer(Client):
     def _fire(self, name: str, token: int) -> None:
         self.feed(ev.TimerFired(name, token))
 
+    def _owe(self, token: int) -> None:
+        self.under_way.add(token)
+        self.owed_since_s = self._world.now_s
+
     def _answer(self, token: int, event: ev.Event) -> None:
         """An instruction is answered, once."""
         if self.stalled:
@@ -256,7 +268,7 @@ class Consumer(Client):
     def _prepare(self, order: do.Prepare) -> None:
         world, faults = self._world, self._faults
         self._checks.prepares(self)
-        self.under_way.add(order.token)
+        self._owe(order.token)
         self._held.add(order.ready.version)
         self._bus.take_reader(self, order.ready.version, self.engine.name)
         slow = world.chance(faults.slow_prepare)
@@ -281,10 +293,12 @@ class Consumer(Client):
         elif not source.slot.linked:
             failure = ("SegmentUnavailable", "its segments are gone")
         elif self._world.chance(self._faults.prepare):
-            failure = ("EngineUnavailable", "the engine did not describe its needs")
+            cause = self._world.random.choice(PASSING_CAUSES)
+            failure = (cause, "something was missing for a moment")
         if failure is not None:
             self._answer(token, ev.PrepareFailed(token, *failure))
             return
+        self._described = self.engine.incarnation
         offers = self._offers(source)
         plan = self._bus.plans.get(order.round)
         self._answer(token, ev.Prepared(token, offers, plan, ready.layout_digest))
@@ -311,7 +325,7 @@ class Consumer(Client):
                 self._cancelled.add(order.token)
 
     def _transfer(self, order: do.Transfer) -> None:
-        self.under_way.add(order.token)
+        self._owe(order.token)
         self._incarnation = self.engine.incarnation
         self._checks.runs(self, order.plan)
         self._transfers[order.token] = SimTransfer(
@@ -321,11 +335,15 @@ class Consumer(Client):
             self.engine,
             self._sources[order.ready.created_ns],
             order,
+            self._described,
             lambda event: self._answer(order.token, event),
         )
 
+    def _cancel_transfer(self, order: do.CancelTransfer) -> None:
+        self._transfers[order.token].cancel()
+
     def _resume(self, order: do.Resume) -> None:
-        self.under_way.add(order.token)
+        self._owe(order.token)
         self._world.after(self._world.between(0.001, 0.05), self._resumed, order)
 
     def _resumed(self, order: do.Resume) -> None:

@@ -13,7 +13,7 @@ from tests.sim.trainer import MODEL, Source, Trainer, TrainerPlan
 from tests.sim.transfer import Groups, TransferFaults
 from tests.sim.world import Broken, World
 from weightbus.consumers.planner import plan_request
-from weightbus.consumers.round.config import RoundConfig
+from weightbus.consumers.round.config import PERMANENT_CAUSES, SERVING_CAUSES, RoundConfig
 from weightbus.consumers.round.machine import RoundMachine
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
@@ -33,6 +33,7 @@ __all__ = ("MakeMachine", "Simulation", "make_machine")
 FAULTS_END_S = 30.0
 LAST_PUBLISH_S = 33.0
 END_S = 130.0
+MAX_ATTEMPTS = 4
 BUDGETS = Budgets(prepare_s=5.0, transfer_s=6.0, commit_s=2.0, round_s=20.0)
 
 SAID = (Join, RoundPlan, Proven, Commit, Abort, UpdateComplete, UpdateFailed, RoundComplete)
@@ -61,10 +62,16 @@ class Ambush:
 class Simulation:
     """One world, made from one seed."""
 
-    def __init__(self, seed: int, make: MakeMachine = make_machine) -> None:
+    def __init__(
+        self,
+        seed: int,
+        make: MakeMachine = make_machine,
+        driver: type[Consumer] = Consumer,
+    ) -> None:
         self.seed = seed
         self.world = world = World(seed)
         self._make = make
+        self._driver = driver
         dice = world.random
         calm = world.chance(0.1)
         level = 0.0 if calm else dice.choice((0.3, 1.0, 1.0, 3.0))
@@ -139,11 +146,12 @@ class Simulation:
             budgets=BUDGETS,
             join_window_s=self._join_window_s,
             round_ttl_s=2.0,
+            max_attempts=MAX_ATTEMPTS,
             regroup_s=3.0,
             backoff_s=0.5,
             backoff_max_s=4.0,
         )
-        consumer = Consumer(
+        consumer = self._driver(
             self.world,
             self.bus,
             self._groups,
@@ -361,13 +369,22 @@ class Simulation:
                 raise Broken(f"{engine.name} has no consumer at the end")
             if engine.version >= version and not engine.paused:
                 continue
-            failed = any(
-                isinstance(report, UpdateFailed)
+            failures = [
+                report.cause
                 for report in self.checks.reports.get((engine.name, version), ())
-            )
-            if not failed:
-                raise Broken(
-                    f"{engine.name} serves {engine.version}, not {version}, and has not said why"
-                )
-            if newest.whole and newest.trainer.alive and (engine.paused or engine.version < 0):
-                raise Broken(f"{engine.name} is down although version {version} can be had")
+                if isinstance(report, UpdateFailed)
+            ]
+            serves = f"{engine.name} serves {engine.version}, not {version}"
+            if not failures:
+                raise Broken(f"{serves}, and has not said why")
+            down = engine.paused or engine.version < 0
+            if self._can_be_had(newest, engine) and (down or not self._given_up(failures)):
+                raise Broken(f"{serves}, although it can be had: {failures}")
+
+    def _can_be_had(self, source: Source, engine: SimEngine) -> bool:
+        return source.whole and (source.trainer.alive or source.host == engine.host)
+
+    def _given_up(self, failures: list[str]) -> bool:
+        """Whether an engine that serves another version has reason not to try this one again."""
+        final = failures[-1] in PERMANENT_CAUSES | SERVING_CAUSES
+        return final or len(failures) >= MAX_ATTEMPTS

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from tests.sim.__main__ import main
+from tests.sim.consumer import Consumer
 from tests.sim.scenario import MakeMachine, Simulation
 from tests.sim.world import Broken
 from weightbus.consumers.planner import plan_request
 from weightbus.consumers.round import events as ev
+from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.effects import Timer
+from weightbus.consumers.round.errors import UnexpectedEvent
 from weightbus.consumers.round.leader import Leadership
 from weightbus.consumers.round.machine import RoundMachine
 from weightbus.consumers.round.member import Member
@@ -167,8 +170,8 @@ MUTATIONS = (
         "without timer replan",
     ),
     Mutation(
-        "does not lose patience with a leader",
-        {(Phase.JOINING, Timer.NEGOTIATE): nothing},
+        "waits for ever for a plan that does not come",
+        {(Phase.JOINING, ev.PlanSeen): nothing, (Phase.JOINING, Timer.NEGOTIATE): nothing},
         "without timer negotiate",
     ),
     Mutation(
@@ -193,6 +196,51 @@ def test_simulation_notices_when_a_transition_is_broken(mutation: Mutation) -> N
             if mutation.symptom in str(error):
                 return
     pytest.fail(f"a machine that {mutation.name} passes {SEEDS} seeds")
+
+
+class AnswersTwice(Consumer):
+    """A driver that gives the answer to a `Transfer` or a `Resume` once more."""
+
+    def _answer(self, token: int, event: ev.Event) -> None:
+        super()._answer(token, event)
+        if isinstance(event, ev.TransferDone | ev.TransferFailed | ev.Resumed):
+            self.feed(event)
+
+
+class ForgetsToAnswer(Consumer):
+    """A driver that does not report a transfer that fails."""
+
+    def _answer(self, token: int, event: ev.Event) -> None:
+        if not isinstance(event, ev.TransferFailed):
+            super()._answer(token, event)
+
+
+class AnswersBeforeTheEnd(Consumer):
+    """A driver that calls a transfer cancelled while it goes on, and answers again at its end."""
+
+    def _cancel_transfer(self, order: do.CancelTransfer) -> None:
+        early = ev.TransferFailed(order.token, "TransferCancelled", "cancelled", touched=False)
+        self._world.after(0.001, self.feed, early)
+
+
+@pytest.mark.parametrize(
+    ("driver", "symptom"),
+    [
+        (AnswersTwice, "cannot happen in phase"),
+        (ForgetsToAnswer, "has been owed an answer"),
+        (AnswersBeforeTheEnd, "cannot happen in phase"),
+    ],
+)
+def test_simulation_notices_when_the_driver_breaks_its_word(
+    driver: type[Consumer], symptom: str
+) -> None:
+    for seed in range(SEEDS):
+        try:
+            Simulation(seed, driver=driver).run()
+        except (Broken, UnexpectedEvent) as error:
+            if symptom in str(error):
+                return
+    pytest.fail(f"{driver.__name__} passes {SEEDS} seeds")
 
 
 def test_command_shows_the_log_and_how_to_replay_when_a_seed_fails(

@@ -51,6 +51,7 @@ class SimTransfer:
         engine: SimEngine,
         source: Source,
         order: Transfer,
+        described: int,
         answer: Callable[[ev.Event], None],
     ) -> None:
         self._world = world
@@ -59,6 +60,8 @@ class SimTransfer:
         self._engine = engine
         self._source = source
         self._order = order
+        self._described = described
+        """Incarnation of the engine that described its needs."""
         self._answer = answer
         self._ended = False
         self._wrote = False
@@ -102,8 +105,11 @@ class SimTransfer:
             return
         if not self._readable():
             self._fail("SegmentUnavailable", "its source cannot be opened")
+        elif self._described != self._engine.incarnation:
+            self._fail("WorkerLost", "the workers that were described are gone")
         elif self._world.chance(self._faults.untouched):
-            self._fail("RouteLost", "failed before the first byte")
+            cause = self._world.random.choice(("RouteUnavailable", "EngineUnavailable"))
+            self._fail(cause, "failed before the first byte")
         elif self._group:
             self._meet()
         else:
