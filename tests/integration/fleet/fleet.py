@@ -32,7 +32,7 @@ from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.messages import StateReport
-from weightbus.consumers.service import Consumer, open_consumer
+from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.local import LocalRoute
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.schemas.checkpoint import CheckpointReady
@@ -59,7 +59,6 @@ class Follower:
     first_hold: Hold | None
     client: TorchEngineClient
     """As the engine's users have it."""
-    consumer: Consumer
     process: EngineProcess
 
     @property
@@ -148,14 +147,13 @@ class Fleet:
                 engine=engine,
                 routes=[LocalRoute(host_id(), roots)],
                 telemetry=Telemetry(),
-            ) as consumer:
+            ):
                 yield Follower(
                     name=name,
                     fleet=self,
                     engine=engine,
                     first_hold=held,
                     client=client,
-                    consumer=consumer,
                     process=process,
                 )
 

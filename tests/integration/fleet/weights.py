@@ -15,7 +15,7 @@ import torch
 from weightbus.consumers.engines.torch.fingerprint import fingerprint
 from weightbus.consumers.engines.torch.models import build_model, initialise
 
-__all__ = ("ARCHITECTURE", "CONFIG", "TENSORS", "fingerprints_of", "weights_of")
+__all__ = ("ARCHITECTURE", "CONFIG", "fingerprints_of", "weights_of")
 
 ARCHITECTURE = "decoder"
 CONFIG: dict[str, Any] = {
@@ -47,7 +47,3 @@ def _fingerprint(model: str, version: int, rank: int, ranks: int) -> str:
     part = build_model(ARCHITECTURE, CONFIG, rank, ranks)
     part.load_weights(weights_of(model, version).items())
     return fingerprint(part)
-
-
-TENSORS: tuple[str, ...] = tuple(weights_of("names", 0))
-"""Names of the checkpoint's tensors, in its order."""
