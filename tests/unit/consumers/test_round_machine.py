@@ -76,6 +76,14 @@ def test_own_messages_change_nothing_when_the_bus_brings_them_back() -> None:
     assert [type(order) for order in driver.orders[before:]] in ([], [do.Send])
 
 
+def test_round_in_hand_is_kept_when_many_newer_ones_are_only_heard_of() -> None:
+    driver = Driver().start().joined(1)
+    for version in range(2, 60):
+        driver.feed(ev.JoinSeen(join("b", version)))
+    assert driver.leadership(1).phase is Lead.CANDIDATE
+    assert len(driver.machine.rounds.known) == 16
+
+
 def test_state_is_put_only_when_it_has_changed() -> None:
     driver = Driver().start(served=3)
     assert driver.count(do.SetState) == 1
