@@ -115,11 +115,12 @@ class Bus:
         return 0 if stored is None else stored.sequence
 
     def subscribe(
-        self, *message_types: type[M], model: str | None = None
+        self, *message_types: type[M], model: str | None = None, **tokens: str | int
     ) -> AbstractAsyncContextManager[Subscription[M]]:
         """Messages of these types from now on, of one model or of all: see `Subscription`.
 
-        Entered once the server knows: what is published after that is delivered.
+        Entered once the server knows: what is published after that is delivered. `tokens` narrow
+        the subjects that have them, as in `pattern_of`, and are no matter to the others.
         """
         return open_subscription(
             self._link,
@@ -128,6 +129,7 @@ class Bus:
             self.prefix,
             self._dead_letters,
             self.settings.max_unread_messages,
+            tokens,
         )
 
     async def last(

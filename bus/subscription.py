@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Generic, TypeVar
 
@@ -22,7 +22,7 @@ from weightbus.bus.jetstream import HEADER_MESSAGE_ID
 from weightbus.bus.link import Incoming, Link
 from weightbus.bus.received import HEADER_CONTENT_TYPE, Received, Reconnected, model_of, read
 from weightbus.schemas.base import Message
-from weightbus.schemas.catalogue import pattern_of
+from weightbus.schemas.catalogue import entry_of, pattern_of
 from weightbus.schemas.errors import MessageInvalid
 
 __all__ = ("Subscription", "cover", "open_subscription")
@@ -155,19 +155,33 @@ async def open_subscription(
     prefix: str,
     dead_letters: Reporter,
     limit: int,
+    tokens: Mapping[str, str | int],
 ) -> AsyncIterator[Subscription[M]]:
-    """Subscribe; entered once the server has been told of every subject."""
-    patterns = [pattern_of(kind, prefix, model) for kind in types]
+    """Subscribe; entered once the server has been told of every subject.
+
+    With `tokens` each subject is subscribed to by itself: nothing else comes in, but the messages
+    of a family may come out of order.
+    """
+    patterns = [_pattern(kind, prefix, model, tokens) for kind in types]
     subscription = Subscription(types, patterns, prefix, dead_letters, limit)
     async with AsyncExitStack() as stack:
         stack.enter_context(link.listen(subscription))
-        for subject in cover(patterns):
+        for subject in patterns if tokens else cover(patterns):
             await stack.enter_async_context(link.subscribe(subject, subscription.deliver_nowait))
         try:
             await link.settle()
             yield subscription
         finally:
             subscription.close()
+
+
+def _pattern(
+    kind: type[Message], prefix: str, model: str | None, tokens: Mapping[str, str | int]
+) -> str:
+    """With those of `tokens` that the subject of `kind` has."""
+    template = entry_of(kind).subject
+    own = {name: token for name, token in tokens.items() if f"{{{name}}}" in template}
+    return pattern_of(kind, prefix, model, **own)
 
 
 def cover(patterns: Sequence[str]) -> tuple[str, ...]:

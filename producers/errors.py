@@ -79,8 +79,8 @@ class SharedMemoryUnavailable(ProducerError):
 class SealFailed(ProducerError):
     """The parts of all ranks did not become one checkpoint. The version is used up on every rank.
 
-    `missing` names the ranks whose part this rank has not heard of; a rank other than 0 hears only
-    of those that spoke while it listened.
+    `missing` names the ranks whose part was not heard of in time: rank 0 hears all others, and
+    these hear rank 0 alone.
     """
 
     def __init__(self, version: int, reason: str, missing: Sequence[int] = ()) -> None:

@@ -5,7 +5,8 @@ Rank 0 calls by saying its own part, and again every second; every other rank sa
 begins and whenever it hears the call, until it hears `CheckpointReady`. A rank that gives up says
 so, and why, and no other waits for it, not even one that begins later: what was given up since this
 rank's publisher was opened is read back. A version is tried once, so there is no older try to
-mistake it for. Every wait has one deadline.
+mistake it for. Rank 0 hears all ranks and the others hear rank 0, who passes bad news on: what is
+heard grows with their number, not with its square. Every wait has one deadline.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ("RankGroup",)
 
 CALL_INTERVAL_S = 1.0
 GIVE_UP_TIMEOUT_S = 2.0
+FOLLOWERS_LONGER_S = 2.0
+"""Rank 0 gives up first, and tells the others who is missing."""
 MISSING_NAMED = 16
 REASON_CHARACTERS = 4096
 """Limit of `schemas.base.Reason`."""
@@ -80,10 +83,11 @@ class RankGroup:
         Raises:
             SealFailed: a rank gave up, was started differently, or rank 0 did not seal in time.
         """
-        heard_ranks = {mine.rank}
-        with anyio.move_on_after(self._timeout_s):
+        timeout_s = self._timeout_s + FOLLOWERS_LONGER_S
+        called = False
+        with anyio.move_on_after(timeout_s):
             async with self._bus.subscribe(
-                CheckpointPart, CheckpointReady, model=mine.model
+                CheckpointPart, CheckpointReady, model=mine.model, producer=mine.producer, rank=0
             ) as messages:
                 await self._bus.publish(mine)
                 await self._look_back(mine)
@@ -100,13 +104,11 @@ class RankGroup:
                     elif isinstance(heard.message, CheckpointPart) and self._is_of(
                         heard.message, mine
                     ):
-                        heard_ranks.add(heard.message.rank)
-                        if heard.message.rank == 0:
-                            await self._bus.publish(mine)
-        missing, named = self._not_heard(heard_ranks)
-        reason = f"after {self._timeout_s:g} s rank 0 has not done so"
-        unheard = f"; nothing was heard of {named}" if missing else ""
-        raise SealFailed(mine.version, reason + unheard, missing)
+                        called = True
+                        await self._bus.publish(mine)
+        reason = f"after {timeout_s:g} s rank 0 has not done so"
+        unheard = "" if called else "; nothing was heard of it"
+        raise SealFailed(mine.version, reason + unheard, () if called else (0,))
 
     async def give_up(self, mine: CheckpointPart, error: BaseException) -> None:
         """Tell the other ranks that they wait in vain. Best effort: the error is on its way up."""

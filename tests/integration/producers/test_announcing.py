@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
+from tests.integration.producers.reader import next_message
 from weightbus.bus.connection import Bus
 from weightbus.bus.jetstream import WrongLastSequence
 from weightbus.producers.announcing import Announcer
 from weightbus.producers.errors import VersionNotNew
-from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
 
 pytestmark = pytest.mark.anyio
 
@@ -66,3 +67,26 @@ async def test_retirement_is_found_when_another_producer_has_retired_something_s
     last = await bus.last(CheckpointRetired, model=model, producer="a")
     assert last is not None
     assert last.message.version == 7
+
+
+async def test_subscription_takes_in_nothing_else_when_tokens_are_given(
+    bus: Bus, model: str
+) -> None:
+    async with bus.subscribe(
+        CheckpointReady, CheckpointPart, model=model, producer="a", rank=0
+    ) as messages:
+        for producer, rank in (("a", 1), ("b", 0), ("a", 0)):
+            part = CheckpointPart(
+                model=model,
+                version=1,
+                producer=producer,
+                rank=rank,
+                world_size=2,
+                layout_digest="0" * 64,
+                placement=(),
+            )
+            await bus.publish(part)
+        assert (await next_message(messages)).message == part
+        ready = drafted(Announcer(bus, model, "b"), 2, "/b")
+        await bus.publish(ready)
+        assert (await next_message(messages)).message == ready

@@ -154,13 +154,24 @@ async def test_missing_rank_is_named_on_every_rank_when_it_does_not_publish(
         outcomes = await publish_all([ranks[0], ranks[2]], [held[0], held[2]], 1)
         for outcome in outcomes:
             assert isinstance(outcome, SealFailed), outcome
-            assert outcome.reason.endswith((" ranks 1", " ranks 0, 1")), outcome
-            assert "gave up" in outcome.reason or 1 in outcome.missing
+            assert outcome.reason.endswith("there is no part of ranks 1"), outcome
+            assert "rank 0 gave up" in outcome.reason or outcome.missing == (1,)
         assert await bus.last(CheckpointReady, model=model) is None
         with pytest.raises(VersionNotNew):
             await ranks[0].publish(held[0], 1)
         again = await publish_all(ranks, held, 2)
         assert isinstance(again[0], CheckpointReady), again
+
+
+async def test_rank_names_rank_0_when_that_does_not_publish(
+    nats_server: NatsServer, model: str
+) -> None:
+    options = PublisherOptions(seal_timeout_s=0.1)
+    async with open_ranks(nats_server, model, 3, options) as ranks:
+        held = [held_by(rank, 3, 1) for rank in range(3)]
+        for outcome in await publish_all(ranks[1:], held[1:], 1):
+            assert isinstance(outcome, SealFailed), outcome
+            assert outcome.missing == (0,), "each heard nothing of the other"
 
 
 Break = Callable[[list[list[Shard]]], None]
