@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -52,12 +53,22 @@ def processes_of(directory: Path) -> list[str]:
 
 
 def blocks() -> list[str]:
-    """Shared-memory blocks of the demo's models."""
+    """Shared-memory blocks of the demo's models whose owner is dead: it holds a lock on them."""
     return [
         path.name
         for model in MODELS
         for path in Path("/dev/shm").glob(f"weightbus-{model}.trainer.*")
+        if is_unlocked(path)
     ]
+
+
+def is_unlocked(path: Path) -> bool:
+    try:
+        with path.open("rb") as block:
+            fcntl.flock(block, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return True
 
 
 def assert_nothing_is_left(directory: Path) -> None:
@@ -68,9 +79,9 @@ def assert_nothing_is_left(directory: Path) -> None:
 
 
 def test_demo_verifies_every_version_and_leaves_nothing_when_it_runs_to_its_end(
-    tmp_path: Path,
+    short_path: Path,
 ) -> None:
-    with demo(tmp_path) as process:
+    with demo(short_path) as process:
         output, _ = process.communicate(timeout=END_S)
     assert process.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
@@ -85,8 +96,8 @@ def test_demo_verifies_every_version_and_leaves_nothing_when_it_runs_to_its_end(
     assert result["routes_used"] == ["local"]
     assert len(result["update_seconds"]) == 11
     assert len(result["trace_ids"]) == 7
-    assert_nothing_is_left(tmp_path)
-    assert not list(tmp_path.glob("weightbus*"))
+    assert_nothing_is_left(short_path)
+    assert not list(short_path.glob("weightbus*"))
 
 
 @pytest.mark.parametrize(
@@ -99,9 +110,9 @@ def test_demo_verifies_every_version_and_leaves_nothing_when_it_runs_to_its_end(
     ],
 )
 def test_demo_leaves_nothing_when_it_is_ended(
-    tmp_path: Path, line: str, signals: list[signal.Signals], exit_code: int
+    short_path: Path, line: str, signals: list[signal.Signals], exit_code: int
 ) -> None:
-    with demo(tmp_path) as process:
+    with demo(short_path) as process:
         assert process.stdout is not None
         seen = []
         for printed in process.stdout:
@@ -114,6 +125,6 @@ def test_demo_leaves_nothing_when_it_is_ended(
             process.send_signal(number)
         process.stdout.read()
         assert process.wait(END_S) == exit_code, seen
-    assert_nothing_is_left(tmp_path)
+    assert_nothing_is_left(short_path)
     if exit_code > 0:
-        assert not list(tmp_path.glob("weightbus*"))
+        assert not list(short_path.glob("weightbus*"))
