@@ -20,7 +20,13 @@ from weightbus.bus.leases import ReaderLeases, RoundLeases
 from weightbus.bus.link import Link, open_link
 from weightbus.bus.objects import ObjectStore
 from weightbus.bus.presence import Presence
-from weightbus.bus.received import HEADER_CONTENT_TYPE, Received, model_of, read
+from weightbus.bus.received import (
+    HEADER_CONTENT_TYPE,
+    Received,
+    content_type_of,
+    model_of,
+    read,
+)
 from weightbus.bus.server import EmbeddedServer, open_server
 from weightbus.bus.settings import BusSettings
 from weightbus.bus.streams import OBJECTS, bucket_name, bus_streams, stream_name
@@ -188,7 +194,7 @@ class Bus:
                 stored.subject, stored.headers, stored.payload, stored.stored_ns, self.prefix
             )
         except MessageInvalid as error:
-            content_type = stored.headers.get(HEADER_CONTENT_TYPE, "")
+            content_type = content_type_of(stored.headers)
             model = model_of(stored.subject, self.prefix)
             self._dead_letters.report_nowait(
                 model, stored.subject, stored.payload, content_type, error

@@ -11,7 +11,14 @@ from weightbus.schemas.catalogue import message_types_of, subject_of
 from weightbus.schemas.codec import decode
 from weightbus.schemas.errors import MessageInvalid
 
-__all__ = ("HEADER_CONTENT_TYPE", "Received", "Reconnected", "model_of", "read")
+__all__ = (
+    "HEADER_CONTENT_TYPE",
+    "Received",
+    "Reconnected",
+    "content_type_of",
+    "model_of",
+    "read",
+)
 
 HEADER_CONTENT_TYPE = "Content-Type"
 
@@ -42,11 +49,17 @@ def read(
     Raises:
         MessageInvalid: it cannot be read, or belongs on another subject.
     """
-    message = decode(payload, headers.get(HEADER_CONTENT_TYPE), message_types_of(subject, prefix))
+    message = decode(payload, content_type_of(headers), message_types_of(subject, prefix))
     home = subject_of(message, prefix)
     if home != subject:
         raise MessageInvalid(type(message).__name__, "$", f"on {subject}", f"belongs on {home}")
     return Received(message, subject, headers, received_ns)
+
+
+def content_type_of(headers: Mapping[str, str]) -> str:
+    """The header's value, whatever the case of its name; "" if there is none."""
+    name = HEADER_CONTENT_TYPE.lower()
+    return next((value for key, value in headers.items() if key.lower() == name), "")
 
 
 def model_of(subject: str, prefix: str) -> str:

@@ -20,7 +20,7 @@ from weightbus.bus.dead_letters import Reporter
 from weightbus.bus.errors import BusError, BusUnavailable, SubscriptionOverflow
 from weightbus.bus.jetstream import HEADER_MESSAGE_ID
 from weightbus.bus.link import Incoming, Link
-from weightbus.bus.received import HEADER_CONTENT_TYPE, Received, Reconnected, model_of, read
+from weightbus.bus.received import Received, Reconnected, content_type_of, model_of, read
 from weightbus.schemas.base import Message
 from weightbus.schemas.catalogue import entry_of, pattern_of
 from weightbus.schemas.errors import MessageInvalid
@@ -141,7 +141,7 @@ class Subscription(Generic[M]):
         model = model_of(incoming.subject, self._prefix)
         if incoming.subject == f"{self._prefix}.{model}.dead":
             return  # a letter about a letter would never end
-        content_type = incoming.headers.get(HEADER_CONTENT_TYPE, "")
+        content_type = content_type_of(incoming.headers)
         self._dead_letters.report_nowait(
             model, incoming.subject, incoming.payload, content_type, error
         )

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.abc
 import click
 import msgspec
 from msgspec import Struct
 
-from weightbus.bus.connection import open_bus
+from weightbus.bus.background import open_background
+from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.host import host_id
+from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
@@ -23,7 +26,9 @@ from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.local import LocalRoute
+from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import CommitPolicy
+from weightbus.tracing.narration import narrate
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import open_telemetry
 
@@ -52,18 +57,40 @@ class Options(Struct, frozen=True, kw_only=True):
     type=click.Path(path_type=Path),
     help="Directory of the engine's sockets; with --architecture a new one by default.",
 )
-@click.option("--architecture", help="Start a torch engine of this architecture, and own it.")
-@click.option("--config", default="{}", help="Configuration of the architecture, as JSON.")
-@click.option("--tp", default=1, show_default=True, help="Ranks of the engine that is started.")
-@click.option("--root", "roots", multiple=True, help="Directory below which files may be read.")
 @click.option(
-    "--route", "routes", multiple=True, type=click.Choice(["local"]), help="Allow only these."
+    "--architecture",
+    type=click.Choice(["decoder", "minilm"]),
+    help="Start a torch engine of this architecture, and own it.",
+)
+@click.option("--config", default="{}", help="Configuration of the architecture, as JSON.")
+@click.option(
+    "--tp",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks of the engine that is started.",
+)
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="Directory below which files may be read; without one no checkpoint of files is taken.",
+)
+@click.option(
+    "--route", "routes", multiple=True, type=click.Choice(["local"]), help="Allow this route only."
 )
 @click.option(
     "--commit", type=click.Choice(["each", "together"]), default="each", show_default=True
 )
-@click.option("--join-window", default=0.2, show_default=True, help="Seconds that a leader waits.")
-@click.option("--host-id", "host", help="Override the host id: who has the same shares memory.")
+@click.option(
+    "--join-window",
+    type=click.FloatRange(min=0),
+    default=0.2,
+    show_default=True,
+    help="Seconds that a leader waits for the others.",
+)
+@click.option("--host-id", "host", help="Instead of this host's: hosts of one id share memory.")
 def command(
     model: str,
     engine_id: str,
@@ -96,7 +123,7 @@ def command(
             model=model,
             engine=engine_id,
             host_id=host or host_id(),
-            file_roots=tuple(str(Path(root).resolve()) for root in roots),
+            file_roots=tuple(roots),
             routes=tuple(routes) or ("local",),
             commit=commit,
             join_window_s=join_window,
@@ -140,6 +167,7 @@ async def run_consumer(options: Options) -> None:
             )
         )
         local = LocalRoute(config.host_id, config.file_roots)
+        tasks = await stack.enter_async_context(open_background())
         async with open_consumer(
             config, bus=bus, engine=engine, routes=[local], telemetry=telemetry
         ):
@@ -147,4 +175,19 @@ async def run_consumer(options: Options) -> None:
                 f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on "
                 f"{bus.url}; its sockets are in {directory}"
             )
+            await tasks.start(_tell, bus, config)
             await stop.wait()
+
+
+async def _tell(
+    bus: Bus, config: ConsumerConfig, *, task_status: anyio.abc.TaskStatus[None]
+) -> None:
+    """One line for every update of this engine, and for every one that failed."""
+    async with bus.subscribe(UpdateComplete, UpdateFailed, model=config.model) as updates:
+        task_status.started()
+        async for heard in updates:
+            if not isinstance(heard, Received):
+                continue
+            match heard.message:
+                case UpdateComplete() | UpdateFailed() as update if update.engine == config.engine:
+                    click.echo(narrate(update))

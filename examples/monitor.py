@@ -1,8 +1,9 @@
-"""A monitor in 15 lines: prints every update of every engine, and why one failed."""
+"""A monitor in 20 lines: prints every update of every engine, and why one failed."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import anyio
 
@@ -13,8 +14,11 @@ from weightbus.schemas import UpdateComplete, UpdateFailed
 
 
 async def main() -> None:
+    settings = BusSettings.from_env(os.environ)
+    if settings.url is None:
+        sys.exit("set WEIGHTBUS_NATS_URL to what `weightbus serve` printed")
     async with (
-        open_bus(BusSettings.from_env(os.environ)) as bus,
+        open_bus(settings) as bus,
         bus.subscribe(UpdateComplete, UpdateFailed) as messages,
     ):
         async for received in messages:

@@ -25,6 +25,8 @@ def main(versions: int) -> None:
     initialise(model, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     settings, otlp = BusSettings.from_env(os.environ), OtlpSettings.from_env(os.environ)
+    if settings.url is None:
+        sys.exit("set WEIGHTBUS_NATS_URL to what `weightbus serve` printed")
     with BlockingPublisher(settings, model="tiny", otlp=otlp) as publisher:
         for version in range(1, versions + 1):
             for _ in range(10):

@@ -53,6 +53,9 @@ def decode(
     kind = " or ".join(t.__name__ for t in types)
     media_type = _media_type(kind, content_type)
     _check_size(kind, payload, types, limits)
+    if media_type == CONTENT_TYPE_MSGPACK and payload[:1] == b"{":
+        limit = f"must be MessagePack, or come with the header Content-Type: {CONTENT_TYPE_JSON}"
+        raise MessageInvalid(kind, "$", "JSON", limit)
     try:
         message: M = _decoder(media_type, types)(payload)
     except DECODE_ERRORS as error:

@@ -209,6 +209,11 @@ def test_invalid_message_is_not_encoded(fields: dict[str, Any], content_type: st
         encode(msgspec.structs.replace(READY, **fields), content_type)
 
 
+def test_json_is_named_when_its_header_is_missing() -> None:
+    with pytest.raises(MessageInvalid, match="Content-Type: application/json"):
+        decode(encode(READY, CONTENT_TYPE_JSON), None, CheckpointReady)
+
+
 def test_what_is_no_message_is_not_encoded() -> None:
     with pytest.raises(MessageInvalid, match="must be a message"):
         encode({"type": "CheckpointReady"})  # type: ignore[arg-type]
