@@ -46,10 +46,12 @@ def plan_seal(parts: Sequence[Layout]) -> SealPlan:
     Segments that hold nothing but replicas of lower ranks are left out.
 
     Raises:
-        TensorInvalid: two ranks disagree on a tensor, or one gives a box twice.
+        TensorInvalid: two ranks disagree on a tensor, or one gives a box twice; or there is none.
         MessageInvalid: boxes of the parts overlap, or leave elements out.
     """
     specs, renumbered = _merge_tensors(parts)
+    if not specs:
+        raise TensorInvalid("number 0", "absent", "a checkpoint holds at least one tensor")
     numbers_of_box: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
     segments: dict[tuple[int, int], int] = {}
     shards: list[ShardSpec] = []

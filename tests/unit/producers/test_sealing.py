@@ -15,7 +15,7 @@ from weightbus.producers.sealing import add_digests, plan_seal, seal_placement
 from weightbus.producers.shards import Part, Shard, plan_part
 from weightbus.producers.writing import write_part
 from weightbus.schemas.errors import MessageInvalid
-from weightbus.schemas.layout import Layout
+from weightbus.schemas.layout import Layout, SegmentSpec
 from weightbus.schemas.placement import FileSegment
 
 
@@ -121,3 +121,9 @@ def test_seal_refuses_when_boxes_of_ranks_overlap() -> None:
     ]
     with pytest.raises(MessageInvalid, match="overlaps"):
         plan_seal([part.layout for part in parts])
+
+
+def test_seal_is_refused_when_no_rank_has_a_tensor() -> None:
+    nothing = Layout((), (), (SegmentSpec(size_bytes=256),))
+    with pytest.raises(TensorInvalid, match="at least one tensor"):
+        plan_seal([nothing, nothing])
