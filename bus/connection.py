@@ -29,10 +29,16 @@ from weightbus.bus.received import (
 )
 from weightbus.bus.server import EmbeddedServer, open_server
 from weightbus.bus.settings import BusSettings
-from weightbus.bus.streams import OBJECTS, bucket_name, bus_streams, stream_name
+from weightbus.bus.streams import OBJECTS, bus_streams
 from weightbus.bus.subscription import Subscription, open_subscription
 from weightbus.schemas.base import Message
-from weightbus.schemas.catalogue import entry_of, pattern_of, subject_of
+from weightbus.schemas.catalogue import (
+    bucket_name,
+    entry_of,
+    pattern_of,
+    stream_name,
+    subject_of,
+)
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, encode
 from weightbus.schemas.errors import MessageInvalid

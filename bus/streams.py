@@ -15,11 +15,12 @@ from weightbus.schemas.catalogue import (
     STREAMS,
     BucketEntry,
     StreamEntry,
-    check_prefix,
+    bucket_name,
+    stream_name,
     stream_subjects,
 )
 
-__all__ = ("OBJECTS", "bucket_name", "bus_streams", "kv_stream", "object_stream", "stream_name")
+__all__ = ("OBJECTS", "bus_streams", "kv_stream", "object_stream")
 
 OBJECTS = "layouts"
 """Name of the object store."""
@@ -73,16 +74,6 @@ def _bucket_stream(bucket: BucketEntry, prefix: str) -> StreamConfig:
         allow_msg_ttl=True,
         subject_delete_marker_ttl=_MARKER_TTL_NS,
     )
-
-
-def stream_name(stream: str, prefix: str) -> str:
-    """Name on the server of a stream of the catalogue."""
-    return f"{check_prefix(prefix)}-{stream}"
-
-
-def bucket_name(bucket: str, prefix: str) -> str:
-    """Name on the server of a bucket of the catalogue."""
-    return f"{check_prefix(prefix)}-{bucket}"
 
 
 def kv_stream(bucket: str) -> str:

@@ -26,7 +26,6 @@ from weightbus.bus.files import expand_index_files, read_layout_of_files
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.errors import (
-    ApplyFailed,
     ConsumerError,
     DeadlineExceeded,
     DigestMismatch,
@@ -37,6 +36,7 @@ from weightbus.consumers.errors import (
     TransferError,
     VersionRetired,
     WorkerLost,
+    cause_of,
 )
 from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cells
 from weightbus.consumers.transfer.route import Route, Transfer
@@ -197,10 +197,10 @@ class Updater:
                 raise TransferCancelled(plan.round, plan.epoch)
         except (WeightBusError, TimeoutError) as error:
             touched = await pause.undo_unless_touched()
-            if isinstance(error, ApplyFailed) and error.cause == NotAttached.__name__:
-                self._bindings.pop(prepared.manifest.layout_digest, None)
             if isinstance(error, TimeoutError):
                 error = DeadlineExceeded("transfer", deadline_s)
+            if cause_of(error) == NotAttached.__name__:
+                self._bindings.pop(prepared.manifest.layout_digest, None)
             raise TransferError(error, touched=touched) from error
         except BaseException:
             await pause.undo_unless_touched()

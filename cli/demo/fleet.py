@@ -55,7 +55,6 @@ class Fleet:
 
     def __init__(self, directory: Path, nats_url: str, bus_prefix: str) -> None:
         self._directory = directory
-        self._nats_url = nats_url
         self._environment = {
             **{name: value for name, value in os.environ.items() if not _is_ours(name)},
             "WEIGHTBUS_NATS_URL": nats_url,

@@ -546,11 +546,6 @@ class Member:
     def _best(self) -> Candidate | None:
         return self._versions.best(self.floor, touched=self.touched)
 
-    def _ends_round(self, event: RoundCompleteSeen) -> bool:
-        """Whether a leader that knows the plan in hand, if there is one, has closed its round."""
-        work, complete = self._in_hand(), event.complete
-        return complete.round == work.round and complete.epoch >= work.epoch
-
 
 MemberHandler = Callable[[Member, Any], None]
 MemberTable = Mapping[Phase, Mapping[type[Event] | Timer, MemberHandler]]
