@@ -32,7 +32,13 @@ from weightbus.schemas.catalogue import (
     stream_subjects,
     subject_of,
 )
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
+from weightbus.schemas.checkpoint import (
+    CheckpointPart,
+    CheckpointReady,
+    CheckpointRetired,
+    CopyReady,
+    CopyRetired,
+)
 from weightbus.schemas.codec import CONTENT_TYPE_JSON, CONTENT_TYPE_MSGPACK, decode, encode
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.errors import MessageInvalid, WeightBusError
@@ -74,6 +80,7 @@ from weightbus.schemas.rounds import (
     EngineRoute,
     Group,
     Join,
+    Links,
     Member,
     Proven,
     RankOffer,
@@ -144,6 +151,8 @@ __all__ = (
     "CheckpointPart",
     "CheckpointReady",
     "CheckpointRetired",
+    "CopyReady",
+    "CopyRetired",
     "Commit",
     "CommitPolicy",
     "Copy",
@@ -172,6 +181,7 @@ __all__ = (
     "Inspect",
     "Inspected",
     "Join",
+    "Links",
     "key_of",
     "Layout",
     "layout_digest",

@@ -12,7 +12,13 @@ from typing import Final, get_args
 from msgspec import Struct
 
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
+from weightbus.schemas.checkpoint import (
+    CheckpointPart,
+    CheckpointReady,
+    CheckpointRetired,
+    CopyReady,
+    CopyRetired,
+)
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.leases import ReaderLease, RoundLease
 from weightbus.schemas.progress import (
@@ -126,6 +132,22 @@ CATALOGUE: Final = (
         sender=TRAINER,
         receivers=(CONSUMER, MONITOR),
         description="A version of this producer can no longer be read.",
+    ),
+    Entry(
+        message=CopyReady,
+        subject="{p}.{model}.checkpoint.copy.{engine}.ready",
+        stream="CHECKPOINTS",
+        sender=CONSUMER,
+        receivers=(CONSUMER, MONITOR),
+        description="An engine's host holds a copy of a version, to be read from there.",
+    ),
+    Entry(
+        message=CopyRetired,
+        subject="{p}.{model}.checkpoint.copy.{engine}.retired",
+        stream="CHECKPOINTS",
+        sender=CONSUMER,
+        receivers=(CONSUMER, MONITOR),
+        description="An engine's copy of a version can no longer be read.",
     ),
     Entry(
         message=Join,

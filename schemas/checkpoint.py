@@ -1,4 +1,4 @@
-"""What a trainer says: a version is ready, a part of one is, a version is gone. Does no I/O."""
+"""What is said of a version: it is ready, a part or a copy of it is, it is gone. Does no I/O."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from weightbus.schemas.base import (
 )
 from weightbus.schemas.placement import Placement
 
-__all__ = ("CheckpointPart", "CheckpointReady", "CheckpointRetired")
+__all__ = (
+    "CheckpointPart",
+    "CheckpointReady",
+    "CheckpointRetired",
+    "CopyReady",
+    "CopyRetired",
+)
 
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=128)], Annotated[str, Meta(max_length=4096)]],
@@ -83,3 +89,26 @@ class CheckpointRetired(Message, frozen=True, kw_only=True):
     reason: Reason = ""
     active_readers: Count = 0
     """Leases that had not ended when the publisher gave up waiting for them."""
+
+
+class CopyReady(Message, frozen=True, kw_only=True):
+    """An engine's host holds a whole, proven copy of a version, from which others may read it."""
+
+    model: Token
+    version: Version
+    engine: Token
+    layout_digest: ObjectDigest
+    placement: Placement
+    """Of the copy's segments: the same layout as the publisher's."""
+    checkpoint_ns: Nanoseconds = 0
+    """`created_ns` of the `CheckpointReady` that was copied."""
+    created_ns: Nanoseconds = 0
+
+
+class CopyRetired(Message, frozen=True, kw_only=True):
+    """The copy is about to be overwritten: read no more of it. Sent before it is."""
+
+    model: Token
+    version: Version
+    engine: Token
+    reason: Reason = ""

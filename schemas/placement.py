@@ -5,7 +5,7 @@ A placement may offer several ways to one segment; the reader takes the nearest 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
@@ -17,12 +17,16 @@ __all__ = (
     "HostId",
     "Placement",
     "RemoteSegment",
+    "SHM_NAME_PATTERN",
     "Segment",
     "SharedMemorySegment",
 )
 
 HostId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
 """Kernel boot id plus the identity of /dev/shm: containers that share no memory are two hosts."""
+
+SHM_NAME_PATTERN: Final = r"^weightbus-[A-Za-z0-9_.-]{1,200}\Z"
+"""Of a block below /dev/shm."""
 
 Generation = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 Handle = Annotated[bytes, Meta(max_length=1024)]
@@ -43,7 +47,7 @@ class FileSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="file
 class SharedMemorySegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="shared_memory"):
     """A named POSIX shared-memory block: `SHM_HEADER_BYTES` of header, then the segment's bytes."""
 
-    name: Annotated[str, Meta(pattern=r"^weightbus-[A-Za-z0-9_.-]{1,200}\Z")]
+    name: Annotated[str, Meta(pattern=SHM_NAME_PATTERN)]
     """Name below /dev/shm."""
     host_id: HostId
     generation: Generation
@@ -60,11 +64,17 @@ class CudaSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="cuda
 
 
 class RemoteSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="remote"):
-    """A registered region that can be read from another host."""
+    """The data of a block of shared memory, registered to be read from another host.
+
+    The block's header lies before it and can be read, too: its generation word is at
+    `address - SHM_HEADER_BYTES + SHM_GENERATION_OFFSET`.
+    """
 
     protocol: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
     session: Annotated[str, Meta(min_length=1, max_length=256)]
+    """What the transfer engine calls the process that offers it: `host:port`."""
     address: Annotated[int, Meta(ge=0, le=INT64_MAX)]
+    """Of the segment's first byte, in that process."""
     generation: Generation
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from weightbus.schemas.base import (
+    INT64_MAX,
     Count,
     Message,
     Nanoseconds,
@@ -34,6 +35,7 @@ __all__ = (
     "Epoch",
     "Group",
     "Join",
+    "Links",
     "Member",
     "Proven",
     "RankOffer",
@@ -44,6 +46,7 @@ __all__ = (
 
 Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """Sequence of a write in the stream of the rounds' leases."""
+Rate = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 CommitPolicy = Literal["each", "together"]
 """`each`: an engine serves once its own proof holds. `together`: once the leader says so."""
 
@@ -64,6 +67,23 @@ class RankOffer(Struct, frozen=True, kw_only=True):
 Offers = Annotated[tuple[RankOffer, ...], Meta(min_length=1, max_length=4096)]
 
 
+class Links(Struct, frozen=True, kw_only=True):
+    """Rates of one host in bytes per second, as `weightbus doctor` measures them; 0: not known."""
+
+    memory: Rate = 0
+    """Mapped memory of the host -> parameters, all ranks together."""
+    disk: Rate = 0
+    """Files -> memory."""
+    network: Rate = 0
+    """One network card, one way."""
+    broadcast: Rate = 0
+    """One broadcast in a process group: what its receivers get."""
+    p2p: Rate = 0
+    """One reader of the transfer engine."""
+    cards: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Network cards that can be used side by side."""
+
+
 class Join(Message, frozen=True, kw_only=True):
     """An engine wants to take part in a round. Repeated until a plan comes; the last one counts."""
 
@@ -77,6 +97,12 @@ class Join(Message, frozen=True, kw_only=True):
     ranks: Offers
     served_version: Annotated[int, Meta(ge=-1)] = -1
     """What the engine serves now; -1: nothing yet."""
+    links: Links = Links()
+    """What was measured on this host."""
+    rendezvous: Annotated[str, Meta(max_length=512)] = ""
+    """Where a group that this engine is the first member of meets; empty: it can be in none."""
+    groups: Annotated[tuple[Token, ...], Meta(max_length=4096)] = ()
+    """Ids of the groups that it is ready in: they need not be formed again."""
     checkpoint_ns: Nanoseconds = 0
     """`created_ns` of the `CheckpointReady`: tells a version published again from the first."""
     broken_epoch: Epoch = 0
@@ -92,11 +118,19 @@ class Member(Struct, frozen=True, array_like=True):
 
 
 class Group(Struct, frozen=True, kw_only=True):
-    """Ranks that exchange bytes with each other, in group-rank order."""
+    """One lane of a broadcast: one rank of every host, in group-rank order.
 
-    members: Annotated[tuple[Member, ...], Meta(min_length=2, max_length=65_536)]
+    Every member stages the lane's part of each bucket for its host. The root of bucket `k` in group
+    `g` is member `(k + g) % len(members)`: it fetches the part and broadcasts it to the others. The
+    members of all groups are of the same hosts, in the same order; a host of few ranks has one rank
+    in several groups. A group of one member, on a single host, only fetches.
+    """
+
+    id: Token
+    """Of this membership: equal ids, in whatever plan, mean the same processes in this order."""
+    members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=65_536)]
     rendezvous: Annotated[str, Meta(max_length=512)] = ""
-    """Where the members meet, such as `tcp://host:port`."""
+    """Where the members meet, such as `tcp://host:port`, if they have not met before."""
 
 
 class RankRoute(Struct, frozen=True, kw_only=True):
@@ -104,14 +138,12 @@ class RankRoute(Struct, frozen=True, kw_only=True):
 
     rank: RankNumber
     route: RouteName
-    group: Annotated[int, Meta(ge=0)] | None = None
-    """Index into `RoundPlan.groups` for `broadcast`."""
     reason: Annotated[str, Meta(max_length=512)] = ""
     """Why this route, in a few words, for `weightbus trace`."""
 
 
 class EngineRoute(Struct, frozen=True, kw_only=True):
-    """The part of a plan that one engine runs."""
+    """The part of a plan that one engine runs. All its ranks take one route."""
 
     engine: Token
     ranks: Annotated[tuple[RankRoute, ...], Meta(min_length=1, max_length=4096)]
@@ -141,7 +173,11 @@ class RoundPlan(Message, frozen=True, kw_only=True):
     """Engine id of the leader."""
     engines: Annotated[tuple[EngineRoute, ...], Meta(min_length=1, max_length=4096)]
     groups: Annotated[tuple[Group, ...], Meta(max_length=4096)] = ()
-    bucket_bytes: SizeBytes = 256 * 2**20
+    """The lanes of the plan's one broadcast, if there is one."""
+    bucket_bytes: SizeBytes = 64 * 2**20
+    """Of one slot of one lane of staging."""
+    slots: Annotated[int, Meta(ge=1, le=16)] = 2
+    """Slots of a lane; with one, fetch, broadcast and reload take turns."""
     budgets: Budgets = Budgets()
     commit: CommitPolicy = "each"
     checkpoint_ns: Nanoseconds = 0

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CopyReady
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.limits import Limits
 from weightbus.schemas.needs_codec import check_needs, needs_digest
 from weightbus.schemas.placement import FileSegment, Placement, SharedMemorySegment
 from weightbus.schemas.progress import UpdateComplete
-from weightbus.schemas.rounds import Abort, Join, RankRoute, RoundComplete, RoundPlan
-from weightbus.schemas.worker import Applied, Apply, Attach, Described, Inspected
+from weightbus.schemas.rounds import Abort, Join, RoundComplete, RoundPlan
+from weightbus.schemas.worker import Applied, Apply, Attach, Described, InPlace, Inspected, Stream
 
 __all__ = ("DIGEST_BYTES", "check_message", "check_path", "check_ways")
 
@@ -112,33 +112,34 @@ def _check_join(message: Join, limits: Limits) -> None:
 def _check_plan(message: RoundPlan, limits: Limits) -> None:
     kind = "RoundPlan"
     _check_unique(kind, "engines", (part.engine for part in message.engines))
-    group_of: dict[tuple[str, int], int] = {}
+    staged: set[tuple[str, int]] = set()
     for number, part in enumerate(message.engines):
         field = f"engines[{number}].ranks"
         _check_unique(kind, field, (route.rank for route in part.ranks))
         for n, route in enumerate(part.ranks):
-            _check_rank_route(f"{field}[{n}].group", route, len(message.groups))
-            if route.group is not None:
-                group_of[part.engine, route.rank] = route.group
+            if route.route != part.ranks[0].route:
+                limit = f"must be {part.ranks[0].route}, as of the engine's other ranks"
+                raise MessageInvalid(kind, f"{field}[{n}].route", route.route, limit)
+            if route.route == "broadcast":
+                staged.add((part.engine, route.rank))
+    _check_unique(kind, "groups.id", (group.id for group in message.groups))
+    named: set[tuple[str, int]] = set()
     for number, group in enumerate(message.groups):
+        field = f"groups[{number}].members"
+        if len(group.members) != len(message.groups[0].members):
+            limit = f"must be {len(message.groups[0].members)}, as in the first group"
+            raise MessageInvalid(kind, field, f"{len(group.members)} long", limit)
+        _check_unique(kind, field, (member.engine for member in group.members))
         for n, member in enumerate(group.members):
-            if group_of.pop((member.engine, member.rank), None) != number:
-                limit = f"must be a rank that the plan sends through group {number}, named once"
-                field = f"groups[{number}].members[{n}]"
-                raise MessageInvalid(kind, field, (member.engine, member.rank), limit)
-    for (engine, rank), number in group_of.items():
-        limit = f"must name rank {rank} of engine {engine}, whose route goes through it"
-        raise MessageInvalid(kind, f"groups[{number}].members", "incomplete", limit)
-    if message.groups and not message.bucket_bytes:
-        raise MessageInvalid(kind, "bucket_bytes", 0, "must be at least 1 with groups")
-
-
-def _check_rank_route(field: str, route: RankRoute, groups: int) -> None:
-    if (route.group is not None) != (route.route == "broadcast"):
-        limit = "must be given for broadcast, and for no other route"
-        raise MessageInvalid("RoundPlan", field, route.group, limit)
-    if route.group is not None and route.group >= groups:
-        raise MessageInvalid("RoundPlan", field, route.group, f"the plan has {groups} groups")
+            if (member.engine, member.rank) not in staged:
+                limit = "must be a rank whose route is broadcast"
+                raise MessageInvalid(kind, f"{field}[{n}]", (member.engine, member.rank), limit)
+            named.add((member.engine, member.rank))
+    for engine, rank in sorted(staged - named):
+        limit = f"must name rank {rank} of engine {engine}, whose route is broadcast"
+        raise MessageInvalid(kind, "groups", "incomplete", limit)
+    if not message.bucket_bytes:
+        raise MessageInvalid(kind, "bucket_bytes", 0, "must be at least 1")
 
 
 def _check_abort(message: Abort, limits: Limits) -> None:
@@ -184,7 +185,15 @@ def _check_attach(message: Attach, limits: Limits) -> None:
 
 
 def _check_apply(message: Apply, limits: Limits) -> None:
-    check_ways("Apply", "sources", tuple((source,) for source in message.sources))
+    if isinstance(message.feed, InPlace):
+        ways = tuple((source,) for source in message.feed.sources)
+        check_ways("Apply", "feed.sources", ways)
+    elif isinstance(message.feed, Stream):
+        _check_unique("Apply", "feed.lanes", message.feed.lanes)
+
+
+def _check_copy(message: CopyReady, limits: Limits) -> None:
+    check_ways("CopyReady", "placement", message.placement)
 
 
 def _check_applied(message: Applied, limits: Limits) -> None:
@@ -209,6 +218,7 @@ def _check_digests(kind: str, digests: bytes) -> int:
 _RULES: Final[dict[type[Message], Callable[[Any, Limits], None]]] = {
     CheckpointReady: _check_ready,
     CheckpointPart: _check_part,
+    CopyReady: _check_copy,
     Join: _check_join,
     RoundPlan: _check_plan,
     Abort: _check_abort,

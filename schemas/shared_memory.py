@@ -10,13 +10,46 @@ import struct
 
 from weightbus.schemas.errors import MessageInvalid
 
-__all__ = ("SHM_GENERATION_OFFSET", "SHM_HEADER_BYTES", "pack_shm_header", "unpack_shm_header")
+__all__ = (
+    "MAX_READERS",
+    "SHM_FILLED_OFFSET",
+    "SHM_GENERATION_OFFSET",
+    "SHM_GIVEN_UP_OFFSET",
+    "SHM_HEADER_BYTES",
+    "SHM_READERS_OFFSET",
+    "SHM_REQUEST_OFFSET",
+    "SHM_WANTED_OFFSET",
+    "TURN_BITS",
+    "pack_shm_header",
+    "unpack_shm_header",
+)
 
 SHM_HEADER_BYTES = 4096
 """The data begins one page after the block's start, so that it can be registered with a device."""
 
 SHM_GENERATION_OFFSET = 16
 """Where the 8-byte little-endian generation word lies in the header."""
+
+TURN_BITS = 32
+"""Words of a staging block count buckets of one transfer: its turn above, the count below."""
+
+SHM_FILLED_OFFSET = 64
+"""Staging: the owner's word, `turn << TURN_BITS | parts`: so many parts of its lane are filled."""
+
+SHM_GIVEN_UP_OFFSET = 72
+"""Staging: the turn that the owner has given up; 0: none."""
+
+SHM_WANTED_OFFSET = 80
+"""Relay: the reader's word, `turn << TURN_BITS | number` of its latest request."""
+
+SHM_REQUEST_OFFSET = 88
+"""Relay: what is wanted: three words: segment, window, and the slot that it shall be put into."""
+
+SHM_READERS_OFFSET = 256
+"""Staging: word `r` is reader `r`'s, `turn << TURN_BITS | parts`: so many parts it has done with."""
+
+MAX_READERS = (SHM_HEADER_BYTES - SHM_READERS_OFFSET) // 8
+"""Readers that a staging block has words for."""
 
 _MAGIC = b"wbus-shm"
 _HEADER = struct.Struct("<8sQQ")  # magic, data size in bytes, generation

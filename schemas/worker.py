@@ -27,7 +27,8 @@ from weightbus.schemas.base import (
 from weightbus.schemas.layout import Index, Shape
 from weightbus.schemas.limits import MAX_CELLS
 from weightbus.schemas.needs import Needs
-from weightbus.schemas.placement import Segment
+from weightbus.schemas.placement import SHM_NAME_PATTERN, Segment
+from weightbus.schemas.shared_memory import MAX_READERS
 
 __all__ = (
     "Applied",
@@ -40,15 +41,27 @@ __all__ = (
     "Detach",
     "Detached",
     "Failed",
+    "Feed",
+    "InPlace",
     "Inspect",
     "Inspected",
+    "Relay",
     "StageTiming",
+    "Stream",
     "WorkerMessage",
     "WorkerReply",
     "WorkerRequest",
 )
 
 Request = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+
+BlockName = Annotated[str, Meta(pattern=SHM_NAME_PATTERN)]
+"""Of a block below /dev/shm."""
+
+Turn = Annotated[int, Meta(ge=1, le=2**32 - 1)]
+"""Tells the transfers apart that go through one staging block."""
+
+ReaderNumber = Annotated[int, Meta(ge=0, lt=MAX_READERS)]
 
 Digests = Annotated[bytes, Meta(max_length=8 * MAX_CELLS)]
 """64-bit digests, 8 bytes each, little endian."""
@@ -132,14 +145,54 @@ class Attached(WorkerMessage, frozen=True, kw_only=True):
     tile_bytes: SizeBytes
 
 
+class InPlace(Struct, frozen=True, kw_only=True, tag_field="feed", tag="in_place"):
+    """The worker reads the segments themselves, in any order, as often as it likes."""
+
+    sources: Annotated[tuple[Segment, ...], Meta(max_length=4096)]
+    """For every segment of the layout, in its order, the one way to take."""
+
+
+class Stream(Struct, frozen=True, kw_only=True, tag_field="feed", tag="stream"):
+    """Every byte comes by once, in buckets, through the staging blocks of this host's lanes.
+
+    How buckets are cut follows from the layout, `bucket_bytes` and the number of lanes alone
+    (`plan_buckets`). Lane `l` of bucket `k` is in slot `k % slots` of block `lanes[l]`.
+    """
+
+    lanes: Annotated[tuple[BlockName, ...], Meta(min_length=1, max_length=4096)]
+    """Names of the staging blocks below /dev/shm. One may be made a little later than the others:
+    its owner is another consumer of this host."""
+    bucket_bytes: Annotated[int, Meta(ge=1, le=INT64_MAX)]
+    """Of one slot of one lane."""
+    slots: Annotated[int, Meta(ge=1, le=16)]
+    turn: Turn
+    """Of this transfer, in the blocks' words."""
+    reader: ReaderNumber
+    """Which word of every block this worker counts in."""
+
+
+class Relay(Struct, frozen=True, kw_only=True, tag_field="feed", tag="relay"):
+    """The worker asks for windows of the segments, in any order, as often as it likes; its consumer
+    puts them into the slots of a staging block that is this worker's own."""
+
+    block: BlockName
+    window_bytes: Annotated[int, Meta(ge=1, le=INT64_MAX)]
+    """Of one slot: window `w` of a segment holds its bytes from `w * window_bytes` on."""
+    slots: Annotated[int, Meta(ge=1, le=16)]
+    turn: Turn
+
+
+Feed = InPlace | Stream | Relay
+
+
 class Apply(WorkerMessage, frozen=True, kw_only=True):
     """Write this version into the live parameters, now. The engine is paused."""
 
     request: Request
     version: Version
     layout_digest: ObjectDigest
-    sources: Annotated[tuple[Segment, ...], Meta(max_length=4096)]
-    """For every segment of the layout, in its order, the one way to take."""
+    feed: Feed
+    """Where the bytes come from."""
     deadline_s: Seconds
 
 
@@ -197,6 +250,8 @@ class Inspected(WorkerMessage, frozen=True, kw_only=True):
     (copy -1, casts, parameters that the engine repacks) are 0 and listed in `unreadable`."""
     unreadable: Annotated[tuple[Index, ...], Meta(max_length=MAX_CELLS)] = ()
     """Numbers of the cells that cannot be read back."""
+    proven: Annotated[tuple[ObjectDigest, ...], Meta(max_length=16)] = ()
+    """Layouts whose plan is proven, and writes every parameter directly: a `Stream` will do."""
 
 
 class Detach(WorkerMessage, frozen=True, kw_only=True):

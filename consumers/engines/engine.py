@@ -12,8 +12,7 @@ from typing import ClassVar
 
 from msgspec import Struct
 
-from weightbus.schemas.placement import Segment
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Inspected
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected
 
 __all__ = ("Engine", "EngineReport")
 
@@ -87,12 +86,12 @@ class Engine(ABC):
         self,
         version: int,
         layout_digest: str,
-        sources: Mapping[int, Sequence[Segment]],
+        feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
-        """Write `version` into the live parameters of the ranks named in `sources`. Paused only.
+        """Write `version` into the live parameters of the ranks named in `feeds`. Paused only.
 
-        Returns, in the order of `sources`, once every device is synchronised. It raises only when
+        Returns, in the order of `feeds`, once every device is synchronised. It raises only when
         no rank writes any more, or when a rank that might is lost.
 
         Raises:

@@ -173,10 +173,11 @@ class ReloadWorker:
         deadline = Deadline("reload", request.deadline_s)
         reloader = self._attached_layout(request.layout_digest).reloader
         sizes = [segment.size_bytes for segment in reloader.layout.segments]
-        if len(request.sources) != len(sizes):
-            raise PlanError("sources", f"{len(request.sources)} long", f"must be {len(sizes)}")
+        sources = request.feed.sources
+        if len(sources) != len(sizes):
+            raise PlanError("sources", f"{len(sources)} long", f"must be {len(sizes)}")
         start_ns = time.time_ns()
-        with self._segments.open_all(request.sources, sizes) as segments:
+        with self._segments.open_all(sources, sizes) as segments:
             deadline.check()
             self._touched = True
             self._updates += 1

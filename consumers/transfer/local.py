@@ -24,7 +24,7 @@ from weightbus.consumers.transfer.segments import probe_segment
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import FileSegment, Placement, Segment, SharedMemorySegment
-from weightbus.schemas.worker import Applied
+from weightbus.schemas.worker import Applied, InPlace
 
 __all__ = ("LocalRoute",)
 
@@ -60,7 +60,7 @@ class LocalRoute(Route):
         applied = await transfer.engine.apply(
             transfer.version,
             transfer.layout_digest,
-            dict.fromkeys(transfer.ranks, sources),
+            dict.fromkeys(transfer.ranks, InPlace(sources=tuple(sources))),
             left_s,
         )
         for rank, reply in zip(transfer.ranks, applied, strict=True):

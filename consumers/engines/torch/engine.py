@@ -31,7 +31,6 @@ from weightbus.consumers.errors import (
     WorkerLost,
 )
 from weightbus.schemas.errors import MessageInvalid, WeightBusError
-from weightbus.schemas.placement import Segment
 from weightbus.schemas.worker import (
     Applied,
     Apply,
@@ -42,6 +41,7 @@ from weightbus.schemas.worker import (
     Described,
     Detached,
     Failed,
+    Feed,
     Inspect,
     Inspected,
     WorkerMessage,
@@ -127,7 +127,7 @@ class TorchEngine(Engine):
         self,
         version: int,
         layout_digest: str,
-        sources: Mapping[int, Sequence[Segment]],
+        feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         requests = {
@@ -135,18 +135,18 @@ class TorchEngine(Engine):
                 request=0,
                 version=version,
                 layout_digest=layout_digest,
-                sources=tuple(segments),
+                feed=feed,
                 deadline_s=share_for_peer(deadline_s),
             )
-            for rank, segments in sources.items()
+            for rank, feed in feeds.items()
         }
         try:
             outcomes = await self._channel.request_each(requests, deadline_s)
         except anyio.get_cancelled_exc_class():
-            await self._settle(sources)
+            await self._settle(feeds)
             raise
         if any(isinstance(outcome, DeadlineExceeded) for outcome in outcomes.values()):
-            await self._settle(sources)
+            await self._settle(feeds)
         try:
             return _all_of(Applied, outcomes)
         except ConsumerError as error:
