@@ -107,6 +107,7 @@ def _check_join(message: Join, limits: Limits) -> None:
     _check_unique("Join", "ranks", (offer.rank for offer in message.ranks))
     for number, offer in enumerate(message.ranks):
         _check_unique("Join", f"ranks[{number}].routes", offer.routes)
+    _check_unique("Join", "groups", message.groups)
 
 
 def _check_plan(message: RoundPlan, limits: Limits) -> None:
@@ -122,6 +123,14 @@ def _check_plan(message: RoundPlan, limits: Limits) -> None:
                 raise MessageInvalid(kind, f"{field}[{n}].route", route.route, limit)
             if route.route == "broadcast":
                 staged.add((part.engine, route.rank))
+    _check_groups(message, staged)
+    if not message.bucket_bytes:
+        raise MessageInvalid(kind, "bucket_bytes", 0, "must be at least 1")
+
+
+def _check_groups(message: RoundPlan, staged: set[tuple[str, int]]) -> None:
+    """The lanes of a broadcast name exactly the ranks that take it: `staged`."""
+    kind = "RoundPlan"
     _check_unique(kind, "groups.id", (group.id for group in message.groups))
     named: set[tuple[str, int]] = set()
     for number, group in enumerate(message.groups):
@@ -129,6 +138,9 @@ def _check_plan(message: RoundPlan, limits: Limits) -> None:
         if len(group.members) != len(message.groups[0].members):
             limit = f"must be {len(message.groups[0].members)}, as in the first group"
             raise MessageInvalid(kind, field, f"{len(group.members)} long", limit)
+        if len(group.members) > 1 and not group.rendezvous:
+            limit = "must be given: its members are of several hosts"
+            raise MessageInvalid(kind, f"groups[{number}].rendezvous", "", limit)
         _check_unique(kind, field, (member.engine for member in group.members))
         for n, member in enumerate(group.members):
             if (member.engine, member.rank) not in staged:
@@ -138,8 +150,6 @@ def _check_plan(message: RoundPlan, limits: Limits) -> None:
     for engine, rank in sorted(staged - named):
         limit = f"must name rank {rank} of engine {engine}, whose route is broadcast"
         raise MessageInvalid(kind, "groups", "incomplete", limit)
-    if not message.bucket_bytes:
-        raise MessageInvalid(kind, "bucket_bytes", 0, "must be at least 1")
 
 
 def _check_abort(message: Abort, limits: Limits) -> None:
@@ -205,6 +215,7 @@ def _check_inspected(message: Inspected, limits: Limits) -> None:
     for number, cell in enumerate(message.unreadable):
         if cell >= cells:
             raise MessageInvalid("Inspected", f"unreadable[{number}]", cell, f"of {cells} cells")
+    _check_unique("Inspected", "proven", message.proven)
 
 
 def _check_digests(kind: str, digests: bytes) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from weightbus.schemas import (
     Abort,
     Applied,
@@ -21,6 +23,8 @@ from weightbus.schemas import (
     CheckpointRetired,
     Commit,
     Copy,
+    CopyReady,
+    CopyRetired,
     CudaSegment,
     DeadLetter,
     Describe,
@@ -33,10 +37,12 @@ from weightbus.schemas import (
     FileSegment,
     Fill,
     Group,
+    InPlace,
     Inspect,
     Inspected,
     Join,
     Layout,
+    Links,
     Member,
     Message,
     Needs,
@@ -45,6 +51,7 @@ from weightbus.schemas import (
     RankOffer,
     RankRoute,
     ReaderLease,
+    Relay,
     RemoteSegment,
     RoundComplete,
     RoundLease,
@@ -54,6 +61,7 @@ from weightbus.schemas import (
     SharedMemorySegment,
     StageComplete,
     StageTiming,
+    Stream,
     TensorSpec,
     Transform,
     UpdateComplete,
@@ -62,7 +70,7 @@ from weightbus.schemas import (
     needs_digest,
 )
 
-__all__ = ("EXAMPLES", "LAYOUT", "NEEDS")
+__all__ = ("EXAMPLES", "LAYOUT", "NEEDS", "VARIANTS")
 
 MODEL: Final = "qwen3-rl"
 ROUND: Final = "v7-0"
@@ -146,6 +154,16 @@ _TRAINER: Final[tuple[Message, ...]] = (
 )
 
 _CONSUMER: Final[tuple[Message, ...]] = (
+    CopyReady(
+        model=MODEL,
+        version=7,
+        engine="a",
+        layout_digest=_LAYOUT_DIGEST,
+        placement=_PLACEMENT,
+        checkpoint_ns=T0,
+        created_ns=T0 + 10**9,
+    ),
+    CopyRetired(model=MODEL, version=7, engine="a", reason="version 8 is about to be copied"),
     Join(
         model=MODEL,
         version=7,
@@ -164,6 +182,16 @@ _CONSUMER: Final[tuple[Message, ...]] = (
             ),
         ),
         served_version=6,
+        links=Links(
+            memory=20 * 10**9,
+            disk=2 * 10**9,
+            network=12_500_000_000,
+            broadcast=3 * 10**9,
+            p2p=2 * 10**9,
+            cards=8,
+        ),
+        rendezvous="tcp://10.0.0.1:29500",
+        groups=("0f1e2d3c4b5a-1",),
         checkpoint_ns=T0,
         broken_epoch=1,
         joined_ns=T0,
@@ -175,21 +203,30 @@ _CONSUMER: Final[tuple[Message, ...]] = (
         epoch=1,
         leader="a",
         engines=(
-            EngineRoute(
-                engine="a", ranks=(RankRoute(rank=0, route="broadcast", group=0, reason="far"),)
-            ),
+            EngineRoute(engine="a", ranks=(RankRoute(rank=0, route="broadcast", reason="far"),)),
             EngineRoute(
                 engine="b",
                 ranks=(
-                    RankRoute(rank=0, route="broadcast", group=0),
-                    RankRoute(rank=1, route="local"),
+                    RankRoute(rank=0, route="broadcast"),
+                    RankRoute(rank=1, route="broadcast"),
                 ),
             ),
+            EngineRoute(engine="c", ranks=(RankRoute(rank=0, route="local"),)),
         ),
         groups=(
-            Group(members=(Member("a", 0), Member("b", 0)), rendezvous="tcp://10.0.0.1:29500"),
+            Group(
+                id="0f1e2d3c4b5a-1",
+                members=(Member("a", 0), Member("b", 0)),
+                rendezvous="tcp://10.0.0.1:29500",
+            ),
+            Group(
+                id="5a4b3c2d1e0f-1",
+                members=(Member("a", 0), Member("b", 1)),
+                rendezvous="tcp://10.0.0.1:29500",
+            ),
         ),
         bucket_bytes=2**27,
+        slots=3,
         budgets=Budgets(prepare_s=10.0, transfer_s=60.0, commit_s=5.0, round_s=90.0),
         commit="together",
         checkpoint_ns=T0,
@@ -317,7 +354,13 @@ _WORKER: Final[tuple[Message, ...]] = (
         request=3,
         version=7,
         layout_digest=_LAYOUT_DIGEST,
-        sources=(_PLACEMENT[0][0], _PLACEMENT[1][1]),
+        feed=Stream(
+            lanes=("weightbus-stage.a.0", "weightbus-stage.a.1"),
+            bucket_bytes=2**26,
+            slots=3,
+            turn=1,
+            reader=1,
+        ),
         deadline_s=60.0,
     ),
     Applied(
@@ -342,6 +385,7 @@ _WORKER: Final[tuple[Message, ...]] = (
         updates=3,
         cell_digests=bytes(range(16)),
         unreadable=(1,),
+        proven=(_LAYOUT_DIGEST,),
     ),
     Detach(request=5, deadline_s=5.0),
     Detached(request=5, rank=0),
@@ -349,3 +393,15 @@ _WORKER: Final[tuple[Message, ...]] = (
 
 EXAMPLES: Final = {type(message).__name__: message for message in _TRAINER + _CONSUMER + _WORKER}
 """Message type's name -> its example."""
+
+_APPLY: Final = next(message for message in _WORKER if isinstance(message, Apply))
+
+VARIANTS: Final[dict[str, Message]] = {
+    "Apply-in_place": msgspec.structs.replace(
+        _APPLY, feed=InPlace(sources=(_PLACEMENT[0][0], _PLACEMENT[1][1]))
+    ),
+    "Apply-relay": msgspec.structs.replace(
+        _APPLY, feed=Relay(block="weightbus-relay.a.0", window_bytes=2**20, slots=2, turn=1)
+    ),
+}
+"""What a field of several types holds beside the example, by the name of the golden file."""

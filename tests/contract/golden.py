@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from tests.contract.examples import EXAMPLES, LAYOUT, NEEDS
+from tests.contract.examples import EXAMPLES, LAYOUT, NEEDS, VARIANTS
 from weightbus.schemas import CONTENT_TYPE_JSON, CONTENT_TYPE_MSGPACK, encode
 from weightbus.schemas.blobs import canonical
 
@@ -23,7 +23,7 @@ def expected_files() -> dict[str, bytes]:
     """
     files = {
         f"{name}.{suffix}": encode(message, content_type)
-        for name, message in EXAMPLES.items()
+        for name, message in (EXAMPLES | VARIANTS).items()
         for content_type, suffix in SUFFIXES.items()
     }
     files["Layout.msgpack"] = canonical("layout", LAYOUT)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.contract.examples import EXAMPLES, LAYOUT, NEEDS
+from tests.contract.examples import EXAMPLES, LAYOUT, NEEDS, VARIANTS
 from tests.contract.golden import GOLDEN, SUFFIXES, expected_files
 from weightbus.schemas import (
     CONTENT_TYPE_JSON,
@@ -25,6 +25,7 @@ from weightbus.schemas.blobs import compress
 from weightbus.schemas.jsonschema import message_types
 
 MESSAGES = [pytest.param(message, id=name) for name, message in EXAMPLES.items()]
+NAMED = [pytest.param(name, message, id=name) for name, message in (EXAMPLES | VARIANTS).items()]
 
 
 def test_examples_cover_every_message_of_the_contract() -> None:
@@ -63,10 +64,10 @@ def test_encoding_yields_the_golden_bytes(name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content_type", SUFFIXES)
-@pytest.mark.parametrize("message", MESSAGES)
-def test_golden_bytes_decode_to_the_example(message: Message, content_type: str) -> None:
-    name = f"{type(message).__name__}.{SUFFIXES[content_type]}"
-    assert decode((GOLDEN / name).read_bytes(), content_type, type(message)) == message
+@pytest.mark.parametrize(("name", "message"), NAMED)
+def test_golden_bytes_decode_to_the_example(name: str, message: Message, content_type: str) -> None:
+    path = GOLDEN / f"{name}.{SUFFIXES[content_type]}"
+    assert decode(path.read_bytes(), content_type, type(message)) == message
 
 
 @pytest.mark.parametrize("message", MESSAGES)

@@ -32,11 +32,13 @@ from weightbus.schemas import (
     SCHEMA_VERSION,
     Abort,
     Applied,
+    Apply,
     Attach,
     Cell,
     CheckpointPart,
     CheckpointReady,
     Copy,
+    CopyReady,
     Described,
     EngineRoute,
     FileSegment,
@@ -58,6 +60,7 @@ from weightbus.schemas import (
     SegmentSpec,
     ShardSpec,
     SharedMemorySegment,
+    Stream,
     TensorSpec,
     Transform,
     UnaryOp,
@@ -243,23 +246,21 @@ def _part(draw: st.DrawFn, message: CheckpointPart) -> CheckpointPart:
 def _plan(draw: st.DrawFn, message: RoundPlan) -> RoundPlan:
     engines = draw(st.lists(_tokens, min_size=1, max_size=3, unique=True))
     sizes = {engine: draw(st.integers(1, 3)) for engine in engines}
-    members = [Member(engine, rank) for engine, size in sizes.items() for rank in range(size)]
-    groups: tuple[Group, ...] = ()
-    group_of: dict[Member, int | None] = dict.fromkeys(members)
-    if len(members) > 1 and draw(st.booleans()):
-        chosen = tuple(draw(st.permutations(members))[: draw(st.integers(2, len(members)))])
-        groups = (Group(members=chosen, rendezvous="tcp://host:1"),)
-        group_of |= dict.fromkeys(chosen, 0)
+    hosts = engines[: draw(st.integers(0, len(engines)))]
+    lanes = max((sizes[host] for host in hosts), default=0)
+    groups = tuple(
+        Group(
+            id=f"g{lane}",
+            members=tuple(Member(host, lane % sizes[host]) for host in hosts),
+            rendezvous="tcp://host:1",
+        )
+        for lane in range(lanes)
+    )
     parts = []
     for engine, size in sizes.items():
-        ranks = []
-        for rank in range(size):
-            group = group_of[Member(engine, rank)]
-            route: RouteName = "broadcast"
-            if group is None:
-                route = draw(st.sampled_from(_alone))
-            ranks.append(RankRoute(rank=rank, route=route, group=group))
-        parts.append(EngineRoute(engine=engine, ranks=tuple(ranks)))
+        route: RouteName = "broadcast" if engine in hosts else draw(st.sampled_from(_alone))
+        ranks = tuple(RankRoute(rank=rank, route=route) for rank in range(size))
+        parts.append(EngineRoute(engine=engine, ranks=ranks))
     return msgspec.structs.replace(
         message, engines=tuple(parts), groups=groups, bucket_bytes=max(message.bucket_bytes, 1)
     )
@@ -284,7 +285,15 @@ def _described(draw: st.DrawFn, message: Described) -> Described:
 def _inspected(draw: st.DrawFn, message: Inspected) -> Inspected:
     cells = len(message.cell_digests) // 8
     unreadable = tuple(range(draw(st.integers(0, cells))))
-    return msgspec.structs.replace(message, unreadable=unreadable)
+    proven = tuple(dict.fromkeys(message.proven))
+    return msgspec.structs.replace(message, unreadable=unreadable, proven=proven)
+
+
+def _apply(draw: st.DrawFn, message: Apply) -> Apply:
+    feed = message.feed
+    if isinstance(feed, Stream):
+        feed = msgspec.structs.replace(feed, lanes=tuple(dict.fromkeys(feed.lanes)))
+    return msgspec.structs.replace(message, feed=feed)
 
 
 _placements = st.lists(
@@ -297,6 +306,8 @@ _FIELDS: Final[dict[tuple[type[Struct], str], st.SearchStrategy[Any]]] = {
     (SharedMemorySegment, "generation"): st.integers(0, 2**62 - 1).map(lambda n: 2 * n),
     (CheckpointReady, "placement"): _placements,
     (CheckpointPart, "placement"): _placements,
+    (CopyReady, "placement"): _placements,
+    (Join, "groups"): _unique_by(_tokens, str),
     (Abort, "lost"): _unique_by(_tokens, str),
     (RankOffer, "routes"): _routes,
     (UpdateComplete, "routes"): _routes,
@@ -325,5 +336,6 @@ _RULES: Final[dict[type[Message], Callable[[st.DrawFn, Any], Any]]] = {
     RoundComplete: _complete,
     UpdateComplete: _update,
     Described: _described,
+    Apply: _apply,
     Inspected: _inspected,
 }

@@ -44,6 +44,8 @@ from weightbus.schemas import (
         ("CheckpointReady", "weightbus.qwen3-rl.checkpoint.ready"),
         ("CheckpointPart", "weightbus.qwen3-rl.checkpoint.part.trainer.1"),
         ("CheckpointRetired", "weightbus.qwen3-rl.checkpoint.retired.trainer"),
+        ("CopyReady", "weightbus.qwen3-rl.checkpoint.copy.a.ready"),
+        ("CopyRetired", "weightbus.qwen3-rl.checkpoint.copy.a.retired"),
         ("Join", "weightbus.qwen3-rl.round.v7-0.join"),
         ("RoundPlan", "weightbus.qwen3-rl.round.v7-0.plan"),
         ("Proven", "weightbus.qwen3-rl.round.v7-0.proven"),
@@ -62,7 +64,7 @@ def test_subject_follows_from_the_message(name: str, subject: str) -> None:
 
 
 def test_every_entry_has_a_subject_test_above() -> None:
-    assert len(CATALOGUE) == 13
+    assert len(CATALOGUE) == 15
 
 
 def test_stage_of_the_whole_engine_has_its_own_token() -> None:

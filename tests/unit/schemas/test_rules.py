@@ -11,10 +11,12 @@ from tests.contract.examples import EXAMPLES
 from weightbus.schemas import (
     FileSegment,
     Group,
+    InPlace,
     Member,
     MessageInvalid,
     RankRoute,
     SharedMemorySegment,
+    Stream,
     decode,
     encode,
 )
@@ -74,7 +76,21 @@ def block(generation: int) -> SharedMemorySegment:
         ("Described", {"rank": 1}, "rank", "must be below world_size"),
         ("Described", {"needs_digest": "0" * 64}, "needs_digest", "digest of needs"),
         ("Attach", {"roots": ("shared",)}, "roots[0]", "absolute"),
-        ("Apply", {"sources": (block(5),)}, "sources[0][0].generation", "even"),
+        ("CopyReady", {"placement": ((block(1),),)}, "placement[0][0].generation", "even"),
+        ("Join", {"groups": ("g", "h", "g")}, "groups[2]", "must not repeat"),
+        (
+            "Apply",
+            {"feed": InPlace(sources=(block(5),))},
+            "feed.sources[0][0].generation",
+            "even",
+        ),
+        (
+            "Apply",
+            {"feed": Stream(lanes=("weightbus-a",) * 2, bucket_bytes=1, slots=1, turn=1, reader=0)},
+            "feed.lanes[1]",
+            "must not repeat",
+        ),
+        ("Inspected", {"proven": ("0" * 64,) * 2}, "proven[1]", "must not repeat"),
         ("Applied", {"cell_digests": b"1234567"}, "cell_digests", "8 bytes for each"),
         ("Inspected", {"cell_digests": b"123456789"}, "cell_digests", "8 bytes for each"),
         ("Inspected", {"unreadable": (0, 2)}, "unreadable[1]", "of 2 cells"),
@@ -110,61 +126,68 @@ def test_files_alone_are_the_whole_contract_of_a_trainer_in_another_language() -
     assert ready.files == ("/shared/a.safetensors",)  # type: ignore[attr-defined]
 
 
-def plan_with(rank_route: RankRoute | None = None, groups: tuple[Group, ...] | None = None) -> Any:
-    """The example's plan (rank 0 of a and of b in one group) with one thing changed."""
-    plan: Any = EXAMPLES["RoundPlan"]
-    if rank_route is not None:
-        first = msgspec.structs.replace(plan.engines[0], ranks=(rank_route,))
-        plan = msgspec.structs.replace(plan, engines=(first, *plan.engines[1:]))
-    if groups is not None:
+PLAN: Any = EXAMPLES["RoundPlan"]
+A0, B0, B1, C0 = Member("a", 0), Member("b", 0), Member("b", 1), Member("c", 0)
+
+
+def group(identity: str, *members: Member, rendezvous: str = "tcp://host:1") -> Group:
+    return Group(id=identity, members=members, rendezvous=rendezvous)
+
+
+def plan_with(*groups: Group, first: RankRoute | None = None, **fields: Any) -> Any:
+    """The example's plan (a and b in two groups, c alone) with one thing changed."""
+    plan = msgspec.structs.replace(PLAN, **fields)
+    if groups:
         plan = msgspec.structs.replace(plan, groups=groups)
+    if first is not None:
+        part = msgspec.structs.replace(plan.engines[0], ranks=(first,))
+        plan = msgspec.structs.replace(plan, engines=(part, *plan.engines[1:]))
     return plan
 
 
-def group(*members: Member) -> Group:
-    return Group(members=members)
+def b_with(*routes: RankRoute) -> Any:
+    """The example's plan with other routes of the ranks of b."""
+    part = msgspec.structs.replace(PLAN.engines[1], ranks=routes)
+    return msgspec.structs.replace(PLAN, engines=(PLAN.engines[0], part, PLAN.engines[2]))
 
 
-A0, B0, B1 = Member("a", 0), Member("b", 0), Member("b", 1)
+BROADCAST = RankRoute(rank=0, route="broadcast")
 
 
 @pytest.mark.parametrize(
-    ("plan", "field"),
+    ("plan", "field", "limit"),
     [
-        (plan_with(RankRoute(rank=0, route="broadcast")), "engines[0].ranks[0].group"),
-        (plan_with(RankRoute(rank=0, route="p2p", group=0)), "engines[0].ranks[0].group"),
-        (plan_with(RankRoute(rank=0, route="broadcast", group=1)), "engines[0].ranks[0].group"),
-        (plan_with(RankRoute(rank=0, route="local")), "groups[0].members[0]"),
-        (plan_with(groups=(group(A0, A0),)), "groups[0].members[1]"),
-        (plan_with(groups=(group(A0, B0, B1),)), "groups[0].members[2]"),
-        (plan_with(groups=(group(A0, Member("c", 0)),)), "groups[0].members[1]"),
-        (plan_with(groups=(group(A0, B0), group(A0, B0))), "groups[1].members[0]"),
+        (b_with(BROADCAST, RankRoute(rank=1, route="p2p")), "engines[1].ranks[1].route", "of the"),
+        (b_with(BROADCAST, BROADCAST), "engines[1].ranks[1]", "must not repeat"),
+        (plan_with(first=RankRoute(rank=0, route="p2p")), "groups[0].members[0]", "is broadcast"),
+        (plan_with(group("g", A0, A0)), "groups[0].members[1]", "must not repeat"),
+        (plan_with(group("g", A0, C0)), "groups[0].members[1]", "is broadcast"),
+        (plan_with(group("g", A0, Member("d", 0))), "groups[0].members[1]", "is broadcast"),
+        (plan_with(group("g", A0, B0)), "groups", "must name rank 1 of engine b"),
+        (plan_with(group("g", A0, B0), group("g", A0, B1)), "groups.id[1]", "must not repeat"),
+        (plan_with(group("g", A0, B0), group("h", B1)), "groups[1].members", "must be 2"),
         (
-            plan_with(
-                RankRoute(rank=0, route="broadcast", group=1), groups=(group(B0, B1), group(A0, B1))
-            ),
-            "groups[0].members[1]",
+            plan_with(group("g", A0, B0), group("h", A0, B1, rendezvous="")),
+            "groups[1].rendezvous",
+            "must be given",
         ),
-        (plan_with(groups=()), "engines[0].ranks[0].group"),
-        (replaced("RoundPlan", bucket_bytes=0), "bucket_bytes"),
-        (replaced("RoundPlan", engines=EXAMPLES["RoundPlan"].engines * 2), "engines[2]"),  # type: ignore[attr-defined]
+        (plan_with(groups=()), "groups", "must name rank 0 of engine a"),
+        (plan_with(bucket_bytes=0), "bucket_bytes", "at least 1"),
+        (plan_with(engines=PLAN.engines * 2), "engines[3]", "must not repeat"),
     ],
 )
-def test_plan_is_refused_when_ranks_and_groups_disagree(plan: Any, field: str) -> None:
+def test_plan_is_refused_when_ranks_and_groups_disagree(plan: Any, field: str, limit: str) -> None:
     with pytest.raises(MessageInvalid) as caught:
         encode(plan)
     assert (caught.value.kind, caught.value.field) == ("RoundPlan", field)
+    assert limit in caught.value.limit
 
 
-def test_plan_is_refused_when_a_group_leaves_a_rank_out() -> None:
-    plan: Any = EXAMPLES["RoundPlan"]
-    ranks = tuple(
-        msgspec.structs.replace(route, route="broadcast", group=0)
-        for route in plan.engines[1].ranks
+def test_plan_of_one_host_needs_no_rendezvous() -> None:
+    alone = plan_with(
+        group("g", A0, rendezvous=""), group("h", B0, rendezvous=""), group("i", B1, rendezvous="")
     )
-    second = msgspec.structs.replace(plan.engines[1], ranks=ranks)
-    with pytest.raises(MessageInvalid, match="must name rank 1 of engine b"):
-        encode(msgspec.structs.replace(plan, engines=(plan.engines[0], second)))
+    assert decode(encode(alone), None, type(alone)) == alone
 
 
 def test_needs_of_a_worker_are_checked_where_they_arrive() -> None:
