@@ -46,7 +46,7 @@ SHM_REQUEST_OFFSET = 88
 """Relay: what is wanted: three words: segment, window, and the slot that it shall be put into."""
 
 SHM_READERS_OFFSET = 256
-"""Staging: word `r` is reader `r`'s, `turn << TURN_BITS | parts`: so many parts it has done with."""
+"""Staging: word `r` is reader `r`'s, `turn << TURN_BITS | parts`: so many parts are done with."""
 
 MAX_READERS = (SHM_HEADER_BYTES - SHM_READERS_OFFSET) // 8
 """Readers that a staging block has words for."""

@@ -10,7 +10,7 @@ from weightbus.consumers.errors import PlanError
 from weightbus.schemas.base import Token
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import HostId
-from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, RoundPlan
+from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, Links, RoundPlan
 
 __all__ = ("PERMANENT_CAUSES", "SERVING_CAUSES", "PlanRequest", "Planner", "RoundConfig")
 
@@ -30,6 +30,8 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     host_id: HostId
     commit: CommitPolicy = "each"
     """Policy of the rounds that this consumer leads."""
+    links: Links = Links()
+    """What was measured on its host: goes into its joins."""
     budgets: Budgets = Budgets()
     """Deadlines of the rounds that this consumer leads, and of its own preparation."""
     join_window_s: float = 0.2

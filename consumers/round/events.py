@@ -95,6 +95,10 @@ class Prepared(Struct, frozen=True):
     planned: RoundPlan | None = None
     """The last plan of the version's main round that the stream holds."""
     layout_digest: str | None = None
+    rendezvous: str = ""
+    """Where a group meets that this engine is the first member of; empty: it can be in none."""
+    groups: tuple[str, ...] = ()
+    """Ids of the groups that this consumer is ready in."""
 
 
 class PrepareFailed(Struct, frozen=True):

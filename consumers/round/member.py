@@ -224,6 +224,7 @@ class Member:
             return
         work.prepared = True
         work.offers, work.layout_digest = event.offers, event.layout_digest
+        work.rendezvous, work.groups = event.rendezvous, event.groups
         late = event.planned is not None and concerns(event.planned, work.candidate.ready)
         again = work.candidate.failures > 0 or work.version <= self.floor
         if late or again:

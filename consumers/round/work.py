@@ -72,6 +72,10 @@ class Work:
     """`Prepare` was answered, whatever the answer."""
     offers: tuple[RankOffer, ...] = ()
     layout_digest: str | None = None
+    rendezvous: str = ""
+    """Where a group meets that this engine is the first member of."""
+    groups: tuple[str, ...] = ()
+    """Ids of the groups that are ready."""
     alone: bool = False
     """In a round of this engine's own."""
     plan: RoundPlan | None = None
@@ -134,6 +138,9 @@ class Work:
             host_id=self.config.host_id,
             ranks=self.offers,
             served_version=served_version,
+            links=self.config.links,
+            rendezvous=self.rendezvous,
+            groups=() if self.broken_epoch else self.groups,
             checkpoint_ns=self.candidate.ready.created_ns,
             broken_epoch=self.broken_epoch,
             joined_ns=now_ns,

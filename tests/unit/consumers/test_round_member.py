@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.consumers.machines import Driver, plan_of, ready
+from tests.unit.consumers.machines import Driver, offer, plan_of, ready
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.errors import UnexpectedEvent
 from weightbus.consumers.round.phases import Phase
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
-from weightbus.schemas.rounds import Abort, Commit, Join, Proven, RoundComplete, RoundPlan
+from weightbus.schemas.rounds import Abort, Commit, Join, Links, Proven, RoundComplete, RoundPlan
 
 
 def commit(version: int, epoch: int = 1) -> ev.CommitSeen:
@@ -427,6 +427,20 @@ def in_group(**config: object) -> Driver:
     """Runs a plan in which it depends on `b`."""
     plan = plan_of(1, {"a": "broadcast", "b": "broadcast"}, epoch=3)
     return Driver(**config).start(served=0).joined(1, "broadcast", "p2p").planned(plan)
+
+
+def test_join_tells_of_links_and_groups_until_a_group_breaks() -> None:
+    driver = Driver(links=Links(p2p=7)).start(served=0).see(1)
+    token = driver.last(do.Prepare).token
+    answer = {"rendezvous": "tcp://h:1", "groups": ("g-2",)}
+    driver.feed(ev.Prepared(token, (offer("broadcast", "p2p"),), **answer))  # type: ignore[arg-type]
+    first = driver.said(Join)[-1]
+    assert (first.links, first.rendezvous, first.groups) == (Links(p2p=7), "tcp://h:1", ("g-2",))
+    driver.planned(plan_of(1, {"a": "broadcast", "b": "broadcast"}, epoch=3))
+    driver.feed(abort(1, epoch=3))
+    driver.failed("TransferCancelled", touched=True)
+    again = driver.said(Join)[-1]
+    assert (again.broken_epoch, again.rendezvous, again.groups) == (3, "tcp://h:1", ())
 
 
 @pytest.mark.parametrize("route", ["local", "p2p"])
