@@ -7,6 +7,7 @@ import sys
 
 MODULES = (
     "boxes",
+    "buckets",
     "cells",
     "destinations",
     "pieces",
@@ -22,6 +23,7 @@ FORBIDDEN = ("torch", "anyio", "nats", "zmq", "triton")
 def test_planning_imports_nothing_but_numpy_and_schemas_when_all_of_it_is_imported() -> None:
     modules = [
         "boxes",
+        "buckets",
         "cells",
         "destinations",
         "pieces",
