@@ -25,9 +25,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## Train a real model while engines follow it, every version proven
+	@.ci/libraries p2p
 	@$(BIN)/weightbus demo
 
 test: $(VENV)/.dev ## Run all tests
+	@.ci/libraries p2p network
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: $(VENV)/.dev ## Lint, formatting, strict types
