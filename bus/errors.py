@@ -26,6 +26,8 @@ __all__ = (
     "ServerNotFound",
     "ServerTooOld",
     "SettingInvalid",
+    "SharedMemoryFull",
+    "SharedMemoryUnavailable",
     "StreamUnsuitable",
     "SubscriptionOverflow",
 )
@@ -181,3 +183,22 @@ class LeaseLost(BusError):
         self.key, self.holder = key, holder
         reason = f"{holder} holds it" if holder else "it ended"
         super().__init__(f"lease {key} is lost: {reason}")
+
+
+class SharedMemoryFull(BusError):
+    """There is no room for a block of shared memory."""
+
+    def __init__(self, directory: str, need_bytes: int, have_bytes: int) -> None:
+        self.directory, self.need_bytes, self.have_bytes = directory, need_bytes, have_bytes
+        super().__init__(
+            f"{directory} has {have_bytes:,} bytes free: {need_bytes:,} bytes are needed "
+            "(a publisher keeps two slots of its checkpoint's size)"
+        )
+
+
+class SharedMemoryUnavailable(BusError):
+    """A shared-memory block cannot be made, for another reason than its size."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"shared-memory block {path} cannot be made: {reason}")

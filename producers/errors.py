@@ -11,8 +11,6 @@ __all__ = (
     "PublisherClosed",
     "RankInvalid",
     "SealFailed",
-    "SharedMemoryFull",
-    "SharedMemoryUnavailable",
     "SlotBusy",
     "TensorInvalid",
     "VersionNotNew",
@@ -55,25 +53,6 @@ class SlotBusy(ProducerError):
             f"the slot of version {version} cannot be written: after {waited_s:g} s there are "
             "readers left: " + ", ".join(self.readers)
         )
-
-
-class SharedMemoryFull(ProducerError):
-    """There is no room for a slot."""
-
-    def __init__(self, directory: str, need_bytes: int, have_bytes: int) -> None:
-        self.directory, self.need_bytes, self.have_bytes = directory, need_bytes, have_bytes
-        super().__init__(
-            f"{directory} has {have_bytes:,} bytes free: a slot needs {need_bytes:,} bytes, "
-            "and a publisher keeps two slots"
-        )
-
-
-class SharedMemoryUnavailable(ProducerError):
-    """A shared-memory block cannot be made, for another reason than its size."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        self.path, self.reason = path, reason
-        super().__init__(f"shared-memory block {path} cannot be made: {reason}")
 
 
 class SealFailed(ProducerError):

@@ -17,6 +17,7 @@ from msgspec import Struct, structs
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusTimeout
+from weightbus.bus.sweep import sweep_blocks
 from weightbus.producers.announcing import Announcer
 from weightbus.producers.digests import put_sums
 from weightbus.producers.errors import PublisherClosed, RankInvalid, VersionNotNew
@@ -25,7 +26,6 @@ from weightbus.producers.group import RankGroup
 from weightbus.producers.sealer import Piece, Sealer, StoredLayout
 from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.producers.slots import Slots
-from weightbus.producers.sweep import sweep_blocks
 from weightbus.producers.writing import write_part
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
 from weightbus.schemas.placement import Placement, SharedMemorySegment

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import anyio
 import anyio.to_thread
 
+from weightbus.bus.blocks import SHM_PREFIX, SharedBlock, check_room
 from weightbus.bus.host import host_id
 from weightbus.producers.announcing import Announcer
-from weightbus.producers.blocks import SHM_PREFIX, SharedBlock, check_room
 from weightbus.producers.errors import SlotBusy
 from weightbus.schemas.checkpoint import CheckpointRetired
 from weightbus.schemas.placement import Placement, SharedMemorySegment

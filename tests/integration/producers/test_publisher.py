@@ -19,11 +19,10 @@ from tests.integration.producers.reader import (
 )
 from weightbus.bus.connection import Bus
 from weightbus.bus.digest import digest_tensor
-from weightbus.bus.errors import ObjectMissing
+from weightbus.bus.errors import ObjectMissing, SharedMemoryFull
 from weightbus.producers.errors import (
     PublisherClosed,
     RankInvalid,
-    SharedMemoryFull,
     SlotBusy,
     TensorInvalid,
     VersionNotNew,

@@ -9,13 +9,13 @@ import threading
 import time
 from pathlib import Path
 
-from weightbus.producers.blocks import SharedBlock
-from weightbus.producers.sweep import OTHERS_AFTER_S, sweep_blocks
+from weightbus.bus.blocks import SharedBlock
+from weightbus.bus.sweep import OTHERS_AFTER_S, sweep_blocks, sweep_staging
 
 OWNER = """
 import sys
 from pathlib import Path
-from weightbus.producers.blocks import SharedBlock
+from weightbus.bus.blocks import SharedBlock
 blocks = [SharedBlock(f"weightbus-{name}", 4, 0, Path(sys.argv[1])) for name in ("m.a", "n.a")]
 print("ready", flush=True)
 sys.stdin.read()
@@ -76,3 +76,21 @@ def test_sweep_leaves_what_is_no_block(tmp_path: Path) -> None:
     (tmp_path / "weightbus-m.link").symlink_to(tmp_path / "psm_another")
     assert sweep_blocks("m", tmp_path) == ()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_consumer_sweeps_dead_staging_and_leaves_publishers_blocks(tmp_path: Path) -> None:
+    long_ago = time.time() - OTHERS_AFTER_S - 60
+    for name in ("m.slot", "stage.m.l0", "copy.m.0", "stage.n.l0", "stage.mm.l0"):
+        (tmp_path / f"weightbus-{name}").touch()
+    for name in ("m.old", "n.old", "stage.n.old"):
+        path = tmp_path / f"weightbus-{name}"
+        path.touch()
+        os.utime(path, (long_ago, long_ago))
+    mine = SharedBlock("weightbus-stage.m.mine", 4, 0, tmp_path)
+    removed = sweep_staging("m", tmp_path)
+    mine.close()
+    assert set(removed) == {
+        "weightbus-copy.m.0",
+        "weightbus-stage.m.l0",
+        "weightbus-stage.n.old",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import stat
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weightbus.producers.blocks import SharedBlock
-from weightbus.producers.errors import SharedMemoryFull, SharedMemoryUnavailable
+from weightbus.bus.blocks import SharedBlock
+from weightbus.bus.errors import SharedMemoryFull, SharedMemoryUnavailable
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES, unpack_shm_header
 
 NAME = "weightbus-test"
@@ -98,3 +99,15 @@ def test_creation_leaves_what_is_there_when_the_name_is_taken(tmp_path: Path) ->
 def test_creation_fails_when_the_directory_is_gone(tmp_path: Path) -> None:
     with pytest.raises(SharedMemoryUnavailable, match="No such file"):
         SharedBlock(NAME, 4, 0, tmp_path / "nowhere")
+
+
+def test_words_and_data_are_at_their_address_when_written(tmp_path: Path) -> None:
+    block = SharedBlock("weightbus-stage.m.words", 64, 0, tmp_path)
+    words, data = block.words(256, 2), block.data
+    words[1], data[:3] = 7, b"abc"
+    assert ctypes.string_at(block.address, 3) == b"abc"
+    raw = (tmp_path / "weightbus-stage.m.words").read_bytes()
+    assert (raw[264:272], raw[4096:4099]) == ((7).to_bytes(8, "little"), b"abc")
+    block.close()
+    data[3:4] = b"d"
+    assert bytes(data[:4]) == b"abcd", "views outlive the name"

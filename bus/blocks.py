@@ -1,11 +1,11 @@
-"""A named shared-memory block that this process owns: a header page, then the data of one segment.
+"""A named shared-memory block that this process owns: a header page, then data.
 
 Owns one file below /dev/shm, its mapping, and a lock on it. Blocking; runs in worker threads.
 
 - The file is created exclusively, with mode 0600, and its memory is allocated at once, so that a
   full /dev/shm is an error here and not a SIGBUS in the middle of a copy.
 - The lock (`flock`) lives as long as the owner, and children it forked: whoever can take it knows
-  that the owner is gone (`weightbus.producers.sweep`). Readers never lock.
+  that the owner is gone (`weightbus.bus.sweep`). Readers never lock.
 - The generation word only grows; odd while the data may be half written, also when the writer
   was cancelled or killed in between, and even while the data is one whole version.
 
@@ -17,6 +17,7 @@ they read. The generation that readers are promised travels over the bus, after 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -24,17 +25,31 @@ import os
 from pathlib import Path
 from typing import Final
 
-from weightbus.producers.errors import SharedMemoryFull, SharedMemoryUnavailable
+from weightbus.bus.errors import SharedMemoryFull, SharedMemoryUnavailable
 from weightbus.schemas.shared_memory import (
     SHM_GENERATION_OFFSET,
     SHM_HEADER_BYTES,
     pack_shm_header,
 )
 
-__all__ = ("SHM_DIRECTORY", "SHM_PREFIX", "SharedBlock", "check_room")
+__all__ = (
+    "COPY_PREFIX",
+    "SHM_DIRECTORY",
+    "SHM_PREFIX",
+    "STAGE_PREFIX",
+    "SharedBlock",
+    "check_room",
+)
 
 SHM_DIRECTORY: Final = Path("/dev/shm")
 SHM_PREFIX: Final = "weightbus-"
+"""Of every block; that of a publisher goes on with its model."""
+
+STAGE_PREFIX: Final = "weightbus-stage."
+"""Of the blocks that a consumer stages bytes in for its engine's workers; its model follows."""
+
+COPY_PREFIX: Final = "weightbus-copy."
+"""Of the blocks that a consumer keeps a copy of a version in; its model follows."""
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
 
@@ -80,6 +95,22 @@ class SharedBlock:
     def generation(self) -> int:
         """The word in the header."""
         return self._generation[0]
+
+    @property
+    def address(self) -> int:
+        """Of the data's first byte in this process; valid until the last view of it is gone."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + SHM_HEADER_BYTES
+
+    @property
+    def data(self) -> memoryview:
+        """The data, for those who agree by other words than the generation. Keeps it mapped."""
+        return memoryview(self._map)[SHM_HEADER_BYTES:]
+
+    def words(self, offset_bytes: int, count: int) -> memoryview:
+        """`count` aligned 8-byte words of the header. Keeps the block mapped."""
+        assert offset_bytes % 8 == 0
+        assert offset_bytes + 8 * count <= SHM_HEADER_BYTES
+        return memoryview(self._map)[offset_bytes : offset_bytes + 8 * count].cast("Q")
 
     def begin_write(self) -> memoryview:
         """Make the generation odd, then give out the data to be written.
