@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from weightbus.schemas.base import Stage
 from weightbus.schemas.errors import WeightBusError
 
@@ -13,8 +15,10 @@ __all__ = (
     "DigestMismatch",
     "EngineUnavailable",
     "NotAttached",
+    "PeerLost",
     "PlanError",
     "ProofFailed",
+    "ProofNeeded",
     "RouteUnavailable",
     "SegmentUnavailable",
     "TornRead",
@@ -106,6 +110,16 @@ class DeadlineExceeded(ConsumerError):
         super().__init__(f"{stage} did not end within its deadline of {deadline_s:g} s")
 
 
+class PeerLost(ConsumerError):
+    """A group cannot go on: some member is gone, stands still, or has left it."""
+
+    def __init__(self, group: str, members: Sequence[str], reason: str) -> None:
+        self.group, self.members, self.reason = group, tuple(members), reason
+        named = ", ".join(members[:8]) or "nobody"
+        more = f" and {len(members) - 8} more" if len(members) > 8 else ""
+        super().__init__(f"group {group}, shared with {named}{more}: {reason}")
+
+
 class WorkerLost(ConsumerError):
     """A worker of the engine is gone or does not answer."""
 
@@ -136,6 +150,14 @@ class ProofFailed(ConsumerError):
     def __init__(self, parameter: str, reason: str) -> None:
         self.parameter, self.reason = parameter, reason
         super().__init__(f"parameter {parameter}: {reason}")
+
+
+class ProofNeeded(ConsumerError):
+    """A version cannot be streamed: its bytes are needed more often than they come by."""
+
+    def __init__(self, thing: str, reason: str) -> None:
+        self.thing, self.reason = thing, reason
+        super().__init__(f"{thing} cannot be streamed: {reason}")
 
 
 class DigestMismatch(ConsumerError):

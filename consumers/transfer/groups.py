@@ -1,0 +1,339 @@
+"""Process groups of torch.distributed (gloo), one for each lane of a broadcast.
+
+Owns the store that groups meet at, the groups that are ready, and those that are being buried.
+The only file that talks to torch.distributed; torch is loaded when the first of these is opened.
+
+Invariants, and what was measured of gloo:
+- A group whose operation failed, or was left, is never used again: it is dropped, and its members
+  form another one, under keys of their own (a group's id and the epoch of the plan).
+- Nothing ends an operation whose peer stands still but the group's own timeout: `abort` does not,
+  and destroying the group waits for it. So groups are destroyed in daemon threads; memory that an
+  operation may still write to is let go of after that, and nothing else waits for it.
+- Every blocking call has the group's timeout and releases the interpreter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import anyio
+
+from weightbus.consumers.errors import DeadlineExceeded, PeerLost, RouteUnavailable
+from weightbus.schemas.rounds import Group
+
+__all__ = ("GlooExchange", "Groups", "Meeting", "open_meeting")
+
+GROUPS_KEPT: Final = 16
+"""Groups that are kept beyond those of the plan in hand: the fleet may become what it was."""
+
+FORM_S: Final = 10.0
+"""So long the members of a group wait for each other."""
+
+OPERATION_S: Final = 15.0
+"""After so long gloo gives up an operation that stands still: how long a grave may be open."""
+
+GRAVES: Final = 64
+"""Groups that are buried at once, at most; before there are more, no group is formed."""
+
+_POLL_MIN_S: Final = 1e-4
+_POLL_MAX_S: Final = 1e-3
+_BACKLOG: Final = 1024
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """A store in this process, at which groups meet whose first member it is."""
+
+    rendezvous: str
+    """Where it is, as `Join.rendezvous` and `Group.rendezvous` say it."""
+
+    def __init__(self, store: object, rendezvous: str) -> None:
+        self._store = store
+        self.rendezvous = rendezvous
+
+
+@contextmanager
+def open_meeting(address: str) -> Iterator[Meeting]:
+    """Serve a store on an address of this host, on a port of the system's choice. Blocking.
+
+    Raises:
+        RouteUnavailable: there is no torch with gloo, or the address is none of this host's.
+    """
+    dist = _distributed()
+    try:
+        family, *_, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = f"cannot listen on address {address}: {error.strerror}"
+        raise RouteUnavailable("broadcast", reason) from error
+    port = listener.getsockname()[1]
+    host = f"[{address}]" if ":" in address else address
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=FORM_S),
+            master_listen_fd=listener.detach(),
+        )
+    except RuntimeError as error:
+        raise RouteUnavailable("broadcast", f"no store on {host}:{port}: {error}") from error
+    yield Meeting(store, f"tcp://{host}:{port}")
+
+
+class GlooExchange:
+    """One lane's group, as one of its members has it. A group of one has nothing to exchange."""
+
+    def __init__(self, group: Group, place: int, process_group: Any) -> None:
+        self.id = group.id
+        self.place = place
+        """This member's rank in the group."""
+        self.size = len(group.members)
+        self.others = tuple(
+            f"{member.engine}/{member.rank}"
+            for number, member in enumerate(group.members)
+            if number != place
+        )
+        self._process_group = process_group
+
+    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
+        """Bring memory of this process to that of the root; the root's stays as it is.
+
+        All members call it for the same bytes in the same order. If it is cancelled or fails, the
+        memory may still be written to until the group is buried.
+
+        Raises:
+            PeerLost: it failed, or did not end in time.
+        """
+        if self.size == 1 or not size_bytes:
+            return
+        work = self._start(address, size_bytes, root)
+        pause_s = _POLL_MIN_S
+        with anyio.move_on_after(deadline_s):
+            while not work.is_completed():
+                await anyio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_MAX_S)
+        if not work.is_completed():
+            reason = f"{size_bytes} bytes of member {root} stood still for {deadline_s:g} s"
+            raise self._lost(reason)
+        try:
+            work.wait(timedelta(seconds=OPERATION_S))
+        except RuntimeError as error:
+            raise self._lost(_first_line(error)) from error
+
+    def take(self) -> Any:
+        """The group itself, which nobody else has from now on."""
+        process_group, self._process_group = self._process_group, None
+        return process_group
+
+    def _start(self, address: int, size_bytes: int, root: int) -> Any:
+        import torch
+        import torch.distributed as dist
+
+        if self._process_group is None:
+            raise self._lost("it was dropped")
+        memory = (ctypes.c_uint8 * size_bytes).from_address(address)
+        options: Any = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        try:
+            return self._process_group.broadcast(
+                [torch.frombuffer(memory, dtype=torch.uint8)], options
+            )
+        except RuntimeError as error:
+            raise self._lost(_first_line(error)) from error
+
+    def _lost(self, reason: str) -> PeerLost:
+        return PeerLost(self.id, self.others, reason)
+
+
+class Groups:
+    """The groups that this process is a member of. For one event loop.
+
+    Args:
+        address: of this host, by which the other members reach it.
+    """
+
+    def __init__(
+        self, address: str, *, form_s: float = FORM_S, operation_s: float = OPERATION_S
+    ) -> None:
+        self._address = address
+        self._form_s, self._operation_s = form_s, operation_s
+        self._ready: OrderedDict[str, GlooExchange] = OrderedDict()
+        self._graves: list[threading.Thread] = []
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of the groups that are ready."""
+        return tuple(self._ready)
+
+    @property
+    def burials(self) -> int:
+        """Groups that are dropped and not gone yet."""
+        self._graves = [grave for grave in self._graves if grave.is_alive()]
+        return len(self._graves)
+
+    async def open_all(
+        self, lanes: Sequence[tuple[Group, int]], epoch: int, deadline_s: float
+    ) -> tuple[GlooExchange, ...]:
+        """The groups of one plan, in its order: those that met before, and new ones, formed side by
+        side. A group with a rendezvous is formed anew, whether it met before or not.
+
+        Args:
+            lanes: every group that this process is in, and its place there. All members of a group
+                open it, in plans of the same epoch.
+
+        Raises:
+            PeerLost: some member did not come, or a group that shall have met is not ready here.
+            DeadlineExceeded: too many groups are still being buried.
+        """
+        end = anyio.current_time() + deadline_s
+        await self._room_for_graves(deadline_s)
+        self.drop_nowait([group.id for group, _ in lanes if group.rendezvous])
+        failures: list[PeerLost] = []
+
+        async def form(group: Group, place: int) -> None:
+            left_s = max(0.0, min(end - anyio.current_time(), self._form_s))
+            try:
+                self._ready[group.id] = await self._form(group, place, epoch, left_s)
+            except PeerLost as error:
+                failures.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            for group, place in lanes:
+                if group.id not in self._ready:
+                    tasks.start_soon(form, group, place)
+        ids = [group.id for group, _ in lanes]
+        if failures:
+            self.drop_nowait(ids)
+            raise failures[0]
+        for name in ids:
+            self._ready.move_to_end(name)
+        self.drop_nowait(self.ids[: -len(ids) - GROUPS_KEPT])
+        return tuple(self._ready[name] for name in ids)
+
+    def drop_nowait(self, ids: Sequence[str], then: Callable[[], None] | None = None) -> None:
+        """Bury groups: nobody uses them again. Ids that are not ready are nothing.
+
+        Args:
+            then: called in a thread once no operation of theirs writes to memory any more.
+        """
+        taken = [self._ready.pop(name).take() for name in ids if name in self._ready]
+        taken = [process_group for process_group in taken if process_group is not None]
+        if taken or then is not None:
+            grave = threading.Thread(
+                target=_bury, args=(taken, then), name="burial of groups", daemon=True
+            )
+            self._graves.append(grave)
+            grave.start()  # it empties the list, so that nobody else destroys a group
+
+    def close(self, deadline_s: float) -> int:
+        """Drop every group and wait for the burials. Blocking. How many have not ended in time:
+        their threads are daemons, and end with the groups' timeout or with the process."""
+        self.drop_nowait(self.ids)
+        end = time.monotonic() + deadline_s
+        for grave in self._graves:
+            grave.join(max(0.0, end - time.monotonic()))
+        return self.burials
+
+    async def _room_for_graves(self, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
+        while self.burials >= GRAVES:
+            if anyio.current_time() >= end:
+                raise DeadlineExceeded("burial of dropped groups", deadline_s)
+            await anyio.sleep(_POLL_MAX_S)
+
+    async def _form(self, group: Group, place: int, epoch: int, deadline_s: float) -> GlooExchange:
+        if len(group.members) == 1:
+            return GlooExchange(group, place, None)
+        exchange = GlooExchange(group, place, None)
+        if not group.rendezvous:
+            raise PeerLost(group.id, exchange.others, "it is not ready here (any more)")
+        forming = _Forming(
+            lambda: _form_group(self._address, group, place, epoch, self._operation_s)
+        )
+        try:
+            with anyio.fail_after(deadline_s):
+                process_group = await forming.wait()
+        except TimeoutError:
+            reason = f"its members did not meet at {group.rendezvous} within {deadline_s:g} s"
+            raise PeerLost(group.id, exchange.others, reason) from None
+        except (RuntimeError, ValueError) as error:
+            reason = f"it did not form at {group.rendezvous}: {_first_line(error)}"
+            raise PeerLost(group.id, exchange.others, reason) from error
+        return GlooExchange(group, place, process_group)
+
+
+class _Forming(Generic[T]):
+    """A blocking call in a daemon thread: whoever stops waiting for it does not hold up the end of
+    the process."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._results: list[T] = []
+        self._errors: list[RuntimeError | ValueError] = []
+        self._thread = threading.Thread(target=self._run, name="forming a group", daemon=True)
+        self._thread.start()
+
+    async def wait(self) -> T:
+        """Its result or its error. To be called under a deadline."""
+        pause_s = _POLL_MIN_S
+        while self._thread.is_alive():
+            await anyio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _POLL_MAX_S)
+        if self._errors:
+            raise self._errors[0]
+        return self._results.pop()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._function())
+        except (RuntimeError, ValueError) as error:  # torch's errors are RuntimeErrors
+            self._errors.append(error)
+
+
+def _form_group(address: str, group: Group, place: int, epoch: int, operation_s: float) -> Any:
+    """Meet the other members. Blocking, for no longer than `operation_s` a step."""
+    dist = _distributed()
+    where = urlsplit(group.rendezvous)
+    if where.scheme != "tcp" or not where.hostname or not where.port:
+        raise ValueError("a rendezvous must be tcp://host:port")
+    timeout = timedelta(seconds=operation_s)
+    store = dist.TCPStore(where.hostname, where.port, is_master=False, timeout=timeout)
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname=address)]
+    options._timeout = timeout
+    keys = dist.PrefixStore(f"{group.id}/{epoch}", store)
+    return kind(keys, place, len(group.members), options)
+
+
+def _bury(groups: list[Any], then: Callable[[], None] | None) -> None:
+    """Destroy groups: waits for their operations, all of which end by their timeouts."""
+    groups.clear()
+    if then is not None:
+        then()
+
+
+def _distributed() -> Any:
+    try:
+        import torch.distributed as dist
+    except ImportError as error:
+        raise RouteUnavailable("broadcast", "torch is not installed") from error
+    if not (dist.is_available() and dist.is_gloo_available()):
+        raise RouteUnavailable("broadcast", "this torch has no gloo")
+    return dist
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:512]

@@ -1,0 +1,176 @@
+"""Process groups between members of one process, each with `Groups` of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import pytest
+
+from weightbus.consumers.errors import PeerLost, RouteUnavailable
+from weightbus.consumers.transfer.groups import GROUPS_KEPT, GlooExchange, Groups, open_meeting
+from weightbus.schemas.rounds import Group, Member
+
+pytestmark = pytest.mark.anyio
+
+ADDRESS = "127.0.0.1"
+DEADLINE_S = 20.0
+STALL_S = 0.3
+OPERATION_S = 2.0
+
+
+class Hosts:
+    """Hosts that meet at the first one."""
+
+    def __init__(self, rendezvous: str, groups: Sequence[Groups]) -> None:
+        self.rendezvous, self.groups = rendezvous, groups
+
+    def lane(self, id: str, *, met: bool = False) -> Group:
+        members = tuple(Member(f"e{host}", 0) for host in range(len(self.groups)))
+        return Group(id=id, members=members, rendezvous="" if met else self.rendezvous)
+
+    async def open_all(
+        self, ids: Sequence[str], epoch: int, *, met: bool = False
+    ) -> list[tuple[GlooExchange, ...]]:
+        """Every host's groups."""
+        opened: list[tuple[GlooExchange, ...]] = [()] * len(self.groups)
+
+        async def open_on(host: int) -> None:
+            lanes = [(self.lane(name, met=met), host) for name in ids]
+            opened[host] = await self.groups[host].open_all(lanes, epoch, DEADLINE_S)
+
+        async with anyio.create_task_group() as tasks:
+            for host in range(len(self.groups)):
+                tasks.start_soon(open_on, host)
+        return opened
+
+
+def make_hosts(count: int) -> Iterator[Hosts]:
+    with ExitStack() as stack:
+        meeting = stack.enter_context(open_meeting(ADDRESS))
+        hosts = Hosts(
+            meeting.rendezvous,
+            [Groups(ADDRESS, form_s=1.0, operation_s=OPERATION_S) for _ in range(count)],
+        )
+        for groups in hosts.groups:
+            stack.callback(groups.close, 2 * OPERATION_S)
+        yield hosts
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    yield from make_hosts(3)
+
+
+async def exchange(members: Sequence[GlooExchange], root: int, size_bytes: int) -> None:
+    """What every member holds afterwards is what the root held before."""
+    memories = [np.full(size_bytes, member.place + 1, dtype=np.uint8) for member in members]
+    async with anyio.create_task_group() as tasks:
+        for member, memory in zip(members, memories, strict=True):
+            tasks.start_soon(member.broadcast, memory.ctypes.data, memory.nbytes, root, DEADLINE_S)
+    for memory in memories:
+        assert (memory == root + 1).all(), (root, size_bytes, memory[:8])
+
+
+async def test_bytes_of_every_root_reach_every_member_in_every_lane(hosts: Hosts) -> None:
+    opened = await hosts.open_all(["x", "y"], 1)
+    for lane in zip(*opened, strict=True):
+        for root in range(3):
+            for size_bytes in (0, 1, 4097, 3 * 2**20):
+                await exchange(lane, root, size_bytes)
+
+
+async def test_groups_that_met_before_are_used_again(hosts: Hosts) -> None:
+    first = await hosts.open_all(["x"], 1)
+    again = await hosts.open_all(["x"], 2, met=True)
+    assert [one[0] is other[0] for one, other in zip(first, again, strict=True)] == [True] * 3
+    assert [groups.ids for groups in hosts.groups] == [("x",)] * 3
+    await exchange([lane for (lane,) in again], 2, 1000)
+
+
+async def test_groups_are_formed_anew_when_their_plan_names_a_rendezvous(hosts: Hosts) -> None:
+    await hosts.open_all(["x"], 1)
+    again = await hosts.open_all(["x"], 2)
+    await exchange([lane for (lane,) in again], 1, 1000)
+
+
+async def test_group_of_one_needs_nobody() -> None:
+    groups = Groups(ADDRESS)
+    alone = Group(id="x", members=(Member("e0", 0),))
+    (lane,) = await groups.open_all([(alone, 0)], 1, DEADLINE_S)
+    await lane.broadcast(0, 1000, 0, DEADLINE_S)
+
+
+async def test_group_is_lost_when_a_member_does_not_come(hosts: Hosts) -> None:
+    lanes = [(hosts.lane(name), 0) for name in ("x", "y")]
+    with pytest.raises(PeerLost, match=r"group [xy], shared with e1/0, e2/0: .*did not meet"):
+        await hosts.groups[0].open_all(lanes, 1, DEADLINE_S)
+    assert hosts.groups[0].ids == ()
+
+
+async def test_group_is_lost_when_it_should_be_ready_and_is_not(hosts: Hosts) -> None:
+    with pytest.raises(PeerLost, match="not ready here"):
+        await hosts.groups[0].open_all([(hosts.lane("x", met=True), 0)], 1, DEADLINE_S)
+
+
+@pytest.mark.parametrize("rendezvous", ["nowhere", "tcp://127.0.0.1", "udp://127.0.0.1:1"])
+async def test_group_is_lost_when_its_rendezvous_makes_no_sense(rendezvous: str) -> None:
+    group = Group(id="x", members=(Member("a", 0), Member("b", 0)), rendezvous=rendezvous)
+    with pytest.raises(PeerLost, match="tcp://host:port"):
+        await Groups(ADDRESS).open_all([(group, 0)], 1, DEADLINE_S)
+
+
+async def test_group_is_lost_when_a_member_drops_it_and_another_can_be_formed(
+    hosts: Hosts,
+) -> None:
+    opened = await hosts.open_all(["x"], 1)
+    hosts.groups[1].drop_nowait(["x"])
+    memory = np.zeros(1000, dtype=np.uint8)
+    with pytest.raises(PeerLost, match="shared with e1/0, e2/0"):
+        await opened[0][0].broadcast(memory.ctypes.data, memory.nbytes, 1, DEADLINE_S)
+    with pytest.raises(PeerLost, match="dropped"):
+        await opened[1][0].broadcast(memory.ctypes.data, memory.nbytes, 1, DEADLINE_S)
+    again = await hosts.open_all(["x"], 2)
+    await exchange([lane for (lane,) in again], 0, 1000)
+
+
+async def test_memory_is_let_go_only_after_the_operation_that_stood_still(hosts: Hosts) -> None:
+    opened = await hosts.open_all(["x"], 1)
+    memory = np.zeros(1000, dtype=np.uint8)
+    begin = anyio.current_time()
+    with pytest.raises(PeerLost, match=r"1000 bytes of member 1 stood still for 0\.3 s"):
+        await opened[0][0].broadcast(memory.ctypes.data, memory.nbytes, 1, STALL_S)
+    ended = threading.Event()
+    hosts.groups[0].drop_nowait(["x"], ended.set)
+    assert anyio.current_time() - begin < OPERATION_S / 2, "nobody waits for a burial"
+    assert hosts.groups[0].burials == 1
+    assert not ended.is_set()
+    await anyio.to_thread.run_sync(ended.wait, 2 * OPERATION_S + 1)
+    assert ended.is_set()
+    assert anyio.current_time() - begin > OPERATION_S / 2
+
+
+async def test_closing_does_not_outlast_its_deadline(hosts: Hosts) -> None:
+    opened = await hosts.open_all(["x", "y"], 1)
+    memory = np.zeros(1000, dtype=np.uint8)
+    with pytest.raises(PeerLost):
+        await opened[0][0].broadcast(memory.ctypes.data, memory.nbytes, 1, 0.0)
+    begin = anyio.current_time()
+    assert hosts.groups[0].close(0.1) == 1
+    assert anyio.current_time() - begin < OPERATION_S / 2
+
+
+async def test_groups_that_no_plan_uses_are_dropped_beyond_the_limit() -> None:
+    for hosts in make_hosts(1):
+        for number in range(GROUPS_KEPT + 5):
+            await hosts.open_all([f"g{number}"], number)
+        assert hosts.groups[0].ids == tuple(f"g{number}" for number in range(4, GROUPS_KEPT + 5))
+
+
+def test_meeting_is_on_its_address_only() -> None:
+    with pytest.raises(RouteUnavailable, match=r"192\.0\.2\.1"), open_meeting("192.0.2.1"):
+        pass
