@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from weightbus.schemas.base import RouteName, Token
-from weightbus.schemas.rounds import Budgets, CommitPolicy
+from weightbus.schemas.rounds import Budgets, CommitPolicy, Links
 
 __all__ = ("ConsumerConfig",)
 
@@ -23,6 +23,21 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     """Directories below which files may be read; none: no files at all."""
     routes: tuple[RouteName, ...] = ("local", "broadcast", "p2p")
     """Routes that may be taken."""
+    address: str = "127.0.0.1"
+    """Where other hosts reach this one: for groups, and for the transfer engine."""
+    p2p_protocol: str = "tcp"
+    """Of the transfer engine."""
+    p2p_device: str = ""
+    """Network card of the transfer engine, by its name; empty: it chooses."""
+    keep_copy: bool = False
+    """Whether a whole copy of the version is held in shared memory, so that others can read it from
+    here."""
+    staging_bytes: int = 0
+    """Most memory that staging may take, over all ranks; 0: a share of what is free."""
+    stall_s: float = 10.0
+    """A bucket that makes no progress for so long has failed."""
+    links: Links = Links()
+    """What was measured on this host."""
     commit: CommitPolicy = "each"
     """Policy of the rounds that this consumer leads."""
     join_window_s: float = 0.2
