@@ -20,6 +20,7 @@ from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.host import host_id
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
+from weightbus.cli.sizes import BYTES
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.engine import open_torch_engine
@@ -27,7 +28,7 @@ from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.local import LocalRoute
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
-from weightbus.schemas.rounds import CommitPolicy
+from weightbus.schemas.rounds import CommitPolicy, Links
 from weightbus.tracing.narration import narrate
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import open_telemetry
@@ -78,7 +79,52 @@ class Options(Struct, frozen=True, kw_only=True):
     help="Directory below which files may be read; without one no checkpoint of files is taken.",
 )
 @click.option(
-    "--route", "routes", multiple=True, type=click.Choice(["local"]), help="Allow this route only."
+    "--route",
+    "routes",
+    multiple=True,
+    type=click.Choice(["local", "broadcast", "p2p"]),
+    envvar="WEIGHTBUS_ROUTE",
+    help="Allow this route; may be repeated.  [default: all]",
+)
+@click.option(
+    "--address",
+    default="127.0.0.1",
+    envvar="WEIGHTBUS_ADDRESS",
+    show_default=True,
+    help="Where other hosts reach this one: needed for broadcast, and to offer a copy by p2p.",
+)
+@click.option(
+    "--p2p-protocol",
+    default="tcp",
+    envvar="WEIGHTBUS_P2P_PROTOCOL",
+    show_default=True,
+    help="Of the transfer engine: tcp or rdma.",
+)
+@click.option(
+    "--p2p-device",
+    default="",
+    envvar="WEIGHTBUS_P2P_DEVICE",
+    help="Network card of the transfer engine, such as mlx5_0.  [default: its choice]",
+)
+@click.option(
+    "--keep-copy",
+    is_flag=True,
+    envvar="WEIGHTBUS_KEEP_COPY",
+    help="Hold a whole copy of each version, and offer it to engines that come later.",
+)
+@click.option(
+    "--staging-bytes",
+    type=BYTES,
+    default=0,
+    envvar="WEIGHTBUS_STAGING_BYTES",
+    help="Most memory for staging, such as 512MiB.  [default: a share of what is free]",
+)
+@click.option(
+    "--links",
+    "links_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="WEIGHTBUS_LINKS",
+    help="Rates of this host, as `weightbus doctor` has written them.",
 )
 @click.option(
     "--commit", type=click.Choice(["each", "together"]), default="each", show_default=True
@@ -102,6 +148,12 @@ def command(
     tp: int,
     roots: Sequence[str],
     routes: Sequence[Any],
+    address: str,
+    p2p_protocol: str,
+    p2p_device: str,
+    keep_copy: bool,
+    staging_bytes: int,
+    links_file: Path | None,
     commit: CommitPolicy,
     join_window: float,
     host: str | None,
@@ -111,6 +163,10 @@ def command(
     The consumer hears of new versions, negotiates with the others how the bytes travel, moves them
     into the engine's live parameters, proves them by their digest, and reports every stage. It runs
     until SIGINT or SIGTERM. An engine that it started ends with it; one that ran before goes on.
+
+    What is the same for all engines of a host can be in the environment: WEIGHTBUS_ROUTE (several:
+    with spaces), WEIGHTBUS_ADDRESS, WEIGHTBUS_P2P_PROTOCOL, WEIGHTBUS_P2P_DEVICE,
+    WEIGHTBUS_KEEP_COPY, WEIGHTBUS_STAGING_BYTES and WEIGHTBUS_LINKS.
     """
     if engine_dir is None and architecture is None:
         raise click.UsageError(
@@ -124,7 +180,13 @@ def command(
             engine=engine_id,
             host_id=host or host_id(),
             file_roots=tuple(roots),
-            routes=tuple(routes) or ("local",),
+            routes=tuple(routes) or ("local", "broadcast", "p2p"),
+            address=address,
+            p2p_protocol=p2p_protocol,
+            p2p_device=p2p_device,
+            keep_copy=keep_copy,
+            staging_bytes=staging_bytes,
+            links=_links(links_file),
             commit=commit,
             join_window_s=join_window,
         ),
@@ -144,6 +206,15 @@ def _spec(kind: str, architecture: str | None, config: str, tp: int) -> TorchEng
         )
     except msgspec.MsgspecError as error:
         raise click.BadParameter(f"{config!r} of the {kind} engine: {error}") from None
+
+
+def _links(path: Path | None) -> Links:
+    if path is None:
+        return Links()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Links)
+    except msgspec.MsgspecError as error:
+        raise click.BadParameter(f"{path} holds no rates of a host: {error}") from None
 
 
 async def run_consumer(options: Options) -> None:
