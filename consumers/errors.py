@@ -196,5 +196,17 @@ class TransferError(ConsumerError):
         self.cause = cause_of(error)
         self.reason = str(error)
         self.touched = touched
-        self.stage: Stage = "reload"
+        self.stage = _stage_of(error)
         super().__init__(self.reason)
+
+
+def _stage_of(error: WeightBusError) -> Stage:
+    """Where a transfer failed."""
+    match error:
+        case PeerLost():
+            return "broadcast"
+        case RouteUnavailable() | SegmentUnavailable() | TornRead() | VersionRetired():
+            return "fetch"
+        case DeadlineExceeded(stage="fetch" | "broadcast" as stage):
+            return stage
+    return "reload"

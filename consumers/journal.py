@@ -133,7 +133,7 @@ class Journal:
         )
 
     def record_outcome(self, work: Work, outcome: Outcome) -> None:
-        """The stages that the engine's workers timed."""
+        """The stages that were timed for each rank: by the route, then by its worker."""
         work.pause_start_ns = outcome.pause_start_ns
         for applied in outcome.applied:
             for timing in applied.stages:
@@ -144,7 +144,7 @@ class Journal:
                     timing.end_ns,
                     bytes=timing.bytes,
                     rank=applied.rank,
-                    route=outcome.rank_routes[applied.rank],
+                    route=outcome.route,
                 )
 
     def headers_for(self, message: Message) -> Mapping[str, str]:

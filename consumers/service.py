@@ -116,6 +116,7 @@ class Consumer:
                 budgets=config.budgets,
                 join_window_s=config.join_window_s,
                 round_ttl_s=config.round_ttl_s,
+                links=config.links,
             ),
             plan_request,
         )
@@ -335,6 +336,8 @@ class Consumer:
                         prepared.offers,
                         plan if isinstance(plan, RoundPlan) else None,
                         prepared.manifest.layout_digest,
+                        prepared.rendezvous,
+                        prepared.groups,
                     )
                 )
         del self._preparing[token]
@@ -364,7 +367,7 @@ class Consumer:
             ev.TransferDone(
                 token=token,
                 verified=outcome.verified,
-                routes=outcome.routes,
+                routes=(outcome.route,),
                 bytes=outcome.bytes,
                 weights_digest=outcome.weights_digest,
                 direct_parameters=sum(rank.direct_parameters for rank in outcome.applied),

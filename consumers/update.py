@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -96,6 +96,12 @@ class Prepared:
     manifest: Manifest
     binding: Binding
     offers: tuple[RankOffer, ...]
+    proven: bool
+    """Every rank's plan of this layout is proven: it can be streamed."""
+    rendezvous: str = ""
+    """Where groups meet whose first member is this engine; empty: it can be in none."""
+    groups: tuple[str, ...] = ()
+    """Ids of the groups that are ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +110,7 @@ class Outcome:
 
     applied: tuple[Applied, ...]
     """In rank order."""
-    routes: tuple[RouteName, ...]
-    rank_routes: Mapping[int, RouteName]
+    route: RouteName
     verified: Verified
     weights_digest: str | None
     pause_start_ns: int
@@ -155,22 +160,21 @@ class Updater:
                 await self._take_lease(ready)
                 manifest = await self._manifest(ready)
                 async with self._engine_turn:
-                    binding = await self._bind(manifest, deadline_s)
+                    inspected = await self._engine.inspect(None, deadline_s)
+                    binding = await self._bind(manifest, inspected, deadline_s)
                 routes = await self._reachable(manifest)
         except TimeoutError as error:
             raise DeadlineExceeded("prepare", deadline_s) from error
-        offers = tuple(
-            RankOffer(
-                rank=rank.rank,
-                device=rank.device,
-                needs_digest=rank.needs_digest,
-                need_bytes=need_bytes,
-                free_bytes=rank.free_bytes,
-                routes=routes,
-            )
-            for rank, need_bytes in zip(binding.described, binding.need_bytes, strict=True)
+        proven = all(manifest.layout_digest in rank.proven for rank in inspected)
+        meeting = self._routes.get("broadcast")
+        return Prepared(
+            manifest=manifest,
+            binding=binding,
+            offers=self._offers(binding, routes, proven=proven),
+            proven=proven,
+            rendezvous="" if meeting is None else meeting.rendezvous,
+            groups=() if meeting is None else meeting.groups,
         )
-        return Prepared(manifest=manifest, binding=binding, offers=offers)
 
     async def transfer(
         self,
@@ -191,7 +195,7 @@ class Updater:
         pause = _Pause(self._engine, prepared.binding.instances, deadline_s, self._config.command_s)
         try:
             with anyio.fail_after(deadline_s), moving:
-                applied, rank_routes = await self._move(prepared, plan, pause, deadline_s)
+                applied, route = await self._move(prepared, plan, pause, deadline_s)
                 verified = await self._prove(prepared, ready, applied)
             if moving.cancelled_caught:
                 raise TransferCancelled(plan.round, plan.epoch)
@@ -207,8 +211,7 @@ class Updater:
             raise
         return Outcome(
             applied=applied,
-            routes=tuple(dict.fromkeys(rank_routes.values())),
-            rank_routes=rank_routes,
+            route=route,
             verified=verified,
             weights_digest=ready.weights_digest,
             pause_start_ns=pause.start_ns,
@@ -277,9 +280,10 @@ class Updater:
         check_placement(layout, placement)
         return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
 
-    async def _bind(self, manifest: Manifest, deadline_s: float) -> Binding:
+    async def _bind(
+        self, manifest: Manifest, inspected: Sequence[Inspected], deadline_s: float
+    ) -> Binding:
         """Needs and cells of the engine for a layout; made once per layout and worker process."""
-        inspected = await self._engine.inspect(None, deadline_s)
         known = self._bindings.get(manifest.layout_digest)
         if known is not None and known.instances == tuple(rank.instance for rank in inspected):
             self._bindings.move_to_end(manifest.layout_digest)
@@ -300,6 +304,32 @@ class Updater:
             self._bindings.popitem(last=False)
         return binding
 
+    def _offers(
+        self, binding: Binding, routes: Sequence[RouteName], *, proven: bool
+    ) -> tuple[RankOffer, ...]:
+        """What every rank can do: a group waits for nobody who cannot stream yet."""
+        offered = tuple(route for route in routes if proven or route != "broadcast")
+        if not offered:
+            raise RouteUnavailable("broadcast", "the engine's plan of this layout is not proven")
+        return tuple(
+            RankOffer(
+                rank=rank.rank,
+                device=rank.device,
+                needs_digest=rank.needs_digest,
+                need_bytes=need_bytes,
+                free_bytes=self._room_bytes(rank.free_bytes, len(binding.described)),
+                routes=offered,
+            )
+            for rank, need_bytes in zip(binding.described, binding.need_bytes, strict=True)
+        )
+
+    def _room_bytes(self, free_bytes: int, ranks: int) -> int:
+        """What a rank's staging may take; 0: not known."""
+        if not self._config.staging_bytes:
+            return free_bytes
+        share_bytes = self._config.staging_bytes // ranks
+        return min(free_bytes, share_bytes) if free_bytes else share_bytes
+
     async def _reachable(self, manifest: Manifest) -> tuple[RouteName, ...]:
         """Routes by which every segment can be reached from here, nearest first."""
         reachable, refusals = [], []
@@ -318,19 +348,17 @@ class Updater:
 
     async def _move(
         self, prepared: Prepared, plan: RoundPlan, pause: _Pause, deadline_s: float
-    ) -> tuple[tuple[Applied, ...], dict[int, RouteName]]:
-        """Every rank by its route, side by side. Ends only when all have ended."""
+    ) -> tuple[tuple[Applied, ...], RouteName]:
+        """Every rank by the route that the plan gives this engine."""
         (part,) = (part for part in plan.engines if part.engine == self._config.engine)
-        ranks_of: dict[RouteName, list[int]] = {}
-        for rank in part.ranks:
-            ranks_of.setdefault(rank.route, []).append(rank.rank)
-        applied: dict[int, Applied] = {}
-        failures: list[WeightBusError] = []
-
-        async def run_route(name: RouteName, ranks: list[int]) -> None:
-            transfer = Transfer(
+        name = part.ranks[0].route
+        route = self._routes.get(name)
+        if route is None:
+            raise RouteUnavailable(name, "this consumer does not have it")
+        applied = await route.transfer(
+            Transfer(
                 engine=self._engine,
-                ranks=tuple(ranks),
+                ranks=tuple(rank.rank for rank in part.ranks),
                 version=plan.version,
                 layout=prepared.manifest.layout,
                 layout_digest=prepared.manifest.layout_digest,
@@ -338,23 +366,10 @@ class Updater:
                 plan=plan,
                 begin_write=pause.begin,
                 deadline_s=deadline_s,
+                proven=prepared.proven,
             )
-            try:
-                if name not in self._routes:
-                    raise RouteUnavailable(name, "this consumer does not have it")
-                replies = await self._routes[name].transfer(transfer)
-            except WeightBusError as error:
-                failures.append(error)
-            else:
-                applied.update({reply.rank: reply for reply in replies})
-
-        async with anyio.create_task_group() as group:
-            for name, ranks in ranks_of.items():
-                group.start_soon(run_route, name, ranks)
-        if failures:
-            raise failures[0]
-        in_order = tuple(applied[rank.rank] for rank in part.ranks)
-        return in_order, {rank.rank: rank.route for rank in part.ranks}
+        )
+        return applied, name
 
     async def _prove(
         self, prepared: Prepared, ready: CheckpointReady, applied: Sequence[Applied]

@@ -36,12 +36,22 @@ class Transfer:
     begin_write: Callable[[], Awaitable[None]]
     """Awaited once before the first byte goes to a live parameter; it pauses the engine."""
     deadline_s: float
+    proven: bool = False
+    """Every rank's plan of this layout is proven, and writes all parameters directly: a `Stream`
+    will do."""
 
 
 class Route(ABC):
     """One way to move bytes."""
 
     name: ClassVar[RouteName]
+    rendezvous: str = ""
+    """Where groups meet whose first member is here; empty: this route forms none."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Ids of the groups that are ready."""
+        return ()
 
     @abstractmethod
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:

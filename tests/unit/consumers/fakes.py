@@ -34,7 +34,15 @@ from weightbus.schemas.needs_codec import needs_digest
 from weightbus.schemas.placement import FileSegment, Placement, Segment
 from weightbus.schemas.progress import EngineState
 from weightbus.schemas.rounds import EngineRoute, RankRoute, RoundPlan
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Inspected
+from weightbus.schemas.worker import (
+    Applied,
+    Attached,
+    Cell,
+    Described,
+    Feed,
+    InPlace,
+    Inspected,
+)
 
 __all__ = (
     "CONFIG",
@@ -128,6 +136,7 @@ class FakeEngine(Engine):
         """Calls that never return."""
         self.entered: dict[str, anyio.Event] = {}
         """Call -> set when it hangs."""
+        self.free_bytes = 0
         self.data = [DATA] * ranks
         """What an update leaves in the parameters of each rank."""
         self.report = EngineReport(version=version, paused=version < 0, touched=False, ranks=ranks)
@@ -146,6 +155,10 @@ class FakeEngine(Engine):
             structs.replace(one, instance=instance, version=-1, touched=False) for one in self.held
         ]
         self.report = structs.replace(self.report, version=-1, paused=True)
+
+    def prove(self, layout_digest: str) -> None:
+        """Every rank's plan of a layout is proven."""
+        self.held = [structs.replace(one, proven=(layout_digest,)) for one in self.held]
 
     def hang(self, call: str) -> anyio.Event:
         """The call hangs from now on; the event is set when it does."""
@@ -169,6 +182,7 @@ class FakeEngine(Engine):
                 rank=rank,
                 world_size=self._ranks,
                 instance=self.held[rank].instance,
+                free_bytes=self.free_bytes,
                 needs_digest=needs_digest(needs),
                 needs=needs,
             )
@@ -193,11 +207,11 @@ class FakeEngine(Engine):
         self,
         version: int,
         layout_digest: str,
-        sources: Mapping[int, Sequence[Segment]],
+        feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         await self._call("apply")
-        for rank in sources:
+        for rank in feeds:
             held = self.held[rank]
             self.held[rank] = structs.replace(held, version=version, updates=held.updates + 1)
         return tuple(
@@ -208,7 +222,7 @@ class FakeEngine(Engine):
                 bytes=16,
                 cell_digests=sums(self.data[rank]),
             )
-            for rank in sources
+            for rank in feeds
         )
 
     async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
@@ -253,6 +267,7 @@ class FakeRoute(Route):
         self.meanwhile: Callable[[], None] | None = None
         """What happens in between."""
         self.before_end: Callable[[], Awaitable[None]] | None = None
+        self.asked: list[Transfer] = []
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         if self.unreachable:
@@ -260,6 +275,7 @@ class FakeRoute(Route):
         return [ways[0] for ways in placement]
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
+        self.asked.append(transfer)
         if self.fails_before is not None:
             raise self.fails_before
         await transfer.begin_write()
@@ -270,7 +286,10 @@ class FakeRoute(Route):
         applied = await transfer.engine.apply(
             transfer.version,
             transfer.layout_digest,
-            dict.fromkeys(transfer.ranks, self.reach(transfer.layout, transfer.placement)),
+            dict.fromkeys(
+                transfer.ranks,
+                InPlace(sources=tuple(self.reach(transfer.layout, transfer.placement))),
+            ),
             transfer.deadline_s,
         )
         if self.before_end is not None:

@@ -13,6 +13,7 @@ from tests.unit.consumers.fakes import (
     CONFIG,
     DATA,
     DIGEST,
+    LAYOUT,
     FakeBus,
     FakeEngine,
     FakeRoute,
@@ -23,9 +24,11 @@ from tests.unit.consumers.fakes import (
 )
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.errors import (
+    ConsumerError,
     DeadlineExceeded,
     DigestMismatch,
     EngineUnavailable,
+    PeerLost,
     RouteUnavailable,
     SegmentUnavailable,
     TornRead,
@@ -141,6 +144,39 @@ async def test_prepare_forgets_the_layout_that_was_longest_unused() -> None:
     assert world.engine.calls[1:] == ["inspect", "describe", "attach"]
 
 
+async def test_broadcast_is_offered_once_every_rank_is_proven() -> None:
+    far, group = FakeRoute("p2p"), FakeRoute("broadcast")
+    group.rendezvous = "tcp://h:1"
+    world = World(FakeEngine(2, 1), group, far)
+    prepared = await world.updater.prepare(ready_of(2), LONG_S)
+    assert [offer.routes for offer in prepared.offers] == [("p2p",), ("p2p",)]
+    assert not prepared.proven
+    world.engine.prove(layout_digest(LAYOUT))
+    prepared = await world.updater.prepare(ready_of(3), LONG_S)
+    assert [offer.routes for offer in prepared.offers] == [("broadcast", "p2p")] * 2
+    assert (prepared.proven, prepared.rendezvous) == (True, "tcp://h:1")
+
+
+async def test_prepare_is_refused_when_only_a_group_would_do_and_nothing_is_proven() -> None:
+    world = World(FakeEngine(2, 1), FakeRoute("broadcast"))
+    with pytest.raises(RouteUnavailable, match="not proven"):
+        await world.updater.prepare(ready_of(2), LONG_S)
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "staging_bytes", "offered"),
+    [(100, 0, 100), (0, 0, 0), (100, 60, 30), (20, 60, 20), (0, 60, 30)],
+)
+async def test_offer_of_staging_memory_keeps_to_the_configuration(
+    free_bytes: int, staging_bytes: int, offered: int
+) -> None:
+    engine = FakeEngine(2, 1)
+    engine.free_bytes = free_bytes
+    world = World(engine, config=structs.replace(CONFIG, staging_bytes=staging_bytes))
+    prepared = await world.updater.prepare(ready_of(2), LONG_S)
+    assert [offer.free_bytes for offer in prepared.offers] == [offered] * 2
+
+
 async def test_prepare_offers_the_routes_that_reach_every_segment() -> None:
     near, far, forbidden = FakeRoute("local"), FakeRoute("p2p"), FakeRoute("broadcast")
     config = structs.replace(CONFIG, routes=("local", "p2p"))
@@ -233,27 +269,35 @@ async def test_transfer_ends_paused_and_proven() -> None:
     outcome = await world.transfer()
     assert world.engine.calls == ["inspect", "pause", "apply"]
     assert (outcome.verified, outcome.weights_digest) == ("verified", DIGEST)
-    assert (outcome.routes, outcome.bytes) == (("local",), 16)
+    assert (outcome.route, outcome.bytes) == ("local", 16)
     assert outcome.pause_start_ns > 0
 
 
-async def test_transfer_pauses_once_when_two_routes_write() -> None:
-    world = World(FakeEngine(2, 1), FakeRoute("local"), FakeRoute("p2p"))
-    outcome = await world.transfer(plan=plan_of(2, "local", "p2p"))
-    assert world.engine.calls.count("pause") == 1
-    assert dict(outcome.rank_routes) == {0: "local", 1: "p2p"}
+async def test_transfer_takes_the_route_of_the_plan_and_tells_it_what_is_proven() -> None:
+    near, far = FakeRoute("local"), FakeRoute("p2p")
+    world = World(FakeEngine(2, 1), near, far)
+    outcome = await world.transfer(plan=plan_of(2, "p2p", "p2p"))
+    assert outcome.route == "p2p"
+    assert [(asked.ranks, asked.proven) for asked in far.asked] == [((0, 1), False)]
+    world.engine.prove(layout_digest(LAYOUT))
+    await world.transfer(3, plan=plan_of(3, "p2p", "p2p"))
+    assert [asked.proven for asked in far.asked] == [False, True]
+    assert near.asked == []
 
 
-async def test_transfer_waits_for_every_route_when_one_fails() -> None:
-    """What the other writes after it would not be seen."""
-    failing, slow = FakeRoute("local"), FakeRoute("p2p")
-    world = World(FakeEngine(2, 1), failing, slow)
-    failing.fails_before = TORN
-    slow.before_end = anyio.wait_all_tasks_blocked
-    with pytest.raises(TransferError) as raised:
-        await world.transfer(plan=plan_of(2, "local", "p2p"))
-    assert (raised.value.cause, raised.value.touched) == ("TornRead", True)
-    assert world.engine.calls == ["inspect", "pause", "apply", "inspect"]
+@pytest.mark.parametrize(
+    ("error", "stage"),
+    [
+        (PeerLost("g", ["b/0"], "gone"), "broadcast"),
+        (SegmentUnavailable("s", "absent", "must be there"), "fetch"),
+        (DeadlineExceeded("broadcast", 1.0), "broadcast"),
+        (DeadlineExceeded("Apply of rank 0", 1.0), "reload"),
+    ],
+)
+async def test_failure_names_its_stage(error: ConsumerError, stage: str) -> None:
+    world = World()
+    world.route.fails_before = error
+    assert (await world.transfer_fails()).stage == stage
 
 
 async def test_engine_is_left_alone_when_a_transfer_fails_before_its_pause() -> None:
