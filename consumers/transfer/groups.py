@@ -186,20 +186,19 @@ class Groups:
     async def open_all(
         self, lanes: Sequence[tuple[Group, int]], epoch: int, deadline_s: float
     ) -> tuple[GlooExchange, ...]:
-        """The groups of one plan, in its order: those that met before, and new ones, formed side by
-        side. A group with a rendezvous is formed anew, whether it met before or not.
+        """The groups of one plan, in its order: those that are ready, and new ones, formed side by
+        side.
 
         Args:
             lanes: every group that this process is in, and its place there. All members of a group
                 open it, in plans of the same epoch.
 
         Raises:
-            PeerLost: some member did not come, or a group that shall have met is not ready here.
+            PeerLost: some member did not come, or a group without a rendezvous is not ready here.
             DeadlineExceeded: too many groups are still being buried.
         """
         end = anyio.current_time() + deadline_s
         await self._room_for_graves(deadline_s)
-        self.drop_nowait([group.id for group, _ in lanes if group.rendezvous])
         failures: list[PeerLost] = []
 
         async def form(group: Group, place: int) -> None:

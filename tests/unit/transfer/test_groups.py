@@ -84,18 +84,13 @@ async def test_bytes_of_every_root_reach_every_member_in_every_lane(hosts: Hosts
                 await exchange(lane, root, size_bytes)
 
 
-async def test_groups_that_met_before_are_used_again(hosts: Hosts) -> None:
+@pytest.mark.parametrize("met", [False, True])
+async def test_groups_that_met_before_are_used_again(hosts: Hosts, met: bool) -> None:
     first = await hosts.open_all(["x"], 1)
-    again = await hosts.open_all(["x"], 2, met=True)
+    again = await hosts.open_all(["x"], 2, met=met)
     assert [one[0] is other[0] for one, other in zip(first, again, strict=True)] == [True] * 3
     assert [groups.ids for groups in hosts.groups] == [("x",)] * 3
     await exchange([lane for (lane,) in again], 2, 1000)
-
-
-async def test_groups_are_formed_anew_when_their_plan_names_a_rendezvous(hosts: Hosts) -> None:
-    await hosts.open_all(["x"], 1)
-    again = await hosts.open_all(["x"], 2)
-    await exchange([lane for (lane,) in again], 1, 1000)
 
 
 async def test_group_of_one_needs_nobody() -> None:
@@ -134,6 +129,8 @@ async def test_group_is_lost_when_a_member_drops_it_and_another_can_be_formed(
         await opened[0][0].broadcast(memory.ctypes.data, memory.nbytes, 1, DEADLINE_S)
     with pytest.raises(PeerLost, match="dropped"):
         await opened[1][0].broadcast(memory.ctypes.data, memory.nbytes, 1, DEADLINE_S)
+    hosts.groups[0].drop_nowait(["x"])
+    hosts.groups[2].drop_nowait(["x"])
     again = await hosts.open_all(["x"], 2)
     await exchange([lane for (lane,) in again], 0, 1000)
 
