@@ -14,6 +14,8 @@ __all__ = (
     "BusTimeout",
     "BusUnavailable",
     "DataDirectoryBusy",
+    "EndpointFailed",
+    "EndpointUnavailable",
     "FileUnreadable",
     "HostUnknown",
     "LeaseLost",
@@ -21,6 +23,7 @@ __all__ = (
     "ObjectMissing",
     "ObjectTooLarge",
     "PayloadTooLarge",
+    "RemoteReadFailed",
     "RequestRefused",
     "ServerFailed",
     "ServerNotFound",
@@ -202,3 +205,27 @@ class SharedMemoryUnavailable(BusError):
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(f"shared-memory block {path} cannot be made: {reason}")
+
+
+class EndpointUnavailable(BusError):
+    """There is no transfer engine to be had here: what is missing, and how to get it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+        super().__init__(f"no transfer engine: {reason}. To get it: {remedy}")
+
+
+class EndpointFailed(BusError):
+    """The transfer engine refused something of ours."""
+
+    def __init__(self, operation: str, value: str, reason: str) -> None:
+        self.operation, self.value, self.reason = operation, value, reason
+        super().__init__(f"transfer engine: {operation} ({value}) failed: {reason}")
+
+
+class RemoteReadFailed(BusError):
+    """A peer's memory could not be read; what came of it is not to be used."""
+
+    def __init__(self, session: str, size_bytes: int, reason: str) -> None:
+        self.session, self.size_bytes, self.reason = session, size_bytes, reason
+        super().__init__(f"reading {size_bytes:,} bytes from {session} failed: {reason}")

@@ -1,13 +1,18 @@
-"""Which host this is: who shares its memory has the same id. Reads /proc and /dev/shm once each."""
+"""Which host this is, and how others reach it. Reads /proc and /dev/shm once each; sends nothing.
+
+Who shares its memory has the same id.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from weightbus.bus.errors import HostUnknown
 
-__all__ = ("host_id",)
+__all__ = ("address_towards", "host_id")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SHARED_MEMORY = "/dev/shm"
@@ -27,3 +32,25 @@ def host_id() -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise HostUnknown(str(error)) from None
     return f"{boot_id}:{device:x}"
+
+
+def address_towards(url: str) -> str:
+    """The address of this host by which it reaches a NATS server; of several, the first.
+
+    Others that reach the same server can mostly reach this host there, too. Resolves the server's
+    name; no packet goes to the server.
+
+    Raises:
+        HostUnknown: the URL has no host, or there is no way to it.
+    """
+    first = url.split(",")[0]
+    try:
+        server = urlsplit(first if "//" in first else f"//{first}")
+        kind, _, _, _, where = socket.getaddrinfo(
+            server.hostname or "", server.port or 4222, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise HostUnknown(f"no address of this host towards {url!r}: {error}") from error

@@ -8,7 +8,7 @@ published or the publisher ends; a `publish` that raises leaves the publisher as
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import anyio
 import anyio.from_thread
@@ -16,6 +16,7 @@ import anyio.to_thread
 from msgspec import Struct, structs
 
 from weightbus.bus.connection import Bus
+from weightbus.bus.endpoint import Endpoint, P2pOptions, open_endpoint_if_any
 from weightbus.bus.errors import BusTimeout
 from weightbus.bus.sweep import sweep_blocks
 from weightbus.producers.announcing import Announcer
@@ -56,6 +57,8 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
     """At a good end, before that: for present engines to serve the newest version."""
     digest_threads: int = 4
     """Threads that digest while the tensors are copied."""
+    p2p: P2pOptions | None = None
+    """How engines on other hosts may read the slots; None: not at all."""
 
 
 @asynccontextmanager
@@ -78,21 +81,26 @@ async def open_publisher(
         RankInvalid: there is no such rank.
         MessageInvalid: `model` or `producer` is no subject token.
         HostUnknown: the system does not tell which host this is.
+        EndpointUnavailable, EndpointFailed: `options.p2p` requires a transfer engine.
         BusUnavailable, BusTimeout, RequestRefused: at the start or at the end.
     """
     if not 0 <= rank < world_size:
         raise RankInvalid(rank, f"must be from 0 to {world_size - 1}")
     announcer = Announcer(bus, model, producer)
     telemetry, options = telemetry or Telemetry(), options or PublisherOptions()
-    publisher = Publisher(announcer, rank, world_size, telemetry, options)
-    await publisher._clean_up_after_the_dead()
-    if world_size > 1:
-        await publisher._group.open()
-    try:
-        yield publisher
-        await publisher._linger()
-    finally:
-        await publisher._close()
+    with ExitStack() as stack:
+        endpoint = await anyio.to_thread.run_sync(
+            stack.enter_context, open_endpoint_if_any(options.p2p, bus.url)
+        )
+        publisher = Publisher(announcer, rank, world_size, telemetry, options, endpoint)
+        await publisher._clean_up_after_the_dead()
+        if world_size > 1:
+            await publisher._group.open()
+        try:
+            yield publisher
+            await publisher._linger()
+        finally:
+            await publisher._close()
 
 
 class Publisher:
@@ -105,12 +113,13 @@ class Publisher:
         world_size: int,
         telemetry: Telemetry,
         options: PublisherOptions,
+        endpoint: Endpoint | None,
     ) -> None:
         self._bus, self._announcer = announcer.bus, announcer
         self._model, self._producer = announcer.model, announcer.producer
         self._rank, self._world_size = rank, world_size
         self._telemetry, self._options = telemetry, options
-        self._slots = Slots(announcer, rank)
+        self._slots = Slots(announcer, rank, endpoint)
         self._sealer = Sealer(announcer)
         self._part_layout = StoredLayout(self._bus, partial=True)
         self._group = RankGroup(announcer, rank, world_size, options.seal_timeout_s)
@@ -136,6 +145,7 @@ class Publisher:
             SlotBusy: readers did not end; the older version is retired, the newest is untouched.
             SharedMemoryFull: two slots of this size do not fit; the newest version is untouched.
             SharedMemoryUnavailable: the system refuses a slot; the newest version is untouched.
+            EndpointFailed: the slot cannot be registered; the newest version is untouched.
             SealFailed: the ranks did not come together.
             PublisherClosed
             ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused

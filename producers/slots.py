@@ -1,6 +1,7 @@
 """The two slots of a rank: which one is written next, and when nobody reads it any more.
 
-Owns the shared-memory blocks. A slot that held a published version is given out again only after
+Owns the shared-memory blocks, which are registered with the transfer engine if there is one, for as
+long as they are there. A slot that held a published version is given out again only after
 `CheckpointRetired` was acknowledged, *then* the leases of its readers were listed and are gone. A
 reader takes its lease first and looks for the retirement then: whichever way the two meet, the
 publisher sees the lease or the reader sees the retirement.
@@ -18,11 +19,13 @@ import anyio
 import anyio.to_thread
 
 from weightbus.bus.blocks import SHM_PREFIX, SharedBlock, check_room
+from weightbus.bus.endpoint import Endpoint, register_block, unregister_block
+from weightbus.bus.errors import EndpointFailed
 from weightbus.bus.host import host_id
 from weightbus.producers.announcing import Announcer
 from weightbus.producers.errors import SlotBusy
 from weightbus.schemas.checkpoint import CheckpointRetired
-from weightbus.schemas.placement import Placement, SharedMemorySegment
+from weightbus.schemas.placement import Placement, RemoteSegment, SharedMemorySegment
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
 
 __all__ = ("Slot", "Slots")
@@ -51,10 +54,10 @@ class Slot:
 
 
 class Slots:
-    """Made once per publisher; `close` it."""
+    """Made once per publisher; `close` it. Without `endpoint` no other host can read them."""
 
-    def __init__(self, announcer: Announcer, rank: int) -> None:
-        self._announcer, self._rank = announcer, rank
+    def __init__(self, announcer: Announcer, rank: int, endpoint: Endpoint | None = None) -> None:
+        self._announcer, self._rank, self._endpoint = announcer, rank, endpoint
         self._bus, self._model, self._producer = announcer.bus, announcer.model, announcer.producer
         self._host_id = host_id()
         self._slots = [Slot() for _ in range(SLOTS)]
@@ -67,7 +70,16 @@ class Slots:
     def placement(self, slot: Slot) -> Placement:
         """Where readers find the segment of a slot while its present version is whole."""
         name, generation = slot.block.name, slot.block.generation
-        return ((SharedMemorySegment(name=name, host_id=self._host_id, generation=generation),),)
+        local = SharedMemorySegment(name=name, host_id=self._host_id, generation=generation)
+        if self._endpoint is None:
+            return ((local,),)
+        remote = RemoteSegment(
+            protocol=self._endpoint.protocol,
+            session=self._endpoint.session,
+            address=slot.block.address,
+            generation=generation,
+        )
+        return ((local, remote),)
 
     async def free(self, size_bytes: int, version: int, newest: int, wait_s: float) -> Slot:
         """A slot with a block of `size_bytes` for `version`; nobody reads it any more.
@@ -80,6 +92,7 @@ class Slots:
             SharedMemoryFull: there is no room for a new block; nothing has happened, unless others
                 took the room meanwhile: then the slot stays empty.
             SharedMemoryUnavailable: no new block, for another reason; the slot stays empty.
+            EndpointFailed: the new block cannot be registered; the slot stays empty.
         """
         slot = min(
             (slot for slot in self._slots if slot.version is None or slot.version != newest),
@@ -114,10 +127,9 @@ class Slots:
             await self._retire(versions[-1], reason, active_readers=len(readers))
 
     def close(self) -> None:
-        """Remove the blocks."""
+        """Remove the blocks. A read from another host that is still under way fails."""
         for slot in self._slots:
-            if slot.held is not None:
-                slot.held.close()
+            self._drop(slot)
 
     def _order(self, slot: Slot, version: int) -> tuple[int, int]:
         """The slot of `version`, then empty ones, never offered ones, and the oldest version."""
@@ -132,11 +144,25 @@ class Slots:
         generation = 0
         if slot.held is not None:
             generation = slot.held.generation + slot.held.generation % 2
-            slot.held.close()
-            slot.held = None
+            self._drop(slot)
         unique = secrets.token_hex(8)
         name = f"{SHM_PREFIX}{self._model}.{self._producer}.{self._rank}.{unique}"
-        slot.held = SharedBlock(name, size_bytes, generation)
+        block = SharedBlock(name, size_bytes, generation)
+        if self._endpoint is not None:
+            try:
+                register_block(self._endpoint, block)
+            except EndpointFailed:
+                block.close()
+                raise
+        slot.held = block
+
+    def _drop(self, slot: Slot) -> None:
+        if slot.held is None:
+            return
+        block, slot.held = slot.held, None
+        if self._endpoint is not None:
+            unregister_block(self._endpoint, block)
+        block.close()
 
     async def _retire(self, version: int, reason: str, active_readers: int = 0) -> None:
         await self._bus.publish(

@@ -23,6 +23,7 @@ class FakeBus:
     """What a publisher of one rank asks of a bus."""
 
     prefix = "weightbus"
+    url = "nats://127.0.0.1:4222"
 
     def __init__(self) -> None:
         self.said: list[Message] = []
