@@ -1,4 +1,4 @@
-"""Every rank of every engine that is planned gets exactly one route that it offered."""
+"""Every engine that is planned gets one route, which all its ranks offered, and its lanes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.routes import PlanLimits, RoundDecision, plan_round
+from weightbus.consumers.planning.routes import PlanLimits, RoundDecision, Source, plan_round
+from weightbus.consumers.planning.staging import MIB, StagingLimits
+from weightbus.schemas import decode, encode
 from weightbus.schemas.base import RouteName
-from weightbus.schemas.rounds import Join, RankOffer, RankRoute, RoundPlan
+from weightbus.schemas.rounds import Join, Links, Member, RankOffer, RoundPlan
 
-MIB = 2**20
+GB = 10**9
 
 
 def offer(
-    rank: int, *routes: RouteName, needs: str = "a", need_bytes: int = 1000, free_bytes: int = 0
+    rank: int,
+    *routes: RouteName,
+    needs: str = "a",
+    need_bytes: int = 1000,
+    free_bytes: int = 0,
+    device: str = "cpu",
 ) -> RankOffer:
     return RankOffer(
         rank=rank,
+        device=device,
         needs_digest=needs * 64,
         need_bytes=need_bytes,
         free_bytes=free_bytes,
@@ -29,29 +37,56 @@ def offer(
     )
 
 
-def join(engine: str, *ranks: RankOffer, host: str = "host", joined_ns: int = 0) -> Join:
+def join(
+    engine: str,
+    *ranks: RankOffer,
+    host: str = "host",
+    joined_ns: int = 0,
+    rendezvous: str | None = None,
+    groups: tuple[str, ...] = (),
+    broken_epoch: int = 0,
+    consumer: str = "c",
+    links: Links | None = None,
+) -> Join:
     return Join(
         model="m",
         version=7,
         round="r",
         engine=engine,
-        consumer="c",
+        consumer=consumer,
         host_id=host,
         ranks=ranks,
+        links=links or Links(),
+        rendezvous=f"tcp://{host}:1" if rendezvous is None else rendezvous,
+        groups=groups,
+        broken_epoch=broken_epoch,
         joined_ns=joined_ns,
     )
 
 
-def decide(*joins: Join, late: bool = False, limits: PlanLimits | None = None) -> RoundDecision:
+def remote(engine: str, host: str, ranks: int = 1, **fields: object) -> Join:
+    """An engine that offers both staged routes."""
+    offers = [offer(rank, "broadcast", "p2p") for rank in range(ranks)]
+    return join(engine, *offers, host=host, **fields)  # type: ignore[arg-type]
+
+
+def decide(
+    *joins: Join,
+    late: bool = False,
+    limits: PlanLimits | None = None,
+    epoch: int = 3,
+    source: Source | None = None,
+) -> RoundDecision:
     return plan_round(
         joins,
         version=7,
         round_id="r",
-        epoch=3,
+        epoch=epoch,
         leader="lead",
         now_ns=11,
         late=late,
         limits=limits or PlanLimits(),
+        source=source or Source(),
     )
 
 
@@ -60,14 +95,22 @@ def planned(decision: RoundDecision) -> RoundPlan:
     return decision.plan
 
 
-def routes_of(decision: RoundDecision) -> dict[tuple[str, int], RankRoute]:
+def routes_of(decision: RoundDecision) -> dict[str, RouteName]:
     if decision.plan is None:
         return {}
-    return {(part.engine, rank.rank): rank for part in decision.plan.engines for rank in part.ranks}
+    return {part.engine: part.ranks[0].route for part in decision.plan.engines}
 
 
-def names_of(decision: RoundDecision) -> list[RouteName]:
-    return [route.route for route in routes_of(decision).values()]
+def reason_of(decision: RoundDecision, engine: str) -> str:
+    (part,) = (part for part in planned(decision).engines if part.engine == engine)
+    return part.ranks[0].reason
+
+
+def members_of(decision: RoundDecision) -> list[list[tuple[str, int]]]:
+    return [
+        [(member.engine, member.rank) for member in group.members]
+        for group in planned(decision).groups
+    ]
 
 
 ROUTES: tuple[RouteName, ...] = ("local", "broadcast", "p2p")
@@ -77,113 +120,192 @@ ROUTES: tuple[RouteName, ...] = ("local", "broadcast", "p2p")
 def many_joins(draw: st.DrawFn) -> list[Join]:
     joins = []
     for number in range(draw(st.integers(1, 6))):
+        some = draw(st.lists(st.sampled_from(ROUTES), unique=True))
         ranks = [
             offer(
                 rank,
-                *draw(st.lists(st.sampled_from(ROUTES), unique=True)),
+                *(draw(st.lists(st.sampled_from(ROUTES), unique=True)) if odd else some),
                 needs=draw(st.sampled_from("ab")),
-                free_bytes=draw(st.integers(0, 2**36)),
+                free_bytes=draw(st.just(0) | st.integers(0, 2**20) | st.integers(0, 2**36)),
                 need_bytes=draw(st.integers(0, 2**44)),
+                device=draw(st.sampled_from(["cpu", "cuda:0"])),
             )
+            for odd in [draw(st.integers(0, 4)) == 0]
             for rank in range(draw(st.integers(1, 4)))
         ]
-        joins.append(join(f"e{number}", *ranks, host=draw(st.sampled_from(["h1", "h2", "h3"]))))
+        joins.append(
+            join(
+                f"e{number}",
+                *ranks,
+                host=draw(st.sampled_from(["h1", "h2", "h3"])),
+                rendezvous=draw(st.sampled_from(["tcp://h:1", "tcp://h:1", ""])),
+                links=draw(st.builds(Links, network=rates, broadcast=rates, p2p=rates)),
+            )
+        )
     return joins
+
+
+rates = st.sampled_from([0, 10**6, 10**9, 10**12])
 
 
 @settings(max_examples=300, deadline=None)
 @given(joins=many_joins(), late=st.booleans(), seed=st.integers(0, 2**32))
-def test_plan_gives_each_rank_one_offered_route_when_joins_are_random(
+def test_plan_gives_each_engine_one_offered_route_when_joins_are_random(
     joins: list[Join], late: bool, seed: int
 ) -> None:
     decision = decide(*joins, late=late)
     shuffled = random.Random(seed).sample(joins, len(joins))
     assert decide(*shuffled, late=late) == decision, "the order of joins must not matter"
+    by_id = {one.engine: one for one in joins}
     routes = routes_of(decision)
-    engines = {engine for engine, _ in routes}
-    assert engines.isdisjoint(decision.refused)
-    assert engines | set(decision.refused) == {one.engine for one in joins}
-    offers = {(one.engine, rank.rank): rank for one in joins for rank in one.ranks}
-    assert set(routes) == {key for key in offers if key[0] in engines}
-    for key, route in routes.items():
-        assert route.route in offers[key].routes
-        assert route.route == "local" or "local" not in offers[key].routes
-        assert (route.group is None) == (route.route != "broadcast")
-        assert not (late and route.route == "broadcast")
+    assert set(routes) | set(decision.refused) == set(by_id)
+    assert set(routes).isdisjoint(decision.refused)
+    assert set(decision.costs) == set(routes)
+    for engine, route in routes.items():
+        offers = by_id[engine].ranks
+        assert all(route in rank.routes for rank in offers)
+        assert route == "local" or not all("local" in rank.routes for rank in offers)
+        assert not (late and route == "broadcast")
+    if decision.plan is not None:
+        assert decode(encode(decision.plan), None, RoundPlan) == decision.plan
+        for part in decision.plan.engines:
+            assert [rank.rank for rank in part.ranks] == [
+                rank.rank for rank in sorted(by_id[part.engine].ranks, key=lambda o: o.rank)
+            ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(joins=many_joins())
+def test_lanes_name_one_rank_of_every_host_when_joins_are_random(joins: list[Join]) -> None:
+    decision = decide(*joins)
+    routes = routes_of(decision)
+    hosts = {one.engine: one.host_id for one in joins}
+    far = [one for one in joins if routes.get(one.engine) == "broadcast"]
     groups = decision.plan.groups if decision.plan else ()
-    seen: set[tuple[str, int]] = set()
-    for number, group in enumerate(groups):
-        members = [(member.engine, member.rank) for member in group.members]
-        assert len(members) == len(set(members)) >= 2
-        assert seen.isdisjoint(members)
-        seen.update(members)
-        assert all(routes[member].group == number for member in members)
-        assert len({(offers[m].rank, offers[m].needs_digest) for m in members}) == 1
-    assert seen == {key for key, route in routes.items() if route.route == "broadcast"}
+    ranks: dict[str, set[Member]] = {}
+    for one in far:
+        members = {Member(one.engine, rank.rank) for rank in one.ranks}
+        ranks[one.host_id] = ranks.get(one.host_id, set()) | members
+    assert len(far) != 1
+    assert len(groups) == max(map(len, ranks.values()), default=0)
+    assert len({group.id for group in groups}) == len(groups)
+    for group in groups:
+        assert [hosts[member.engine] for member in group.members] == sorted(ranks)
+        assert bool(group.rendezvous) == (len(ranks) > 1)
+    for column, host in enumerate(sorted(ranks)):
+        staged = [group.members[column] for group in groups]
+        assert set(staged) == ranks[host]
+        counts = [staged.count(member) for member in ranks[host]]
+        assert max(counts) - min(counts) <= 1, "a host's ranks stage as many lanes each"
+
+
+@settings(max_examples=300, deadline=None)
+@given(joins=many_joins())
+def test_staging_fits_into_its_share_of_memory_when_joins_are_random(joins: list[Join]) -> None:
+    decision = decide(*joins)
+    if decision.plan is None:
+        return
+    plan, limits = decision.plan, StagingLimits()
+    assert limits.min_bucket_bytes <= plan.bucket_bytes <= limits.bucket_bytes
+    assert plan.bucket_bytes.bit_count() == 1
+    assert 1 <= plan.slots <= 3
+    lanes: dict[Member, int] = {}
+    for group in plan.groups:
+        for member in group.members:
+            lanes[member] = lanes.get(member, 0) + 1
+    used: dict[str, tuple[int, int]] = {}
+    for one in joins:
+        for rank in one.ranks:
+            route = routes_of(decision).get(one.engine)
+            staged = 1 if route == "p2p" else lanes.get(Member(one.engine, rank.rank), 0)
+            pool = one.host_id if rank.device == "cpu" else f"{one.engine} {rank.rank}"
+            if staged:
+                taken, free = used.get(pool, (0, 2**62))
+                taken += staged * plan.slots * plan.bucket_bytes
+                used[pool] = (taken, min(free, rank.free_bytes or 2**62))
+    for pool, (taken, free) in used.items():
+        assert taken <= free * limits.share, pool
 
 
 @settings(max_examples=100, deadline=None)
 @given(joins=many_joins())
-def test_engine_is_refused_only_when_some_rank_has_no_usable_route(joins: list[Join]) -> None:
+def test_engine_is_refused_only_when_no_route_or_no_memory_is_left(joins: list[Join]) -> None:
     refused = decide(*joins).refused
     by_id = {one.engine: one for one in joins}
     for engine, reason in refused.items():
-        assert f"of engine {engine} " in reason
-        assert any(set(rank.routes) <= {"broadcast"} for rank in by_id[engine].ranks)
+        assert reason.startswith(f"engine {engine} is ")
+        common = set(ROUTES).intersection(*(rank.routes for rank in by_id[engine].ranks))
+        assert "local" not in common
+        assert ("p2p" not in common) != ("short of memory" in reason)
     assert list(refused) == sorted(refused)
 
 
-def test_rank_goes_local_when_it_offers_everything() -> None:
-    both = [join(engine, offer(0, "local", "broadcast", "p2p"), host=engine) for engine in "ab"]
-    assert names_of(decide(*both)) == ["local", "local"]
+def test_engine_goes_local_when_it_offers_everything() -> None:
+    both = [join(engine, offer(0, *ROUTES), host=engine) for engine in "ab"]
+    assert routes_of(decide(*both)) == {"a": "local", "b": "local"}
+    assert reason_of(decide(*both), "a").startswith("its host can read every segment: ")
 
 
-def test_rth_ranks_form_one_group_when_replicas_are_on_two_hosts() -> None:
-    replicas = [
-        join(
-            engine,
-            offer(0, "broadcast", "p2p", needs="a"),
-            offer(1, "broadcast", "p2p", needs="b"),
-            host=host,
-        )
-        for engine, host in (("a", "h2"), ("b", "h1"), ("c", "h2"))
+def test_lanes_are_shared_out_when_hosts_have_unequal_ranks() -> None:
+    decision = decide(remote("a", "h2", 2), remote("b", "h1", 3), remote("c", "h2"))
+    assert members_of(decision) == [
+        [("b", 0), ("a", 0)],
+        [("b", 1), ("a", 1)],
+        [("b", 2), ("c", 0)],
     ]
-    plan = planned(decide(*replicas))
-    members = [[(m.engine, m.rank) for m in group.members] for group in plan.groups]
-    assert members == [[("b", 0), ("a", 0), ("c", 0)], [("b", 1), ("a", 1), ("c", 1)]]
-    assert plan.engines[0].ranks[1].group == 1
-    assert plan.engines[0].ranks[1].reason == "3 ranks on 2 hosts need the same bytes"
+    assert {group.rendezvous for group in planned(decision).groups} == {"tcp://h1:1"}
+    uneven = decide(remote("a", "h1", 4), remote("b", "h2", 3))
+    assert [lane[1] for lane in members_of(uneven)] == [("b", 0), ("b", 1), ("b", 2), ("b", 0)]
 
 
-def test_ranks_broadcast_when_two_engines_on_one_host_share_needs() -> None:
-    assert names_of(decide(join("a", offer(0, "broadcast")), join("b", offer(0, "broadcast")))) == [
-        "broadcast",
-        "broadcast",
-    ]
+def test_engines_of_unequal_cut_share_a_broadcast() -> None:
+    two = [offer(rank, "broadcast", "p2p", needs="a", need_bytes=500) for rank in range(2)]
+    four = [offer(rank, "broadcast", "p2p", needs="b", need_bytes=250) for rank in range(4)]
+    decision = decide(join("a", *two, host="h1"), join("b", *four, host="h2"))
+    assert routes_of(decision) == {"a": "broadcast", "b": "broadcast"}
+    assert len(members_of(decision)) == 4
 
 
-def test_rank_pulls_when_nobody_shares_its_needs() -> None:
-    decision = decide(
-        join("a", offer(0, "broadcast", "p2p", needs="a")),
-        join("b", offer(0, "broadcast", "p2p", needs="b")),
-    )
-    assert names_of(decision) == ["p2p", "p2p"]
+def test_engines_of_one_host_share_one_pull() -> None:
+    decision = decide(remote("a", "h", rendezvous=""), remote("b", "h", rendezvous=""))
+    assert members_of(decision) == [[("a", 0)], [("b", 0)]]
+    assert reason_of(decision, "a").startswith("2 engines on 1 host, 2 lanes: ")
+    assert ", by p2p " in reason_of(decision, "a")
+
+
+def test_engine_pulls_when_it_is_alone() -> None:
+    decision = decide(remote("a", "h1"), join("b", offer(0, *ROUTES), host="h2"))
+    assert routes_of(decision) == {"a": "p2p", "b": "local"}
+    assert reason_of(decision, "a").startswith("no other engine could share a broadcast: ")
     assert planned(decision).groups == ()
 
 
-def test_rank_pulls_when_peers_go_local() -> None:
-    decision = decide(
-        join("a", offer(0, "local", "broadcast")), join("b", offer(0, "broadcast", "p2p"))
-    )
-    assert names_of(decision) == ["local", "p2p"]
+def test_engine_pulls_when_it_cannot_stream_yet() -> None:
+    unproven = join("c", offer(0, "p2p"), host="h3")
+    decision = decide(remote("a", "h1"), remote("b", "h2"), unproven)
+    assert routes_of(decision) == {"a": "broadcast", "b": "broadcast", "c": "p2p"}
+    assert reason_of(decision, "c").startswith("it offers nothing nearer: ")
 
 
-def test_rank_pulls_when_it_is_late() -> None:
-    replicas = [join(engine, offer(0, "broadcast", "p2p"), host=engine) for engine in "ab"]
-    decision = decide(*replicas, late=True)
-    assert names_of(decision) == ["p2p", "p2p"]
+def test_engine_pulls_when_only_some_of_its_ranks_go_nearer() -> None:
+    mixed = join("a", offer(0, "local", "p2p"), offer(1, "broadcast", "p2p"))
+    assert routes_of(decide(mixed)) == {"a": "p2p"}
+
+
+def test_engine_pulls_when_no_group_can_meet_at_it() -> None:
+    mute = remote("a", "h1", rendezvous="")
+    decision = decide(mute, remote("b", "h2"), remote("c", "h3"))
+    assert routes_of(decision) == {"a": "p2p", "b": "broadcast", "c": "broadcast"}
+    assert reason_of(decision, "a").startswith("no group can meet at it: ")
+
+
+def test_engine_pulls_when_it_is_late() -> None:
+    decision = decide(remote("a", "h1"), remote("b", "h2"), late=True)
+    assert routes_of(decision) == {"a": "p2p", "b": "p2p"}
+    assert reason_of(decision, "a").startswith("it came late: no peer is disturbed: ")
     assert decide(join("a", offer(0, "broadcast")), late=True).refused == {
-        "a": "rank 0 of engine a is offering broadcast: must offer local or p2p"
+        "a": "engine a is offering broadcast on all its ranks: must offer local or p2p, "
+        "since it came late: no peer is disturbed"
     }
 
 
@@ -193,11 +315,39 @@ def test_engine_is_refused_when_its_only_partner_is() -> None:
         join("b", offer(0, "broadcast")),
         join("c", offer(0, "p2p")),
     )
-    assert names_of(decision) == ["p2p"]
+    assert routes_of(decision) == {"c": "p2p"}
     assert decision.refused == {
-        "a": "rank 1 of engine a is offering no route: no other rank needs the same bytes",
-        "b": "rank 0 of engine b is offering broadcast: no other rank needs the same bytes",
+        "a": "engine a is offering nothing on all its ranks: must offer local or p2p",
+        "b": "engine b is offering broadcast on all its ranks: must offer local or p2p, "
+        "since no other engine could share a broadcast",
     }
+
+
+def large(engine: str, host: str, **links: int) -> Join:
+    offers = [offer(rank, "broadcast", "p2p", need_bytes=50 * GB) for rank in range(2)]
+    return join(engine, *offers, host=host, links=Links(**links))
+
+
+def test_broadcast_is_taken_when_many_would_share_the_source() -> None:
+    fleet = [large(f"e{n}", f"h{n}", network=10 * GB, broadcast=5 * GB) for n in range(4)]
+    decision = decide(*fleet)
+    assert set(routes_of(decision).values()) == {"broadcast"}
+    assert decision.costs["e0"].seconds < decision.others["e0"].seconds
+    assert decision.others["e0"].route == "p2p"
+
+
+def test_pulling_is_taken_when_broadcasts_are_slow() -> None:
+    fleet = [large(f"e{n}", f"h{n}", network=10 * GB, broadcast=GB // 10) for n in range(2)]
+    decision = decide(*fleet)
+    assert set(routes_of(decision).values()) == {"p2p"}
+    assert decision.others["e0"].route == "broadcast"
+    assert reason_of(decision, "e0").startswith("faster than a broadcast: ")
+
+
+def test_slow_broadcast_is_taken_when_some_engine_can_do_nothing_else() -> None:
+    only = structs.replace(large("a", "h0"), ranks=(offer(0, "broadcast", need_bytes=100 * GB),))
+    fleet = [only, large("b", "h1", network=10 * GB, broadcast=GB // 10)]
+    assert set(routes_of(decide(*fleet)).values()) == {"broadcast"}
 
 
 def test_plan_is_none_when_every_engine_is_refused() -> None:
@@ -214,18 +364,105 @@ def test_engine_is_refused_when_a_rank_joins_twice() -> None:
 def test_latest_join_counts_when_an_engine_joins_again() -> None:
     first = join("a", offer(0, "p2p"), joined_ns=1)
     again = join("a", offer(0, "local"), joined_ns=2)
-    assert names_of(decide(first, again)) == names_of(decide(again, first)) == ["local"]
+    assert routes_of(decide(first, again)) == routes_of(decide(again, first)) == {"a": "local"}
 
 
-def test_bucket_shrinks_when_a_staging_rank_has_little_memory() -> None:
-    limits = PlanLimits(bucket_bytes=256 * MIB, min_bucket_bytes=16 * MIB)
-    small = offer(0, "p2p", free_bytes=400 * MIB)
-    tiny = offer(1, "p2p", free_bytes=1 * MIB)
-    roomy = offer(1, "local", free_bytes=1 * MIB)
-    assert planned(decide(join("a", small), limits=limits)).bucket_bytes == 100 * MIB
-    assert planned(decide(join("a", small, tiny), limits=limits)).bucket_bytes == 16 * MIB
-    assert planned(decide(join("a", small, roomy), limits=limits)).bucket_bytes == 100 * MIB
-    assert planned(decide(join("a", offer(0, "p2p")), limits=limits)).bucket_bytes == 256 * MIB
+# Groups across plans.
+
+
+def group_ids(*joins: Join, epoch: int = 3) -> list[str]:
+    return [group.id for group in planned(decide(*joins, epoch=epoch)).groups]
+
+
+def test_group_is_taken_again_when_all_members_are_ready_in_it() -> None:
+    (first,) = group_ids(remote("a", "h1"), remote("b", "h2"), epoch=3)
+    assert first.endswith("-3")
+    ready = [remote(e, h, groups=(first,)) for e, h in (("a", "h1"), ("b", "h2"))]
+    assert group_ids(*ready, epoch=9) == [first]
+    later = first.replace("-3", "-5")
+    both = [remote(e, h, groups=(first, later)) for e, h in (("a", "h1"), ("b", "h2"))]
+    assert group_ids(*both, epoch=9) == [later]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"groups": ()},
+        {"groups": ("{}0",)},
+        {"broken_epoch": 8, "groups": ("{}",)},
+        {"consumer": "other", "groups": ("{}",)},
+    ],
+)
+def test_group_is_formed_anew_when_a_member_is_not_ready_in_it(second: dict[str, object]) -> None:
+    (first,) = group_ids(remote("a", "h1"), remote("b", "h2"), epoch=3)
+    if "groups" in second:
+        names = tuple(name.format(first) for name in second["groups"])  # type: ignore[attr-defined]
+        second = {**second, "groups": names}
+    ready = [remote("a", "h1", groups=(first,)), remote("b", "h2", **second)]  # type: ignore[arg-type]
+    assert group_ids(*ready, epoch=9)[0].endswith("-9")
+
+
+def test_group_is_another_one_when_its_members_change() -> None:
+    two = group_ids(remote("a", "h1"), remote("b", "h2"))
+    three = group_ids(remote("a", "h1"), remote("b", "h2"), remote("c", "h3"))
+    swapped = group_ids(remote("a", "h2"), remote("b", "h1"))
+    assert len({two[0], three[0], swapped[0]}) == 3
+
+
+# Memory.
+
+
+def roomy(engine: str, host: str, *free_mib: int, device: str = "cpu") -> Join:
+    ranks = [
+        offer(rank, "broadcast", "p2p", free_bytes=free * MIB, device=device)
+        for rank, free in enumerate(free_mib)
+    ]
+    return join(engine, *ranks, host=host)
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "bucket_mib", "slots"),
+    [(0, 64, 3), (384, 64, 3), (383, 32, 3), (96, 16, 3), (95, 16, 2), (4, 1, 2), (3, 1, 1)],
+)
+def test_slots_shrink_when_a_staging_rank_has_little_memory(
+    free_mib: int, bucket_mib: int, slots: int
+) -> None:
+    plan = planned(decide(roomy("a", "h", free_mib)))
+    assert (plan.bucket_bytes, plan.slots) == (bucket_mib * MIB, slots)
+
+
+def test_ranks_share_memory_when_they_are_of_one_host_s_cpu() -> None:
+    shared = planned(decide(roomy("a", "h", 768, 768), roomy("b", "h", 768, 768)))
+    assert (shared.bucket_bytes, shared.slots) == (32 * MIB, 3)
+    own = planned(decide(roomy("a", "h", 768, 768, device="cuda:0")))
+    assert (own.bucket_bytes, own.slots) == (64 * MIB, 3)
+    near = join("b", offer(0, "local", free_bytes=1))
+    assert planned(decide(roomy("a", "h", 0), near)).bucket_bytes == 64 * MIB
+
+
+def test_engine_pulls_when_its_lanes_of_a_broadcast_need_more_than_it_has() -> None:
+    decision = decide(roomy("a", "h1", 4), remote("b", "h2", 4), remote("c", "h3", 4))
+    assert routes_of(decision) == {"a": "p2p", "b": "broadcast", "c": "broadcast"}
+    assert reason_of(decision, "a").startswith(
+        "too little memory for its lanes: staging may take 2097152 bytes of host h1 for 4 lanes, "
+        "which need 1048576 each"
+    )
+
+
+def test_engine_is_refused_when_it_has_no_memory_for_one_slot() -> None:
+    decision = decide(roomy("a", "h1", 1), remote("b", "h2"))
+    assert decision.refused == {
+        "a": "engine a is short of memory for staging: staging may take 524288 bytes of host h1 "
+        "for 1 lanes, which need 1048576 each"
+    }
+    assert routes_of(decision) == {"b": "p2p"}
+
+
+def test_last_engines_of_a_host_are_refused_when_its_memory_is_for_some() -> None:
+    pulls = [join(e, offer(0, "p2p", free_bytes=4 * MIB), host="h") for e in "abc"]
+    decision = decide(*pulls)
+    assert routes_of(decision) == {"a": "p2p", "b": "p2p"}
+    assert list(decision.refused) == ["c"]
 
 
 def test_deadlines_grow_when_a_host_moves_many_bytes() -> None:
@@ -233,8 +470,15 @@ def test_deadlines_grow_when_a_host_moves_many_bytes() -> None:
     small = planned(decide(join("a", offer(0, "local")), limits=limits)).budgets
     assert (small.transfer_s, small.round_s) == (120.0, 180.0)
     ranks = [offer(rank, "local", need_bytes=200_000) for rank in range(2)]
-    large = planned(decide(join("a", *ranks), limits=limits)).budgets
-    assert (large.transfer_s, large.round_s) == (400.0, 440.0)
+    more = planned(decide(join("a", *ranks), limits=limits)).budgets
+    assert (more.transfer_s, more.round_s) == (400.0, 440.0)
+    pulled = planned(decide(remote("a", "h"), limits=limits, source=Source(layout_bytes=600_000)))
+    assert pulled.budgets.transfer_s == 600.0
+    predicted = PlanLimits(predicted_times=4.0)
+    slow = planned(decide(large("a", "h", network=GB), limits=predicted)).budgets
+    assert slow.transfer_s == pytest.approx(100 * GB / (200 * 2**20))
+    slower = planned(decide(large("a", "h", network=GB // 10), limits=predicted)).budgets
+    assert slower.transfer_s > 4 * 100 * GB / (GB // 10)
     huge = offer(0, "local", need_bytes=2**49)
     assert planned(decide(join("a", huge), limits=limits)).budgets.round_s == 86_400.0
 
