@@ -46,15 +46,18 @@ class Errands:
         async for errand in self._waiting:
             await keep_on(errand())
 
-    async def wait_done(self) -> None:
-        """Returns once everything that was taken before is done. Only while `run` runs."""
+    async def wait_done(self, deadline_s: float) -> bool:
+        """Wait until everything that was taken before is done; False if the deadline came first.
+        Only while `run` runs."""
         done = anyio.Event()
 
         async def note() -> None:
             done.set()
 
         self.take_nowait(note)
-        await done.wait()
+        with anyio.move_on_after(deadline_s):
+            await done.wait()
+        return done.is_set()
 
 
 async def keep_on(request: Awaitable[T]) -> T | None:

@@ -180,12 +180,14 @@ class Consumer:
         return report.version, not clean
 
     async def _stop(self) -> None:
-        """Called while every task runs; returns once all is said, and all leases are released."""
-        self._feed(ev.Stop())
-        await self._stopped.wait()
-        await self._errands.wait_done()
-        await self._outbox.drain(self._config.stop_s)
-        await self._take_leave()
+        """Called while every task runs; returns once all is said, and all leases are released, or
+        when the time for it is over."""
+        with anyio.move_on_after(self._config.stop_s):
+            self._feed(ev.Stop())
+            await self._stopped.wait()
+            await self._errands.wait_done(self._config.stop_s)
+            await self._outbox.drain(self._config.stop_s)
+            await self._take_leave()
 
     async def _take_leave(self) -> None:
         """No heartbeat comes after this."""

@@ -45,6 +45,9 @@ _LAST_WORDS_BYTES = 2000
 _LAST_WORDS_S = 1.0
 """How long the text of a dead rank is waited for."""
 
+_KILLED_S = 5.0
+"""A killed process runs nothing of its own any more; so long the kernel may take to end it."""
+
 
 class RankProcess:
     """One process and what it last printed."""
@@ -232,6 +235,7 @@ async def _kill(ranks: Sequence[RankProcess]) -> None:
     with anyio.CancelScope(shield=True):
         for rank in ranks:
             rank.kill_nowait()
-        for rank in ranks:
-            await rank.process.wait()
-            await rank.ended.wait()
+        with anyio.move_on_after(_KILLED_S):
+            for rank in ranks:
+                await rank.process.wait()
+                await rank.ended.wait()

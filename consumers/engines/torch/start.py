@@ -32,6 +32,8 @@ START_TIMEOUT_S = 120.0
 _READY_POLL_S = 0.02
 _STATE_S = 5.0
 _LOG_TAIL_BYTES = 2000
+_KILLED_S = 5.0
+"""A killed process runs nothing of its own any more; so long the kernel may take to end it."""
 
 
 @asynccontextmanager
@@ -57,7 +59,8 @@ async def open_front(place: EngineDirectory, spec: TorchEngineSpec) -> AsyncIter
                 await guard.wait()
             if guard.returncode is None:
                 guard.kill()
-                await guard.wait()
+                with anyio.move_on_after(_KILLED_S):
+                    await guard.wait()
 
 
 async def wait_until_ready(

@@ -25,7 +25,7 @@ async def test_errands_run_one_after_the_other_and_a_refusal_is_outlived() -> No
         errands.take_nowait(errand, number)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(errands.run)
-        await errands.wait_done()
+        assert await errands.wait_done(60.0)
         tasks.cancel_scope.cancel()
     assert log == ["begin 1", "end 1", "begin 2", "begin 3", "end 3"]
 
