@@ -221,20 +221,21 @@ class Groups:
         self.drop_nowait(self.ids[: -len(ids) - GROUPS_KEPT])
         return tuple(self._ready[name] for name in ids)
 
-    def drop_nowait(self, ids: Sequence[str], then: Callable[[], None] | None = None) -> None:
+    def drop_nowait(self, ids: Sequence[str]) -> Callable[[], bool]:
         """Bury groups: nobody uses them again. Ids that are not ready are nothing.
 
-        Args:
-            then: called in a thread once no operation of theirs writes to memory any more.
+        Returns whether an operation of theirs may still write to memory.
         """
         taken = [self._ready.pop(name).take() for name in ids if name in self._ready]
         taken = [process_group for process_group in taken if process_group is not None]
-        if taken or then is not None:
-            grave = threading.Thread(
-                target=_bury, args=(taken, then), name="burial of groups", daemon=True
-            )
-            self._graves.append(grave)
-            grave.start()  # it empties the list, so that nobody else destroys a group
+        if not taken:
+            return _nothing
+        grave = threading.Thread(  # whoever empties the list destroys the groups, and waits
+            target=taken.clear, name="burial of groups", daemon=True
+        )
+        self._graves.append(grave)
+        grave.start()
+        return grave.is_alive
 
     def close(self, deadline_s: float) -> int:
         """Drop every group and wait for the burials. Blocking. How many have not ended in time:
@@ -317,11 +318,9 @@ def _form_group(address: str, group: Group, place: int, epoch: int, operation_s:
     return kind(keys, place, len(group.members), options)
 
 
-def _bury(groups: list[Any], then: Callable[[], None] | None) -> None:
-    """Destroy groups: waits for their operations, all of which end by their timeouts."""
-    groups.clear()
-    if then is not None:
-        then()
+def _nothing() -> bool:
+    """What groups that are not there write."""
+    return False
 
 
 def _distributed() -> Any:
