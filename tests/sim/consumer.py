@@ -85,6 +85,8 @@ class Consumer(Client):
         self._described = engine.incarnation
         """Of the processes whose needs were described last."""
         self._state: EngineState | None = None
+        self._ready_groups: set[str] = set()
+        """Ids of groups that have served a whole transfer, and did not break since."""
         self._held: set[int] = set()
         """Versions whose reader lease is held."""
         self._do: dict[type[do.Instruction], Callable[[Any], None]] = {
@@ -301,11 +303,19 @@ class Consumer(Client):
         self._described = self.engine.incarnation
         offers = self._offers(source)
         plan = self._bus.plans.get(order.round)
-        self._answer(token, ev.Prepared(token, offers, plan, ready.layout_digest))
+        prepared = ev.Prepared(
+            token,
+            offers,
+            plan,
+            ready.layout_digest,
+            rendezvous=f"tcp://{self.name}:1",
+            groups=tuple(sorted(self._ready_groups)),
+        )
+        self._answer(token, prepared)
 
     def _offers(self, source: Source) -> tuple[RankOffer, ...]:
         near: tuple[RouteName, ...] = ("local",) if source.host == self.engine.host else ()
-        far: tuple[RouteName, ...] = ("broadcast", "p2p")
+        far: tuple[RouteName, ...] = ("broadcast", "p2p") if self.engine.streams else ("p2p",)
         return tuple(
             RankOffer(
                 rank=rank,
@@ -336,8 +346,22 @@ class Consumer(Client):
             self._sources[order.ready.created_ns],
             order,
             self._described,
-            lambda event: self._answer(order.token, event),
+            self.name,
+            lambda event: self._transferred(order, event),
         )
+
+    def _transferred(self, order: do.Transfer, event: ev.Event) -> None:
+        """Groups are kept for the next version, unless they broke."""
+        groups = {group.id for group in order.plan.groups}
+        if isinstance(event, ev.TransferDone):
+            if "broadcast" in event.routes:
+                self._ready_groups |= groups
+        else:
+            self._drop_groups(groups)
+        self._answer(order.token, event)
+
+    def _drop_groups(self, groups: set[str]) -> None:
+        self._ready_groups -= groups
 
     def _cancel_transfer(self, order: do.CancelTransfer) -> None:
         self._transfers[order.token].cancel()

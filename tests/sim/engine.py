@@ -36,6 +36,8 @@ class SimEngine:
         """A rank was written to since it last served."""
         self.lost = False
         """Its processes were started anew, and have got nothing since."""
+        self.streams = False
+        """Its plan is proven by a first update: it can do with a stream."""
 
     @property
     def ranks(self) -> int:
@@ -46,7 +48,7 @@ class SimEngine:
         self.incarnation += 1
         self.contents = [EMPTY] * self.ranks
         self.version = -1
-        self.paused = self.touched = self.lost = False
+        self.paused = self.touched = self.lost = self.streams = False
 
     def pause(self) -> None:
         self.paused = True
@@ -71,6 +73,7 @@ class SimEngine:
             raise Broken(f"engine {self.name} goes back from {self.version} to {version}")
         self.version = version
         self.paused = self.touched = self.lost = False
+        self.streams = True
         self._world.note(self.name, "serves", version)
         self.check()
 

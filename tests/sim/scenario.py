@@ -92,6 +92,7 @@ class Simulation:
             touched=level * dice.choice((0.0, 0.08)),
             corrupt=level * dice.choice((0.0, 0.03)),
             hang=level * dice.choice((0.0, 0.02)),
+            unproven=level * dice.choice((0.0, 0.1)),
         )
         self.bus = Bus(world, self._bus_faults)
         self.sources: dict[int, Source] = {}
@@ -346,7 +347,7 @@ class Simulation:
         faults = self._consumer_faults
         faults.prepare = faults.slow_prepare = faults.resume = 0.0
         moves = self._transfer_faults
-        moves.untouched = moves.touched = moves.corrupt = moves.hang = 0.0
+        moves.untouched = moves.touched = moves.corrupt = moves.hang = moves.unproven = 0.0
         self._start_bus()
         for client in list(self.bus.clients):
             if isinstance(client, Consumer):

@@ -223,12 +223,20 @@ class AnswersBeforeTheEnd(Consumer):
         self._world.after(0.001, self.feed, early)
 
 
+class KeepsBrokenGroups(Consumer):
+    """A driver that takes a group for ready after it broke."""
+
+    def _drop_groups(self, groups: set[str]) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("driver", "symptom"),
     [
         (AnswersTwice, "cannot happen in phase"),
         (ForgetsToAnswer, "has been owed an answer"),
         (AnswersBeforeTheEnd, "cannot happen in phase"),
+        (KeepsBrokenGroups, "is taken again after it broke"),
     ],
 )
 def test_simulation_notices_when_the_driver_breaks_its_word(

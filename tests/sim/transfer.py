@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from tests.sim.engine import MIX, SimEngine
 from tests.sim.trainer import Source
-from tests.sim.world import World
+from tests.sim.world import Broken, World
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round.instructions import Transfer
 from weightbus.schemas.base import RouteName
+from weightbus.schemas.rounds import RoundPlan
 
 __all__ = ("Groups", "SimTransfer", "TransferFaults")
 
@@ -30,14 +31,45 @@ class TransferFaults:
     """A byte arrives wrong: the proof fails."""
     hang: float = 0.0
     """A worker does not answer until the deadline."""
+    unproven: float = 0.0
+    """A worker finds that it cannot go on by streaming, and is relayed the version."""
 
 
 @dataclass
 class Groups:
     """Where the members of broadcast groups meet."""
 
-    members: dict[tuple[str, int], dict[str, SimTransfer]] = field(default_factory=dict)
+    come: dict[tuple[str, int], dict[str, SimTransfer]] = field(default_factory=dict)
     """(Round, epoch) -> engine -> its transfer, of those that have come."""
+    processes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Group's id -> its members' consumers, in order."""
+    broken: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Group's id -> (round, epoch) of the plan in which it broke."""
+
+    def enter(self, plan: RoundPlan, engine: str, consumer: str) -> None:
+        """A consumer enters the groups of a plan.
+
+        Raises:
+            Broken: a group that broke is taken again, or by others than it was formed of.
+        """
+        for group in plan.groups:
+            known = list(self.processes.get(group.id, ("",) * len(group.members)))
+            if len(known) != len(group.members):
+                raise Broken(f"group {group.id} has {len(group.members)} members: {known}")
+            for n, member in enumerate(group.members):
+                if member.engine == engine and known[n] not in ("", consumer):
+                    raise Broken(f"group {group.id} holds {consumer} instead of {known[n]}")
+                if member.engine == engine:
+                    known[n] = consumer
+            self.processes[group.id] = tuple(known)
+            if self.broken.get(group.id, (plan.round, plan.epoch)) != (plan.round, plan.epoch):
+                raise Broken(f"group {group.id} is taken again after it broke")
+
+    def break_up(self, plan: RoundPlan, engine: str) -> None:
+        """An engine is gone before the end of a plan: so are the groups that it is a member of."""
+        for group in plan.groups:
+            if any(member.engine == engine for member in group.members):
+                self.broken.setdefault(group.id, (plan.round, plan.epoch))
 
 
 class SimTransfer:
@@ -52,6 +84,7 @@ class SimTransfer:
         source: Source,
         order: Transfer,
         described: int,
+        consumer: str,
         answer: Callable[[ev.Event], None],
     ) -> None:
         self._world = world
@@ -62,6 +95,7 @@ class SimTransfer:
         self._order = order
         self._described = described
         """Incarnation of the engine that described its needs."""
+        self._consumer = consumer
         self._answer = answer
         self._ended = False
         self._wrote = False
@@ -117,12 +151,9 @@ class SimTransfer:
 
     def _meet(self) -> None:
         plan = self._order.plan
-        expected = {
-            part.engine
-            for part in plan.engines
-            if any(rank.route == "broadcast" for rank in part.ranks)
-        }
-        come = self._groups.members.setdefault((plan.round, plan.epoch), {})
+        expected = {member.engine for group in plan.groups for member in group.members}
+        self._groups.enter(plan, self._engine.name, self._consumer)
+        come = self._groups.come.setdefault((plan.round, plan.epoch), {})
         come[self._engine.name] = self
         if come.keys() >= expected:
             for transfer in list(come.values()):
@@ -151,7 +182,16 @@ class SimTransfer:
             delay_s = self._duration_s * self._world.random.random()
             self._world.after(delay_s, self._fail, "WorkerLost", "a worker died while writing")
             return
+        if "local" not in self._routes and self._world.chance(self._faults.unproven):
+            self._world.after(self._duration_s * self._world.random.random(), self._relay)
+            return
         self._world.after(self._duration_s, self._prove)
+
+    def _relay(self) -> None:
+        """`ProofNeeded`: its peers go on without it, and it gets the version by itself."""
+        if not self._ended:
+            self._leave_group()
+            self._world.after(self._duration_s, self._prove)
 
     def _prove(self) -> None:
         if self._ended:
@@ -200,15 +240,25 @@ class SimTransfer:
     def _end(self) -> None:
         self._ended = True
         plan = self._order.plan
-        come = self._groups.members.get((plan.round, plan.epoch), {})
-        if come.get(self._engine.name) is self:
-            del come[self._engine.name]
-            if not (self._wrote and self._engine.holds(plan.version)):
-                for peer in come.values():
-                    self._world.after(self._world.between(0.01, 0.5), peer._lose_peer)
+        come = self._leave_group()
+        if come is not None and not (self._wrote and self._engine.holds(plan.version)):
+            self._groups.break_up(plan, self._engine.name)
+            for peer in come.values():
+                self._world.after(self._world.between(0.01, 0.5), peer._lose_peer)
+
+    def _leave_group(self) -> dict[str, SimTransfer] | None:
+        """Its peers; None: it is in no group, or has left it."""
+        plan = self._order.plan
+        come = self._groups.come.get((plan.round, plan.epoch), {})
+        if come.get(self._engine.name) is not self:
+            return None
+        del come[self._engine.name]
+        self._group = False
+        return come
 
     def _lose_peer(self) -> None:
-        self._fail("PeerLost", "a member of the group is gone")
+        if self._group:
+            self._fail("PeerLost", "a member of the group is gone")
 
     def _readable(self) -> bool:
         local = self._routes == ("local",)
