@@ -78,6 +78,7 @@ class Fetcher(ABC):
     def writing(self) -> bool:
         """Whether a call that was left may still write to the addresses it was given."""
 
+    @abstractmethod
     async def adopt(self, address: int, size_bytes: int) -> None:
         """Memory that reads will go to; where it needs no preparation, nothing is done.
 
@@ -85,6 +86,7 @@ class Fetcher(ABC):
             SegmentUnavailable: it cannot be prepared.
         """
 
+    @abstractmethod
     async def release(self, address: int) -> None:
         """Undo `adopt`. Never raises."""
 
@@ -179,6 +181,12 @@ class LocalFetcher(Fetcher):
 
     def writing(self) -> bool:
         return self._calls.running > 0
+
+    async def adopt(self, address: int, size_bytes: int) -> None:
+        """Any memory of this process will do."""
+
+    async def release(self, address: int) -> None:
+        """Nothing was done."""
 
     def _copy(self, reads: Sequence[Read], left: threading.Event) -> None:
         for segment, source, address, size_bytes in reads:

@@ -35,7 +35,10 @@ FIRST_POLL_S: Final = 1e-4
 LONGEST_POLL_S: Final = 1e-3
 
 ROLL_CALL_S: Final = 1.0
-"""A member that is not ready says so this often, and so do those who wait for it."""
+"""A member that is not ready says so this often, so that the others know that it lives."""
+
+ROLL_CALLS_PER_STALL: Final = 4
+"""And at least so many times before they would think otherwise."""
 
 FOREIGN_PATIENCE: Final = 3
 """Who depends on lanes of other consumers may stand still through no fault of his own: their owners
@@ -296,7 +299,7 @@ class Pipeline:
         for its engine much longer than a group waits for an operation."""
         agreed = False
         while not agreed:
-            with anyio.move_on_after(ROLL_CALL_S):
+            with anyio.move_on_after(min(ROLL_CALL_S, self._stall_s / ROLL_CALLS_PER_STALL)):
                 await self._until(ready)
             agreed = await exchange.agree(ready(), self._patience_s())
 
