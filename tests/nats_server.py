@@ -70,10 +70,10 @@ class NatsServer:
 
 
 @contextmanager
-def running_server(data_dir: Path) -> Iterator[NatsServer]:
+def running_server(data_dir: Path, host: str = "127.0.0.1") -> Iterator[NatsServer]:
     """A server that is stopped at the end, whatever the test did to it."""
     with start_blocking_portal() as portal:
-        server = NatsServer(portal, BusSettings(data_dir=data_dir))
+        server = NatsServer(portal, BusSettings(data_dir=data_dir, host=host))
         try:
             yield server
         finally:

@@ -18,6 +18,7 @@ import anyio.to_thread
 import torch
 from msgspec import structs
 
+from tests.integration.fleet.elsewhere import ADDRESS
 from tests.integration.fleet.engines import EngineProcess, Engines
 from tests.integration.fleet.held import HeldEngine, Hold, Moment
 from tests.integration.fleet.log import DEADLINE_S, Log, open_log
@@ -26,6 +27,7 @@ from tests.integration.fleet.weights import fingerprints_of, weights_of
 from tests.nats_server import NatsServer
 from weightbus.bus.background import open_background
 from weightbus.bus.connection import Bus, open_bus
+from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.host import host_id
 from weightbus.bus.settings import BusSettings
 from weightbus.consumers.config import ConsumerConfig
@@ -96,6 +98,8 @@ class Fleet:
         self.bus = bus
         self.log = log
         self.model = model
+        self.p2p = P2pOptions(address=ADDRESS)
+        """Of a trainer that engines on other hosts can read from."""
         self.used: set[str] = set()
 
     @property

@@ -15,7 +15,12 @@ from weightbus.bus.background import open_background
 from weightbus.bus.connection import Bus
 from weightbus.bus.received import Reconnected
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
+from weightbus.schemas.checkpoint import (
+    CheckpointReady,
+    CheckpointRetired,
+    CopyReady,
+    CopyRetired,
+)
 from weightbus.schemas.progress import DeadLetter, StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Abort, Commit, Join, Proven, RoundComplete, RoundPlan
 
@@ -27,6 +32,8 @@ DEADLINE_S = 60.0
 KINDS = (
     CheckpointReady,
     CheckpointRetired,
+    CopyReady,
+    CopyRetired,
     Join,
     RoundPlan,
     Proven,

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,20 @@ from tests.integration.fleet.fleet import PRESENCE_TTL_S, Fleet
 from tests.integration.fleet.held import Moment
 from tests.integration.fleet.log import DEADLINE_S
 from tests.integration.fleet.weights import ARCHITECTURE, CONFIG
+from weightbus.producers.publisher import PublisherOptions
 
-__all__ = ("Child", "consume_command", "consumer_process", "trainer_process")
+__all__ = ("Child", "consume_beside", "consume_command", "consumer_process", "trainer_process")
 
 ROOT = Path(__file__).parents[3]
 MAX_LINE_BYTES = 1 << 16
+
+
+Within = Callable[[Sequence[str]], Sequence[str]]
+"""Makes a command line one that runs somewhere else."""
+
+
+def _as_it_is(argv: Sequence[str]) -> Sequence[str]:
+    return argv
 
 
 class Child:
@@ -101,32 +110,60 @@ async def consumer_process(
 async def consume_command(fleet: Fleet, name: str, directory: Path) -> AsyncIterator[Child]:
     """`weightbus consume` with an engine of its own; entered once it follows."""
     options = {
-        "--model": fleet.model,
-        "--engine-id": name,
-        "--nats": fleet.server.url,
         "--engine-dir": str(directory),
         "--architecture": ARCHITECTURE,
         "--config": json.dumps(CONFIG),
     }
-    words = [word for option in options.items() for word in option]
-    async with _child("weightbus", "consume", *words) as child:
+    async with _consume(fleet, name, options, _as_it_is) as child:
+        yield child
+
+
+@asynccontextmanager
+async def consume_beside(
+    fleet: Fleet, name: str, options: Mapping[str, str], within: Within
+) -> AsyncIterator[Child]:
+    """`weightbus consume` beside the engine `name`, somewhere else; entered once it follows."""
+    engine = await fleet.engine(name)
+    options = {"--engine-dir": str(engine.directory), **options}
+    async with _consume(fleet, name, options, within) as child:
+        yield child
+
+
+@asynccontextmanager
+async def _consume(
+    fleet: Fleet, name: str, options: Mapping[str, str], within: Within
+) -> AsyncIterator[Child]:
+    common = {"--model": fleet.model, "--engine-id": name, "--nats": fleet.server.url}
+    words = [word for option in (common | dict(options)).items() for word in option]
+    async with _child("weightbus", "consume", *words, within=within) as child:
         assert f"follows {fleet.model}" in await child.report()
         yield child
 
 
 @asynccontextmanager
-async def trainer_process(fleet: Fleet) -> AsyncIterator[Child]:
-    """A trainer that publishes the version that it is told, and then says `published`."""
-    async with _child(trainer.__name__, fleet.server.url, fleet.model) as child:
+async def trainer_process(
+    fleet: Fleet, *, filled: bool = False, **options: Any
+) -> AsyncIterator[Child]:
+    """A trainer that publishes the version that it is told, and then says `published`.
+
+    `filled`: every version holds the filler, too, so that moving it takes its time.
+    """
+    arguments = trainer.Arguments(
+        url=fleet.server.url,
+        model=fleet.model,
+        filled=filled,
+        options=PublisherOptions(**options),
+    )
+    async with _child(trainer.__name__, msgspec.json.encode(arguments).decode()) as child:
         await child.hears(trainer.OPEN)
         yield child
 
 
 @asynccontextmanager
-async def _child(module: str, *arguments: str) -> AsyncIterator[Child]:
+async def _child(module: str, *arguments: str, within: Within = _as_it_is) -> AsyncIterator[Child]:
     """Its stdin is a pipe that we hold: who reads its end knows that the tests are gone."""
     process = await anyio.open_process(
-        [sys.executable, "-m", module, *arguments],
+        within([sys.executable, "-m", module, *arguments]),
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,0 +1,86 @@
+"""What tests of the staged routes have in common: engines elsewhere, brought to a first version."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from tests.integration.fleet.elsewhere import BUDGETS, elsewhere, filler, routes_of
+from tests.integration.fleet.fleet import Fleet, Follower, Trainer
+from tests.integration.fleet.processes import Child, consumer_process
+from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
+from weightbus.schemas.progress import UpdateComplete
+from weightbus.schemas.rounds import RoundPlan
+
+__all__ = (
+    "BROADCAST",
+    "P2P",
+    "assert_in_time",
+    "bring_to_first_version",
+    "broadcast_begins",
+    "client_of",
+    "following",
+    "held_member",
+    "publish",
+)
+
+BROADCAST = ("broadcast",)
+P2P = ("p2p",)
+NS_PER_S = 1e9
+
+
+async def publish(trainer: Trainer) -> int:
+    """The next version, large enough to have a middle."""
+    return (await trainer.publish(filler=filler())).version
+
+
+@asynccontextmanager
+async def client_of(fleet: Fleet, name: str) -> AsyncIterator[TorchEngineClient]:
+    """The users of an engine, who see no mix, whatever becomes of its consumer."""
+    engine = await fleet.engine(name)
+    async with open_torch_client(engine.directory) as client, fleet.watched(client):
+        yield client
+
+
+@asynccontextmanager
+async def following(
+    fleet: Fleet, *names: str, ranks: int = 1, **changes: Any
+) -> AsyncIterator[tuple[Follower, ...]]:
+    """Consumers in this process, each on a host of its own."""
+    async with AsyncExitStack() as stack:
+        followers = []
+        for name in names:
+            following = fleet.follow(name, ranks=ranks, **elsewhere(name, **changes))
+            followers.append(await stack.enter_async_context(following))
+        yield tuple(followers)
+
+
+@asynccontextmanager
+async def held_member(fleet: Fleet, name: str, **changes: Any) -> AsyncIterator[Child]:
+    """A consumer in a process of its own, held when its first buckets are filled: its worker has
+    read none of them, and nobody who shares them can go on for long."""
+    settings = elsewhere(name, **changes)
+    async with consumer_process(fleet, name, hold="before_apply", **settings) as child:
+        yield child
+
+
+async def bring_to_first_version(fleet: Fleet, trainer: Trainer, *names: str) -> int:
+    """By p2p; their plans are proven then, so that the next version can be streamed."""
+    async with following(fleet, *names) as followers:
+        first = await publish(trainer)
+        for follower in followers:
+            assert (await follower.completes(first)).routes == P2P
+    return first
+
+
+async def broadcast_begins(fleet: Fleet, version: int, *names: str) -> None:
+    """Wait for the plan of a version, which broadcasts to these engines."""
+    plan = await fleet.log.wait(RoundPlan, version=version)
+    assert routes_of(plan) == dict.fromkeys(names, "broadcast"), plan
+
+
+def assert_in_time(done: UpdateComplete) -> None:
+    """Within the deadline of its plan."""
+    took_s = (done.end_ns - done.start_ns) / NS_PER_S
+    assert took_s < BUDGETS.transfer_s, f"{done.engine} took {took_s:.1f} s"
