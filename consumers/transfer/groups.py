@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, Generic, TypeVar
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from weightbus.consumers.errors import DeadlineExceeded, PeerLost, RouteUnavailable
+from weightbus.consumers.transfer.pipeline import Exchange
 from weightbus.schemas.rounds import Group
 
 __all__ = ("GlooExchange", "Groups", "Meeting", "open_meeting")
@@ -92,13 +93,12 @@ def open_meeting(address: str) -> Iterator[Meeting]:
     yield Meeting(store, f"tcp://{host}:{port}")
 
 
-class GlooExchange:
-    """One lane's group, as one of its members has it. A group of one has nothing to exchange."""
+class GlooExchange(Exchange):
+    """A group of gloo. A group of one has nothing to exchange."""
 
     def __init__(self, group: Group, place: int, process_group: Any) -> None:
         self.id = group.id
         self.place = place
-        """This member's rank in the group."""
         self.size = len(group.members)
         self.others = tuple(
             f"{member.engine}/{member.rank}"
@@ -106,52 +106,72 @@ class GlooExchange:
             if number != place
         )
         self._process_group = process_group
+        self._left = False
+        """Somebody stopped waiting for an operation before it had ended."""
+        self._buried: Callable[[], bool] = _not_yet
 
-    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
-        """Bring memory of this process to that of the root; the root's stays as it is.
-
-        All members call it for the same bytes in the same order. If it is cancelled or fails, the
-        memory may still be written to until the group is buried.
-
-        Raises:
-            PeerLost: it failed, or did not end in time.
-        """
-        if self.size == 1 or not size_bytes:
-            return
-        work = self._start(address, size_bytes, root)
-        pause_s = _POLL_MIN_S
-        with anyio.move_on_after(deadline_s):
-            while not work.is_completed():
-                await anyio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _POLL_MAX_S)
-        if not work.is_completed():
-            reason = f"{size_bytes} bytes of member {root} stood still for {deadline_s:g} s"
-            raise self._lost(reason)
-        try:
-            work.wait(timedelta(seconds=OPERATION_S))
-        except RuntimeError as error:
-            raise self._lost(_first_line(error)) from error
-
-    def take(self) -> Any:
-        """The group itself, which nobody else has from now on."""
-        process_group, self._process_group = self._process_group, None
-        return process_group
-
-    def _start(self, address: int, size_bytes: int, root: int) -> Any:
+    async def agree(self, ready: bool, deadline_s: float) -> bool:
+        if self.size == 1:
+            return ready
         import torch
         import torch.distributed as dist
 
-        if self._process_group is None:
-            raise self._lost("it was dropped")
+        votes = torch.tensor([int(ready)], dtype=torch.uint8)
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        await self._run("allreduce", votes, options, "a roll call", deadline_s)
+        return bool(votes[0])
+
+    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
+        if self.size == 1 or not size_bytes:
+            return
+        import torch
+        import torch.distributed as dist
+
         memory = (ctypes.c_uint8 * size_bytes).from_address(address)
         options: Any = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
+        what = f"{size_bytes:,} bytes of member {root}"
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        await self._run("broadcast", tensor, options, what, deadline_s)
+
+    def writing(self) -> bool:
+        return self._left and not self._buried()
+
+    def take(self, buried: Callable[[], bool]) -> Any:
+        """The group itself, which nobody else has from now on.
+
+        Args:
+            buried: whether it is gone.
+        """
+        process_group, self._process_group = self._process_group, None
+        self._buried = buried
+        return process_group
+
+    async def _run(
+        self, operation: str, tensor: Any, options: Any, what: str, deadline_s: float
+    ) -> None:
+        """One operation of all members, from its beginning to its end."""
+        if self._process_group is None:
+            raise self._lost("it was dropped")
+        work = None
+        self._left = True
         try:
-            return self._process_group.broadcast(
-                [torch.frombuffer(memory, dtype=torch.uint8)], options
-            )
+            work = getattr(self._process_group, operation)([tensor], options)
+            pause_s = _POLL_MIN_S
+            with anyio.move_on_after(deadline_s):
+                while not work.is_completed():
+                    await anyio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _POLL_MAX_S)
+            if not work.is_completed():
+                raise self._lost(f"{what} stood still for {deadline_s:g} s")
+            self._left = False
+            work.wait(timedelta(seconds=OPERATION_S))
         except RuntimeError as error:
+            self._left = False
             raise self._lost(_first_line(error)) from error
+        finally:
+            del work  # it keeps the group's connections open, and tracebacks keep it
 
     def _lost(self, reason: str) -> PeerLost:
         return PeerLost(self.id, self.others, reason)
@@ -221,21 +241,18 @@ class Groups:
         self.drop_nowait(self.ids[: -len(ids) - GROUPS_KEPT])
         return tuple(self._ready[name] for name in ids)
 
-    def drop_nowait(self, ids: Sequence[str]) -> Callable[[], bool]:
-        """Bury groups: nobody uses them again. Ids that are not ready are nothing.
-
-        Returns whether an operation of theirs may still write to memory.
-        """
-        taken = [self._ready.pop(name).take() for name in ids if name in self._ready]
-        taken = [process_group for process_group in taken if process_group is not None]
-        if not taken:
-            return _nothing
+    def drop_nowait(self, ids: Iterable[str]) -> None:
+        """Bury groups: nobody uses them again. Ids that are not ready are nothing."""
+        dropped = [self._ready.pop(name) for name in ids if name in self._ready]
+        if not dropped:
+            return
+        taken: list[Any] = []
         grave = threading.Thread(  # whoever empties the list destroys the groups, and waits
             target=taken.clear, name="burial of groups", daemon=True
         )
+        taken.extend(exchange.take(lambda: not grave.is_alive()) for exchange in dropped)
         self._graves.append(grave)
         grave.start()
-        return grave.is_alive
 
     def close(self, deadline_s: float) -> int:
         """Drop every group and wait for the burials. Blocking. How many have not ended in time:
@@ -318,8 +335,7 @@ def _form_group(address: str, group: Group, place: int, epoch: int, operation_s:
     return kind(keys, place, len(group.members), options)
 
 
-def _nothing() -> bool:
-    """What groups that are not there write."""
+def _not_yet() -> bool:
     return False
 
 

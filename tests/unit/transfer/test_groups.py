@@ -83,6 +83,20 @@ async def test_bytes_of_every_root_reach_every_member_in_every_lane(hosts: Hosts
                 await exchange(lane, root, size_bytes)
 
 
+@pytest.mark.parametrize("ready", [(True, True, True), (True, False, True)])
+async def test_members_are_ready_when_all_are(hosts: Hosts, ready: Sequence[bool]) -> None:
+    opened = await hosts.open_all(["x"], 1)
+    verdicts: list[bool] = []
+
+    async def vote(member: GlooExchange) -> None:
+        verdicts.append(await member.agree(ready[member.place], DEADLINE_S))
+
+    async with anyio.create_task_group() as tasks:
+        for (member,) in opened:
+            tasks.start_soon(vote, member)
+    assert verdicts == [all(ready)] * 3
+
+
 @pytest.mark.parametrize("met", [False, True])
 async def test_groups_that_met_before_are_used_again(hosts: Hosts, met: bool) -> None:
     first = await hosts.open_all(["x"], 1)
@@ -123,11 +137,13 @@ async def test_group_is_lost_when_a_member_drops_it_and_another_can_be_formed(
 ) -> None:
     opened = await hosts.open_all(["x"], 1)
     hosts.groups[1].drop_nowait(["x"])
+    assert not opened[1][0].writing()
     memory = np.zeros(1000, dtype=np.uint8)
     with pytest.raises(PeerLost, match="shared with e1/0, e2/0"):
         await opened[0][0].broadcast(memory.ctypes.data, memory.nbytes, 1, DEADLINE_S)
     with pytest.raises(PeerLost, match="dropped"):
         await opened[1][0].broadcast(memory.ctypes.data, memory.nbytes, 1, DEADLINE_S)
+    assert not opened[0][0].writing(), "what has failed has ended"
     hosts.groups[0].drop_nowait(["x"])
     hosts.groups[2].drop_nowait(["x"])
     again = await hosts.open_all(["x"], 2)
@@ -138,14 +154,14 @@ async def test_memory_is_let_go_only_after_the_operation_that_stood_still(hosts:
     opened = await hosts.open_all(["x"], 1)
     memory = np.zeros(1000, dtype=np.uint8)
     begin = anyio.current_time()
-    with pytest.raises(PeerLost, match=r"1000 bytes of member 1 stood still for 0\.3 s"):
+    with pytest.raises(PeerLost, match=r"1,000 bytes of member 1 stood still for 0\.3 s"):
         await opened[0][0].broadcast(memory.ctypes.data, memory.nbytes, 1, STALL_S)
-    writing = hosts.groups[0].drop_nowait(["x"])
+    hosts.groups[0].drop_nowait(["x"])
     assert anyio.current_time() - begin < OPERATION_S / 2, "nobody waits for a burial"
     assert hosts.groups[0].burials == 1
-    assert writing()
+    assert opened[0][0].writing()
     assert await anyio.to_thread.run_sync(hosts.groups[0].close, 2 * OPERATION_S) == 0
-    assert not writing()
+    assert not opened[0][0].writing()
     assert anyio.current_time() - begin > OPERATION_S / 2
 
 
