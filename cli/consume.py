@@ -20,7 +20,7 @@ from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.host import host_id
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
-from weightbus.cli.sizes import BYTES
+from weightbus.cli.sizes import read_size
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.engine import open_torch_engine
@@ -114,8 +114,9 @@ class Options(Struct, frozen=True, kw_only=True):
 )
 @click.option(
     "--staging-bytes",
-    type=BYTES,
-    default=0,
+    default="0",
+    metavar="SIZE",
+    callback=read_size,
     envvar="WEIGHTBUS_STAGING_BYTES",
     help="Most memory for staging, such as 512MiB.  [default: a share of what is free]",
 )

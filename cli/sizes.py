@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Final
 
 import click
 
-__all__ = ("BYTES", "parse_bytes")
+__all__ = ("parse_bytes", "read_size")
 
 _UNITS: Final = {
     "": 1,
@@ -29,17 +29,9 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[unit])
 
 
-class _Bytes(click.ParamType):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_bytes(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-BYTES: Final = _Bytes()
-"""Type of an option that is a size."""
+def read_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Callback of an option that is a size."""
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
