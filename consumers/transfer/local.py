@@ -1,32 +1,42 @@
-"""The route `local`: every rank reads the segments of its own host, in place.
+"""The route `local`: every rank reads the segments of its own host.
 
-Moves nothing itself: it picks the nearest way to each segment, and the engine's workers read from
-there straight into their parameters. No staging, no group, no other engine.
+Picks the nearest way to each segment. Shared memory is read in place: the engine's workers read it
+straight into their parameters. Files go through staging, so that each is read once per host and not
+once per rank, wherever the workers can take a stream; elsewhere they read them in place, too.
+No group, no other engine.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
 import anyio
 import anyio.to_thread
 
+from weightbus.bus.errors import SharedMemoryFull
 from weightbus.consumers.errors import (
     ApplyFailed,
     DeadlineExceeded,
+    ProofNeeded,
     RouteUnavailable,
     SegmentUnavailable,
     TornRead,
 )
+from weightbus.consumers.transfer.alone import stream_alone
+from weightbus.consumers.transfer.fetch import LocalSegments, open_fetcher
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.consumers.transfer.segments import probe_segment
+from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import FileSegment, Placement, Segment, SharedMemorySegment
 from weightbus.schemas.worker import Applied, InPlace
 
 __all__ = ("LocalRoute",)
+
+_logger = logging.getLogger(__name__)
 
 _NEAREST_FIRST = (SharedMemorySegment, FileSegment)
 
@@ -37,12 +47,17 @@ class LocalRoute(Route):
     Args:
         host_id: of this host, as publishers here put it into their segments.
         roots: directories below which files may be read.
+        staging: what files are streamed through; None: they are read in place.
     """
 
     name: ClassVar[RouteName] = "local"
 
-    def __init__(self, host_id: str, roots: Sequence[str] = ()) -> None:
+    def __init__(
+        self, host_id: str, roots: Sequence[str] = (), staging: Staging | None = None
+    ) -> None:
         self._host_id, self._roots = host_id, tuple(roots)
+        self._staging = staging
+        self._segments = LocalSegments(host_id, self._roots)
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         return tuple(
@@ -51,23 +66,27 @@ class LocalRoute(Route):
         )
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
-        end = anyio.current_time() + transfer.deadline_s
+        clock = Clock("reload", transfer.deadline_s)
         sources = await self._reach_in_time(transfer)
+        has_files = any(isinstance(source, FileSegment) for source in sources)
+        if self._staging is not None and transfer.proven and has_files:
+            try:
+                return await self._stream(transfer, sources, self._staging, clock)
+            except SharedMemoryFull as error:
+                _logger.info("files are read in place: %s", error)
+            except ApplyFailed as error:
+                if error.cause != ProofNeeded.__name__:
+                    raise
         await transfer.begin_write()
-        left_s = end - anyio.current_time()
-        if left_s <= 0:
-            raise DeadlineExceeded("reload", transfer.deadline_s)
-        applied = await transfer.engine.apply(
-            transfer.version,
-            transfer.layout_digest,
-            dict.fromkeys(transfer.ranks, InPlace(sources=tuple(sources))),
-            left_s,
-        )
-        for rank, reply in zip(transfer.ranks, applied, strict=True):
-            if (reply.rank, reply.version) != (rank, transfer.version):
-                reason = f"answered for rank {reply.rank} and version {reply.version}"
-                raise ApplyFailed(rank, "PeerProtocolError", reason, touched=True)
-        return applied
+        feeds = dict.fromkeys(transfer.ranks, InPlace(sources=tuple(sources)))
+        return await apply_checked(transfer, feeds, clock.left_s())
+
+    async def _stream(
+        self, transfer: Transfer, sources: Sequence[Segment], staging: Staging, clock: Clock
+    ) -> tuple[Applied, ...]:
+        fetcher = open_fetcher(sources, transfer.layout, self._segments, clock.left_s())
+        async with fetcher as opened:
+            return await stream_alone(transfer, opened, staging, clock.left_s())
 
     async def _reach_in_time(self, transfer: Transfer) -> Sequence[Segment]:
         """A file server that hangs keeps a thread, but nobody who waits for it."""

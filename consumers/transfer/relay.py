@@ -25,7 +25,6 @@ async def run_relay(
     fetcher: Fetcher,
     *,
     rank: int,
-    turn: int,
     stall_s: float,
     timing: Timing,
 ) -> None:
@@ -33,14 +32,13 @@ async def run_relay(
     is given up.
 
     Args:
-        block: its slots are as long as a window.
+        block: it has begun this turn; its slots are as long as a window.
         timing: what the fetches took is added to it.
 
     Raises:
         WorkerLost: the worker asks for what there is not.
         SegmentUnavailable, TornRead, DeadlineExceeded: a window cannot be fetched.
     """
-    block.begin(turn)
     answered = 0
     pause_s = FIRST_POLL_S
     try:

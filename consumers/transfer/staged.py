@@ -240,7 +240,6 @@ async def bring_by_relay(
             transfer.layout,
             fetcher,
             rank=rank,
-            turn=turn,
             stall_s=stall_s,
             timing=timings[rank],
         )
