@@ -136,6 +136,9 @@ class Endpoint:
         self.protocol = protocol
         self.session = f"{address}:{engine.get_rpc_port()}"
         self._answering: set[str] = set()
+        self._registered: dict[int, tuple[int, int]] = {}
+        """Address -> (bytes, how often it was registered)."""
+        self._registering = threading.Lock()
         self._scratch = mmap.mmap(-1, 8 * _WORDS)
         self._words = memoryview(self._scratch).cast("Q")
         self._words_address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch))
@@ -145,12 +148,19 @@ class Endpoint:
     def register(self, address: int, size_bytes: int) -> None:
         """Let peers read this memory, and let reads go to it; it must stay mapped.
 
+        The same memory may be registered several times: until it is unregistered as often.
+
         Raises:
-            EndpointFailed: it overlaps registered memory, or the device refuses it.
+            EndpointFailed: it overlaps other registered memory, or the device refuses it.
         """
-        code = self._engine.batch_register_memory([address], [size_bytes])
-        if code != 0:
-            raise EndpointFailed("registering memory", f"{size_bytes:,} bytes", f"code {code}")
+        with self._registering:
+            known_bytes, times = self._registered.get(address, (size_bytes, 0))
+            if not times or known_bytes != size_bytes:
+                code = self._engine.batch_register_memory([address], [size_bytes])
+                if code != 0:
+                    value = f"{size_bytes:,} bytes"
+                    raise EndpointFailed("registering memory", value, f"code {code}")
+            self._registered[address] = size_bytes, times + 1
 
     def unregister(self, address: int) -> None:
         """Peers cannot read it any more: their reads fail.
@@ -158,9 +168,15 @@ class Endpoint:
         Raises:
             EndpointFailed: it is not registered.
         """
-        code = self._engine.batch_unregister_memory([address])
-        if code != 0:
-            raise EndpointFailed("unregistering memory", f"address {address:#x}", f"code {code}")
+        with self._registering:
+            size_bytes, times = self._registered.pop(address, (0, 1))
+            if times > 1:
+                self._registered[address] = size_bytes, times - 1
+                return
+            code = self._engine.batch_unregister_memory([address])
+            if code != 0:
+                value = f"address {address:#x}"
+                raise EndpointFailed("unregistering memory", value, f"code {code}")
 
     def read(self, session: str, reads: Sequence[RemoteRead]) -> None:
         """Read one batch from a peer. Blocking; ends `PROGRESS_S` after the last progress.

@@ -1,0 +1,1 @@
+"""Transfers between processes through the transfer engine."""

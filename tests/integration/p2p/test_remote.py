@@ -1,0 +1,245 @@
+"""Reading a version from many processes, of which some are killed, stopped, or write anew."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+
+import anyio
+import pytest
+
+from tests.integration.p2p import source as processes
+from tests.integration.p2p.source import running_source
+from tests.integration.p2p.target import Target
+from weightbus.bus.endpoint import PROGRESS_S, SETTLE_S, Endpoint, RemoteRead, open_endpoint
+from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable, TornRead
+from weightbus.consumers.transfer.fetch import Fetcher
+from weightbus.consumers.transfer.remote import Source, open_remote_fetcher
+from weightbus.schemas.layout import Layout, SegmentSpec
+
+pytestmark = pytest.mark.anyio
+
+MIB = 2**20
+SIZES = (45 * MIB + 3, 0, 19 * MIB)
+"""Two sources read two batches each."""
+DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[Endpoint]:
+    with open_endpoint("127.0.0.1") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@asynccontextmanager
+async def opened(
+    endpoint: Endpoint, publisher: processes.Source, copies: Sequence[Source] = ()
+) -> AsyncIterator[tuple[Fetcher, Target]]:
+    target = Target(SIZES)
+    layout = Layout((), (), tuple(SegmentSpec(size) for size in SIZES))
+    ways = dict(enumerate(publisher.ways))
+    async with open_remote_fetcher(endpoint, copies, 0, ways, layout, DEADLINE_S) as fetcher:
+        await fetcher.adopt(target.address, target.size_bytes)
+        yield fetcher, target
+        await fetcher.release(target.address)
+        assert not fetcher.writing()
+
+
+def as_copy(source: processes.Source, name: str = "the copy of engine b") -> Source:
+    return Source(name, dict(enumerate(source.ways)), own=False)
+
+
+async def until_idle(fetcher: Fetcher, deadline_s: float) -> None:
+    """Nothing writes to the target any more."""
+    with anyio.fail_after(deadline_s):
+        while True:
+            if not fetcher.writing():
+                return
+            await anyio.sleep(0.01)
+
+
+class Meddling(Endpoint):
+    """An endpoint with which something happens before the n-th batch from one session."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.__dict__.update(endpoint.__dict__)
+        self.batches: dict[str, int] = {}
+        self.session_of_interest, self.at = "", -1
+        self.happen: Callable[[], object] = bool
+
+    def read(self, session: str, reads: Sequence[RemoteRead]) -> None:
+        if any(read.size_bytes > 8 for read in reads):
+            self.batches[session] = self.batches.get(session, 0) + 1
+            if (session, self.batches[session]) == (self.session_of_interest, self.at):
+                self.happen()
+        super().read(session, reads)
+
+
+@pytest.mark.parametrize("cut_bytes", [2**62, 100_001], ids=["whole", "small"])
+async def test_fetch_brings_every_byte_from_one_source(
+    endpoint: Endpoint, stack: ExitStack, cut_bytes: int
+) -> None:
+    publisher = stack.enter_context(running_source(SIZES))
+    async with opened(endpoint, publisher) as (fetcher, target):
+        await fetcher.fetch(target.reads(cut_bytes), DEADLINE_S)
+        await fetcher.check(DEADLINE_S)
+    target.check()
+
+
+async def test_fetch_asks_every_source_when_there_are_many(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher, *others = (stack.enter_context(running_source(SIZES)) for _ in range(3))
+    meddling = Meddling(endpoint)
+    async with opened(meddling, publisher, [as_copy(one) for one in others]) as (fetcher, target):
+        await fetcher.fetch(target.reads(), DEADLINE_S)
+    target.check()
+    assert set(meddling.batches) == {one.ways[0].session for one in (publisher, *others)}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", ["kill", "stop"])
+@pytest.mark.parametrize("whose", ["publisher", "copy"])
+async def test_fetch_goes_on_elsewhere_when_a_source_dies_in_the_middle(
+    endpoint: Endpoint, stack: ExitStack, what: str, whose: str
+) -> None:
+    publisher, copy = (stack.enter_context(running_source(SIZES)) for _ in range(2))
+    victim = publisher if whose == "publisher" else copy
+    meddling = Meddling(endpoint)
+    meddling.session_of_interest, meddling.at = victim.ways[0].session, 2
+    meddling.happen = victim.kill if what == "kill" else victim.stop
+    since = time.monotonic()
+    async with opened(meddling, publisher, [as_copy(copy)]) as (fetcher, target):
+        await fetcher.fetch(target.reads(4 * MIB), DEADLINE_S)
+        assert time.monotonic() - since < PROGRESS_S + SETTLE_S + 5
+        target.check()
+        since = time.monotonic()
+        await fetcher.fetch(target.reads(), DEADLINE_S)
+        assert time.monotonic() - since < PROGRESS_S, "a lost source is not asked again"
+    target.check()
+
+
+@pytest.mark.faults
+async def test_opening_takes_no_longer_than_one_silence_when_several_sources_are_stopped(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher, *others = (stack.enter_context(running_source(SIZES)) for _ in range(4))
+    for one in others:
+        one.stop()
+    since = time.monotonic()
+    async with opened(endpoint, publisher, [as_copy(one) for one in others]) as (fetcher, target):
+        await fetcher.fetch(target.reads(), DEADLINE_S)
+    assert time.monotonic() - since < PROGRESS_S + SETTLE_S + 3
+    target.check()
+
+
+@pytest.mark.faults
+async def test_fetch_fails_and_names_every_source_when_none_is_left(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher, copy = (stack.enter_context(running_source(SIZES)) for _ in range(2))
+    async with opened(endpoint, publisher, [as_copy(copy)]) as (fetcher, target):
+        publisher.kill()
+        copy.kill()
+        with pytest.raises(SegmentUnavailable, match=r"the publisher: .*the copy of engine b: "):
+            await fetcher.fetch(target.reads(), DEADLINE_S)
+
+
+@pytest.mark.parametrize("when", [1, 2], ids=["before", "middle"])
+async def test_fetch_reads_again_elsewhere_when_a_copy_is_overwritten(
+    endpoint: Endpoint, stack: ExitStack, when: int
+) -> None:
+    publisher, copy = (stack.enter_context(running_source(SIZES)) for _ in range(2))
+    meddling = Meddling(endpoint)
+    meddling.session_of_interest, meddling.at = copy.ways[0].session, when
+    meddling.happen = lambda: copy.tell("write 2")
+    async with opened(meddling, publisher, [as_copy(copy)]) as (fetcher, target):
+        await fetcher.fetch(target.reads(MIB), DEADLINE_S)
+    target.check()
+
+
+async def test_fetch_leaves_a_copy_alone_when_it_is_retired(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher, process = (stack.enter_context(running_source(SIZES)) for _ in range(2))
+    offered = [True]
+    ways = dict(enumerate(process.ways))
+    copy = Source("the copy", ways, own=False, is_offered=lambda: offered[0])
+    meddling = Meddling(endpoint)
+    meddling.session_of_interest, meddling.at = process.ways[0].session, 1
+    meddling.happen = lambda: offered.__setitem__(0, False)
+    async with opened(meddling, publisher, [copy]) as (fetcher, target):
+        await fetcher.fetch(target.reads(MIB), DEADLINE_S)
+        await fetcher.fetch(target.reads(MIB), DEADLINE_S)
+    target.check()
+    assert meddling.batches[process.ways[0].session] == 1
+    assert "about to be overwritten" in copy.failure
+
+
+@pytest.mark.parametrize("command", ["write 2", "begin"])
+async def test_fetch_says_torn_when_the_publisher_writes(
+    endpoint: Endpoint, stack: ExitStack, command: str
+) -> None:
+    publisher, copy = (stack.enter_context(running_source(SIZES)) for _ in range(2))
+    async with opened(endpoint, publisher, [as_copy(copy)]) as (fetcher, target):
+        publisher.tell(command)
+        with pytest.raises(TornRead, match=r"of the publisher has generation [34]"):
+            await fetcher.fetch(target.reads(), DEADLINE_S)
+
+
+async def test_opening_says_torn_when_the_publisher_has_written(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher = stack.enter_context(running_source(SIZES))
+    publisher.tell("write 2")
+    with pytest.raises(TornRead):
+        async with opened(endpoint, publisher):
+            pass
+
+
+@pytest.mark.faults
+async def test_fetch_ends_at_its_deadline_and_knows_who_still_writes(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher = stack.enter_context(running_source(SIZES))
+    async with opened(endpoint, publisher) as (fetcher, target):
+        publisher.stop()
+        with pytest.raises(DeadlineExceeded, match="fetch from the publisher"):
+            await fetcher.fetch(target.reads(), 0.5)
+        assert fetcher.writing()
+        await until_idle(fetcher, PROGRESS_S + SETTLE_S + 5)
+
+
+async def test_fetch_can_be_used_again_when_it_was_cancelled(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher = stack.enter_context(running_source(SIZES))
+    meddling = Meddling(endpoint)
+    begun = anyio.Event()
+    meddling.session_of_interest, meddling.at = publisher.ways[0].session, 1
+    meddling.happen = lambda: anyio.from_thread.run_sync(begun.set)
+    async with opened(meddling, publisher) as (fetcher, target):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fetcher.fetch, target.reads(), DEADLINE_S)
+            await begun.wait()
+            tasks.cancel_scope.cancel()
+        await until_idle(fetcher, DEADLINE_S)
+        await fetcher.fetch(target.reads(), DEADLINE_S)
+    target.check()
+
+
+async def test_fetch_refuses_what_lies_outside_a_segment(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher = stack.enter_context(running_source(SIZES))
+    async with opened(endpoint, publisher) as (fetcher, target):
+        (read, *_) = target.reads()
+        with pytest.raises(SegmentUnavailable, match="must hold at least"):
+            await fetcher.fetch([read._replace(source=1)], DEADLINE_S)
