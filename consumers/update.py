@@ -317,18 +317,17 @@ class Updater:
                 device=rank.device,
                 needs_digest=rank.needs_digest,
                 need_bytes=need_bytes,
-                free_bytes=self._room_bytes(rank.free_bytes, len(binding.described)),
+                free_bytes=self._room_bytes(rank.free_bytes),
                 routes=offered,
             )
             for rank, need_bytes in zip(binding.described, binding.need_bytes, strict=True)
         )
 
-    def _room_bytes(self, free_bytes: int, ranks: int) -> int:
-        """What a rank's staging may take; 0: not known."""
-        if not self._config.staging_bytes:
-            return free_bytes
-        share_bytes = self._config.staging_bytes // ranks
-        return min(free_bytes, share_bytes) if free_bytes else share_bytes
+    def _room_bytes(self, free_bytes: int) -> int:
+        """What staging may take of the memory that a rank names; 0: not known."""
+        rooms = [route.room_bytes for route in self._routes.values()]
+        limits = [max(1, room) for room in rooms if room is not None]
+        return min([free_bytes, *limits]) if free_bytes else min(limits, default=0)
 
     async def _reachable(self, manifest: Manifest) -> tuple[RouteName, ...]:
         """Routes by which every segment can be reached from here, nearest first."""

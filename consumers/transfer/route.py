@@ -53,6 +53,11 @@ class Route(ABC):
         """Ids of the groups that are ready."""
         return ()
 
+    @property
+    def room_bytes(self) -> int | None:
+        """What this route's staging may take now; None: it has none."""
+        return None
+
     @abstractmethod
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         """For every segment, the way this route would take. Moves nothing; called before `Join`.

@@ -268,6 +268,11 @@ class FakeRoute(Route):
         """What happens in between."""
         self.before_end: Callable[[], Awaitable[None]] | None = None
         self.asked: list[Transfer] = []
+        self.room: int | None = None
+
+    @property
+    def room_bytes(self) -> int | None:
+        return self.room
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         if self.unreachable:

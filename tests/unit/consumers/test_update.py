@@ -164,16 +164,15 @@ async def test_prepare_is_refused_when_only_a_group_would_do_and_nothing_is_prov
 
 
 @pytest.mark.parametrize(
-    ("free_bytes", "staging_bytes", "offered"),
-    [(100, 0, 100), (0, 0, 0), (100, 60, 30), (20, 60, 20), (0, 60, 30)],
+    ("free_bytes", "room_bytes", "offered"),
+    [(100, None, 100), (0, None, 0), (100, 30, 30), (20, 30, 20), (0, 30, 30), (100, 0, 1)],
 )
-async def test_offer_of_staging_memory_keeps_to_the_configuration(
-    free_bytes: int, staging_bytes: int, offered: int
+async def test_offer_of_memory_keeps_to_what_staging_has_room_for(
+    free_bytes: int, room_bytes: int | None, offered: int
 ) -> None:
-    engine = FakeEngine(2, 1)
-    engine.free_bytes = free_bytes
-    world = World(engine, config=structs.replace(CONFIG, staging_bytes=staging_bytes))
-    prepared = await world.updater.prepare(ready_of(2), LONG_S)
+    engine, route = FakeEngine(2, 1), FakeRoute("p2p")
+    engine.free_bytes, route.room = free_bytes, room_bytes
+    prepared = await World(engine, FakeRoute(), route).updater.prepare(ready_of(2), LONG_S)
     assert [offer.free_bytes for offer in prepared.offers] == [offered] * 2
 
 

@@ -1,0 +1,153 @@
+"""The route `broadcast`: all hosts together fetch every byte once, and all of them get it.
+
+A host's lanes are blocks of staging, each filled by one of its consumers as a member of a process
+group, and read by all workers of the host, whatever their engine. What a plan means for a host is
+in `weightbus.consumers.planning.hosts`; the flow is that of every staged route.
+
+Invariants: a group whose members may have got out of step is dropped at once, so that nobody waits
+for it longer than he must; a block is left only when its group writes to it no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import ClassVar, Final
+
+import anyio
+
+from weightbus.consumers.planning.hosts import HostShare, host_share, turn_of
+from weightbus.consumers.transfer.alone import bring_alone
+from weightbus.consumers.transfer.fetch import Fetcher
+from weightbus.consumers.transfer.groups import GlooExchange, Groups, Meeting
+from weightbus.consumers.transfer.pipeline import Lane, Reader
+from weightbus.consumers.transfer.route import Route, Transfer
+from weightbus.consumers.transfer.sources import Sources
+from weightbus.consumers.transfer.staged import (
+    Clock,
+    Staging,
+    bring,
+    bring_by_stream,
+    open_blocks,
+)
+from weightbus.consumers.transfer.staging import BlockSpec, StagingBlock
+from weightbus.schemas.base import RouteName
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.placement import Placement, Segment
+from weightbus.schemas.worker import Applied
+
+__all__ = ("BroadcastRoute",)
+
+GRAVE_POLL_S: Final = 0.02
+
+
+class BroadcastRoute(Route):
+    """Takes part in the groups of plans, for one engine.
+
+    Args:
+        engine: its id, by which plans name it.
+        groups: of this process.
+        meeting: where groups meet whose first member is this engine.
+    """
+
+    name: ClassVar[RouteName] = "broadcast"
+
+    def __init__(
+        self, engine: str, sources: Sources, staging: Staging, groups: Groups, meeting: Meeting
+    ) -> None:
+        self._engine = engine
+        self._sources, self._staging = sources, staging
+        self._groups = groups
+        self.rendezvous = meeting.rendezvous
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self._groups.ids
+
+    @property
+    def room_bytes(self) -> int:
+        return self._staging.pool.room_bytes
+
+    def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
+        return self._sources.reach(self.name, layout, placement)
+
+    async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
+        clock = Clock("broadcast", transfer.deadline_s)
+        share = host_share(transfer.plan, self._engine)
+        ways = await self._sources.reach_in_time(self.name, transfer, clock.left_s())
+
+        async with self._sources.open(transfer, ways, clock.left_s()) as fetcher:
+
+            async def by_stream(left_s: float) -> tuple[Applied, ...]:
+                return await self._stream(transfer, fetcher, share, left_s)
+
+            async def by_relay(left_s: float) -> tuple[Applied, ...]:
+                alone = replace(transfer, proven=False)
+                return await bring_alone(alone, fetcher, self._staging, left_s)
+
+            return await bring(transfer, by_stream, by_relay, clock.left_s())
+
+    async def _stream(
+        self, transfer: Transfer, fetcher: Fetcher, share: HostShare, deadline_s: float
+    ) -> tuple[Applied, ...]:
+        clock, plan = Clock("broadcast", deadline_s), transfer.plan
+        buckets = await self._staging.plan(transfer, plan.bucket_bytes, len(share.names))
+        members = [(lane.group, share.place) for lane in share.owned]
+        exchanges = await self._groups.open_all(members, plan.epoch, clock.left_s())
+        lanes: list[Lane] = []
+        try:
+            async with self._open_blocks(transfer, fetcher, share, exchanges, clock) as blocks:
+                lanes.extend(
+                    Lane(number=owned.number, block=block, rank=owned.rank, exchange=exchange)
+                    for owned, block, exchange in zip(share.owned, blocks, exchanges, strict=True)
+                )
+                return await bring_by_stream(
+                    transfer,
+                    fetcher,
+                    buckets,
+                    lanes,
+                    share.names,
+                    self._readers(share),
+                    turn=turn_of(plan.epoch),
+                    stall_s=self._staging.stall_s,
+                    deadline_s=clock.left_s(),
+                )
+        finally:
+            if not lanes or any(lane.filled < buckets.buckets for lane in lanes):
+                self._groups.drop_nowait(exchange.id for exchange in exchanges)
+
+    @asynccontextmanager
+    async def _open_blocks(
+        self,
+        transfer: Transfer,
+        fetcher: Fetcher,
+        share: HostShare,
+        exchanges: Sequence[GlooExchange],
+        clock: Clock,
+    ) -> AsyncIterator[tuple[StagingBlock, ...]]:
+        """Those of the lanes that are owned here. While a group is being buried its blocks take
+        room still: that is waited for.
+
+        Raises:
+            As `open_blocks`.
+        """
+        plan, pool = transfer.plan, self._staging.pool
+        specs = [
+            BlockSpec(share.names[lane.number], plan.slots, plan.bucket_bytes)
+            for lane in share.owned
+        ]
+        needed_bytes = sum(spec.slots * spec.slot_bytes for spec in specs)
+        while pool.room_bytes < needed_bytes and self._groups.burials:
+            clock.left_s()
+            await anyio.sleep(GRAVE_POLL_S)
+        async with open_blocks(
+            pool, specs, fetcher, lambda: any(exchange.writing() for exchange in exchanges)
+        ) as blocks:
+            yield blocks
+
+    def _readers(self, share: HostShare) -> list[Reader]:
+        return [
+            Reader(f"{member.engine}/{member.rank}", member.rank, member.engine == self._engine)
+            for member in share.readers
+        ]
