@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from weightbus.bus.digest import digest_box
 from weightbus.consumers.planning.boxes import Box, blocks_of
+from weightbus.consumers.planning.pieces import Pieces
+from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import BoundTiles
+from weightbus.consumers.reload.shards import ShardIndex
 from weightbus.consumers.reload.transforms import filled_bytes, transformed_bytes
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout, ShardSpec, TensorSpec
@@ -59,11 +62,7 @@ class CpuExecutor:
                 self._cells_of.setdefault(cell.copy, []).append(number)
         staged = {copy.tensor for copy in needs.copies if copy.transform >= 0}
         staged |= {cell.tensor for cell in self._cells if cell.copy < 0}
-        self._shards: dict[int, list[ShardSpec]] = {tensor: [] for tensor in staged}
-        """Of every tensor that is staged."""
-        for shard in layout.shards if staged else ():
-            if shard.tensor in staged and all(shard.sizes):
-                self._shards[shard.tensor].append(shard)
+        self._shards = ShardIndex(layout, staged)
         self._digests = np.zeros(len(self._cells), dtype=np.uint64)
 
     def move(self, bound: BoundTiles) -> int:
@@ -84,6 +83,24 @@ class CpuExecutor:
             window = parameter.window(offset, fill.sizes, strides, element.size)
             window[...] = element.view(window.dtype)[0]
         return bound.plan.source_bytes
+
+    def changed_parameter(self, bound: BoundTiles) -> int | None:
+        """A parameter that `move(bound)` would make another one of; None: it changes no byte.
+
+        Looks at what is copied, not at fills: they are the same in every version.
+        """
+        memories = _Memories(bound)
+        pieces = bound.plan.pieces
+        for number in np.flatnonzero(pieces.transform < 0).tolist():
+            source, held = _windows(pieces, number, memories)
+            if not np.array_equal(source, held):
+                return int(pieces.parameter[number])
+        for number in np.unique(pieces.copy[pieces.transform >= 0]).tolist():
+            copy = self._needs.copies[number]
+            for _, made, held in self._made(number, _box(copy), memories):
+                if not np.array_equal(made, held):
+                    return int(copy.parameter)
+        return None
 
     def digest_cells(self, bound: BoundTiles, numbers: Iterable[int] | None = None) -> Sums:
         """The digests of cells, in order, of what `move(bound)` has just written; None: of all.
@@ -126,40 +143,43 @@ class CpuExecutor:
         runs &= (pieces.destination_strides[:, 0] == unit_bytes) | (inner == 1)
         runs &= (pieces.sizes[:, 1:] == 1).all(axis=1)
         as_is = pieces.transform < 0
-        for source, destination, size_bytes in zip(
-            bound.piece_sources[as_is & runs].tolist(),
-            bound.piece_destinations[as_is & runs].tolist(),
-            (inner * unit_bytes)[as_is & runs].tolist(),
-            strict=True,
+        chosen = as_is & runs
+        for source, destination, size_bytes in _joined(
+            bound.piece_sources[chosen],
+            bound.piece_destinations[chosen],
+            (inner * unit_bytes)[chosen],
         ):
             ctypes.memmove(destination, source, size_bytes)
         for number in np.flatnonzero(as_is & ~runs).tolist():
-            shape, unit = pieces.sizes[number, ::-1].tolist(), int(unit_bytes[number])
-            segment = memories.segment(int(pieces.segment[number]))
-            strides = pieces.source_strides[number, ::-1].tolist()
-            source_window = segment.window(int(pieces.source[number]), shape, strides, unit)
-            parameter = memories.parameter(int(pieces.parameter[number]))
-            strides = pieces.destination_strides[number, ::-1].tolist()
-            target = parameter.window(int(pieces.destination[number]), shape, strides, unit)
+            source_window, target = _windows(pieces, number, memories)
             np.copyto(target, source_window)
 
     def _transform(self, number: int, memories: _Memories) -> None:
         """Stage a copy block by block; digest what was staged, and write what it becomes."""
         copy = self._needs.copies[number]
         tensor = self._layout.tensors[copy.tensor]
-        transform = self._needs.transforms[copy.transform]
         cells = self._cells_of.get(number, [])
         boxes = [_box(self._cells[cell]) for cell in cells] or [_box(copy)]
         digests = [0] * len(boxes)
         for index, box in enumerate(boxes):
-            for block in blocks_of(box, BLOCK_BYTES // DTYPE_BYTES[tensor.dtype]):
-                staged = self._staged(copy.tensor, block, memories)
+            for (staged, block), made, window in self._made(number, box, memories):
                 digests[index] += _digest(staged, tensor, block)
-                made = transformed_bytes(staged, tensor.dtype, transform)
-                window = self._written(copy, block, memories)
-                window[...] = made.view(window.dtype).reshape(window.shape)
+                window[...] = made
         for cell, digest in zip(cells, digests, strict=False):
             self._digests[cell] = digest & _MASK
+
+    def _made(
+        self, number: int, box: Box, memories: _Memories
+    ) -> Iterator[tuple[tuple[Bytes, Box], Window, Window]]:
+        """A box of a copy that transforms, block by block: what is read, what it becomes, and the
+        window of the parameter that it goes to."""
+        copy = self._needs.copies[number]
+        dtype = self._layout.tensors[copy.tensor].dtype
+        for block in blocks_of(box, BLOCK_BYTES // DTYPE_BYTES[dtype]):
+            staged = self._staged(copy.tensor, block, memories)
+            made = transformed_bytes(staged, dtype, self._needs.transforms[copy.transform])
+            window = self._written(copy, block, memories)
+            yield (staged, block), made.view(window.dtype).reshape(window.shape), window
 
     def _digest_source(self, cell: Cell, memories: _Memories) -> int:
         """The digest of a cell that no rank needs, as the segments hold it."""
@@ -184,13 +204,9 @@ class CpuExecutor:
         """A private copy of a box of a tensor, out of all shards that hold a part of it."""
         item_bytes = DTYPE_BYTES[self._layout.tensors[tensor].dtype]
         staged = np.empty(box.sizes, dtype=f"u{item_bytes}")
-        for shard in self._shards[tensor]:
-            held = _box(shard)
-            common = box.intersection(held)
-            if common is None:
-                continue
+        for shard, common in self._shards.meeting(tensor, box):
             strides = [math.prod(shard.sizes[dim + 1 :]) for dim in range(len(shard.sizes))]
-            offset, strides = _in_bytes(_offset(common, held, strides), strides, item_bytes)
+            offset, strides = _in_bytes(_offset(common, _box(shard), strides), strides, item_bytes)
             segment = memories.segment(shard.segment)
             source = segment.window(shard.offset_bytes + offset, common.sizes, strides, item_bytes)
             spans = zip(common.starts, common.ends, box.starts, strict=True)
@@ -241,6 +257,30 @@ class _Memories:
             found = _Memory(address, int(self._bound.parameter_sizes[number]))
             self._parameters[number] = found
         return found
+
+
+def _windows(pieces: Pieces, number: int, memories: _Memories) -> tuple[Window, Window]:
+    """Where a piece is read, and where it is written."""
+    shape, unit = pieces.sizes[number, ::-1].tolist(), int(pieces.unit_bytes[number])
+    segment = memories.segment(int(pieces.segment[number]))
+    strides = pieces.source_strides[number, ::-1].tolist()
+    source = segment.window(int(pieces.source[number]), shape, strides, unit)
+    parameter = memories.parameter(int(pieces.parameter[number]))
+    strides = pieces.destination_strides[number, ::-1].tolist()
+    target = parameter.window(int(pieces.destination[number]), shape, strides, unit)
+    return source, target
+
+
+def _joined(
+    sources: Integers, destinations: Integers, sizes: Integers
+) -> Iterator[tuple[int, int, int]]:
+    """Runs of bytes; those that run on from the one before on both sides are one."""
+    fresh = np.ones(sizes.size, dtype=np.bool_)
+    fresh[1:] = sources[:-1] + sizes[:-1] != sources[1:]
+    fresh[1:] |= destinations[:-1] + sizes[:-1] != destinations[1:]
+    first = np.flatnonzero(fresh)
+    joined = np.add.reduceat(sizes, first) if first.size else sizes
+    return zip(sources[first].tolist(), destinations[first].tolist(), joined.tolist(), strict=True)
 
 
 def _box(thing: Cell | Copy | ShardSpec) -> Box:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +34,18 @@ from weightbus.consumers.reload.memory import state_tensors
 from weightbus.consumers.reload.proof import Made, Proof, memory_of, prove, same_bytes
 from weightbus.consumers.reload.split import Split, split_update
 from weightbus.consumers.reload.staging import StagedSources
+from weightbus.consumers.reload.streams import StreamPlan, move_stream, plan_stream
 from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
+from weightbus.consumers.transfer.lanes import Lanes
 from weightbus.consumers.transfer.segments import OpenSegment
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 from weightbus.schemas.worker import Cell
 
 __all__ = ("Outcome", "Reloader")
+
+STREAMS_KEPT: Final = 2
+"""Plans of streams that are kept: groups change, and with them lanes and their buckets."""
 
 Sums = npt.NDArray[np.uint64]
 CellsOf = Mapping[int, Sequence[int]]
@@ -90,6 +96,8 @@ class Reloader:
         self._shards = shards_by_tensor(layout)
         self._cells: tuple[Cell, ...] = ()
         self._split: Split | None = None
+        self._streams: dict[tuple[int, int], tuple[Split, StreamPlan]] = {}
+        """By bytes and lanes of the buckets, the longest unused first."""
         self._traced: tuple[Trace, TilePlan] | None = None
         try:
             if torch.device(host.device).type != "cpu":
@@ -155,6 +163,37 @@ class Reloader:
         self._split = split
         return version.outcome
 
+    def stream(self, lanes: Lanes, deadline: Deadline, begin: Callable[[], None]) -> Outcome:
+        """Write one version that comes by once into the live model; only if `can_stream`.
+
+        Returns with the device synchronised. `begin` is called before the first byte is written.
+
+        Raises:
+            ProofNeeded: an undecided parameter would change.
+            SegmentUnavailable: an owner of a lane has given up, or is gone.
+            DeadlineExceeded: noticed between two buckets, or while waiting for one.
+        """
+        split = self._split
+        assert split is not None, "a version is streamed only if it can be"
+        plan = self._stream_plan(split, (lanes.bucket_bytes, len(lanes)))
+        if split.proof.undecided:
+            self._split = None  # until this version has ended whole
+        streamed = move_stream(plan, self._live_memory(split), lanes, deadline, begin)
+        self._host.synchronize()
+        self._split = split
+        return Outcome(
+            digests=streamed.digests,
+            source_bytes=streamed.source_bytes,
+            direct=len(split.proof.direct),
+        )
+
+    def can_stream(self) -> bool:
+        """Whether every parameter is proven to be written directly where it is now."""
+        split = self._split
+        if split is None or split.proof.modules or split.proof.processed:
+            return False
+        return self._is_in_place()
+
     def read_back(self) -> tuple[Sums, tuple[int, ...]]:
         """The digest of every cell as the live parameters hold it, and the cells that have none."""
         digests = np.zeros(len(self._cells), dtype=np.uint64)
@@ -172,6 +211,18 @@ class Reloader:
         """Whether the live parameters are where the proof, if there is one, found them."""
         split = self._split
         return split is not None and split.proof.memory == memory_of(self._host.live_model())
+
+    def _stream_plan(self, split: Split, buckets: tuple[int, int]) -> StreamPlan:
+        """Made once for a split, and bytes and lanes of the buckets."""
+        kept = self._streams.pop(buckets, None)
+        if kept is None or kept[0] is not split:
+            undecided = split.proof.undecided
+            needs = split.whole.needs
+            kept = split, plan_stream(self.layout, needs, self._cells, undecided, buckets)
+        self._streams[buckets] = kept
+        if len(self._streams) > STREAMS_KEPT:
+            del self._streams[next(iter(self._streams))]
+        return kept[1]
 
     def _split_by(self, plan: TilePlan, proof: Proof) -> Split:
         return split_update(self.layout, plan, proof, self._cells)

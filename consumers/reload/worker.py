@@ -1,7 +1,7 @@
 """Answers a consumer's requests inside one engine worker: describe, attach, apply, inspect, detach.
 
 Owns the live parameters of one rank while `handle` runs, what is known of each layout, and the
-mapped segments. Engine-independent: the engine's adapter is a `ModelHost`.
+mapped segments and staging blocks. Engine-independent: the engine's adapter is a `ModelHost`.
 
 Invariants:
     `touched` is set before the first write to a live parameter, whoever writes, and cleared only
@@ -16,13 +16,17 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
-from weightbus.consumers.errors import NotAttached, PlanError
+from weightbus.consumers.errors import NotAttached, PlanError, ProofNeeded
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.host import ModelHost
-from weightbus.consumers.reload.reloader import Reloader
-from weightbus.consumers.transfer.segments import SegmentCache
+from weightbus.consumers.reload.reloader import Outcome, Reloader
+from weightbus.consumers.transfer.lanes import Lanes, StagingCache
+from weightbus.consumers.transfer.relayed import OpenRelayed, RelayReader
+from weightbus.consumers.transfer.segments import OpenSegment, SegmentCache
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.layout_codec import decode_layout, layout_digest
 from weightbus.schemas.needs_codec import needs_digest
@@ -36,9 +40,12 @@ from weightbus.schemas.worker import (
     Detach,
     Detached,
     Failed,
+    InPlace,
     Inspect,
     Inspected,
+    Relay,
     StageTiming,
+    Stream,
     WorkerReply,
     WorkerRequest,
 )
@@ -78,6 +85,7 @@ class ReloadWorker:
         self._updates = 0
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._segments = SegmentCache("", ())
+        self._staging = StagingCache()
         self._readable: tuple[str, tuple[str, ...]] = ("", ())
 
     @property
@@ -122,9 +130,10 @@ class ReloadWorker:
             )
 
     def close(self) -> None:
-        """Unmap every segment and forget every plan. Parameters stay as they are."""
+        """Unmap every segment and block, and forget every plan. Parameters stay as they are."""
         self._known.clear()
         self._segments.close()
+        self._staging.close()
 
     def _describe(self, request: Describe) -> Described:
         deadline = Deadline("describe", request.deadline_s)
@@ -172,16 +181,14 @@ class ReloadWorker:
     def _apply(self, request: Apply) -> Applied:
         deadline = Deadline("reload", request.deadline_s)
         reloader = self._attached_layout(request.layout_digest).reloader
-        sizes = [segment.size_bytes for segment in reloader.layout.segments]
-        sources = request.feed.sources
-        if len(sources) != len(sizes):
-            raise PlanError("sources", f"{len(sources)} long", f"must be {len(sizes)}")
         start_ns = time.time_ns()
-        with self._segments.open_all(sources, sizes) as segments:
-            deadline.check()
-            self._touched = True
-            self._updates += 1
-            outcome = reloader.apply(segments, deadline)
+        if isinstance(request.feed, Stream):
+            outcome = self._stream(reloader, request.feed, deadline)
+        else:
+            with self._opened(reloader, request.feed, deadline) as segments:
+                deadline.check()
+                self._begin()
+                outcome = reloader.apply(segments, deadline)
         self._touched, self._version = False, request.version
         return Applied(
             request=request.request,
@@ -194,6 +201,42 @@ class ReloadWorker:
             processed_parameters=outcome.processed,
             reason=outcome.reason[:4096],
         )
+
+    def _begin(self) -> None:
+        """From here on a live parameter may have been written."""
+        self._touched = True
+        self._updates += 1
+
+    def _stream(self, reloader: Reloader, feed: Stream, deadline: Deadline) -> Outcome:
+        size_bytes = feed.slots * feed.bucket_bytes
+        with self._staging.open_all(feed.lanes, size_bytes, feed.turn, deadline) as blocks:
+            lanes = Lanes(blocks, feed, deadline)
+            try:
+                if not reloader.can_stream():
+                    raise ProofNeeded(
+                        "version", "no proof lets every parameter be written directly"
+                    )
+                return reloader.stream(lanes, deadline, self._begin)
+            except BaseException:
+                lanes.leave()  # the other readers of the host go on
+                raise
+
+    @contextmanager
+    def _opened(
+        self, reloader: Reloader, feed: InPlace | Relay, deadline: Deadline
+    ) -> Iterator[Sequence[OpenSegment]]:
+        """The segments of one version, however its feed brings them."""
+        sizes = [segment.size_bytes for segment in reloader.layout.segments]
+        if isinstance(feed, InPlace):
+            if len(feed.sources) != len(sizes):
+                raise PlanError("sources", f"{len(feed.sources)} long", f"must be {len(sizes)}")
+            with self._segments.open_all(feed.sources, sizes) as segments:
+                yield segments
+            return
+        size_bytes = feed.slots * feed.window_bytes
+        with self._staging.open_all([feed.block], size_bytes, feed.turn, deadline) as (block,):
+            reader = RelayReader(block, feed, deadline)
+            yield [OpenRelayed(reader, number, size) for number, size in enumerate(sizes)]
 
     def _inspect(self, request: Inspect) -> Inspected:
         digests = b""
@@ -211,6 +254,11 @@ class ReloadWorker:
             updates=self._updates,
             cell_digests=digests,
             unreadable=unreadable,
+            proven=tuple(
+                digest
+                for digest, known in self._known.items()
+                if known.attached and known.reloader.can_stream()
+            ),
         )
 
     def _known_layout(self, digest: str) -> _Known:

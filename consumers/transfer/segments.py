@@ -34,7 +34,17 @@ from weightbus.schemas.shared_memory import (
     unpack_shm_header,
 )
 
-__all__ = ("OpenFile", "OpenMemory", "OpenSegment", "SegmentCache", "probe_segment", "stamped")
+__all__ = (
+    "OpenFile",
+    "OpenMemory",
+    "OpenSegment",
+    "SegmentCache",
+    "file_identity",
+    "open_own_block",
+    "probe_segment",
+    "stamped",
+    "too_short",
+)
 
 SHM_DIRECTORY: Final = Path("/dev/shm")
 
@@ -86,7 +96,7 @@ class OpenMemory(OpenSegment):
 
     def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
         if offset_bytes + buffer.nbytes > self.size_bytes:
-            raise _too_short(self.name, self.size_bytes, offset_bytes + buffer.nbytes)
+            raise too_short(self.name, self.size_bytes, offset_bytes + buffer.nbytes)
         start = SHM_HEADER_BYTES + offset_bytes
         buffer.cast("B")[:] = self._mapping.bytes.data[start : start + buffer.nbytes]
 
@@ -115,7 +125,7 @@ class OpenFile(OpenSegment):
             except OSError as error:
                 raise SegmentUnavailable(self.name, error.strerror, "must be readable") from error
             if not count:
-                raise _too_short(self.name, end - rest.nbytes, end)
+                raise too_short(self.name, end - rest.nbytes, end)
             rest = rest[count:]
 
     def close(self) -> None:
@@ -176,7 +186,7 @@ class SegmentCache:
 
     def _map(self, name: str, fd: int) -> _Mapping:
         mapping = self._mappings.get(name)
-        if mapping is not None and mapping.identity != _identity(os.fstat(fd)):
+        if mapping is not None and mapping.identity != file_identity(os.fstat(fd)):
             if mapping.used == self._update:
                 raise SegmentUnavailable(name, "made anew meanwhile", "must stay while it is open")
             self._mappings.pop(name).close()
@@ -226,7 +236,7 @@ class _Mapping:
     def __init__(self, name: str, fd: int) -> None:
         status = os.fstat(fd)
         self.name = name
-        self.identity = _identity(status)
+        self.identity = file_identity(status)
         self.used = 0
         """Number of the update that opened it last."""
         self._map = mmap.mmap(fd, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -244,7 +254,7 @@ class _Mapping:
         self._map.close()
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
+def file_identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_size
 
 
@@ -269,7 +279,7 @@ def _open_file(segment: FileSegment, size_bytes: int, roots: Sequence[str]) -> i
     with _closing_on_error(fd):
         status = os.fstat(fd)
         if status.st_size < size_bytes:
-            raise _too_short(segment.path, status.st_size, size_bytes)
+            raise too_short(segment.path, status.st_size, size_bytes)
         _check_stamp(segment, status)
     return fd
 
@@ -289,33 +299,44 @@ def _check_stamp(segment: FileSegment, status: os.stat_result) -> None:
 
 
 def _open_block(segment: SharedMemorySegment, size_bytes: int) -> int:
-    path = str(SHM_DIRECTORY / segment.name)
-    fd = _open(segment.name, path, [str(SHM_DIRECTORY)])
+    fd = open_own_block(segment.name, os.O_RDONLY)
     with _closing_on_error(fd):
-        status = os.fstat(fd)
-        if status.st_uid not in (os.geteuid(), 0):
-            raise SegmentUnavailable(
-                segment.name, f"owned by user {status.st_uid}", "must be of this user or root"
-            )
         try:
             promised, generation = unpack_shm_header(os.pread(fd, SHM_HEADER_BYTES, 0))
         except MessageInvalid as error:
             raise SegmentUnavailable(segment.name, "not a block of ours", str(error)) from error
-        found = min(promised, status.st_size - SHM_HEADER_BYTES)
+        found = min(promised, os.fstat(fd).st_size - SHM_HEADER_BYTES)
         if found < size_bytes:
-            raise _too_short(segment.name, found, size_bytes)
+            raise too_short(segment.name, found, size_bytes)
         if generation != segment.generation:
             raise TornRead(segment.name, segment.generation, generation)
     return fd
 
 
-def _open(name: str, path: str, roots: Sequence[str]) -> int:
+def open_own_block(name: str, access: int) -> int:
+    """A descriptor of a block of shared memory, of this user or root; `access` is O_RDONLY or
+    O_RDWR. What is in it has not been looked at.
+
+    Raises:
+        SegmentUnavailable: it is absent, of another user, or no regular file. Its cause is a
+            `FileNotFoundError` if it is absent.
+    """
+    fd = _open(name, str(SHM_DIRECTORY / name), [str(SHM_DIRECTORY)], access)
+    with _closing_on_error(fd):
+        owner = os.fstat(fd).st_uid
+        if owner not in (os.geteuid(), 0):
+            limit = "must be of this user or root"
+            raise SegmentUnavailable(name, f"owned by user {owner}", limit)
+    return fd
+
+
+def _open(name: str, path: str, roots: Sequence[str], access: int = os.O_RDONLY) -> int:
     """A descriptor of a regular file at or below one of `roots`, which hold no symbolic links."""
     if not _below(path, roots):
         raise _outside(name, path, roots)
     try:
         # Not following a link at the end, nor waiting for the writer of a pipe.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise SegmentUnavailable(name, error.strerror, "must be a file that can be read") from error
     with _closing_on_error(fd):
@@ -340,7 +361,7 @@ def _closing_on_error(fd: int) -> Iterator[None]:
         raise
 
 
-def _too_short(name: str, found: int, wanted: int) -> SegmentUnavailable:
+def too_short(name: str, found: int, wanted: int) -> SegmentUnavailable:
     return SegmentUnavailable(name, f"{found} bytes long", f"must hold at least {wanted} bytes")
 
 

@@ -43,6 +43,10 @@ class Checkpoints:
     def sources(self, version: int) -> tuple[FileSegment, ...]:
         return (FileSegment(path=self.path(version)),)
 
+    def segments(self, version: int) -> tuple[bytes, ...]:
+        """What the layout's segments of a version hold."""
+        return (Path(self.path(version)).read_bytes(),)
+
     def weights_digest(self, version: int) -> str:
         """What a publisher would say."""
         tensors = self._tensors(version)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.integration.engines.checkpoints import Checkpoints
+from tests.unit.transfer.staging import open_staging, relaying, streaming
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.engine import Engine
 from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
@@ -25,8 +26,9 @@ from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.messages import Inputs, Outputs
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.engines.torch.start import open_front, wait_until_ready
+from weightbus.consumers.planning.buckets import plan_buckets
 from weightbus.consumers.planning.cells import CellPlan, Verdict, plan_cells, verify_cells
-from weightbus.schemas.worker import Applied, Described, Inspected
+from weightbus.schemas.worker import Applied, Described, Feed, InPlace, Inspected, Relay, Stream
 
 __all__ = (
     "KINDS",
@@ -181,11 +183,40 @@ class Updates:
     async def apply(
         self, version: int, ranks: Sequence[int] | None = None, deadline_s: float = LONG_S
     ) -> tuple[Applied, ...]:
-        sources = self.checkpoints.sources(version)
+        feed = InPlace(sources=self.checkpoints.sources(version))
         chosen = range(self.engine.ranks) if ranks is None else ranks
-        return await self.engine.apply(
-            version, self.checkpoints.layout_digest, dict.fromkeys(chosen, sources), deadline_s
-        )
+        return await self.feed(version, dict.fromkeys(chosen, feed), deadline_s)
+
+    async def feed(
+        self, version: int, feeds: Mapping[int, Feed], deadline_s: float = LONG_S
+    ) -> tuple[Applied, ...]:
+        return await self.engine.apply(version, self.checkpoints.layout_digest, feeds, deadline_s)
+
+    async def relay(self, version: int, window_bytes: int) -> tuple[Applied, ...]:
+        """Bring the bytes to every rank through a staging block of its own."""
+        with ExitStack() as stack:
+            feeds: dict[int, Feed] = {}
+            for rank in range(self.engine.ranks):
+                owner = stack.enter_context(open_staging(1, 2 * window_bytes))
+                feed = Relay(block=owner.names[0], window_bytes=window_bytes, slots=2, turn=version)
+                stack.enter_context(relaying(owner, self.checkpoints.segments(version), feed))
+                feeds[rank] = feed
+            return await self.feed(version, feeds)
+
+    async def stream(self, version: int, bucket_bytes: int, lanes: int) -> tuple[Applied, ...]:
+        """Bring the bytes to all ranks through lanes that they share."""
+        ranks = range(self.engine.ranks)
+        plan = plan_buckets(self.checkpoints.layout, bucket_bytes, lanes)
+        with open_staging(lanes, 2 * bucket_bytes) as owner:
+            feeds = {
+                rank: Stream(
+                    lanes=owner.names, bucket_bytes=bucket_bytes, slots=2, turn=version, reader=rank
+                )
+                for rank in ranks
+            }
+            segments = self.checkpoints.segments(version)
+            with streaming(owner, plan, segments, feeds[0], readers=ranks):
+                return await self.feed(version, feeds)
 
     def verify(self, version: int, ranks: Sequence[Applied | Inspected]) -> Verdict:
         """Whether what the ranks hold adds up to the version's digest."""

@@ -66,6 +66,33 @@ async def is_touched(engine: Engine) -> bool:
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+async def test_engine_holds_each_version_bit_for_bit_when_its_bytes_are_staged(
+    running: EngineUnderTest,
+) -> None:
+    """Relayed first, and then streamed by every rank whose plan is proven to write all."""
+    checkpoints = running.checkpoints
+    repacked = bool(checkpoints.config.get("repacked_down_proj"))
+    async with running.open_consumer() as engine:
+        updates = Updates(engine, checkpoints)
+        await updates.prepare()
+        for version in (1, 2, 3):
+            inspected = await engine.inspect(None, LONG_S)
+            proven = all(checkpoints.layout_digest in rank.proven for rank in inspected)
+            assert proven == (version > 1 and not repacked)
+            await engine.pause(LONG_S)
+            if proven:
+                applied = await updates.stream(version, 2**16, lanes=version - 1)
+                assert not any(rank.processed_parameters for rank in applied)
+            else:
+                applied = await updates.relay(version, 10_007)
+            verdict = updates.verify(version, applied)
+            assert verdict.ok, verdict.reason
+            await engine.resume(version, LONG_S)
+            assert await running.fingerprints() == checkpoints.fingerprints(version)
+            assert (await running.ask()).version == version
+
+
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 async def test_engine_holds_each_version_bit_for_bit_when_updated(running: EngineUnderTest) -> None:
     checkpoints = running.checkpoints
     repacked = bool(checkpoints.config.get("repacked_down_proj"))

@@ -11,8 +11,7 @@ from typing import Literal
 import anyio
 
 from weightbus.consumers.engines.engine import Engine, EngineReport
-from weightbus.schemas.placement import Segment
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Inspected
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected
 
 __all__ = ("Hold", "HeldEngine", "Moment")
 
@@ -83,11 +82,11 @@ class HeldEngine(Engine):
         self,
         version: int,
         layout_digest: str,
-        sources: Mapping[int, Sequence[Segment]],
+        feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         await self._pass("before_apply")
-        applied = await self._engine.apply(version, layout_digest, sources, deadline_s)
+        applied = await self._engine.apply(version, layout_digest, feeds, deadline_s)
         await self._pass("after_apply")
         return applied
 

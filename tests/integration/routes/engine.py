@@ -18,7 +18,6 @@ from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.errors import ApplyFailed
 from weightbus.consumers.planning.cells import Verdict, plan_cells, verify_cells
 from weightbus.consumers.reload.worker import ReloadWorker
-from weightbus.schemas.placement import Segment
 from weightbus.schemas.worker import (
     Applied,
     Apply,
@@ -28,6 +27,7 @@ from weightbus.schemas.worker import (
     Describe,
     Described,
     Failed,
+    Feed,
     Inspect,
     Inspected,
     WorkerReply,
@@ -113,7 +113,7 @@ class InProcessEngine(Engine):
         self,
         version: int,
         layout_digest: str,
-        sources: Mapping[int, Sequence[Segment]],
+        feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         self.log.append("apply")
@@ -122,10 +122,10 @@ class InProcessEngine(Engine):
                 request=3,
                 version=version,
                 layout_digest=layout_digest,
-                sources=tuple(segments),
+                feed=feed,
                 deadline_s=deadline_s,
             )
-            for rank, segments in sources.items()
+            for rank, feed in feeds.items()
         }
         return await self._ask(Applied, requests)
 

@@ -41,8 +41,10 @@ from weightbus.schemas.worker import (
     Detach,
     Detached,
     Failed,
+    InPlace,
     Inspect,
     Inspected,
+    WorkerReply,
 )
 
 DEADLINE_S = 60.0
@@ -125,13 +127,19 @@ class Client:
             request=3,
             version=version,
             layout_digest=self.trainer.layout_digest,
-            sources=sources,
+            feed=InPlace(sources=sources),
             deadline_s=DEADLINE_S,
         )
 
     def apply(self, tensors: Mapping[str, torch.Tensor], version: int) -> Applied:
         """Publish and apply a version; its digest must be the publisher's."""
         reply = self.worker.handle(self.request(self.trainer.publish(tensors, version), version))
+        return self.verified(reply, tensors, version)
+
+    def verified(
+        self, reply: WorkerReply, tensors: Mapping[str, torch.Tensor], version: int
+    ) -> Applied:
+        """A reply that must say that this version has been applied."""
         assert isinstance(reply, Applied), reply
         sums = np.frombuffer(reply.cell_digests, dtype="<u8")
         verdict = verify_cells(self.trainer.layout, self.plan, [sums], weights_digest(tensors))

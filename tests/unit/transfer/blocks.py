@@ -45,6 +45,17 @@ class Block:
         word = value.to_bytes(8, "little")
         self._map[SHM_GENERATION_OFFSET : SHM_GENERATION_OFFSET + 8] = word
 
+    def word(self, offset_bytes: int) -> int:
+        return int.from_bytes(self._map[offset_bytes : offset_bytes + 8], "little")
+
+    def set_word(self, offset_bytes: int, value: int) -> None:
+        self._map[offset_bytes : offset_bytes + 8] = value.to_bytes(8, "little")
+
+    def put(self, offset_bytes: int, value: bytes) -> None:
+        """Write a part of the data."""
+        start = SHM_HEADER_BYTES + offset_bytes
+        self._map[start : start + len(value)] = value
+
     @property
     def data(self) -> bytes:
         return self._map[SHM_HEADER_BYTES:]

@@ -89,7 +89,7 @@ class Trainer:
         """Where the version is; blocks are overwritten, files are new ones."""
         return tuple(
             self._write(number, bytes(data), version)
-            for number, data in enumerate(self._segments(tensors))
+            for number, data in enumerate(self.segments(tensors))
         )
 
     def path(self, number: int, version: int) -> Path:
@@ -102,7 +102,8 @@ class Trainer:
         path.write_bytes(data)
         return FileSegment(path=str(path))
 
-    def _segments(self, tensors: Tensors) -> list[bytearray]:
+    def segments(self, tensors: Tensors) -> list[bytearray]:
+        """What the segments of a version hold."""
         segments = [bytearray(spec.size_bytes) for spec in self.layout.segments]
         values = list(tensors.values())
         for shard in self.layout.shards:

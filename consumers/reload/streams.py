@@ -1,0 +1,304 @@
+"""How one rank takes a version that comes by once, bucket by bucket: the plan, and the loop.
+
+Does no I/O but through the lanes. `plan_stream` is done once per size of buckets and number of
+lanes; per bucket nothing is left to do but to wait, to move and to digest.
+
+Copies that transform, and cells that no copy holds, are cut at the borders of the parts that go
+through the lanes: each is made or digested from one slot. Digests add up over any cut. Cells of
+other copies are read back from the parameter once the last bucket of their copy has been moved.
+
+Invariants: every copy, cell and fill of the needs is dealt with once; a slot is read only until its
+bucket is said to be done with; no byte of an undecided parameter is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from weightbus.consumers.errors import ProofNeeded
+from weightbus.consumers.planning.boxes import Box
+from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
+from weightbus.consumers.planning.pieces import Pieces
+from weightbus.consumers.planning.tables import Integers
+from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles, plan_tiles
+from weightbus.consumers.reload.cpu import CpuExecutor
+from weightbus.consumers.reload.deadline import Deadline
+from weightbus.consumers.reload.shards import ShardIndex
+from weightbus.consumers.transfer.lanes import Lanes
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Copy, Needs
+from weightbus.schemas.worker import Cell
+
+__all__ = ("StreamPlan", "Streamed", "move_stream", "plan_stream")
+
+Sums = npt.NDArray[np.uint64]
+Chosen = slice | Integers
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of the pieces of a stream's plan."""
+
+    plan: TilePlan
+    pieces: Chosen
+    """Which ones they are of the whole plan's."""
+
+    def of(self, bound: BoundTiles) -> BoundTiles:
+        """The part of the bound plan."""
+        return replace(
+            bound,
+            plan=self.plan,
+            piece_sources=bound.piece_sources[self.pieces],
+            piece_destinations=bound.piece_destinations[self.pieces],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What is done with one bucket."""
+
+    moved: Part
+    staged_cells: tuple[int, ...]
+    """Numbers of the cut cells that are digested from its slots."""
+    moved_cells: tuple[int, ...]
+    """Numbers of those that are digested once it has been moved, and its slots left."""
+    undecided: Part | None
+    """What of it goes to undecided parameters."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamPlan:
+    """How one rank takes a layout from buckets of one size through so many lanes."""
+
+    buckets: BucketPlan
+    plan: TilePlan
+    """Of all buckets, its pieces in their order; without tiles, since a CPU runs pieces."""
+    steps: tuple[Step, ...]
+    """For every bucket."""
+    fills: Part
+    """What needs no bucket."""
+    executor: CpuExecutor
+    """For the plan and the cut cells."""
+    origins: Integers
+    """For every cut cell: the number of the cell that it is a part of."""
+    cells: int
+    """How many cells there are, uncut."""
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What came of one version."""
+
+    digests: Sums
+    """Of every cell."""
+    source_bytes: int
+
+
+def plan_stream(
+    layout: Layout,
+    needs: Needs,
+    cells: Sequence[Cell],
+    undecided: frozenset[int],
+    buckets: tuple[int, int],
+) -> StreamPlan:
+    """Plan how a rank takes what it needs.
+
+    Args:
+        cells: have been checked by `check_cells`.
+        undecided: parameters whose bytes must stay what they are.
+        buckets: bytes of one slot, and lanes.
+
+    Raises:
+        PlanError: see `plan_buckets` and `plan_tiles`.
+    """
+    staged = plan_buckets(layout, *buckets)
+    cut = _cut_at_parts(staged, needs, cells)
+    whole = plan_tiles(staged.layout, cut.needs)
+    order = np.lexsort((whole.pieces.source, whole.pieces.segment))
+    unfilled = msgspec.structs.replace(cut.needs, fills=())
+    plan = replace(whole, tiles=whole.tiles[:0], pieces=_some(whole.pieces, order))
+    bucket_of = plan.pieces.segment // staged.lanes
+    ends = np.searchsorted(bucket_of, np.arange(staged.buckets + 1)).tolist()
+    is_undecided = np.isin(plan.pieces.parameter, list(undecided))
+    digested = _cells_of_buckets(plan, cut, bucket_of, staged.buckets)
+    steps = []
+    for bucket, numbers in enumerate(digested):
+        pieces = slice(ends[bucket], ends[bucket + 1])
+        watched = np.flatnonzero(is_undecided[pieces]) + pieces.start
+        steps.append(
+            Step(
+                moved=_part(plan, unfilled, pieces),
+                staged_cells=tuple(number for number in numbers if cut.cells[number].copy < 0),
+                moved_cells=tuple(number for number in numbers if cut.cells[number].copy >= 0),
+                undecided=_part(plan, unfilled, watched) if watched.size else None,
+            )
+        )
+    return StreamPlan(
+        buckets=staged,
+        plan=plan,
+        steps=tuple(steps),
+        fills=_part(plan, cut.needs, slice(0, 0)),
+        executor=CpuExecutor(staged.layout, cut.needs, cut.cells),
+        origins=np.array(cut.origins, dtype=np.int64),
+        cells=len(cells),
+    )
+
+
+def move_stream(
+    plan: StreamPlan,
+    memory: tuple[Sequence[int], Sequence[int]],
+    lanes: Lanes,
+    deadline: Deadline,
+    begin: Callable[[], None],
+) -> Streamed:
+    """Write one version into the parameters, as it comes by.
+
+    Args:
+        memory: address and size in bytes of every parameter.
+        begin: called before the first byte is written.
+
+    Raises:
+        ProofNeeded: an undecided parameter changes; its bytes are still as they were.
+        SegmentUnavailable: an owner of a lane has given up, or is gone.
+        DeadlineExceeded
+    """
+    width = plan.buckets.lanes
+    segments = plan.buckets.layout.segments
+    bound = bind_tiles(
+        plan.plan,
+        [lanes.address(part // width, part % width) for part in range(len(segments))],
+        [segment.size_bytes for segment in segments],
+        *memory,
+    )
+    digests = np.zeros(plan.cells, dtype=np.uint64)
+    source_bytes = 0
+    for bucket, step in enumerate(plan.steps):
+        lanes.wait_filled(bucket)
+        deadline.check()
+        if step.undecided is not None:
+            _check_unchanged(plan, step.undecided.of(bound))
+        if not bucket:
+            begin()
+        here = step.moved.of(bound)
+        source_bytes += plan.executor.move(here)
+        _digest(plan, here, step.staged_cells, digests)
+        lanes.done(bucket)
+        _digest(plan, here, step.moved_cells, digests)
+    if not plan.steps:
+        begin()
+    plan.executor.move(plan.fills.of(bound))
+    return Streamed(digests, source_bytes)
+
+
+def _digest(plan: StreamPlan, bound: BoundTiles, cells: Sequence[int], digests: Sums) -> None:
+    """Add the digests of cut cells to those of the cells that they are parts of."""
+    sums = plan.executor.digest_cells(bound, cells)
+    np.add.at(digests, plan.origins[list(cells)], sums)
+
+
+def _check_unchanged(plan: StreamPlan, bound: BoundTiles) -> None:
+    changed = plan.executor.changed_parameter(bound)
+    if changed is not None:
+        name = plan.plan.needs.parameters[changed].name
+        raise ProofNeeded(f"parameter {name}", "its bytes have proven nothing so far, and change")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Needs and cells, cut where parts end."""
+
+    needs: Needs
+    cells: list[Cell]
+    origins: list[int]
+    buckets: list[int]
+    """Of every cut cell: the bucket that it is read from; -1: it is of a copy."""
+
+
+def _cut_at_parts(staged: BucketPlan, needs: Needs, cells: Sequence[Cell]) -> _Cut:
+    """Cut copies that transform, with their cells, and cells of no copy, so that each is in one
+    part; keep the others."""
+    transforms = [copy.transform >= 0 for copy in needs.copies]
+    tensors = {copy.tensor for copy in needs.copies if copy.transform >= 0}
+    shards = ShardIndex(staged.layout, tensors | {cell.tensor for cell in cells if cell.copy < 0})
+    copies: list[Copy] = []
+    kept = [-1] * len(needs.copies)
+    cells_of: dict[int, list[int]] = {}
+    cut = _Cut(needs, [], [], [])
+
+    def add(origin: int, box: Box, copy: int, bucket: int) -> None:
+        cut.cells.append(Cell(cells[origin].tensor, box.starts, box.sizes, copy))
+        cut.origins.append(origin)
+        cut.buckets.append(bucket)
+
+    for number, copy in enumerate(needs.copies):
+        if not transforms[number]:
+            kept[number] = len(copies)
+            copies.append(copy)
+    for number, cell in enumerate(cells):
+        if cell.copy < 0:
+            for shard, common in shards.meeting(cell.tensor, Box.of(cell.starts, cell.sizes)):
+                add(number, common, -1, shard.segment // staged.lanes)
+        elif transforms[cell.copy]:
+            cells_of.setdefault(cell.copy, []).append(number)
+        else:
+            cut.cells.append(msgspec.structs.replace(cell, copy=kept[cell.copy]))
+            cut.origins.append(number)
+            cut.buckets.append(-1)
+    for number, copy in enumerate(needs.copies):
+        if not transforms[number]:
+            continue
+        boxes = [
+            (origin, Box.of(cells[origin].starts, cells[origin].sizes))
+            for origin in cells_of.get(number, ())
+        ]
+        for origin, box in boxes or [(-1, Box.of(copy.starts, copy.sizes))]:
+            for _, common in shards.meeting(copy.tensor, box):
+                if origin >= 0:
+                    add(origin, common, len(copies), -1)
+                copies.append(_part_of_copy(copy, common))
+    return replace(cut, needs=msgspec.structs.replace(needs, copies=tuple(copies)))
+
+
+def _part_of_copy(copy: Copy, box: Box) -> Copy:
+    steps = zip(box.starts, copy.starts, copy.strides, strict=True)
+    offset = copy.offset + sum((start - first) * stride for start, first, stride in steps)
+    return msgspec.structs.replace(copy, starts=box.starts, sizes=box.sizes, offset=offset)
+
+
+def _cells_of_buckets(
+    plan: TilePlan, cut: _Cut, bucket_of: Integers, buckets: int
+) -> list[list[int]]:
+    """For every bucket, the cut cells that are digested after it: those whose bytes are all there.
+
+    Without buckets there are only cells without elements, whose digest is 0.
+    """
+    last = np.zeros(len(plan.needs.copies), dtype=np.int64)
+    np.maximum.at(last, plan.pieces.copy, bucket_of)
+    ends = last.tolist()
+    digested: list[list[int]] = [[] for _ in range(buckets)]
+    for number, (cell, bucket) in enumerate(zip(cut.cells, cut.buckets, strict=True)):
+        if buckets:
+            digested[bucket if bucket >= 0 else ends[cell.copy]].append(number)
+    return digested
+
+
+def _part(plan: TilePlan, needs: Needs, chosen: Chosen) -> Part:
+    pieces = _some(plan.pieces, chosen)
+    units = pieces.sizes.prod(axis=1)
+    part = replace(
+        plan,
+        needs=needs,
+        pieces=pieces,
+        source_bytes=int((units * pieces.unit_bytes).sum()),
+        destination_bytes=int((units * pieces.destination_unit_bytes).sum()),
+    )
+    return Part(part, chosen)
+
+
+def _some(pieces: Pieces, chosen: Chosen) -> Pieces:
+    return Pieces(**{field.name: getattr(pieces, field.name)[chosen] for field in fields(Pieces)})
