@@ -180,6 +180,11 @@ class KeptCopy:
     def total_bytes(self) -> int:
         return sum(block.size_bytes for block in self._blocks)
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether the transfer engine knows the blocks: reads may go to them as they are."""
+        return self._endpoint is not None
+
     async def begin(self, layout: Layout) -> tuple[SharedBlock, ...]:
         """A block for every segment, to be filled whole; what was offered is retired first.
 

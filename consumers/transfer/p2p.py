@@ -83,53 +83,34 @@ class P2pRoute(Route):
         kept: KeptCopy | None = None,
         missing: str = "there is no transfer engine",
     ) -> None:
-        self._endpoint, self._missing = endpoint, missing
-        self._staging, self._local = staging, local
-        self._host_id, self._roots = host_id, tuple(roots)
-        self._turn = zlib.crc32(receiver.encode())
+        self._missing = missing if endpoint is None else ""
+        self._staging, self._host_id = staging, host_id
+        self._sources = Sources(
+            local, host_id, roots, endpoint=endpoint, receiver=receiver, copies=copies
+        )
         self._copies, self._kept = copies, kept
 
+    def widen(self, ready: CheckpointReady, layout_digest: str, placement: Placement) -> Placement:
+        if self._copies is None:
+            return placement
+        return with_copies(placement, self._copies.of(ready, layout_digest), self._host_id)
+
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
-        if self._endpoint is None:
+        if self._missing:
             raise RouteUnavailable(self.name, self._missing)
-        silent: dict[str, str] = {}
-        return tuple(
-            self._nearest(self._endpoint, number, ways, spec.size_bytes, silent)
-            for number, (ways, spec) in enumerate(zip(placement, layout.segments, strict=True))
-        )
+        return self._sources.reach(self.name, layout, placement)
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
         clock = Clock("fetch", transfer.deadline_s)
-        ways = await self._reach_in_time(transfer)
-        async with self._open(transfer, ways, clock.left_s()) as fetcher:
+        ways = await self._sources.reach_in_time(self.name, transfer, clock.left_s())
+        async with self._sources.open(transfer, ways, clock.left_s()) as fetcher:
             if self._kept is not None:
                 return await self._through_copy(transfer, fetcher, self._kept, clock)
             return await bring_alone(transfer, fetcher, self._staging, clock.left_s())
 
-    async def _reach_in_time(self, transfer: Transfer) -> Sequence[Segment]:
-        with anyio.move_on_after(transfer.deadline_s):
-            return await anyio.to_thread.run_sync(
-                self.reach, transfer.layout, transfer.placement, abandon_on_cancel=True
-            )
-        raise DeadlineExceeded("fetch", transfer.deadline_s)
-
-    def _open(
-        self, transfer: Transfer, ways: Sequence[Segment], deadline_s: float
-    ) -> AbstractAsyncContextManager[Fetcher]:
-        endpoint = self._endpoint
-        assert endpoint is not None, "it has been reached"
-        copies = (
-            self._copies.sources(
-                transfer.version,
-                transfer.layout_digest,
-                transfer.plan.checkpoint_ns,
-                endpoint.protocol,
-            )
-            if self._copies is not None
-            else []
-        )
-        open_remote = partial(open_remote_fetcher, endpoint, copies, self._turn)
-        return open_fetcher(ways, transfer.layout, self._local, deadline_s, open_remote)
+    async def share(self, version: int, layout_digest: str, checkpoint_ns: int) -> None:
+        if self._kept is not None:
+            await keep_on(self._kept.offer(version, layout_digest, checkpoint_ns))
 
     async def _through_copy(
         self, transfer: Transfer, fetcher: Fetcher, kept: KeptCopy, clock: Clock
@@ -137,7 +118,7 @@ class P2pRoute(Route):
         start_ns = time.time_ns()
         blocks = await kept.begin(transfer.layout)
         try:
-            await self._fill(blocks, fetcher, clock)
+            await self._fill(blocks, fetcher, clock, adopt=not kept.is_registered)
             await fetcher.check(clock.left_s())
         except BaseException:
             kept.spoil(fetcher.writing)
@@ -150,10 +131,12 @@ class P2pRoute(Route):
         first, *others = await apply_checked(transfer, feeds, clock.left_s())
         return structs.replace(first, stages=(fetched, *first.stages)), *others
 
-    async def _fill(self, blocks: Sequence[SharedBlock], fetcher: Fetcher, clock: Clock) -> None:
+    async def _fill(
+        self, blocks: Sequence[SharedBlock], fetcher: Fetcher, clock: Clock, *, adopt: bool
+    ) -> None:
         adopted: list[int] = []
         try:
-            for block in blocks:
+            for block in blocks if adopt else ():
                 await fetcher.adopt(block.address, block.size_bytes)
                 adopted.append(block.address)
             for read in _whole(blocks):
@@ -161,56 +144,6 @@ class P2pRoute(Route):
         finally:
             for address in adopted:
                 await fetcher.release(address)
-
-    def _nearest(
-        self,
-        endpoint: Endpoint,
-        number: int,
-        ways: Sequence[Segment],
-        size_bytes: int,
-        silent: dict[str, str],
-    ) -> Segment:
-        """The nearest way to one segment that answers now; `silent` holds sessions that did not."""
-        reasons = []
-        for kind in _NEAREST_FIRST:
-            for way in ways:
-                if not isinstance(way, kind):
-                    continue
-                try:
-                    if isinstance(way, RemoteSegment):
-                        self._probe(endpoint, number, way, silent)
-                    else:
-                        probe_segment(way, size_bytes, self._host_id, self._roots)
-                except (SegmentUnavailable, TornRead) as error:
-                    reasons.append(str(error))
-                else:
-                    return way
-        reason = "; ".join(reasons) or "it is offered neither to this host nor to others"
-        raise RouteUnavailable(self.name, f"segment {number}: {reason}")
-
-    def _probe(
-        self, endpoint: Endpoint, number: int, way: RemoteSegment, silent: dict[str, str]
-    ) -> None:
-        """
-        Raises:
-            SegmentUnavailable, TornRead: it cannot be read now.
-        """
-        limit = "must be readable from here"
-        if way.protocol != endpoint.protocol:
-            found = f"offered by {way.protocol}, not by {endpoint.protocol}"
-            raise SegmentUnavailable(f"{number} at {way.session}", found, limit)
-        if way.session not in silent:
-            try:
-                found_generation = read_generation(endpoint, way)
-            except RemoteReadFailed as error:
-                silent[way.session] = error.reason
-            else:
-                if found_generation != way.generation:
-                    name = f"{number} at {way.session}"
-                    raise TornRead(name, way.generation, found_generation)
-                return
-        found = f"not readable ({silent[way.session]})"
-        raise SegmentUnavailable(f"{number} at {way.session}", found, limit)
 
 
 def _whole(blocks: Sequence[SharedBlock]) -> Iterator[Read]:
