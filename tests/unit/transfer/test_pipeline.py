@@ -1,0 +1,332 @@
+"""What overlaps in a pipeline and what does not, and who is named when it stands still."""
+
+from __future__ import annotations
+
+import ctypes
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from tests.unit.transfer.words import Words, open_words
+from weightbus.consumers.errors import (
+    ConsumerError,
+    DeadlineExceeded,
+    PeerLost,
+    TornRead,
+    WorkerLost,
+)
+from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
+from weightbus.consumers.transfer.fetch import Fetcher, Read
+from weightbus.consumers.transfer.pipeline import Exchange, Lane, Pipeline, Reader
+from weightbus.consumers.transfer.staging import BlockPool, BlockSpec
+from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
+from weightbus.schemas.shared_memory import SHM_GIVEN_UP_OFFSET
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE_S = 20.0
+SHORT_S = 0.1
+BUCKET_BYTES = 4096
+TURN = 3
+OWN = Reader("e/0", 0, own=True)
+FOREIGN = Reader("f/0", 0, own=False)
+
+
+def plan_of(buckets: int, lanes: int = 1) -> BucketPlan:
+    """A plan of so many buckets."""
+    size = 3500 * buckets * lanes
+    layout = Layout(
+        (TensorSpec("t", "U8", (size,)),),
+        (ShardSpec(0, (0,), (size,), 0, 0),),
+        (SegmentSpec(size),),
+    )
+    plan = plan_buckets(layout, BUCKET_BYTES, lanes)
+    assert plan.buckets == buckets
+    return plan
+
+
+class Steps:
+    """Steps that a test may hold, and wait for."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.held: dict[str, anyio.Event] = {}
+        self._changed = anyio.Event()
+
+    def hold(self, step: str) -> anyio.Event:
+        return self.held.setdefault(step, anyio.Event())
+
+    async def take(self, step: str) -> None:
+        self.begun.append(step)
+        self._changed.set()
+        self._changed = anyio.Event()
+        if step in self.held:
+            await self.held[step].wait()
+
+    async def until(self, *steps: str) -> None:
+        with anyio.fail_after(DEADLINE_S):
+            while not set(steps) <= set(self.begun):
+                await self._changed.wait()
+
+
+class StepFetcher(Fetcher):
+    """Counts the buckets it is asked for, and writes their number."""
+
+    def __init__(self, steps: Steps, buckets: Sequence[int]) -> None:
+        self._steps, self._buckets = steps, iter(buckets)
+        self.checks: list[Callable[[int], None]] = []
+        self.error: ConsumerError | None = None
+
+    async def fetch(self, reads: Sequence[Read], deadline_s: float) -> None:
+        bucket = next(self._buckets)
+        for check in self.checks:
+            check(bucket)
+        await self._steps.take(f"fetch {bucket}")
+        if self.error is not None:
+            raise self.error
+        for read in reads:
+            ctypes.memset(read.address, bucket + 1, read.size_bytes)
+
+    async def check(self, deadline_s: float) -> None: ...
+
+    def writing(self) -> bool:
+        return False
+
+    async def adopt(self, address: int, size_bytes: int) -> None: ...
+
+    async def release(self, address: int) -> None: ...
+
+
+class StepExchange(Exchange):
+    """One of two members; the other does what it is told."""
+
+    def __init__(self, steps: Steps, place: int = 0) -> None:
+        self.id, self.place, self.size, self.others = "g", place, 2, ("other/0",)
+        self._steps = steps
+        self.other_is_ready = True
+        self.said: list[bool] = []
+        self.error: PeerLost | None = None
+        self._bucket = 0
+
+    async def agree(self, ready: bool, deadline_s: float) -> bool:
+        await anyio.lowlevel.checkpoint()
+        self.said.append(ready)
+        return ready and self.other_is_ready
+
+    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
+        bucket, self._bucket = self._bucket, self._bucket + 1
+        assert root == bucket % 2
+        await self._steps.take(f"broadcast {bucket}")
+        if self.error is not None:
+            raise self.error
+        if root == self.place:
+            assert ctypes.string_at(address, 1) == bytes([bucket + 1])
+
+    def writing(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def pool() -> Iterator[BlockPool]:
+    pool = BlockPool(f"test-{uuid.uuid4().hex[:8]}.e", 2**20)
+    yield pool
+    pool.close()
+
+
+class World:
+    """One lane of a pipeline, and its readers' words."""
+
+    def __init__(self, pool: BlockPool, slots: int, lanes: int = 1) -> None:
+        specs = [BlockSpec(pool.name_of(str(n)), slots, BUCKET_BYTES) for n in range(lanes)]
+        self.blocks = pool.take(specs)
+        self.words: list[Words] = []
+        self.steps = Steps()
+
+    def done(self, reader: int, buckets: int) -> None:
+        for words in self.words:
+            words.say_done(reader, TURN, buckets)
+
+
+@asynccontextmanager
+async def running(pipeline: Pipeline) -> AsyncIterator[None]:
+    """The pipeline beside the body; cancelled after it."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(pipeline.run, DEADLINE_S)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def test_fetch_broadcast_and_reload_overlap_when_there_are_three_slots(
+    pool: BlockPool,
+) -> None:
+    world = World(pool, slots=3)
+    steps, lane = world.steps, Lane(number=0, block=world.blocks[0], rank=0)
+    lane.exchange = StepExchange(steps)
+    fetcher = StepFetcher(steps, range(0, 6, 2))
+    held = steps.hold("broadcast 1"), steps.hold("fetch 2")
+    pipeline = Pipeline([lane], plan_of(6), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    with open_words(world.blocks[0].name) as words:
+        async with running(pipeline):
+            await steps.until("broadcast 1", "fetch 2")
+            assert words.filled(TURN) == 1, "bucket 0 is being read, while 1 and 2 are on the way"
+            for step in held:
+                step.set()
+            await steps.until("broadcast 2")
+            for bucket in range(6):
+                words.say_done(0, TURN, bucket + 1)
+            await steps.until("broadcast 5")
+        assert [step for step in steps.begun if step[0] == "b"] == [
+            f"broadcast {bucket}" for bucket in range(6)
+        ]
+
+
+async def test_everything_takes_turns_when_there_is_one_slot(pool: BlockPool) -> None:
+    world = World(pool, slots=1)
+    block = world.blocks[0]
+    fetcher = StepFetcher(world.steps, range(5))
+    begun: list[tuple[int, int]] = []
+    fetcher.checks.append(lambda bucket: begun.append((bucket, block.done(0))))
+    lane = Lane(number=0, block=block, rank=0)
+    pipeline = Pipeline([lane], plan_of(5), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    with open_words(block.name) as words:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pipeline.run, DEADLINE_S)
+            with anyio.fail_after(DEADLINE_S):
+                for bucket in range(5):
+                    while words.filled(TURN) <= bucket:
+                        await anyio.lowlevel.checkpoint()
+                    assert bytes(block.slot(0)[300:302]) == bytes([bucket + 1]) * 2
+                    words.say_done(0, TURN, bucket + 1)
+    assert begun == [(0, -1), (1, 1), (2, 2), (3, 3), (4, 4)]
+    assert pipeline.timings(1) == ()
+    (timing,) = pipeline.timings(0)
+    assert (timing.stage, timing.bytes) == ("fetch", 3500 * 5)
+    assert 0 < timing.start_ns < timing.end_ns
+
+
+async def test_slots_are_filled_and_no_more_when_no_reader_has_begun(pool: BlockPool) -> None:
+    world = World(pool, slots=2, lanes=2)
+    lanes = [Lane(number=n, block=block, rank=n) for n, block in enumerate(world.blocks)]
+    fetcher = StepFetcher(world.steps, range(100))
+    pipeline = Pipeline(lanes, plan_of(4, 2), fetcher, [OWN], turn=TURN, stall_s=SHORT_S)
+    with open_words(world.blocks[0].name) as words:
+        async with running(pipeline):
+            with anyio.fail_after(DEADLINE_S):
+                await pipeline.primed.wait()
+            with anyio.move_on_after(3 * SHORT_S):
+                await anyio.sleep_forever()  # longer than a reader that had begun would have
+            assert words.filled(TURN) == 2
+        assert len(world.steps.begun) == 4
+        assert words.given_up == TURN, "it was cancelled"
+
+
+async def test_broadcast_waits_for_the_other_member_without_losing_it(pool: BlockPool) -> None:
+    world = World(pool, slots=2)
+    exchange = StepExchange(world.steps)
+    exchange.other_is_ready = False
+    lane = Lane(number=0, block=world.blocks[0], rank=0, exchange=exchange)
+    fetcher = StepFetcher(world.steps, [0])
+    pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN], turn=TURN, stall_s=SHORT_S)
+    async with running(pipeline):
+        with anyio.fail_after(DEADLINE_S):
+            while exchange.said.count(True) < 3:
+                await anyio.lowlevel.checkpoint()
+        assert world.steps.begun == ["fetch 0"]
+        exchange.other_is_ready = True
+        await world.steps.until("broadcast 0", "broadcast 1")
+
+
+async def test_member_says_that_it_is_not_ready_while_its_reader_has_not_begun(
+    pool: BlockPool,
+) -> None:
+    world = World(pool, slots=1)
+    exchange = StepExchange(world.steps)
+    lane = Lane(number=0, block=world.blocks[0], rank=0, exchange=exchange)
+    fetcher = StepFetcher(world.steps, [0])
+    pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN], turn=TURN, stall_s=SHORT_S)
+    with open_words(world.blocks[0].name) as words:
+        async with running(pipeline):
+            await world.steps.until("broadcast 0")
+            with anyio.fail_after(DEADLINE_S):
+                while exchange.said.count(False) < 3:
+                    await anyio.lowlevel.checkpoint()
+            assert "broadcast 1" not in world.steps.begun
+            words.say_done(0, TURN, 1)
+            await world.steps.until("broadcast 1")
+
+
+@pytest.mark.parametrize(
+    ("reader", "error", "named"), [(OWN, WorkerLost, "rank 0"), (FOREIGN, PeerLost, "f/0")]
+)
+async def test_reader_is_named_when_it_began_and_stands_still(
+    pool: BlockPool, reader: Reader, error: type[ConsumerError], named: str
+) -> None:
+    world = World(pool, slots=1)
+    lane = Lane(number=0, block=world.blocks[0], rank=0)
+    fetcher = StepFetcher(world.steps, range(9))
+    pipeline = Pipeline([lane], plan_of(3), fetcher, [reader], turn=TURN, stall_s=SHORT_S)
+    with open_words(world.blocks[0].name) as words:
+        words.say_done(0, TURN, 1)
+        with pytest.raises(error, match=f"{named}.*stands still at bucket 1"):
+            await pipeline.run(DEADLINE_S)
+        assert words.given_up == TURN
+
+
+async def test_lane_ends_well_when_only_another_consumers_reader_is_left(pool: BlockPool) -> None:
+    world = World(pool, slots=2)
+    lane = Lane(number=0, block=world.blocks[0], rank=0)
+    fetcher = StepFetcher(world.steps, range(9))
+    pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN, FOREIGN], turn=TURN, stall_s=SHORT_S)
+    with open_words(world.blocks[0].name) as words:
+        words.say_done(0, TURN, 2)
+        words.say_done(1, TURN, 1)
+        await pipeline.run(DEADLINE_S)
+        assert words.given_up == TURN
+
+
+async def test_reader_that_left_is_not_waited_for(pool: BlockPool) -> None:
+    world = World(pool, slots=1)
+    lane = Lane(number=0, block=world.blocks[0], rank=0)
+    fetcher = StepFetcher(world.steps, range(9))
+    pipeline = Pipeline([lane], plan_of(4), fetcher, [OWN], turn=TURN, stall_s=SHORT_S)
+    with open_words(world.blocks[0].name) as words:
+        words.say_done(0, TURN, 0xFFFFFFFF)
+        await pipeline.run(DEADLINE_S)
+        assert words.filled(TURN) == 4
+
+
+async def test_all_lanes_are_given_up_when_one_fails(pool: BlockPool) -> None:
+    world = World(pool, slots=2, lanes=2)
+    lanes = [Lane(number=n, block=block, rank=n) for n, block in enumerate(world.blocks)]
+    fetcher = StepFetcher(world.steps, range(9))
+    fetcher.error = TornRead("s", 2, 4)
+    pipeline = Pipeline(lanes, plan_of(4, 2), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    with pytest.raises(TornRead):
+        await pipeline.run(DEADLINE_S)
+    assert pipeline.primed.is_set(), "nobody waits for it"
+    for block in world.blocks:
+        with open_words(block.name) as words:
+            assert words.word(SHM_GIVEN_UP_OFFSET) == TURN
+
+
+async def test_peer_is_named_when_a_broadcast_fails(pool: BlockPool) -> None:
+    world = World(pool, slots=2)
+    exchange = StepExchange(world.steps)
+    exchange.error = PeerLost("g", exchange.others, "connection closed")
+    lane = Lane(number=0, block=world.blocks[0], rank=0, exchange=exchange)
+    fetcher = StepFetcher(world.steps, range(9))
+    pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    with pytest.raises(PeerLost, match="other/0"):
+        await pipeline.run(DEADLINE_S)
+
+
+async def test_run_ends_at_its_deadline_when_the_engine_never_reads(pool: BlockPool) -> None:
+    world = World(pool, slots=1)
+    lane = Lane(number=0, block=world.blocks[0], rank=0)
+    fetcher = StepFetcher(world.steps, range(9))
+    pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    with pytest.raises(DeadlineExceeded, match="stream"):
+        await pipeline.run(SHORT_S)
