@@ -13,7 +13,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 import anyio.to_thread
@@ -61,6 +61,9 @@ Sums = npt.NDArray[np.uint64]
 
 CLOCK_TOLERANCE_NS = 60 * 10**9
 """How far the trainer's clock may be off before `valid_until_ns` misleads."""
+
+SHARE_S = 1.0
+"""So long the bus may take to hear that a copy is offered."""
 
 LAYOUTS_KEPT = 4
 """Layouts whose needs and cells are kept; the engine keeps its own plans."""
@@ -158,7 +161,7 @@ class Updater:
         try:
             with anyio.fail_after(deadline_s):
                 await self._take_lease(ready)
-                manifest = await self._manifest(ready)
+                manifest = self._widen(ready, await self._manifest(ready))
                 async with self._engine_turn:
                     inspected = await self._engine.inspect(None, deadline_s)
                     binding = await self._bind(manifest, inspected, deadline_s)
@@ -197,6 +200,8 @@ class Updater:
             with anyio.fail_after(deadline_s), moving:
                 applied, route = await self._move(prepared, plan, pause, deadline_s)
                 verified = await self._prove(prepared, ready, applied)
+                if verified == "verified":
+                    await self._share(prepared, ready, route)
             if moving.cancelled_caught:
                 raise TransferCancelled(plan.round, plan.epoch)
         except (WeightBusError, TimeoutError) as error:
@@ -279,6 +284,13 @@ class Updater:
             )
         check_placement(layout, placement)
         return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
+
+    def _widen(self, ready: CheckpointReady, manifest: Manifest) -> Manifest:
+        """With what other engines offer of the version."""
+        for route in self._routes.values():
+            placement = route.widen(ready, manifest.layout_digest, manifest.placement)
+            manifest = replace(manifest, placement=placement)
+        return manifest
 
     async def _bind(
         self, manifest: Manifest, inspected: Sequence[Inspected], deadline_s: float
@@ -369,6 +381,12 @@ class Updater:
             )
         )
         return applied, name
+
+    async def _share(self, prepared: Prepared, ready: CheckpointReady, name: RouteName) -> None:
+        """What is proven, others may have. The engine waits for the bus no longer than it must."""
+        with anyio.move_on_after(SHARE_S):
+            digest = prepared.manifest.layout_digest
+            await self._routes[name].share(ready.version, digest, ready.created_ns)
 
     async def _prove(
         self, prepared: Prepared, ready: CheckpointReady, applied: Sequence[Applied]

@@ -11,46 +11,28 @@ to be of the promised version when they were.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import ClassVar, Final
 
-import anyio
-import anyio.to_thread
 from msgspec import structs
 
 from weightbus.bus.blocks import SharedBlock
 from weightbus.bus.endpoint import Endpoint
-from weightbus.bus.errors import RemoteReadFailed
-from weightbus.consumers.errors import (
-    DeadlineExceeded,
-    RouteUnavailable,
-    SegmentUnavailable,
-    TornRead,
-)
+from weightbus.consumers.errands import keep_on
+from weightbus.consumers.errors import RouteUnavailable
 from weightbus.consumers.transfer.alone import bring_alone
-from weightbus.consumers.transfer.copies import Copies, KeptCopy
-from weightbus.consumers.transfer.fetch import Fetcher, LocalSegments, Read, open_fetcher
-from weightbus.consumers.transfer.remote import open_remote_fetcher, read_generation
+from weightbus.consumers.transfer.copies import Copies, KeptCopy, with_copies
+from weightbus.consumers.transfer.fetch import Fetcher, LocalSegments, Read
 from weightbus.consumers.transfer.route import Route, Transfer
-from weightbus.consumers.transfer.segments import probe_segment
+from weightbus.consumers.transfer.sources import Sources
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
 from weightbus.schemas.base import RouteName
+from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
-from weightbus.schemas.placement import (
-    FileSegment,
-    Placement,
-    RemoteSegment,
-    Segment,
-    SharedMemorySegment,
-)
+from weightbus.schemas.placement import Placement, Segment
 from weightbus.schemas.worker import Applied, InPlace, StageTiming
 
 __all__ = ("P2pRoute",)
-
-_NEAREST_FIRST = (SharedMemorySegment, FileSegment, RemoteSegment)
 
 FETCH_BYTES: Final = 256 * 2**20
 """Of a copy, fetched in one call: a call that makes no progress is noticed after `stall_s`."""
@@ -108,9 +90,11 @@ class P2pRoute(Route):
                 return await self._through_copy(transfer, fetcher, self._kept, clock)
             return await bring_alone(transfer, fetcher, self._staging, clock.left_s())
 
-    async def share(self, version: int, layout_digest: str, checkpoint_ns: int) -> None:
-        if self._kept is not None:
-            await keep_on(self._kept.offer(version, layout_digest, checkpoint_ns))
+    async def share(self, version: int, layout_digest: str, checkpoint_ns: int) -> bool:
+        if self._kept is None:
+            return False
+        await keep_on(self._kept.offer(version, layout_digest, checkpoint_ns))
+        return True
 
     async def _through_copy(
         self, transfer: Transfer, fetcher: Fetcher, kept: KeptCopy, clock: Clock

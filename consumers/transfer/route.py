@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from weightbus.consumers.engines.engine import Engine
 from weightbus.schemas.base import RouteName
+from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import Placement, Segment
 from weightbus.schemas.rounds import RoundPlan
@@ -58,6 +59,10 @@ class Route(ABC):
         """What this route's staging may take now; None: it has none."""
         return None
 
+    def widen(self, ready: CheckpointReady, layout_digest: str, placement: Placement) -> Placement:
+        """A placement with more ways than its publisher offers. Called before `reach`."""
+        return placement
+
     @abstractmethod
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         """For every segment, the way this route would take. Moves nothing; called before `Join`.
@@ -76,3 +81,12 @@ class Route(ABC):
             RouteUnavailable, SegmentUnavailable, TornRead, ApplyFailed, WorkerLost,
             DeadlineExceeded: `touched` says whether a live parameter may have been written.
         """
+
+    async def share(self, version: int, layout_digest: str, checkpoint_ns: int) -> bool:
+        """What this route brought last is proven: others may read what it keeps of it, if it keeps
+        any, which is returned.
+
+        Raises:
+            BusUnavailable: the bus is gone for good.
+        """
+        return False

@@ -148,13 +148,15 @@ class Sources:
         if way.protocol != self._endpoint.protocol:
             found = f"offered by {way.protocol}, not by {self._endpoint.protocol}"
             raise SegmentUnavailable(name, found, limit)
-        if way.session not in silent:
+        if way.session in silent:
+            raise SegmentUnavailable(name, f"not readable ({silent[way.session]})", limit)
+        try:
+            generation = read_generation(self._endpoint, way)
+        except RemoteReadFailed as error:
             try:
-                generation = read_generation(self._endpoint, way)
-            except RemoteReadFailed as error:
-                silent[way.session] = error.reason
-            else:
-                if generation != way.generation:
-                    raise TornRead(name, way.generation, generation)
-                return
-        raise SegmentUnavailable(name, f"not readable ({silent[way.session]})", limit)
+                self._endpoint.probe(way.session)
+            except RemoteReadFailed as gone:  # its other segments need not be asked for
+                silent[way.session] = gone.reason
+            raise SegmentUnavailable(name, f"not readable ({error.reason})", limit) from error
+        if generation != way.generation:
+            raise TornRead(name, way.generation, generation)
