@@ -22,7 +22,13 @@ import numpy.typing as npt
 import torch
 
 from weightbus.bus.digest import digest_box
-from weightbus.consumers.errors import PlanError, ProofFailed, TraceRefused
+from weightbus.consumers.errors import (
+    DeadlineExceeded,
+    PlanError,
+    ProofFailed,
+    SegmentUnavailable,
+    TraceRefused,
+)
 from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
 from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
@@ -178,7 +184,11 @@ class Reloader:
         plan = self._stream_plan(split, (lanes.bucket_bytes, len(lanes)))
         if split.proof.undecided:
             self._split = None  # until this version has ended whole
-        streamed = move_stream(plan, self._live_memory(split), lanes, deadline, begin)
+        try:
+            streamed = move_stream(plan, self._live_memory(split), lanes, deadline, begin)
+        except (SegmentUnavailable, DeadlineExceeded):
+            self._split = split  # what was undecided is as it was: it was compared in its slots
+            raise
         self._host.synchronize()
         self._split = split
         return Outcome(

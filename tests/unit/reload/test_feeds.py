@@ -305,10 +305,32 @@ def test_undecided_parameter_is_streamed_while_it_stays_and_relayed_once_it_chan
         assert "parameter norm cannot be streamed" in reply.reason
         assert bool((host.live.get_parameter("norm") == 1.0).all())
         inspected = feeder.client.inspect()
-        assert (inspected.version, inspected.touched) == (2, touched)
+        assert (inspected.version, inspected.touched, inspected.proven) == (2, touched, ())
         assert "proof of the plan" in feeder.relay(changed, 3).reason
         assert host.live.get_parameter("norm")[-1] == 2.0
         feeder.streamed(uniform_tensors(50, 1.0) | {"norm": changed["norm"]}, 4, 1024, 1, 2)
+
+
+def test_proof_is_kept_when_the_stream_of_an_undecided_parameter_breaks_off(
+    tmp_path: Path,
+) -> None:
+    host = ModuleHost(lambda: Bag(torch.float32, **UNIFORM), load_by_name)
+    with open_feeder(host, uniform_tensors(0, 1.0), tmp_path, segments=1) as feeder:
+        trainer = feeder.client.trainer
+        feeder.relay(uniform_tensors(10, 1.0), 1)
+        plan = plan_buckets(trainer.layout, 1024, 1)
+        with open_staging(1, 1024) as owner:
+            feed = stream_of(owner, 1024, 1)
+            segments = trainer.segments(uniform_tensors(20, 1.0))
+            last = plan.buckets - 1
+            with streaming(
+                owner, plan, segments, feed, until=last, then=lambda: owner.give_up(feed.turn)
+            ):
+                reply = feeder.ask(feed, 2)
+        assert isinstance(reply, Failed)
+        assert (reply.error, reply.touched) == ("SegmentUnavailable", True)
+        assert feeder.client.inspect().proven == (trainer.layout_digest,)
+        feeder.streamed(uniform_tensors(30, 1.0), 3, 1024, 2, 2)
 
 
 @pytest.mark.parametrize("how", ["given up", "without its owner", "no more"])
