@@ -17,6 +17,9 @@ __all__ = ("address_towards", "host_id")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SHARED_MEMORY = "/dev/shm"
 
+NATS_PORT = 4222
+"""Of a URL that names none."""
+
 
 def host_id() -> str:
     """The kernel's boot id and the device number of /dev/shm.
@@ -46,8 +49,10 @@ def address_towards(url: str) -> str:
     first = url.split(",")[0]
     try:
         server = urlsplit(first if "//" in first else f"//{first}")
+        if not server.hostname:
+            raise ValueError("it names no host")
         kind, _, _, _, where = socket.getaddrinfo(
-            server.hostname or "", server.port or 4222, type=socket.SOCK_DGRAM
+            server.hostname, server.port or NATS_PORT, type=socket.SOCK_DGRAM
         )[0]
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect(where)
