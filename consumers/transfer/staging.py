@@ -165,13 +165,17 @@ class BlockPool:
     @property
     def total_bytes(self) -> int:
         """Of all blocks that are there: in use, kept for later, or still written to."""
-        return sum(block.size_bytes + SHM_HEADER_BYTES for block in self._all())
+        with self._lock:
+            self._reap()
+            return self._total_bytes()
 
     @property
     def room_bytes(self) -> int:
         """What could be taken now, if the blocks that are kept for later were given up."""
-        kept = sum(block.size_bytes for block in self._free.values())
-        return max(0, self._limit_bytes() - self.total_bytes + kept)
+        with self._lock:
+            self._reap()
+            kept = sum(block.size_bytes + SHM_HEADER_BYTES for block in self._free.values())
+            return max(0, self._limit_bytes() - self._total_bytes() + kept)
 
     def name_of(self, part: str) -> str:
         """A name that no other process takes."""
@@ -243,10 +247,10 @@ class BlockPool:
             self._close_kept(spec.name)
         need_bytes = spec.slots * spec.slot_bytes + SHM_HEADER_BYTES
         for name in sorted(self._free, key=self._used.__getitem__):
-            if self.total_bytes + need_bytes <= self._limit_bytes():
+            if self._total_bytes() + need_bytes <= self._limit_bytes():
                 break
             self._close_kept(name)
-        have_bytes = self._limit_bytes() - self.total_bytes
+        have_bytes = self._limit_bytes() - self._total_bytes()
         if need_bytes > have_bytes:
             raise SharedMemoryFull(str(self._directory), need_bytes, have_bytes)
         block = StagingBlock(spec, self._directory)
@@ -257,11 +261,14 @@ class BlockPool:
         graves = (grave.block for grave in self._graves)
         return [*self._free.values(), *self._taken.values(), *graves]
 
+    def _total_bytes(self) -> int:
+        return sum(block.size_bytes + SHM_HEADER_BYTES for block in self._all())
+
     def _limit_bytes(self) -> int:
         if self._max_bytes:
             return self._max_bytes
         room = os.statvfs(self._directory)
-        return int(FREE_SHARE * (room.f_bavail * room.f_frsize + self.total_bytes))
+        return int(FREE_SHARE * (room.f_bavail * room.f_frsize + self._total_bytes()))
 
     def _close_kept(self, name: str) -> None:
         self._free.pop(name).close()
