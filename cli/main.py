@@ -30,6 +30,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "engine": "Run a torch engine of one process per rank.",
     "watch": "Show engines and updates, live.",
     "trace": "Show where the time of a round went.",
+    "plan": "Predict routes and times of a round for a model and a fleet.",
+    "doctor": "Check this host, and measure what routes are chosen by.",
     "schema": "Print the contract as JSON Schema or AsyncAPI.",
 }
 """Name -> one line of help; the command is `weightbus.cli.<name>.command`."""

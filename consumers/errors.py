@@ -14,6 +14,7 @@ __all__ = (
     "DeadlineExceeded",
     "DigestMismatch",
     "EngineUnavailable",
+    "MeasuringFailed",
     "NotAttached",
     "PeerLost",
     "PlanError",
@@ -134,6 +135,14 @@ class ApplyFailed(ConsumerError):
     def __init__(self, rank: int, cause: str, reason: str, *, touched: bool) -> None:
         self.rank, self.cause, self.reason, self.touched = rank, cause, reason, touched
         super().__init__(f"rank {rank}: {cause}: {reason}")
+
+
+class MeasuringFailed(ConsumerError):
+    """A rate of this host could not be measured."""
+
+    def __init__(self, rate: str, reason: str) -> None:
+        self.rate, self.reason = rate, reason
+        super().__init__(f"the rate of {rate} cannot be measured: {reason}")
 
 
 class EngineUnavailable(ConsumerError):

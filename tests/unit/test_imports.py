@@ -161,7 +161,7 @@ def test_planning_imports_nothing_that_acts_or_tells_the_time() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-MONITORS: Final = ("serve", "watch", "trace", "schema")
+MONITORS: Final = ("serve", "watch", "trace", "schema", "plan", "doctor")
 """Commands that run wherever the core is installed."""
 
 CORE: Final = ("schemas", "bus", "tracing", "cli.main", *(f"cli.{name}" for name in MONITORS))
