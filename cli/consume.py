@@ -26,7 +26,8 @@ from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.service import open_consumer
-from weightbus.consumers.transfer.local import LocalRoute
+from weightbus.consumers.transfer.compose import open_routes
+from weightbus.schemas.base import RouteName
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import CommitPolicy, Links
 from weightbus.tracing.narration import narrate
@@ -41,6 +42,8 @@ class Options(Struct, frozen=True, kw_only=True):
 
     bus: BusSettings
     consumer: ConsumerConfig
+    required: tuple[RouteName, ...]
+    """Routes that were asked for by name."""
     otlp: OtlpSettings | None
     engine_dir: Path | None
     spawn: TorchEngineSpec | None
@@ -191,6 +194,7 @@ def command(
             commit=commit,
             join_window_s=join_window,
         ),
+        required=tuple(routes),
         otlp=OtlpSettings.from_env(os.environ),
         engine_dir=engine_dir,
         spawn=_spec(kind, architecture, config, tp),
@@ -238,10 +242,11 @@ async def run_consumer(options: Options) -> None:
                 directory, spawn=options.spawn, roots=config.file_roots, host_id=config.host_id
             )
         )
-        local = LocalRoute(config.host_id, config.file_roots)
+        opened = open_routes(config, bus, options.required)
+        routes = await stack.enter_async_context(opened)
         tasks = await stack.enter_async_context(open_background())
         async with open_consumer(
-            config, bus=bus, engine=engine, routes=[local], telemetry=telemetry
+            config, bus=bus, engine=engine, routes=routes, telemetry=telemetry
         ):
             click.echo(
                 f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on "

@@ -28,6 +28,9 @@ __all__ = ("DemoFailed", "EngineSpec", "Fleet", "open_fleet")
 STOP_S = 20.0
 """How long a process may take to end in order."""
 
+JOIN_WINDOW_S = 1.0
+"""How long a leader waits for an engine that is present: small machines are slow."""
+
 LOG_TAIL_LINES = 12
 MAX_ANSWER_BYTES = 1 << 20
 
@@ -48,6 +51,8 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     architecture: str
     config: Mapping[str, Any] = {}
     ranks: int = 1
+    host: str = ""
+    """Host id of its own, as if it were another machine; empty: this host's."""
 
 
 class Fleet:
@@ -77,6 +82,8 @@ class Fleet:
             *("--engine-dir", str(self.engine_directory(spec.engine))),
             *("--architecture", spec.architecture, "--tp", str(spec.ranks)),
             *("--config", msgspec.json.encode(spec.config).decode()),
+            *("--join-window", str(JOIN_WINDOW_S)),
+            *(("--host-id", spec.host) if spec.host else ()),
         ]
         await self._start(spec.engine, guarded_command(consume))
 

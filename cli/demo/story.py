@@ -1,4 +1,4 @@
-"""What the demo does, step by step, and how it knows that every step was right.
+"""What has happened in the demo, and how it knows that every step was right.
 
 Owns nothing: bus and fleet are the command's. An engine's version counts as verified only if the
 digest that its ranks added up is the publisher's, the SHA-256 over what each rank holds is what
@@ -20,20 +20,14 @@ from weightbus.bus.connection import Bus
 from weightbus.bus.received import Received
 from weightbus.cli.demo.fleet import DemoFailed, EngineSpec, Fleet
 from weightbus.cli.demo.sentences import PROBE
-from weightbus.cli.demo.words import DECODER_CONFIG, Expected, Publish
+from weightbus.cli.demo.words import Expected, Publish
 from weightbus.consumers.engines.torch.client import open_torch_client
 from weightbus.consumers.engines.torch.messages import Inputs
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter, UpdateComplete, UpdateFailed
 from weightbus.tracing.narration import narrate
 
-__all__ = ("ENGINES", "Checked", "Say", "Story", "tell")
-
-ENGINES = (
-    EngineSpec(engine="a", model="minilm", architecture="minilm"),
-    EngineSpec(engine="b", model="minilm", architecture="minilm"),
-    EngineSpec(engine="c", model="decoder", architecture="decoder", config=DECODER_CONFIG, ranks=2),
-)
+__all__ = ("Checked", "Say", "Story")
 
 START_S = 150.0
 """From the start of processes that import torch, on a small machine, to their first answer."""
@@ -88,16 +82,16 @@ class Story:
         self._heard.set()
         self._heard = anyio.Event()
 
-    async def start(self) -> None:
-        """Start everything; returns once every engine is present."""
-        await self._fleet.start_trainer()
-        for spec in ENGINES:
+    async def start(self, engines: Sequence[EngineSpec]) -> None:
+        """Start engines; returns once every one of them is present."""
+        for spec in engines:
             await self._fleet.start_engine(spec)
             self._say(
                 f"starting engine {spec.engine}: {spec.architecture}, {spec.ranks} rank"
                 f"{'s' if spec.ranks > 1 else ''}, follows {spec.model}"
+                f"{spec.host and f', on {spec.host}'}"
             )
-        for spec in ENGINES:
+        for spec in engines:
             await self.wait_present(spec)
 
     async def wait_present(self, spec: EngineSpec) -> None:
@@ -176,29 +170,3 @@ def _digest_faults(update: UpdateComplete, expected: Expected) -> list[str]:
     if update.weights_digest != expected.weights_digest:
         faults.append(f"its weights digest is {update.weights_digest}")
     return faults
-
-
-async def tell(story: Story, fleet: Fleet, say: Say) -> None:
-    """The demo: four versions, one engine killed and back."""
-    a, b, c = ENGINES
-
-    async def step(version: int, followers: Sequence[EngineSpec], *, decoder: bool) -> Expected:
-        expected = await story.publish("minilm", version)
-        for spec in followers:
-            await story.check(spec, expected)
-        if decoder:
-            await story.check(c, await story.publish("decoder", version))
-        return expected
-
-    await story.start()
-    await step(1, (a, b), decoder=True)
-    await step(2, (a, b), decoder=True)
-
-    say("engine b is killed (SIGKILL), and a version is published without it")
-    await fleet.kill(b.engine)
-    missed = await step(3, (a,), decoder=False)
-    say("engine b starts again, late, and catches up")
-    await fleet.start_engine(b)
-    await story.check(b, missed)
-
-    await step(4, (a, b), decoder=True)

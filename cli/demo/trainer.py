@@ -13,13 +13,14 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import msgspec
 import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 
+from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.demo.sentences import PAIRS, PROBE
 from weightbus.cli.demo.words import DECODER_CONFIG, Expected, Publish
@@ -31,6 +32,9 @@ from weightbus.producers.blocking import BlockingPublisher
 from weightbus.producers.publisher import PublisherOptions
 
 __all__ = ("main",)
+
+ADDRESS = "127.0.0.1"
+"""The engines' other hosts are virtual."""
 
 MINILM_STEPS = 2
 DECODER_STEPS = 40
@@ -155,12 +159,22 @@ def _publish(publisher: BlockingPublisher, training: Training, command: Publish)
     )
 
 
+def _take_stdout() -> TextIO:
+    """What was stdout; from now on the native libraries, which print there, print to stderr."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
 def main() -> None:
     """Carry out the commands of stdin until it is closed."""
+    answers = _take_stdout()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     settings = BusSettings.from_env(os.environ)
-    options = PublisherOptions(linger_s=0.0, close_wait_s=5.0)  # every version was checked already
+    options = PublisherOptions(  # every version was checked already: nobody is waited for
+        linger_s=0.0, close_wait_s=5.0, p2p=P2pOptions(address=ADDRESS, required=False)
+    )
     with (
         BlockingPublisher(settings, model="minilm", options=options) as minilm,
         BlockingPublisher(settings, model="decoder", options=options) as decoder,
@@ -172,8 +186,8 @@ def main() -> None:
         for line in sys.stdin:
             command = msgspec.json.decode(line, type=Publish)
             expected = _publish(*trainings[command.model], command)
-            sys.stdout.write(msgspec.json.encode(expected).decode() + "\n")
-            sys.stdout.flush()
+            answers.write(msgspec.json.encode(expected).decode() + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @contextmanager
-def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
+def demo(directory: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A demo in a session of its own, whose temporary files are in `directory`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "weightbus", "demo", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1", **environment},
         start_new_session=True,
     )
     with process:
@@ -57,7 +57,8 @@ def blocks() -> list[str]:
     return [
         path.name
         for model in MODELS
-        for path in Path("/dev/shm").glob(f"weightbus-{model}.trainer.*")
+        for owner in (f"{model}.trainer", f"stage.{model}", f"copy.{model}")
+        for path in Path("/dev/shm").glob(f"weightbus-{owner}.*")
         if is_unlocked(path)
     ]
 
@@ -78,7 +79,7 @@ def assert_nothing_is_left(directory: Path) -> None:
         time.sleep(0.2)
 
 
-def test_demo_verifies_every_version_and_leaves_nothing_when_it_runs_to_its_end(
+def test_demo_verifies_every_version_by_every_route_and_leaves_nothing_when_it_runs_to_its_end(
     short_path: Path,
 ) -> None:
     with demo(short_path) as process:
@@ -87,23 +88,43 @@ def test_demo_verifies_every_version_and_leaves_nothing_when_it_runs_to_its_end(
     result = json.loads(output.splitlines()[-1])
     assert result["ok"], output
     assert result["versions"] == [1, 2, 3, 4]
-    assert {name: engine["version"] for name, engine in result["engines"].items()} == {
-        "a": 4,
-        "b": 4,
-        "c": 4,
-    }
+    engines = ("a", "b", "c", "d", "moe")
+    assert {name: engine["version"] for name, engine in result["engines"].items()} == dict.fromkeys(
+        engines, 4
+    )
     assert all(engine["verified"] for engine in result["engines"].values())
-    assert result["routes_used"] == ["local"]
-    assert len(result["update_seconds"]) == 11
+    assert result["routes_used"] == ["broadcast", "local", "p2p"]
+    assert result["routes_missing"] == ""
+    assert len(result["update_seconds"]) == 18
     assert len(result["trace_ids"]) == 7
     assert_nothing_is_left(short_path)
     assert not list(short_path.glob("weightbus*"))
 
 
+def test_demo_shows_local_alone_and_says_why_when_the_transfer_engine_is_missing(
+    short_path: Path,
+) -> None:
+    """A package of its name that cannot be imported stands in front of it."""
+    (short_path / "mooncake").mkdir()
+    (short_path / "mooncake" / "__init__.py").write_text(
+        "raise ModuleNotFoundError('No module named mooncake', name='mooncake')"
+    )
+    with demo(short_path, PYTHONPATH=str(short_path)) as process:
+        output, _ = process.communicate(timeout=END_S)
+    assert process.returncode == 0, output
+    verdict, last = output.splitlines()[-2:]
+    result = json.loads(last)
+    assert result["ok"], output
+    assert result["routes_used"] == ["local"]
+    assert set(result["engines"]) == {"a", "b", "moe"}
+    assert "pip install" in result["routes_missing"], result["routes_missing"]
+    assert verdict.endswith(result["routes_missing"])
+
+
 @pytest.mark.parametrize(
     ("line", "signals", "exit_code"),
     [
-        ("starting engine c", [signal.SIGINT], 130),
+        ("starting engine moe", [signal.SIGINT], 130),
         ("loss", [signal.SIGINT, signal.SIGINT, signal.SIGINT], 130),
         ("is killed (SIGKILL)", [signal.SIGTERM], 130),
         ("serves version 1", [signal.SIGKILL], -signal.SIGKILL),

@@ -66,11 +66,12 @@ async def held_member(fleet: Fleet, name: str, **changes: Any) -> AsyncIterator[
 
 
 async def bring_to_first_version(fleet: Fleet, trainer: Trainer, *names: str) -> int:
-    """By p2p; their plans are proven then, so that the next version can be streamed."""
+    """Their plans are proven then, so that the next version can be streamed. Engines outlive tests:
+    one that has served another model of this layout knows it already."""
     async with following(fleet, *names) as followers:
         first = await publish(trainer)
         for follower in followers:
-            assert (await follower.completes(first)).routes == P2P
+            await follower.completes(first)
     return first
 
 

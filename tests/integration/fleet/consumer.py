@@ -16,13 +16,14 @@ import msgspec
 from msgspec import Struct
 
 from tests.integration.fleet.held import HeldEngine, Hold, Moment
+from tests.integration.fleet.reports import take_stdout
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.until import until_stopped
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.service import open_consumer
-from weightbus.consumers.transfer.local import LocalRoute
+from weightbus.consumers.transfer.compose import open_routes
 from weightbus.tracing.telemetry import Telemetry
 
 __all__ = ("FOLLOWING", "Arguments")
@@ -45,7 +46,10 @@ async def main(arguments: Arguments) -> None:
     settings = BusSettings(url=arguments.url, presence_ttl_s=arguments.presence_ttl_s)
     async with (
         open_bus(settings) as bus,
-        open_torch_engine(Path(arguments.directory), roots=config.file_roots) as torch_engine,
+        open_torch_engine(
+            Path(arguments.directory), roots=config.file_roots, host_id=config.host_id
+        ) as torch_engine,
+        open_routes(config, bus) as routes,
         anyio.create_task_group() as tasks,
     ):
         tasks.start_soon(_stop_with_tests)
@@ -56,7 +60,7 @@ async def main(arguments: Arguments) -> None:
             config,
             bus=bus,
             engine=engine,
-            routes=[LocalRoute(config.host_id, config.file_roots)],
+            routes=routes,
             telemetry=Telemetry(),
         ):
             _say(FOLLOWING)
@@ -79,8 +83,9 @@ async def _run_hold(hold: Hold) -> None:
 
 
 def _say(word: str) -> None:
-    print(word, flush=True)
+    REPORTS.write(word + "\n")
 
 
 if __name__ == "__main__":
+    REPORTS = take_stdout()
     anyio.run(main, msgspec.json.decode(sys.argv[1], type=Arguments))

@@ -23,6 +23,7 @@ from tests.integration.fleet.engines import EngineProcess, Engines
 from tests.integration.fleet.held import HeldEngine, Hold, Moment
 from tests.integration.fleet.log import DEADLINE_S, Log, open_log
 from tests.integration.fleet.probe import Probe
+from tests.integration.fleet.staging import staging_blocks
 from tests.integration.fleet.weights import fingerprints_of, weights_of
 from tests.nats_server import NatsServer
 from weightbus.bus.background import open_background
@@ -30,12 +31,13 @@ from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.host import host_id
 from weightbus.bus.settings import BusSettings
+from weightbus.bus.sweep import sweep_staging
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.messages import StateReport
 from weightbus.consumers.service import open_consumer
-from weightbus.consumers.transfer.local import LocalRoute
+from weightbus.consumers.transfer.compose import open_routes
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import EngineState, UpdateComplete, UpdateFailed
@@ -136,12 +138,14 @@ class Fleet:
         seen while it runs."""
         process = await self.engine(name, ranks)
         config = self.config(name, **changes)
-        roots = config.file_roots
         async with (
             open_torch_client(process.directory) as client,
             self.watched(client),
             open_bus(settings or self.settings) as bus,
-            open_torch_engine(process.directory, roots=roots) as torch_engine,
+            open_torch_engine(
+                process.directory, roots=config.file_roots, host_id=config.host_id
+            ) as torch_engine,
+            open_routes(config, bus) as routes,
         ):
             engine = HeldEngine(torch_engine)
             held = None if hold is None else engine.hold(hold)
@@ -149,7 +153,7 @@ class Fleet:
                 config,
                 bus=bus,
                 engine=engine,
-                routes=[LocalRoute(host_id(), roots)],
+                routes=routes,
                 telemetry=Telemetry(),
             ):
                 yield Follower(
@@ -260,5 +264,8 @@ async def open_fleet(server: NatsServer, engines: Engines, directory: Path) -> A
             left = fleet.blocks()
             for block in left:
                 (SHM / block).unlink()
+            await anyio.to_thread.run_sync(sweep_staging, model)  # of consumers that were killed
+            staged = [block.name for block in staging_blocks(model)]
         assert left == []
+        assert staged == [], "staging blocks whose owners live"
         assert await bus.presence.list(model) == ()

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from tests.integration.fleet.elsewhere import filler
+from tests.integration.fleet.reports import take_stdout
 from tests.integration.fleet.weights import weights_of
 from weightbus.bus.settings import BusSettings
 from weightbus.producers.blocking import BlockingPublisher
@@ -31,14 +32,15 @@ class Arguments(Struct, frozen=True, kw_only=True):
 
 
 def main(arguments: Arguments) -> None:
+    reports = take_stdout()
     model, extra = arguments.model, {"filler": filler()} if arguments.filled else {}
     settings = BusSettings(url=arguments.url)
     with BlockingPublisher(settings, model, options=arguments.options) as publisher:
-        print(OPEN, flush=True)
+        reports.write(OPEN + "\n")
         for line in sys.stdin:
             version = int(line)
             publisher.publish(weights_of(model, version) | extra, version)
-            print(PUBLISHED, flush=True)
+            reports.write(PUBLISHED + "\n")
 
 
 if __name__ == "__main__":
