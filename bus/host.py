@@ -58,4 +58,5 @@ def address_towards(url: str) -> str:
             probe.connect(where)
             return str(probe.getsockname()[0])
     except (OSError, ValueError) as error:
-        raise HostUnknown(f"no address of this host towards {url!r}: {error}") from error
+        where_to = first.rpartition("@")[-1]  # credentials are nobody's business
+        raise HostUnknown(f"no address of this host towards {where_to!r}: {error}") from error

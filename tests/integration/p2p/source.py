@@ -20,7 +20,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from weightbus.bus.blocks import SharedBlock
+from weightbus.bus.blocks import SHM_DIRECTORY, SharedBlock
 from weightbus.bus.endpoint import open_endpoint, register_block, unregister_block
 from weightbus.schemas.placement import RemoteSegment
 
@@ -61,7 +61,8 @@ class Source:
 @contextmanager
 def running_source(sizes_bytes: Sequence[int], version: int = 1) -> Iterator[Source]:
     """A process that offers one segment of each size, filled with `content`."""
-    command = [sys.executable, "-m", "tests.integration.p2p.source"]
+    prefix = f"weightbus-test.{secrets.token_hex(8)}"
+    command = [sys.executable, "-m", "tests.integration.p2p.source", prefix]
     with subprocess.Popen(
         [*command, str(version), *map(str, sizes_bytes)],
         cwd=ROOT,
@@ -75,6 +76,8 @@ def running_source(sizes_bytes: Sequence[int], version: int = 1) -> Iterator[Sou
             yield Source(process, tuple(RemoteSegment(**way) for way in said))
         finally:
             process.kill()
+            for number in range(len(sizes_bytes)):  # it had no time to do so itself
+                (SHM_DIRECTORY / f"{prefix}.{number}").unlink(missing_ok=True)
 
 
 def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
@@ -83,11 +86,11 @@ def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
     return process.stdin, process.stdout
 
 
-def main(version: int, sizes_bytes: Sequence[int]) -> None:
+def main(prefix: str, version: int, sizes_bytes: Sequence[int]) -> None:
     """`write N`: the next version, from `content`; `begin`: make it odd; `unregister`."""
     blocks = [
-        SharedBlock(f"weightbus-test.{secrets.token_hex(8)}", size_bytes)
-        for size_bytes in sizes_bytes
+        SharedBlock(f"{prefix}.{number}", size_bytes)
+        for number, size_bytes in enumerate(sizes_bytes)
     ]
     try:
         with open_endpoint("127.0.0.1") as endpoint:
@@ -123,4 +126,4 @@ def write(block: SharedBlock, number: int, version: int) -> None:
 if __name__ == "__main__":
     REPORT = os.dup(1)
     os.dup2(2, 1)  # mooncake writes to both
-    main(int(sys.argv[1]), [int(size) for size in sys.argv[2:]])
+    main(sys.argv[1], int(sys.argv[2]), [int(size) for size in sys.argv[3:]])

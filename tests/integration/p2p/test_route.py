@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tests.integration.routes.model import make_tensors
 from tests.unit.transfer.publishing import HOST, Trainer
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint, P2pOptions, open_endpoint
+from weightbus.bus.errors import RemoteReadFailed
 from weightbus.consumers.errors import RouteUnavailable, TornRead
 from weightbus.consumers.transfer.copies import (
     Copies,
@@ -27,6 +29,7 @@ from weightbus.consumers.transfer.copies import (
 )
 from weightbus.consumers.transfer.fetch import LocalSegments
 from weightbus.consumers.transfer.p2p import P2pRoute
+from weightbus.consumers.transfer.remote import read_generation
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.consumers.transfer.staged import Staging
 from weightbus.consumers.transfer.staging import BlockPool
@@ -194,6 +197,22 @@ async def test_placement_offers_each_slot_to_both_hosts(world: World) -> None:
         assert far.session == world.endpoint.session
         assert far.generation == near.generation
     assert first.placement != second.placement
+
+
+async def test_slots_are_registered_anew_when_the_tensors_grow(world: World) -> None:
+    ways = []
+    for version in range(4):
+        tensors = {"weight": torch.zeros(10_000 * (version + 1))}
+        ready = await world.publisher.publish(tensors, version)
+        ways.append(ready.placement[0][1])
+    gone, kept = ways[:2], ways[2:]
+    for way in kept:
+        assert isinstance(way, RemoteSegment)
+        assert read_generation(world.endpoint, way) == way.generation
+    for way in gone:
+        assert isinstance(way, RemoteSegment)
+        with contextlib.suppress(RemoteReadFailed):  # a new slot may lie where it lay
+            assert read_generation(world.endpoint, way) != way.generation
 
 
 async def test_reach_fails_with_the_reason_when_there_is_no_endpoint(world: World) -> None:
