@@ -24,6 +24,7 @@ from weightbus.bus.sweep import sweep_staging
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.errors import (
     ApplyFailed,
+    ConsumerError,
     DeadlineExceeded,
     PeerLost,
     ProofNeeded,
@@ -226,7 +227,7 @@ async def bring_by_stream(
         applied = await _beside(transfer, feeds, clock, [serve], pipeline.primed, go_on)
     except ApplyFailed as error:
         raise _first_cause(error, pipeline, names) from error
-    await fetcher.check(clock.left_s())
+    await _check(fetcher, clock)
     return _with_stages(applied, pipeline.timings)
 
 
@@ -273,7 +274,7 @@ async def bring_by_relay(
     for rank in transfer.ranks:
         blocks[rank].begin(turn)
     applied = await _beside(transfer, feeds, clock, serves, None, lambda _: False)
-    await fetcher.check(clock.left_s())
+    await _check(fetcher, clock)
     return _with_stages(
         applied,
         lambda rank: tuple(
@@ -325,6 +326,7 @@ async def _beside(
     """
     failures: list[WeightBusError] = []
     applied: tuple[Applied, ...] = ()
+    touched = False
     entering = anyio.CancelScope()
 
     async def run(serve: Callable[[], Awaitable[None]]) -> None:
@@ -343,8 +345,12 @@ async def _beside(
                     await primed.wait()
                 await transfer.begin_write()
             if not failures:
-                applied = await apply_checked(transfer, feeds, clock.left_s())
+                left_s = clock.left_s()
+                touched = True
+                applied = await apply_checked(transfer, feeds, left_s)
         except WeightBusError as error:
+            if isinstance(error, ApplyFailed):
+                touched = error.touched
             failures.append(error)
             ends = go_on(error)
         else:
@@ -352,8 +358,23 @@ async def _beside(
         if not ends:
             tasks.cancel_scope.cancel()
     if failures:
-        raise failures[0]
+        raise _touching(failures[0]) if touched else failures[0]
     return applied
+
+
+async def _check(fetcher: Fetcher, clock: Clock) -> None:
+    """What the workers were given, and have applied by now, was of the promised version."""
+    try:
+        await fetcher.check(clock.left_s())
+    except WeightBusError as error:
+        raise _touching(error) from error.__cause__
+
+
+def _touching(error: WeightBusError) -> WeightBusError:
+    """The same error, of a transfer that may have written to a live parameter."""
+    if isinstance(error, ConsumerError):
+        error.touched = True
+    return error
 
 
 def _first_cause(error: ApplyFailed, pipeline: Pipeline, names: Sequence[str]) -> WeightBusError:
@@ -362,7 +383,8 @@ def _first_cause(error: ApplyFailed, pipeline: Pipeline, names: Sequence[str]) -
         return error
     own = {lane.block.name for lane in pipeline.lanes}
     others = [name for name in names if name not in own]
-    return PeerLost("of this host's lanes", others, error.reason)
+    lost = PeerLost("of this host's lanes", others, error.reason)
+    return _touching(lost) if error.touched else lost
 
 
 def _needs_proof(error: WeightBusError) -> bool:

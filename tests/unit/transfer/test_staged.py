@@ -223,8 +223,9 @@ async def test_fetch_failure_is_raised_and_workers_stop(
     async with site.fetcher() as inner:
         broken = Broken(inner, fails_at)
         transfer = site.transfer(proven=proven, slots=1)
-        with pytest.raises(TornRead):
+        with pytest.raises(TornRead) as torn:
             await bring_alone(transfer, broken, site.staging, DEADLINE_S)
+    assert torn.value.touched == bool(site.engine.feeds), "only once the workers were told"
     assert not site.names(), "condemned"
     async with site.fetcher() as fetcher:
         await bring_alone(site.transfer(), fetcher, site.staging, DEADLINE_S)
@@ -303,6 +304,7 @@ async def test_other_consumers_are_named_when_a_lane_of_theirs_is_given_up(site:
                     deadline_s=DEADLINE_S,
                 )
         assert lost.value.members == (other.name,)
+        assert lost.value.touched
     other_pool.close()
 
 
