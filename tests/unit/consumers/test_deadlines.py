@@ -47,7 +47,16 @@ ALLOWED: Final[Mapping[str, str]] = {
     "service.py:Consumer._start": "each step is a request to the bus with the bus's own deadline",
     "service.py:Consumer._run_lease_renewal": IDLE,
     "service.py:Consumer._run_machine": IDLE,
+    "transfer/copies.py:KeptCopy.begin": SELF,
+    "transfer/copies.py:_catch_up": "each try has the bus's own deadline, and a bus that is gone "
+    "ends the service",
+    "transfer/copies.py:_listen": IDLE,
+    "transfer/copies.py:open_copies": "a request to the bus, tried again: see `_catch_up`",
     "transfer/groups.py:_Forming.wait": "called by `Groups._form` only, under its deadline",
+    "transfer/remote.py:RemoteFetcher._fetch_some.read_share": "called by `fetch` only, under its "
+    "deadline",
+    "transfer/remote.py:RemoteFetcher.adopt": SELF,
+    "transfer/remote.py:RemoteFetcher.release": SELF,
     "transfer/together.py:Calls.run": "the deadline of whoever calls it; the thread may be left",
     "update.py:Updater.renew_leases": INSIDE,
     "update.py:Updater.release": INSIDE,
