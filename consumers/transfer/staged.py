@@ -9,7 +9,6 @@ the workers stop at once, and blocks that something may still write to are never
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,8 +19,6 @@ import anyio
 import anyio.to_thread
 from msgspec import structs
 
-from weightbus.bus.sweep import sweep_staging
-from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.errors import (
     ApplyFailed,
     ConsumerError,
@@ -49,10 +46,7 @@ __all__ = (
     "bring_by_relay",
     "bring_by_stream",
     "open_blocks",
-    "open_staging",
 )
-
-_logger = logging.getLogger(__name__)
 
 RELEASE_S: Final = 5.0
 """For taking back from the fetcher what it has adopted."""
@@ -107,22 +101,6 @@ class Staging:
         if len(self._plans) > PLANS_KEPT:
             self._plans.popitem(last=False)
         return known
-
-
-@asynccontextmanager
-async def open_staging(config: ConsumerConfig) -> AsyncIterator[Staging]:
-    """Staging for a consumer, for as long as it runs; what a dead one of its model left is removed.
-
-    To be closed after the last transfer has ended.
-    """
-    removed = await anyio.to_thread.run_sync(sweep_staging, config.model)
-    if removed:
-        _logger.info("removed what dead consumers left: %s", ", ".join(removed))
-    pool = BlockPool(f"{config.model}.{config.engine}", config.staging_bytes)
-    try:
-        yield Staging(pool, config.stall_s)
-    finally:
-        pool.close()
 
 
 @asynccontextmanager

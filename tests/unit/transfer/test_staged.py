@@ -14,7 +14,6 @@ from tests.unit.planning.worlds import World, box_of, make_world
 from tests.unit.transfer.blocks import Block, open_block
 from tests.unit.transfer.reading import Held, ThreadEngine
 from tests.unit.transfer.words import open_words
-from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.errors import (
     ApplyFailed,
     PeerLost,
@@ -32,7 +31,6 @@ from weightbus.consumers.transfer.staged import (
     Staging,
     bring_by_stream,
     open_blocks,
-    open_staging,
 )
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec
 from weightbus.schemas.placement import FileSegment, Placement
@@ -354,17 +352,3 @@ async def test_local_files_are_read_in_place_when_a_worker_cannot_stream(
     route = LocalRoute(HOST, [str(tmp_path)], site.staging)
     await route.transfer(site.transfer(placement=tuple(placement)))
     assert [type(feeds[0]) for feeds in site.engine.feeds] == [Stream, InPlace]
-
-
-async def test_staging_removes_what_dead_consumers_left_and_leaves_nothing_itself() -> None:
-    model = f"test-{uuid.uuid4().hex[:8]}"
-    dead = Path("/dev/shm") / f"weightbus-stage.{model}.e.0"
-    await anyio.Path(dead).touch()
-    config = ConsumerConfig(model=model, engine="e", host_id=HOST, staging_bytes=2**20)
-    async with open_staging(config) as staging:
-        assert not await anyio.Path(dead).exists()
-        spec = BlockSpec(staging.pool.name_of("0"), 2, BUCKET_BYTES)
-        (block,) = staging.pool.take([spec])
-        assert block.name.startswith(f"weightbus-stage.{model}.e.")
-        assert await anyio.Path("/dev/shm", block.name).exists()
-    assert not await anyio.Path("/dev/shm", block.name).exists()
