@@ -33,7 +33,17 @@ from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.reloader import STREAMS_KEPT
 from weightbus.consumers.reload.worker import ReloadWorker
-from weightbus.schemas.worker import Applied, Apply, Failed, Feed, Relay, Stream, WorkerReply
+from weightbus.schemas.worker import (
+    Applied,
+    Apply,
+    Attach,
+    Attached,
+    Failed,
+    Feed,
+    Relay,
+    Stream,
+    WorkerReply,
+)
 
 Tensors = Mapping[str, torch.Tensor]
 _turns = itertools.count(1)
@@ -415,8 +425,44 @@ def test_plans_of_streams_are_kept_when_used_and_dropped_when_too_many(tmp_path:
         for version in range(2, 2 * STREAMS_KEPT + 4):
             feeder.streamed(make_tensors(version), version, 1024 * version, 1, version % 3 + 1)
             check_model(host.live, make_tensors(version))
-        feeder.client.attach()
-        feeder.streamed(make_tensors(99), 99, 1024 * version, 1, version % 3 + 1)
+
+
+def test_stream_is_planned_anew_when_other_cells_are_attached(tmp_path: Path) -> None:
+    with open_feeder(ModuleHost(Fused, load_fused), make_tensors(0), tmp_path) as feeder:
+        client = feeder.client
+        feeder.relay(make_tensors(10), 1)
+        feeder.streamed(make_tensors(20), 2, 1024, 1, 1)
+        attached = client.worker.handle(
+            Attach(
+                request=5,
+                layout_digest=client.trainer.layout_digest,
+                needs_digest=client.describe().needs_digest,
+                cells=client.cells[1:2],
+                deadline_s=DEADLINE_S,
+            )
+        )
+        assert isinstance(attached, Attached)
+        reply = feeder.stream(make_tensors(30), 3, 1024, 1, 1)
+        assert isinstance(reply, Applied)
+        client.attach()
+        applied = feeder.streamed(make_tensors(30), 3, 1024, 1, 1)
+        assert reply.cell_digests == applied.cell_digests[8:16]
+
+
+def test_update_is_touched_once_its_first_bucket_has_been_moved(tmp_path: Path) -> None:
+    with open_feeder(ModuleHost(Wide, load_wide), wide_tensors(0), tmp_path) as feeder:
+        trainer = feeder.client.trainer
+        feeder.relay(wide_tensors(10), 1)
+        plan = plan_buckets(trainer.layout, 2048, 1)
+        for filled in (0, 1):
+            with open_staging(1, 2048) as owner:
+                feed = stream_of(owner, 2048, 1)
+                segments = trainer.segments(wide_tensors(20))
+                with streaming(owner, plan, segments, feed, until=filled):
+                    reply = feeder.ask(feed, 2, 0.3)
+            assert isinstance(reply, Failed)
+            assert (reply.error, reply.touched) == ("DeadlineExceeded", filled > 0)
+            assert feeder.client.inspect().updates == 1 + filled
 
 
 def blocks_mapped() -> int:
