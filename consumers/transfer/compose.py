@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanag
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import anyio
 import anyio.to_thread
 
 from weightbus.bus.connection import Bus
@@ -20,7 +21,7 @@ from weightbus.bus.endpoint import Endpoint, open_endpoint
 from weightbus.bus.errors import EndpointFailed, EndpointUnavailable
 from weightbus.bus.sweep import sweep_staging
 from weightbus.consumers.config import ConsumerConfig
-from weightbus.consumers.errors import RouteUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, RouteUnavailable
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
 from weightbus.consumers.transfer.copies import Copies, open_copies, open_kept_copy
 from weightbus.consumers.transfer.fetch import LocalSegments
@@ -36,6 +37,9 @@ from weightbus.schemas.base import RouteName
 __all__ = ("open_routes",)
 
 _logger = logging.getLogger(__name__)
+
+LOAD_S: Final = 60.0
+"""So long a library may take to load; torch from a cold disk needs many seconds."""
 
 CLOSE_S: Final = 2.0
 """So long groups may take to end; those that take longer end with the process."""
@@ -154,5 +158,13 @@ class _Parts:
         )
 
     async def _enter(self, context: AbstractContextManager[T]) -> T:
-        """Libraries are loaded in a thread: the bus is not to wait for them."""
-        return await anyio.to_thread.run_sync(self.stack.enter_context, context)
+        """Libraries are loaded in a thread: the bus is not to wait for them.
+
+        Raises:
+            DeadlineExceeded: one takes too long.
+        """
+        with anyio.move_on_after(LOAD_S):
+            return await anyio.to_thread.run_sync(
+                self.stack.enter_context, context, abandon_on_cancel=True
+            )
+        raise DeadlineExceeded("loading of libraries", LOAD_S)

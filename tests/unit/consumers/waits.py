@@ -55,7 +55,7 @@ NEVER_WAIT: Final = frozenset({"LOCK_NB", "NOBLOCK", "LOCK_UN", "WNOHANG"})
 
 GUARDS: Final = frozenset({"fail_after", "move_on_after"})
 
-CLOCKS: Final = frozenset({"check", "current_time", "monotonic"})
+CLOCKS: Final = frozenset({"check", "current_time", "left_s", "monotonic"})
 """What a loop looks at that does not wait for ever."""
 
 LOCKS: Final = frozenset({"Lock", "RLock", "Condition", "Semaphore", "CapacityLimiter"})
@@ -126,6 +126,8 @@ class _Finder:
 
     def _waits(self, call: ast.Call) -> bool:
         name = _name(call.func)
+        if name == "serve" and not isinstance(call.func, ast.Attribute):
+            return False
         if name not in WAITS or (name in AWAITED_ONLY and id(call) not in self._awaited):
             return False
         if name == "join" and call.args:  # of words, of a path, or of a thread with a timeout
