@@ -347,6 +347,7 @@ class Consumer(Client):
             order,
             self._described,
             self.name,
+            frozenset(self._ready_groups),
             lambda event: self._transferred(order, event),
         )
 

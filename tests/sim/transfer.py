@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tests.sim.engine import MIX, SimEngine
@@ -50,7 +50,7 @@ class Groups:
         """A consumer enters the groups of a plan.
 
         Raises:
-            Broken: a group that broke is taken again, or by others than it was formed of.
+            Broken: a group is taken again by others than it was formed of.
         """
         for group in plan.groups:
             known = list(self.processes.get(group.id, ("",) * len(group.members)))
@@ -62,8 +62,23 @@ class Groups:
                 if member.engine == engine:
                     known[n] = consumer
             self.processes[group.id] = tuple(known)
-            if self.broken.get(group.id, (plan.round, plan.epoch)) != (plan.round, plan.epoch):
+
+    def meet(self, plan: RoundPlan, come: Mapping[str, SimTransfer]) -> bool:
+        """All members have come; whether their groups work: all are ready in one, or none is, and
+        it is formed.
+
+        Raises:
+            Broken: all members take a group for ready that broke.
+        """
+        for group in plan.groups:
+            ready = [group.id in come[member.engine]._ready for member in group.members]
+            if not any(ready):
+                self.broken.pop(group.id, None)
+            elif not all(ready):
+                return False
+            elif self.broken.get(group.id, (plan.round, plan.epoch)) != (plan.round, plan.epoch):
                 raise Broken(f"group {group.id} is taken again after it broke")
+        return True
 
     def break_up(self, plan: RoundPlan, engine: str) -> None:
         """An engine is gone before the end of a plan: so are the groups that it is a member of."""
@@ -85,6 +100,7 @@ class SimTransfer:
         order: Transfer,
         described: int,
         consumer: str,
+        ready: frozenset[str],
         answer: Callable[[ev.Event], None],
     ) -> None:
         self._world = world
@@ -96,6 +112,8 @@ class SimTransfer:
         self._described = described
         """Incarnation of the engine that described its needs."""
         self._consumer = consumer
+        self._ready = ready
+        """Ids of the groups that its consumer is ready in."""
         self._answer = answer
         self._ended = False
         self._wrote = False
@@ -156,8 +174,12 @@ class SimTransfer:
         come = self._groups.come.setdefault((plan.round, plan.epoch), {})
         come[self._engine.name] = self
         if come.keys() >= expected:
+            works = self._groups.meet(plan, come)
             for transfer in list(come.values()):
-                transfer._begin()
+                if works:
+                    transfer._begin()
+                else:
+                    transfer._lose_peer()
         else:
             self._world.after(RENDEZVOUS_S, self._miss_group)
 
