@@ -102,7 +102,7 @@ class _Groups(Groups):
         self, lanes: Sequence[tuple[Group, int]], epoch: int, deadline_s: float
     ) -> tuple[GlooExchange, ...]:
         opened = await super().open_all(lanes, epoch, deadline_s)
-        return tuple(_Struck(one, self.signal) for one in opened) if self.signal else opened
+        return (_Struck(opened[0], self.signal), *opened[1:]) if self.signal else opened
 
 
 class Member:
