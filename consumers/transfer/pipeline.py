@@ -270,6 +270,8 @@ class Pipeline:
         wanted = bucket - self._slots + 1
         if wanted <= 0:
             return True
+        if lane.filled < wanted:  # readers may have left; other hosts still want what is in it
+            return False
         free = True
         for number, reader in enumerate(self.readers):
             done = lane.block.done(number)

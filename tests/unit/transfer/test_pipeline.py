@@ -298,6 +298,27 @@ async def test_reader_that_left_is_not_waited_for(pool: BlockPool) -> None:
         assert words.filled(TURN) == 4
 
 
+async def test_slot_is_not_filled_again_before_it_is_broadcast_when_its_reader_left(
+    pool: BlockPool,
+) -> None:
+    world = World(pool, slots=2)
+    exchange = StepExchange(world.steps)
+    lane = Lane(number=0, block=world.blocks[0], rank=0, exchange=exchange)
+    fetcher = StepFetcher(world.steps, range(0, 6, 2))
+    held = world.steps.hold("broadcast 0")
+    pipeline = Pipeline([lane], plan_of(6), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    with open_words(world.blocks[0].name) as words:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pipeline.run, DEADLINE_S)
+            await world.steps.until("broadcast 0")
+            words.say_done(0, TURN, 0xFFFFFFFF)
+            with anyio.move_on_after(SHORT_S):
+                await anyio.sleep_forever()  # longer than a fetch that could begin would wait
+            assert world.steps.begun == ["fetch 0", "broadcast 0"]
+            held.set()
+        assert words.filled(TURN) == 6
+
+
 async def test_all_lanes_are_given_up_when_one_fails(pool: BlockPool) -> None:
     world = World(pool, slots=2, lanes=2)
     lanes = [Lane(number=n, block=block, rank=n) for n, block in enumerate(world.blocks)]
