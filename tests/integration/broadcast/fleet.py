@@ -64,10 +64,15 @@ class MemberProcess:
 class Fleet:
     """Made by `open_fleet`."""
 
-    def __init__(self, hosts: Sequence[Host], members: dict[str, MemberProcess], trainer: Trainer):
+    def __init__(
+        self,
+        model: str,
+        hosts: Sequence[Host],
+        members: dict[str, MemberProcess],
+        trainer: Trainer,
+    ) -> None:
         self.hosts, self.members, self.trainer = hosts, members, trainer
-        self.model = f"m{uuid.uuid4().hex[:8]}"
-        """No other test has blocks of this name."""
+        self.model = model
 
     def publish(self, version: int) -> None:
         self.trainer.publish(make_tensors(version), version)
@@ -163,11 +168,13 @@ class Fleet:
 @asynccontextmanager
 async def open_fleet(hosts: Sequence[Host], directory: Path) -> AsyncIterator[Fleet]:
     """Members that are ready for plans; they are killed at the end."""
+    model = f"m{uuid.uuid4().hex[:8]}"  # no other test has blocks of this name
     members: dict[str, MemberProcess] = {}
     try:
         for number, host in enumerate(hosts):
             for name, ranks in host:
                 arguments = Arguments(
+                    model=model,
                     engine=name,
                     ranks=ranks,
                     host_id=f"host-{number}",
@@ -184,14 +191,10 @@ async def open_fleet(hosts: Sequence[Host], directory: Path) -> AsyncIterator[Fl
         for one in members.values():
             await one.start()
         with open_trainer(member.layout(), "files", directory) as trainer:
-            fleet = Fleet(hosts, members, trainer)
-            try:
-                yield fleet
-            finally:
-                await _end(members.values())
-                sweep_staging(fleet.model)  # who was killed has left its blocks
+            yield Fleet(model, hosts, members, trainer)
     finally:
         await _end(members.values())
+        sweep_staging(model)  # who was killed has left its blocks
 
 
 async def _end(members: Iterable[MemberProcess]) -> None:

@@ -44,6 +44,7 @@ def layout() -> Layout:
 
 
 class Arguments(Struct, frozen=True, kw_only=True):
+    model: str
     engine: str
     ranks: int
     host_id: str
@@ -168,7 +169,7 @@ class Member:
 
 async def main(arguments: Arguments) -> None:
     local = LocalSegments(arguments.host_id, [arguments.directory])
-    pool = BlockPool(f"m.{arguments.engine}")
+    pool = BlockPool(f"{arguments.model}.{arguments.engine}")
     groups = _Groups(ADDRESS, form_s=20.0, operation_s=arguments.operation_s)
     directory = Path(arguments.directory)
     with open_meeting(ADDRESS) as meeting, open_trainer(layout(), "files", directory) as trainer:
