@@ -10,8 +10,10 @@ from tests.integration.fleet.elsewhere import BUDGETS, elsewhere, filler, routes
 from tests.integration.fleet.fleet import Fleet, Follower, Trainer
 from tests.integration.fleet.processes import Child, consumer_process
 from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
-from weightbus.schemas.progress import UpdateComplete
-from weightbus.schemas.rounds import RoundPlan
+from weightbus.consumers.errors import ConsumerError
+from weightbus.schemas.base import Message
+from weightbus.schemas.progress import UpdateComplete, UpdateFailed
+from weightbus.schemas.rounds import RoundComplete, RoundPlan
 
 __all__ = (
     "BROADCAST",
@@ -20,14 +22,17 @@ __all__ = (
     "bring_to_first_version",
     "broadcast_begins",
     "client_of",
+    "comes_to",
     "following",
     "held_member",
+    "is_named",
     "publish",
 )
 
 BROADCAST = ("broadcast",)
 P2P = ("p2p",)
 NS_PER_S = 1e9
+ANSWER_S = 10.0
 
 
 async def publish(trainer: Trainer) -> int:
@@ -79,6 +84,30 @@ async def broadcast_begins(fleet: Fleet, version: int, *names: str) -> None:
     """Wait for the plan of a version, which broadcasts to these engines."""
     plan = await fleet.log.wait(RoundPlan, version=version)
     assert routes_of(plan) == dict.fromkeys(names, "broadcast"), plan
+
+
+async def is_named(fleet: Fleet, version: int, name: str) -> None:
+    """Wait until somebody says that an engine has not reached a version."""
+
+    def find() -> Message | None:
+        failed = fleet.log.said(UpdateFailed, version=version, engine=name)
+        closed = fleet.log.said(RoundComplete, version=version, failed=lambda whom: name in whom)
+        return next(iter([*failed, *closed]), None)
+
+    await fleet.log.wait_until(f"word that {name} is lost", find)
+
+
+async def comes_to(fleet: Fleet, client: TorchEngineClient, version: int) -> None:
+    """Wait until an engine serves a version, and see that it holds it."""
+
+    async def is_there() -> bool:
+        try:
+            return (await client.fingerprint(ANSWER_S)).version == version
+        except ConsumerError:  # it is paused, or stands still
+            return False
+
+    await fleet.eventually(f"version {version} is served", is_there)
+    await fleet.serves(client, version)
 
 
 def assert_in_time(done: UpdateComplete) -> None:

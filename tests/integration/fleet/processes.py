@@ -80,6 +80,13 @@ class Child:
             self._process.kill()
         await self._process.wait()
 
+    async def end(self) -> None:
+        """Close its stdin; returns when it is gone, in whatever way."""
+        assert self._process.stdin is not None
+        await self._process.stdin.aclose()
+        with anyio.move_on_after(DEADLINE_S):
+            await self._process.wait()
+
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send the signal; returns its exit code."""
         self._process.send_signal(number)
@@ -158,6 +165,7 @@ async def trainer_process(
     async with _child(trainer.__name__, msgspec.json.encode(arguments).decode()) as child:
         await child.hears(trainer.OPEN)
         yield child
+        await child.end()
 
 
 @asynccontextmanager
