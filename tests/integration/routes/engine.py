@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -46,11 +46,13 @@ class InProcessEngine(Engine):
 
     kind = "in_process"
 
-    def __init__(self, name: str, ranks: int, roots: Sequence[str]) -> None:
-        self.name = name
+    def __init__(self, name: str, ranks: int, roots: Sequence[str], host_id: str = HOST) -> None:
+        self.name, self.host_id = name, host_id
         self.hosts = [make_host(rank, ranks) for rank in range(ranks)]
         self.workers = [ReloadWorker(host, rank, ranks) for rank, host in enumerate(self.hosts)]
         self.log: list[str] = []
+        self.before_apply: Callable[[int], Awaitable[None]] = _at_once
+        """Awaited for each rank before its worker is asked; what it raises, `apply` raises."""
         self._roots = tuple(roots)
 
     @property
@@ -72,10 +74,19 @@ class InProcessEngine(Engine):
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Every parameter of every rank holds its part of a checkpoint."""
-        for rank, host in enumerate(self.hosts):
-            wanted = dict(parameters_of(tensors, rank, self.ranks).named_parameters())
-            for name, found in host.live.named_parameters():
-                assert same_bits(found, wanted[name]), f"{self.name}, rank {rank}: {name}"
+        for rank in range(self.ranks):
+            self.check_rank(tensors, rank)
+
+    def check_rank(self, tensors: Mapping[str, torch.Tensor], rank: int) -> None:
+        """As `check`, for one rank."""
+        wanted = dict(parameters_of(tensors, rank, self.ranks).named_parameters())
+        for name, found in self.hosts[rank].live.named_parameters():
+            assert same_bits(found, wanted[name]), f"{self.name}, rank {rank}: {name}"
+
+    def close(self) -> None:
+        """Unmap what the workers read."""
+        for worker in self.workers:
+            worker.close()
 
     async def describe(
         self, layout_digest: str, layout: bytes, deadline_s: float
@@ -99,7 +110,7 @@ class InProcessEngine(Engine):
                 needs_digest=needs_digests[rank],
                 cells=tuple(cells[rank]),
                 roots=self._roots,
-                host_id=HOST,
+                host_id=self.host_id,
                 deadline_s=deadline_s,
             )
             for rank in range(self.ranks)
@@ -148,6 +159,8 @@ class InProcessEngine(Engine):
         replies: dict[int, WorkerReply] = {}
 
         async def ask(rank: int, request: WorkerRequest) -> None:
+            if isinstance(request, Apply):
+                await self.before_apply(rank)
             handle = partial(self.workers[rank].handle, request)
             replies[rank] = await anyio.to_thread.run_sync(handle)
 
@@ -166,3 +179,7 @@ class InProcessEngine(Engine):
             assert isinstance(reply, expected)
             found.append(reply)
         return tuple(found)
+
+
+async def _at_once(rank: int) -> None:
+    pass

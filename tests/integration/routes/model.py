@@ -23,7 +23,7 @@ _SHAPES: Mapping[str, tuple[int, ...]] = {
 }
 """Per dtype: cut along dimension 0, cut along dimension 1, and three that every rank holds."""
 
-_CUT = {"columns": 0, "rows": 1}
+_CUT = {"columns": 0, "rows": 1, "wide": 0}
 
 
 def make_tensors(version: int) -> dict[str, torch.Tensor]:
@@ -33,6 +33,7 @@ def make_tensors(version: int) -> dict[str, torch.Tensor]:
         for number, dtype in enumerate(TORCH_DTYPES)
         for kind, shape in _SHAPES.items()
     }
+    tensors["F32.wide"] = random_tensor((37, 53), torch.float32, 1000 * version + 999)
     generator = torch.Generator().manual_seed(version)
     tensors["q"] = torch.randn(12, 6, generator=generator)
     tensors["k"] = torch.randn(6, 6, generator=generator)
