@@ -13,7 +13,7 @@ from weightbus.consumers.engines.torch.client import TorchEngineClient
 from weightbus.consumers.engines.torch.engine import TorchEngine
 from weightbus.consumers.errors import ConsumerError, DeadlineExceeded, EngineUnavailable
 from weightbus.schemas.errors import WeightBusError
-from weightbus.schemas.worker import WorkerMessage
+from weightbus.schemas.worker import InPlace, WorkerMessage
 
 pytestmark = pytest.mark.anyio
 
@@ -57,6 +57,6 @@ async def test_apply_tells_its_own_failure_touched_when_the_restart_after_it_fai
         cast(TorchEngineClient, front), cast(WorkerChannel, StuckRanks()), "decoder", (), "host"
     )
     with pytest.raises(DeadlineExceeded, match="reload") as caught:
-        await engine.apply(1, "0" * 64, {0: (), 1: ()}, 7.0)
+        await engine.apply(1, "0" * 64, dict.fromkeys((0, 1), InPlace(sources=())), 7.0)
     assert caught.value.touched
     assert "still applying" in front.reasons[0]
