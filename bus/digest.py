@@ -1,7 +1,7 @@
 """The shard-additive digest of weights: 64 bits that add up to the whole over any cut of it.
 
-Does no I/O. Keeps a table of 8 MiB and, per thread, 2 MiB of scratch; no other temporary is larger
-than a block. Several threads may digest at once: numpy releases the interpreter lock in the loops.
+Does no I/O. Keeps a table of at most 32 MiB and, per thread, 1 MiB of scratch; no other temporary is
+larger than a block. Several threads may digest at once: numpy releases the interpreter lock in the loops.
 
 The digest of a tensor is the sum, mod 2^64, over its little-endian 4-byte words (the last padded
 with zeros) of `word * mix(index of the word in the tensor)`; the model's is the sum of
@@ -45,11 +45,12 @@ _STEP = 0x9E3779B97F4A7C15
 _SHIFT = 29
 _MULTIPLIER = 0xBF58476D1CE4E5B9
 
-_BLOCK_WORDS = 1 << 17
-"""Words per inner step: the calls of a step cost little beside its loops; 1 MiB per buffer."""
+_BLOCK_WORDS = 1 << 16
+"""Words per inner step: the calls of a step cost little beside its loops, and its words (256 KiB)
+and coefficients (512 KiB) stay in a core's own cache."""
 
-_TABLE_WORDS = 1 << 20
-"""Coefficients of a tensor's first words (4 MiB of it) are kept: most tensors are no longer."""
+_TABLE_WORDS = 1 << 22
+"""Coefficients of a tensor's first words (16 MiB of it) are kept: most tensors are no longer."""
 
 _NARROW_COLUMNS = 64
 """Grids narrower than this are turned, since numpy's loops run along the last axis."""
@@ -172,11 +173,7 @@ def _digest_run(data: Bytes, first_byte: int) -> int:
     first_word = (first_byte + head) // _WORD_BYTES
     for begin in range(0, words.size, _BLOCK_WORDS):
         block = words[begin : begin + _BLOCK_WORDS]
-        coefficients = _coefficients(first_word + begin, block.size)
-        products = _scratch.products[: block.size]
-        np.copyto(products, block)
-        products *= coefficients
-        total += int(np.add.reduce(products))
+        total += int(np.einsum("i,i->", block, _coefficients(first_word + begin, block.size)))
     return total
 
 
@@ -228,17 +225,41 @@ def _multiples() -> Sums:
     return np.arange(_BLOCK_WORDS, dtype=np.uint64) * np.uint64(_STEP)
 
 
+class _Table:
+    """The coefficients of words 0, 1, 2, ..., made block by block as they are asked for.
+
+    Two threads may make the same block at once: both write the same numbers, and only finished ones.
+    """
+
+    def __init__(self) -> None:
+        self._coefficients = np.empty(_TABLE_WORDS, dtype=np.uint64)
+        self._is_made = bytearray(_TABLE_WORDS // _BLOCK_WORDS)
+
+    def words(self, begin: int, end: int) -> Sums:
+        """A view of those of words `begin` to `end`. Uses both buffers."""
+        for block in range(begin // _BLOCK_WORDS, -(-end // _BLOCK_WORDS)):
+            if not self._is_made[block]:
+                first = block * _BLOCK_WORDS
+                made = _made_coefficients(first, _BLOCK_WORDS)
+                self._coefficients[first : first + _BLOCK_WORDS] = made
+                self._is_made[block] = True
+        return self._coefficients[begin:end]
+
+
 @cache
-def _table() -> Sums:
-    """The coefficients of words 0, 1, 2, ..."""
-    steps = np.arange(1, _TABLE_WORDS + 1, dtype=np.uint64) * np.uint64(_STEP)
-    return (steps ^ (steps >> np.uint64(_SHIFT))) | np.uint64(1)
+def _table() -> _Table:
+    return _Table()
 
 
 def _coefficients(first_word: int, count: int) -> Sums:
     """The coefficients of at most a block of words. Uses both buffers; valid until the next."""
     if first_word + count <= _TABLE_WORDS:
-        return _table()[first_word : first_word + count]
+        return _table().words(first_word, first_word + count)
+    return _made_coefficients(first_word, count)
+
+
+def _made_coefficients(first_word: int, count: int) -> Sums:
+    """The same, without the table."""
     steps = _scratch.steps[:count]
     np.add(_multiples()[:count], np.uint64((first_word + 1) * _STEP & _MASK), out=steps)
     steps ^= np.right_shift(steps, np.uint64(_SHIFT), out=_scratch.products[:count])
@@ -263,7 +284,7 @@ def _grid_coefficients(first_words: Indices, columns: int) -> Sums:
     pitch = int(first_words[1] - first_words[0]) if rows > 1 else 0
     end = int(first_words[-1]) + columns
     if end <= _TABLE_WORDS and bool(np.all(np.diff(first_words) == pitch)):
-        table = _table()[int(first_words[0]) : end]
+        table = _table().words(int(first_words[0]), end)
         return as_strided(table, (rows, columns), (8 * pitch, 8), writeable=False)
     along_rows = (first_words + 1).astype(np.uint64) * np.uint64(_STEP)
     along_columns = _multiples()[:columns]
