@@ -128,7 +128,7 @@ class Options(Struct, frozen=True, kw_only=True):
     "links_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     envvar="WEIGHTBUS_LINKS",
-    help="Rates of this host, as `weightbus doctor` has written them.",
+    help="Rates of this host, as `weightbus doctor --json` has written them.",
 )
 @click.option(
     "--commit", type=click.Choice(["each", "together"]), default="each", show_default=True

@@ -134,7 +134,7 @@ def _show(console: Console, story: Story, waterfall: Waterfall, result: Result) 
     console.print(table)
     console.print()
     console.print(WaterfallView(waterfall))
-    console.print(f"\n{verdict(result)}")
+    console.print(f"\n{escape(verdict(result))}", soft_wrap=True)
 
 
 def _by_model(checked: Checked) -> tuple[str, int, str]:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import msgspec
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from msgspec import Struct
 
 from weightbus.bus.guard import guarded_command
+from weightbus.bus.sweep import sweep_staging
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("DemoFailed", "EngineSpec", "Fleet", "open_fleet")
@@ -68,6 +70,7 @@ class Fleet:
             "PYTHONUNBUFFERED": "1",
         }
         self._processes: dict[str, Process] = {}
+        self._models: set[str] = set()
         self._answers: BufferedByteReceiveStream | None = None
 
     def engine_directory(self, engine: str) -> Path:
@@ -76,6 +79,7 @@ class Fleet:
 
     async def start_engine(self, spec: EngineSpec) -> None:
         """Start a consumer that starts its engine; returns at once. Both die with this process."""
+        self._models.add(spec.model)
         consume = [
             *(sys.executable, "-m", "weightbus", "consume"),
             *("--model", spec.model, "--engine-id", spec.engine),
@@ -142,6 +146,8 @@ class Fleet:
         await _end(list(self._processes.values()))
         if trainer is not None:
             await _end([trainer])
+        for model in sorted(self._models):  # a consumer that was killed has left its blocks
+            await anyio.to_thread.run_sync(sweep_staging, model)
 
     async def _start(self, name: str, argv: Sequence[str], *, answers: bool = False) -> Process:
         with (self._directory / f"{name}.log").open("ab") as log:
