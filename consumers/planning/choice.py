@@ -18,7 +18,7 @@ from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Group, Join, Links, Member
 from weightbus.schemas.shared_memory import MAX_READERS
 
-__all__ = ("Choice", "Outcome", "PlanLimits", "Source")
+__all__ = ("Choice", "Outcome", "PlanLimits", "PlanSource")
 
 
 class PlanLimits(Struct, frozen=True, kw_only=True):
@@ -36,15 +36,15 @@ class PlanLimits(Struct, frozen=True, kw_only=True):
     tie_s: float = 0.25
 
 
-class Source(Struct, frozen=True, kw_only=True):
+class PlanSource(Struct, frozen=True, kw_only=True):
     """Where the version comes from, as far as the planner is told."""
 
     links: Links | None = None
     """Of each host that offers it; None: of the best that any engine's host has."""
     hosts: int = 1
     layout_bytes: int = 0
-    """Of the whole version; 0: the least that all ranks of one engine need. They hold every tensor
-    once at least, so that it is never less, and more only by what their ranks hold twice."""
+    """Of the whole version; 0, not known: the least that all ranks of one engine need. That is too
+    much if they hold tensors twice, and too little if the engine takes only a part of them."""
     files: bool = False
     """`local` reads files, not memory."""
 
@@ -62,7 +62,7 @@ class Choice:
     """The routes, while they are chosen. `outcome` and `other` are there once they are settled."""
 
     def __init__(
-        self, joins: dict[str, Join], epoch: int, late: bool, limits: PlanLimits, source: Source
+        self, joins: dict[str, Join], epoch: int, late: bool, limits: PlanLimits, source: PlanSource
     ) -> None:
         self.joins = joins
         """Of engines that are not refused, in order of the ids."""

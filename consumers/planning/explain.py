@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.cost import RouteCost
-from weightbus.consumers.planning.routes import RoundDecision, Source, plan_round
+from weightbus.consumers.planning.routes import RoundDecision, PlanSource, plan_round
 from weightbus.consumers.planning.shapes import Family, rank_bytes, whole_bytes
 from weightbus.schemas.base import RouteName, Token
 from weightbus.schemas.placement import HostId
@@ -129,7 +129,7 @@ def explain(families: Sequence[Family], fleet: Fleet) -> Explanation:
         epoch=1,
         leader=joins[0].engine,
         now_ns=0,
-        source=Source(
+        source=PlanSource(
             links=source.links, hosts=source.hosts, layout_bytes=size, files=source.files
         ),
     )

@@ -22,7 +22,7 @@ from typing import Final
 from msgspec import Struct, field, structs
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.choice import Choice, Outcome, PlanLimits, Source
+from weightbus.consumers.planning.choice import Choice, Outcome, PlanLimits, PlanSource
 from weightbus.consumers.planning.cost import RouteCost
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import (
@@ -34,7 +34,7 @@ from weightbus.schemas.rounds import (
     RoundPlan,
 )
 
-__all__ = ("DEFAULT_PLAN_LIMITS", "PlanLimits", "RoundDecision", "Source", "plan_round")
+__all__ = ("DEFAULT_PLAN_LIMITS", "PlanLimits", "RoundDecision", "PlanSource", "plan_round")
 
 _LONGEST_S: Final = 86_400.0
 """The longest duration that a plan can hold: one day."""
@@ -45,7 +45,7 @@ _REASON_CHARS: Final = 512
 
 DEFAULT_BUDGETS = Budgets()
 DEFAULT_PLAN_LIMITS = PlanLimits()
-DEFAULT_SOURCE = Source()
+DEFAULT_SOURCE = PlanSource()
 
 
 class RoundDecision(Struct, frozen=True, kw_only=True):
@@ -73,7 +73,7 @@ def plan_round(
     commit: CommitPolicy = "each",
     budgets: Budgets = DEFAULT_BUDGETS,
     limits: PlanLimits = DEFAULT_PLAN_LIMITS,
-    source: Source = DEFAULT_SOURCE,
+    source: PlanSource = DEFAULT_SOURCE,
 ) -> RoundDecision:
     """Assign every engine that joined a route which all its ranks offer.
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.routes import PlanLimits, RoundDecision, Source, plan_round
+from weightbus.consumers.planning.routes import PlanLimits, RoundDecision, PlanSource, plan_round
 from weightbus.consumers.planning.staging import MIB, StagingLimits
 from weightbus.schemas import decode, encode
 from weightbus.schemas.base import RouteName
@@ -75,7 +75,7 @@ def decide(
     late: bool = False,
     limits: PlanLimits | None = None,
     epoch: int = 3,
-    source: Source | None = None,
+    source: PlanSource | None = None,
 ) -> RoundDecision:
     return plan_round(
         joins,
@@ -86,7 +86,7 @@ def decide(
         now_ns=11,
         late=late,
         limits=limits or PlanLimits(),
-        source=source or Source(),
+        source=source or PlanSource(),
     )
 
 
@@ -472,7 +472,7 @@ def test_deadlines_grow_when_a_host_moves_many_bytes() -> None:
     ranks = [offer(rank, "local", need_bytes=200_000) for rank in range(2)]
     more = planned(decide(join("a", *ranks), limits=limits)).budgets
     assert (more.transfer_s, more.round_s) == (400.0, 440.0)
-    pulled = planned(decide(remote("a", "h"), limits=limits, source=Source(layout_bytes=600_000)))
+    pulled = planned(decide(remote("a", "h"), limits=limits, source=PlanSource(layout_bytes=600_000)))
     assert pulled.budgets.transfer_s == 600.0
     predicted = PlanLimits(predicted_times=4.0)
     slow = planned(decide(large("a", "h", network=GB), limits=predicted)).budgets
