@@ -133,6 +133,10 @@ class Consumer:
         )
         self._preparing: dict[int, anyio.CancelScope] = {}
         self._moving = anyio.CancelScope()
+        self._changing = False
+        """A `Transfer` or `Resume` is under way."""
+        self._changes = 0
+        """How many there were."""
         self._state: EngineState | None = None
         self._state_changed = anyio.Event()
         self._heartbeats = anyio.CancelScope()
@@ -235,6 +239,7 @@ class Consumer:
         answered = anyio.current_time()
         while True:
             await anyio.sleep(self._config.heartbeat_s)
+            changes = self._changes
             served = self._state.version if self._state is not None else -1
             try:
                 report = await self._engine.state(self._config.command_s)
@@ -250,7 +255,9 @@ class Consumer:
             else:
                 answered = anyio.current_time()
                 held, reason = report.version, report.error or "its workers were started anew"
-                if served < 0 <= held and not report.paused and not report.touched:
+                steady = not self._changing and changes == self._changes
+                serves = steady and not report.paused and not report.touched
+                if served < 0 <= held and serves:
                     self._feed(ev.EngineServes(held))
             if held < served:
                 _logger.warning("engine %s serves nothing: %s", self._config.engine, reason)
@@ -274,11 +281,13 @@ class Consumer:
                 if token in self._preparing:
                     self._preparing[token].cancel()
             case do.Transfer():
+                self._begin_change()
                 self._moving = anyio.CancelScope()
                 self._group.start_soon(self._transfer, instruction, self._moving)
             case do.CancelTransfer():
                 self._moving.cancel()
             case do.Resume():
+                self._begin_change()
                 self._group.start_soon(self._resume, instruction)
             case do.Campaign(round):
                 self._errands.take_nowait(self._campaigns.campaign, round)
@@ -298,6 +307,10 @@ class Consumer:
                 self._timers.set_nowait(instruction)
             case do.CancelTimer(name):
                 self._timers.cancel_nowait(name)
+
+    def _begin_change(self) -> None:
+        self._changing = True
+        self._changes += 1
 
     def _set_state(self, instruction: do.SetState) -> None:
         self._state = EngineState(
@@ -356,6 +369,7 @@ class Consumer:
                 work.prepared, instruction.ready, plan, self._seconds_to(instruction), moving
             )
         except TransferError as error:
+            self._changing = False
             failure = f"{error.cause}: {error.reason}"
             self._journal.record(work, error.stage, start_ns, self.now_ns(), error=failure)
             work.span.fail(failure)
@@ -364,6 +378,7 @@ class Consumer:
                 ev.TransferFailed(token, error.cause, error.reason, error.touched, error.stage)
             )
             return
+        self._changing = False
         self._journal.record_outcome(work, outcome)
         self._feed(
             ev.TransferDone(
@@ -380,17 +395,22 @@ class Consumer:
 
     async def _resume(self, instruction: do.Resume) -> None:
         version, token = instruction.version, instruction.token
-        start_ns = self.now_ns()
+        start_ns, failure = self.now_ns(), None
         try:
             await self._updater.resume(version, self._seconds_to(instruction))
         except ConsumerError as error:
-            self._feed(ev.ResumeFailed(token, type(error).__name__, str(error)))
-            return
+            failure = error
+        self._changing = False
         end_ns, paused_s = self.now_ns(), 0.0
-        if (work := self._journal.find(version)) is not None:
+        work = self._journal.find(version)
+        if work is not None and work.pause_start_ns:
+            paused_s = (end_ns - work.pause_start_ns) / 1e9
+        if failure is not None:
+            cause, reason = type(failure).__name__, str(failure)
+            self._feed(ev.ResumeFailed(token, cause, reason, paused_s))
+            return
+        if work is not None:
             self._journal.record(work, "commit", start_ns, end_ns)
-            if work.pause_start_ns:
-                paused_s = (end_ns - work.pause_start_ns) / 1e9
         self._feed(ev.Resumed(token, paused_s))
 
     def _seconds_to(self, instruction: do.Prepare | do.Transfer | do.Resume) -> float:

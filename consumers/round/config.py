@@ -12,7 +12,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import HostId
 from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, Links, RoundPlan
 
-__all__ = ("PERMANENT_CAUSES", "SERVING_CAUSES", "PlanRequest", "Planner", "RoundConfig")
+__all__ = ("PERMANENT_CAUSES", "SERVING_CAUSES", "Origin", "PlanRequest", "Planner", "RoundConfig")
 
 PERMANENT_CAUSES = frozenset({"CheckpointRefused", "MessageInvalid", "VersionRetired"})
 """Errors of the version itself, which it would meet again: it is not tried a second time."""
@@ -97,6 +97,17 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
         return self.regroup_s + 3 * self.round_ttl_s
 
 
+class Origin(Struct, frozen=True, kw_only=True):
+    """Where a version comes from, as one consumer sees it."""
+
+    layout_bytes: int = 0
+    """Of all its tensors; 0: not known."""
+    hosts: int = 1
+    """That hold it and can be read from: publishers', and those of copies."""
+    files: bool = False
+    """It lies in files, not in memory."""
+
+
 class PlanRequest(Struct, frozen=True, kw_only=True):
     """Everything that a plan is made of.
 
@@ -107,6 +118,8 @@ class PlanRequest(Struct, frozen=True, kw_only=True):
 
     joins: tuple[Join, ...]
     """The engines to plan for, in the order of their ids."""
+    origin: Origin = Origin()
+    """As the consumer that plans sees it."""
     ready: CheckpointReady
     round: str
     epoch: int

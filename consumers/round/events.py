@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from weightbus.consumers.round.config import Origin
 from weightbus.schemas.base import RouteName, Stage
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import EngineState, UpdateComplete, UpdateFailed, Verified
@@ -99,6 +100,8 @@ class Prepared(Struct, frozen=True):
     """Where a group meets that this engine is the first member of; empty: it can be in none."""
     groups: tuple[str, ...] = ()
     """Ids of the groups that this consumer is ready in."""
+    origin: Origin = Origin()
+    """Where the version comes from."""
 
 
 class PrepareFailed(Struct, frozen=True):
@@ -191,8 +194,9 @@ class EngineLost(Struct, frozen=True):
 
 class EngineServes(Struct, frozen=True):
     """The engine was asked, and serves `version`: it is neither paused nor touched. Undoes an
-    `EngineLost` that was wrong, and a `Resume` that only seemed to fail. It was asked after the
-    last answer to a `Transfer` or `Resume`."""
+    `EngineLost` that was wrong, and a `Resume` that only seemed to fail: its `UpdateComplete` is
+    said then. It was asked after the last answer to a `Transfer` or `Resume`, and answered before
+    the next."""
 
     version: int
 
@@ -241,6 +245,8 @@ class ResumeFailed(Struct, frozen=True):
     token: int
     cause: str
     reason: str
+    paused_s: float = 0.0
+    """How long requests have waited, from pause until now."""
 
 
 class TimerFired(Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from weightbus.consumers.round.config import Planner, PlanRequest, RoundConfig
+from weightbus.consumers.round.config import Origin, Planner, PlanRequest, RoundConfig
 from weightbus.consumers.round.effects import Effects, Timer
 from weightbus.consumers.round.events import (
     EngineGone,
@@ -59,6 +59,7 @@ class Leadership:
         """The other engines of the model; owned by the machine."""
         self._ready: CheckpointReady | None = None
         self._layout_digest: str | None = None
+        self._origin = Origin()
         self._leader: str | None = None
         """Engine id of the last known leader."""
         self._epoch = 0
@@ -79,10 +80,11 @@ class Leadership:
 
     # What the member's half asks for.
 
-    def enter(self, ready: CheckpointReady, layout_digest: str | None) -> None:
+    def enter(self, ready: CheckpointReady, layout_digest: str | None, origin: Origin) -> None:
         """The engine joins the round, of which it has only heard so far, for `ready`."""
         self._ready = ready
         self._layout_digest = layout_digest
+        self._origin = origin
         self.phase = Lead.CANDIDATE
         self._campaign()
 
@@ -267,6 +269,7 @@ class Leadership:
         candidates = self._roll.candidates(ready)
         request = PlanRequest(
             joins=tuple(join for engine, join in candidates.items() if engine in engines),
+            origin=self._origin,
             ready=ready,
             round=self.round,
             epoch=self._epoch,

@@ -40,8 +40,10 @@ Rules:
 - Every plan of a main round has an epoch of its own, which the lease store gives with the lease, so
   that two leaders never act in one epoch. A leader that hears a later epoch's plan leads no more.
 - Only a proof (`TransferDone`) leads to `Resume`, and only `Resumed` makes a version the served
-  one. It never goes back: `floor` is the last version that was, or may have been, served. An older
-  one that is published after it is refused, and that is said once (`VersionNotNew`).
+  one; or, if a `Resume` only seemed to fail, that the engine is found to serve the version: then
+  `UpdateComplete` follows the `UpdateFailed`. It never goes back: `floor` is the last version that
+  was, or may have been, served. An older one that is published after it is refused, and that is
+  said once (`VersionNotNew`).
 - A newer version takes the place of one that is not being transferred yet, but not of a third in a
   row: that one is brought to its end, however fast versions come. A transfer that runs ends first;
   then the newest is gone for. What is tried after a failure is in `versions.py`.
@@ -123,7 +125,7 @@ _NEGOTIATING: MemberRow = {
     CheckpointSeen: Member.learn_and_reconsider,
     CheckpointGone: Member.forget_and_reconsider,
     EngineLost: Member.lose_engine,
-    EngineServes: _ignore,
+    EngineServes: Member.find_engine_and_reconsider,
     Stop: Member.stop_at_once,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightbus.consumers.round.config import RoundConfig
+from weightbus.consumers.round.config import Origin, RoundConfig
 from weightbus.consumers.round.events import TransferDone
 from weightbus.consumers.round.versions import Candidate
 from weightbus.schemas.base import Stage
@@ -76,6 +76,7 @@ class Work:
     """Where a group meets that this engine is the first member of."""
     groups: tuple[str, ...] = ()
     """Ids of the groups that are ready."""
+    origin: Origin = Origin()
     alone: bool = False
     """In a round of this engine's own."""
     plan: RoundPlan | None = None
@@ -92,6 +93,8 @@ class Work:
     """How often the same thing was said while waiting."""
     done: TransferDone | None = None
     """The proof."""
+    doubted_ns: int = 0
+    """Since when requests have waited, if `Resume` failed."""
 
     @property
     def version(self) -> int:

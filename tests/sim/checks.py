@@ -213,6 +213,10 @@ class Checks:
             waits_s = self._world.now_s - consumer.owed_since_s
             if consumer.alive and consumer.under_way and waits_s > ANSWER_S:
                 raise Broken(f"{consumer.name} has been owed an answer for {waits_s:.0f} s")
+            engine = consumer.engine
+            serves = engine.version == consumer.resumed >= 0 and not engine.paused
+            if consumer.alive and serves and self.served[engine.name] < engine.version:
+                raise Broken(f"{consumer.name} has never said that {engine.version} is complete")
         for round_id, record in self.rounds.items():
             for consumer, epoch in record.runners:
                 if consumer.alive and epoch > record.closed_epoch:

@@ -17,12 +17,16 @@ from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.machine import RoundMachine
+from weightbus.consumers.round.phases import Phase
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.progress import EngineState
 from weightbus.schemas.rounds import RankOffer
 
 __all__ = ("Consumer", "ConsumerFaults")
 
+
+CHANGING = frozenset({Phase.TRANSFERRING, Phase.CANCELLING, Phase.RESUMING})
+"""Phases in which what an engine says of itself is about to change."""
 
 PASSING_CAUSES = ("EngineUnavailable", "RouteUnavailable", "FileUnreadable")
 """Why a `Prepare` may fail and the next one not."""
@@ -76,6 +80,8 @@ class Consumer(Client):
         self._faults = faults
         self._transfer_faults = transfer_faults
         self._checks = checks
+        self.resumed = -1
+        """The last version that this process let its engine serve."""
         self._cancelled: set[int] = set()
         """Tokens of instructions that were cancelled and may be answered all the same."""
         self._backlog: list[Callable[[], None]] = []
@@ -164,7 +170,8 @@ class Consumer(Client):
         if not self.alive:
             return
         engine, state = self.engine, self._state
-        if state is not None and not self.under_way and not self.stalled:
+        changing = self.machine.member.phase in CHANGING
+        if state is not None and not changing and not self.stalled:
             if engine.lost and state.version > engine.version:
                 self.feed(ev.EngineLost("its workers were started anew"))
             elif not engine.paused and not engine.touched and state.status == "quarantined":
@@ -378,6 +385,7 @@ class Consumer(Client):
         fails = not self.proven or self._world.chance(self._faults.resume)
         if self.proven and (not fails or self._world.chance(0.5)):
             self.engine.resume(order.version)
+            self.resumed = order.version
         if fails:
             failure = ev.ResumeFailed(order.token, "EngineUnavailable", "no answer to resume")
             self._answer(order.token, failure)

@@ -87,6 +87,11 @@ def forget_what_may_be_served(member: Member, event: ev.ResumeFailed) -> None:
     member.resume_failed(event)
 
 
+def forget_the_doubt(member: Member, event: ev.ResumeFailed) -> None:
+    member.resume_failed(event)
+    member._doubtful = None
+
+
 def only_wait(leadership: Leadership, event: ev.TimerFired) -> None:
     leadership.step_down(event)
 
@@ -143,6 +148,11 @@ MUTATIONS = (
         "forgets that a failed resume may have worked",
         {(Phase.RESUMING, ev.ResumeFailed): forget_what_may_be_served},
         "goes back",
+    ),
+    Mutation(
+        "never says that a resume worked after all",
+        {(Phase.RESUMING, ev.ResumeFailed): forget_the_doubt},
+        "has never said that",
     ),
     Mutation(
         "never campaigns again",

@@ -115,22 +115,62 @@ def test_engine_serves_on_when_it_was_wrongly_taken_for_lost() -> None:
     assert driver.feed(ev.EngineServes(4)) == ()
 
 
-def test_version_is_served_when_the_resume_only_seemed_to_fail() -> None:
-    driver = Driver().start(served=0).joined(1).planned(plan_of(1, {"a": "local"})).transferred()
-    driver.feed(ev.ResumeFailed(driver.last(do.Resume).token, "EngineUnavailable", "silent"))
+def doubtful(**config: object) -> Driver:
+    """Engine `a` was told to serve version 1, and did not answer."""
+    driver = Driver(**config).start(served=0).joined(1)
+    driver.planned(plan_of(1, {"a": "local"})).transferred()
+    token = driver.last(do.Resume).token
+    driver.feed(ev.ResumeFailed(token, "EngineUnavailable", "silent", paused_s=10.0))
+    return driver
+
+
+def test_version_is_complete_when_the_resume_only_seemed_to_fail() -> None:
+    driver = doubtful(backoff_s=10.0)
     assert driver.member.phase is Phase.QUARANTINED
     assert "retry" in driver.machine.timers
-    driver.feed(ev.EngineServes(1))
+    assert not driver.said(UpdateComplete)
+    driver.feed(ev.EngineServes(1), after_s=2.0)
     assert (driver.member.served, driver.member.phase) == (1, Phase.IDLE)
     assert "retry" not in driver.machine.timers
+    (complete,) = driver.said(UpdateComplete)
+    assert (complete.version, complete.round, complete.bytes) == (1, "v1", 7)
+    assert complete.paused_s == pytest.approx(12.0)
+    assert driver.feed(ev.EngineServes(1)) == ()
 
 
-def test_engine_that_is_found_changes_nothing_when_a_version_is_in_hand() -> None:
+def test_version_is_complete_when_the_engine_is_found_while_it_is_tried_again() -> None:
+    driver = doubtful()
+    driver.fire("retry")
+    assert driver.member.phase is Phase.PREPARING
+    driver.feed(ev.EngineServes(1))
+    assert [one.version for one in driver.said(UpdateComplete)] == [1]
+    assert (driver.member.served, driver.member.phase) == (1, Phase.IDLE)
+
+
+def test_newer_version_is_gone_for_when_the_engine_is_found_meanwhile() -> None:
+    driver = doubtful().see(2)
+    driver.feed(ev.EngineServes(1))
+    assert [one.version for one in driver.said(UpdateComplete)] == [1]
+    assert (driver.member.target, driver.member.phase) == (2, Phase.PREPARING)
+    assert driver.orders[-1] == do.SetState("updating", 1, 2)
+
+
+def test_only_the_second_attempt_is_complete_when_it_has_begun_to_move() -> None:
+    driver = doubtful()
+    driver.fire("retry")
+    driver.prepared("local").transferred().resumed()
+    assert [one.version for one in driver.said(UpdateComplete)] == [1]
+    driver.feed(ev.EngineLost("no answer"))
+    driver.feed(ev.EngineServes(1))
+    assert len(driver.said(UpdateComplete)) == 1
+
+
+def test_engine_that_is_found_changes_nothing_when_a_version_is_moved() -> None:
     driver = Driver().start(served=4)
     driver.feed(ev.EngineLost("no answer"))
+    driver.see(4).prepared()
     for step in (
-        lambda: driver.see(4),
-        lambda: driver.prepared(),
+        lambda: None,
         lambda: driver.transferred(),
         lambda: driver.feed(ev.Stop()),
         lambda: driver.resumed(),
