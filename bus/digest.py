@@ -1,7 +1,8 @@
 """The shard-additive digest of weights: 64 bits that add up to the whole over any cut of it.
 
-Does no I/O. Keeps a table of at most 32 MiB and, per thread, 1 MiB of scratch; no other temporary is
-larger than a block. Several threads may digest at once: numpy releases the interpreter lock in the loops.
+Does no I/O. Keeps a table of at most 32 MiB and, per thread, 1 MiB of scratch; no other temporary
+is larger than a block. Several threads may digest at once: numpy releases the interpreter lock in
+the loops.
 
 The digest of a tensor is the sum, mod 2^64, over its little-endian 4-byte words (the last padded
 with zeros) of `word * mix(index of the word in the tensor)`; the model's is the sum of
@@ -228,7 +229,7 @@ def _multiples() -> Sums:
 class _Table:
     """The coefficients of words 0, 1, 2, ..., made block by block as they are asked for.
 
-    Two threads may make the same block at once: both write the same numbers, and only finished ones.
+    Two threads may make the same block at once: both write the same, finished numbers.
     """
 
     def __init__(self) -> None:

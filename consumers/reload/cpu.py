@@ -4,25 +4,34 @@ Reads and writes raw addresses: those that `bind_tiles` has checked. Owns no mem
 staging while it runs. Instead of single tiles it runs the pieces that they were cut from: a CPU
 gains nothing from small ones.
 
-Invariant: a cell's digest is of the very bytes that were written, or that were cast and written: it
-is read back from the parameter, or taken of the private copy from which the cast was made.
+The work is cut by bytes into jobs for the threads of the worker. A job moves some whole copies and
+digests their cells while they are in the core's own cache; larger copies are cut, and digested once
+they have been moved, a window at a time.
+
+Invariants: a cell's digest is of the very bytes that were written, or that were cast and written:
+it is read back from the parameter, or taken of the private copy from which the cast was made.
+Nothing is read or written any more once a method has returned or raised.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from weightbus.bus.digest import digest_box
+from weightbus.bus.digest import digest_box, digest_tensor
 from weightbus.consumers.planning.boxes import Box, blocks_of
 from weightbus.consumers.planning.pieces import Pieces
 from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import BoundTiles
+from weightbus.consumers.reload.jobs import JOB_BYTES, PieceJobs, cut_run, plan_jobs
 from weightbus.consumers.reload.shards import ShardIndex
+from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.reload.transforms import filled_bytes, transformed_bytes
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout, ShardSpec, TensorSpec
@@ -32,7 +41,7 @@ from weightbus.schemas.worker import Cell
 __all__ = ("BLOCK_BYTES", "CpuExecutor")
 
 BLOCK_BYTES = 4 * 2**20
-"""Largest block that is staged or gathered at once."""
+"""Largest block that is staged or gathered at once, or that one thread digests."""
 
 Bytes = npt.NDArray[np.uint8]
 Sums = npt.NDArray[np.uint64]
@@ -51,9 +60,17 @@ class CpuExecutor:
         layout: has been checked by `check_layout`.
         needs: the plan's; the numbers of copies and parameters are the same.
         cells: what shall be digested; if a copy that transforms has any, they hold all of its box.
+        threads: None: the caller's own.
     """
 
-    def __init__(self, layout: Layout, needs: Needs, cells: Sequence[Cell]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        needs: Needs,
+        cells: Sequence[Cell],
+        threads: Threads | None = None,
+    ) -> None:
+        self._threads = threads or Threads()
         self._layout, self._needs, self._cells = layout, needs, tuple(cells)
         self._cells_of: dict[int, list[int]] = {}
         """For every copy that transforms: the numbers of its cells."""
@@ -71,8 +88,29 @@ class CpuExecutor:
         Raises:
             PlanError: torch cannot do a transform or a fill; parameters may have been written.
         """
+        self.update(bound, ())
+        return bound.plan.source_bytes
+
+    def update(self, bound: BoundTiles, numbers: Iterable[int]) -> Sums:
+        """Move, and return the digests of cells, in order, of what was written.
+
+        `bound` may be a portion of the plan: then the numbers are of cells that are whole once it
+        has been moved.
+
+        Raises:
+            PlanError: torch cannot do a transform or a fill; parameters may have been written.
+        """
         memories = _Memories(bound)
-        self._move_pieces(bound, memories)
+        chosen = list(numbers)
+        cells_of: dict[int, list[int]] = {}
+        rest = []
+        for number in chosen:
+            copy = self._cells[number].copy
+            if copy < 0:
+                rest.append(number)
+            elif not self._is_transformed(copy):
+                cells_of.setdefault(copy, []).append(number)
+        self._move_pieces(bound, memories, cells_of)
         pieces = bound.plan.pieces
         for number in np.unique(pieces.copy[pieces.transform >= 0]).tolist():
             self._transform(number, memories)
@@ -82,7 +120,9 @@ class CpuExecutor:
             parameter = memories.parameter(fill.parameter)
             window = parameter.window(offset, fill.sizes, strides, element.size)
             window[...] = element.view(window.dtype)[0]
-        return bound.plan.source_bytes
+        rest += chain.from_iterable(cells_of.values())
+        self._digest_cells(rest, memories)
+        return self._digests[chosen]
 
     def changed_parameter(self, bound: BoundTiles) -> int | None:
         """A parameter that `move(bound)` would make another one of; None: it changes no byte.
@@ -107,52 +147,127 @@ class CpuExecutor:
 
         `bound` may be a portion of the plan: then the numbers are of cells of its copies.
         """
-        memories = _Memories(bound)
-        chosen = range(len(self._cells)) if numbers is None else tuple(numbers)
-        for number in chosen:
-            cell = self._cells[number]
-            if cell.copy < 0:
-                self._digests[number] = self._digest_source(cell, memories)
-            elif not self._is_transformed(cell.copy):
-                self._digests[number] = self._digest_parameter(cell, memories)
-        return self._digests[list(chosen)]
+        chosen = list(range(len(self._cells)) if numbers is None else numbers)
+        plain = [n for n in chosen if not self._is_transformed(self._cells[n].copy)]
+        self._digest_cells(plain, _Memories(bound))
+        return self._digests[chosen]
 
     def read_back(self, bound: BoundTiles) -> tuple[Sums, tuple[int, ...]]:
         """The digest of every cell as the parameters hold it now; no segment need be there.
 
         Cells that cannot be read back (transformed, or of no copy) are 0; their numbers follow.
         """
-        memories = _Memories(bound)
+        cells = enumerate(self._cells)
+        unreadable = {n for n, cell in cells if cell.copy < 0 or self._is_transformed(cell.copy)}
+        readable = [n for n in range(len(self._cells)) if n not in unreadable]
         digests = np.zeros(len(self._cells), dtype=np.uint64)
-        unreadable = []
-        for number, cell in enumerate(self._cells):
-            if cell.copy < 0 or self._is_transformed(cell.copy):
-                unreadable.append(number)
-            else:
-                digests[number] = self._digest_parameter(cell, memories)
-        return digests, tuple(unreadable)
+        digests[readable] = self.digest_cells(bound, readable)
+        return digests, tuple(sorted(unreadable))
 
     def _is_transformed(self, copy: int) -> bool:
         return copy >= 0 and self._needs.copies[copy].transform >= 0
 
-    def _move_pieces(self, bound: BoundTiles, memories: _Memories) -> None:
-        """Copy what is moved as it is: runs of bytes by `memmove`, the rest as strided blocks."""
+    def _move_pieces(
+        self, bound: BoundTiles, memories: _Memories, cells_of: dict[int, list[int]]
+    ) -> None:
+        """Copy what is moved as it is; digest cells of its copies, and take them out of `cells_of`.
+
+        All cells of a small copy are digested by the thread that moves it.
+        """
         pieces = bound.plan.pieces
-        unit_bytes, inner = pieces.unit_bytes, pieces.sizes[:, 0]
-        runs = (pieces.source_strides[:, 0] == unit_bytes) | (inner == 1)
-        runs &= (pieces.destination_strides[:, 0] == unit_bytes) | (inner == 1)
-        runs &= (pieces.sizes[:, 1:] == 1).all(axis=1)
-        as_is = pieces.transform < 0
-        chosen = as_is & runs
+        jobs = plan_jobs(pieces, self._threads.count, is_digested=bool(cells_of))
+        calls: list[Callable[[], None]] = []
+        for chosen in jobs.small:
+            cells: list[int] = []
+            for copy in np.unique(pieces.copy[chosen]).tolist() if cells_of else ():
+                if all(self._cell_bytes(cell) <= JOB_BYTES for cell in cells_of.get(copy, ())):
+                    cells += cells_of.pop(copy, ())
+            calls.append(partial(self._do_job, bound, memories, jobs, chosen, cells))
+        self._threads.run(calls)
+        for window in jobs.large:
+            self._threads.run(list(self._parts_of_window(bound, memories, jobs, window)))
+            copies = np.unique(pieces.copy[window]).tolist()
+            self._digest_cells([c for n in copies for c in cells_of.pop(n, ())], memories)
+
+    def _do_job(
+        self,
+        bound: BoundTiles,
+        memories: _Memories,
+        jobs: PieceJobs,
+        chosen: Integers,
+        cells: Sequence[int],
+    ) -> None:
+        """Move some pieces, and digest some cells of theirs."""
+        is_run = jobs.is_run[chosen]
+        runs = chosen[is_run]
         for source, destination, size_bytes in _joined(
-            bound.piece_sources[chosen],
-            bound.piece_destinations[chosen],
-            (inner * unit_bytes)[chosen],
+            bound.piece_sources[runs], bound.piece_destinations[runs], jobs.size_bytes[runs]
         ):
             ctypes.memmove(destination, source, size_bytes)
-        for number in np.flatnonzero(as_is & ~runs).tolist():
-            source_window, target = _windows(pieces, number, memories)
+        for number in chosen[~is_run].tolist():
+            source_window, target = _windows(bound.plan.pieces, number, memories)
             np.copyto(target, source_window)
+        for number in cells:
+            cell = self._cells[number]
+            self._digests[number] = self._digest_parameter(cell, _box(cell), memories)
+
+    def _parts_of_window(
+        self, bound: BoundTiles, memories: _Memories, jobs: PieceJobs, window: Integers
+    ) -> Iterator[Callable[[], object]]:
+        """Calls that move pieces, large ones by parts."""
+        count = self._threads.count
+        runs = window[jobs.is_run[window]]
+        for source, destination, size_bytes in _joined(
+            bound.piece_sources[runs], bound.piece_destinations[runs], jobs.size_bytes[runs]
+        ):
+            for begin, end in cut_run(size_bytes, count):
+                yield partial(ctypes.memmove, destination + begin, source + begin, end - begin)
+        for number in window[~jobs.is_run[window]].tolist():
+            source_window, target = _windows(bound.plan.pieces, number, memories)
+            most = max(JOB_BYTES // target.itemsize, -(-target.size // count))
+            for part in blocks_of(Box.of((0,) * target.ndim, target.shape), most):
+                chosen = tuple(map(slice, part.starts, part.ends))
+                yield partial(np.copyto, target[chosen], source_window[chosen])
+
+    def _cell_bytes(self, number: int) -> int:
+        cell = self._cells[number]
+        return math.prod(cell.sizes) * DTYPE_BYTES[self._layout.tensors[cell.tensor].dtype]
+
+    def _digest_cells(self, numbers: Sequence[int], memories: _Memories) -> None:
+        """Digest cells that no copy transforms; large ones by parts, small ones many at a time."""
+        calls: list[Callable[[], list[tuple[int, int]]]] = []
+        parts: list[tuple[int, Box]] = []
+        used = 0
+        for number in numbers:
+            cell = self._cells[number]
+            item_bytes = DTYPE_BYTES[self._layout.tensors[cell.tensor].dtype]
+            box = _box(cell)
+            for part in blocks_of(box, BLOCK_BYTES // item_bytes) if box.elements else ():
+                parts.append((number, part))
+                used += part.elements * item_bytes
+                if used >= JOB_BYTES:
+                    calls.append(partial(self._digest_parts, parts, memories))
+                    parts, used = [], 0
+        calls.append(partial(self._digest_parts, parts, memories))
+        self._digests[list(numbers)] = 0
+        for digests in self._threads.run(calls):
+            for number, digest in digests:
+                self._digests[number] = int(self._digests[number]) + digest & _MASK
+
+    def _digest_parts(
+        self, parts: Sequence[tuple[int, Box]], memories: _Memories
+    ) -> list[tuple[int, int]]:
+        """The digests of parts of cells, with the numbers of those cells."""
+        digests = []
+        for number, box in parts:
+            cell = self._cells[number]
+            if cell.copy >= 0:
+                digest = self._digest_parameter(cell, box, memories)
+            else:
+                staged = self._staged(cell.tensor, box, memories)
+                digest = _digest(staged, self._layout.tensors[cell.tensor], box)
+            digests.append((number, digest))
+        return digests
 
     def _transform(self, number: int, memories: _Memories) -> None:
         """Stage a copy block by block; digest what was staged, and write what it becomes."""
@@ -181,21 +296,14 @@ class CpuExecutor:
             window = self._written(copy, block, memories)
             yield (staged, block), made.view(window.dtype).reshape(window.shape), window
 
-    def _digest_source(self, cell: Cell, memories: _Memories) -> int:
-        """The digest of a cell that no rank needs, as the segments hold it."""
-        tensor = self._layout.tensors[cell.tensor]
-        blocks = blocks_of(_box(cell), BLOCK_BYTES // DTYPE_BYTES[tensor.dtype])
-        staged = ((self._staged(cell.tensor, block, memories), block) for block in blocks)
-        return sum(_digest(data, tensor, block) for data, block in staged) & _MASK
-
-    def _digest_parameter(self, cell: Cell, memories: _Memories) -> int:
-        """The digest of a cell as its parameter holds it."""
+    def _digest_parameter(self, cell: Cell, box: Box, memories: _Memories) -> int:
+        """The digest of a part of a cell as its parameter holds it."""
         copy, tensor = self._needs.copies[cell.copy], self._layout.tensors[cell.tensor]
-        window = self._written(copy, _box(cell), memories)
+        window = self._written(copy, box, memories)
         if window.flags.c_contiguous:
-            return _digest(_bytes(window), tensor, _box(cell))
+            return _digest(_bytes(window), tensor, box)
         total = 0
-        for block in blocks_of(_box(cell), BLOCK_BYTES // window.itemsize):
+        for block in blocks_of(box, BLOCK_BYTES // window.itemsize):
             gathered = np.ascontiguousarray(self._written(copy, block, memories))
             total += _digest(_bytes(gathered), tensor, block)
         return total & _MASK
@@ -302,4 +410,6 @@ def _bytes(contiguous: Window) -> Bytes:
 
 
 def _digest(data: Bytes, tensor: TensorSpec, box: Box) -> int:
+    if box.sizes == tensor.shape:
+        return digest_tensor(data)
     return digest_box(data, tensor.shape, DTYPE_BYTES[tensor.dtype], box.starts, box.sizes)

@@ -41,6 +41,7 @@ from weightbus.consumers.reload.proof import Made, Proof, memory_of, prove, same
 from weightbus.consumers.reload.split import Split, split_update
 from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.streams import StreamPlan, move_stream, plan_stream
+from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
 from weightbus.consumers.transfer.lanes import Lanes
 from weightbus.consumers.transfer.segments import OpenSegment
@@ -92,13 +93,17 @@ class Reloader:
     needs: Needs
     """Whole tensors with no destination if untraced."""
 
-    def __init__(self, host: ModelHost, layout: Layout) -> None:
+    def __init__(self, host: ModelHost, layout: Layout, threads: Threads | None = None) -> None:
         """
+        Args:
+            threads: what moves and digests; the caller's to close. None: the caller's own thread.
+
         Raises:
             CheckpointRefused: the layout does not make the model.
         """
         self.layout = layout
         self._host = host
+        self._threads = threads or Threads()
         self._shards = shards_by_tensor(layout)
         self._cells: tuple[Cell, ...] = ()
         self._split: Split | None = None
@@ -228,14 +233,17 @@ class Reloader:
         if kept is None or kept[0] is not split:
             undecided = split.proof.undecided
             needs = split.whole.needs
-            kept = split, plan_stream(self.layout, needs, self._cells, undecided, buckets)
+            kept = (
+                split,
+                plan_stream(self.layout, needs, self._cells, undecided, buckets, self._threads),
+            )
         self._streams[buckets] = kept
         if len(self._streams) > STREAMS_KEPT:
             del self._streams[next(iter(self._streams))]
         return kept[1]
 
     def _split_by(self, plan: TilePlan, proof: Proof) -> Split:
-        return split_update(self.layout, plan, proof, self._cells)
+        return split_update(self.layout, plan, proof, self._cells, threads=self._threads)
 
     # -- through the engine's own loader
 
@@ -273,7 +281,7 @@ class Reloader:
         self, version: _Version, trace: Trace, plan: TilePlan
     ) -> Iterator[Callable[[Iterable[int]], Made]]:
         """Makes parameters of a version beside the live ones."""
-        executor = CpuExecutor(self.layout, trace.needs, ())
+        executor = CpuExecutor(self.layout, trace.needs, (), self._threads)
         with StagedSources(version.segments) as sources:
             yield lambda numbers: made_parameters(
                 plan, numbers, sources, executor, version.deadline
@@ -349,8 +357,8 @@ class Reloader:
                     bound = bind_tiles(
                         portion.plan, sources.addresses, sources.sizes_bytes, *memory
                     )
-                    version.outcome.source_bytes += split.executor.move(bound)
-                digests = split.executor.digest_cells(bound, cells)
+                    digests = split.executor.update(bound, cells)
+                version.outcome.source_bytes += portion.plan.source_bytes
                 version.outcome.digests[split.moved_cells[list(cells)]] = digests
         version.outcome.direct = len(split.proof.direct)
 

@@ -16,6 +16,7 @@ from weightbus.consumers.planning.tiles import TilePlan
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.portions import PORTION_BYTES, Portion, cut_portions, part_of_plan
 from weightbus.consumers.reload.proof import Proof
+from weightbus.consumers.reload.threads import Threads
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.worker import Cell
 
@@ -52,10 +53,12 @@ def split_update(
     proof: Proof,
     cells: Sequence[Cell],
     portion_bytes: int = PORTION_BYTES,
+    threads: Threads | None = None,
 ) -> Split:
     """Split a plan and its cells into what is direct and the rest.
 
-    A deadline is looked at between steps: each moves and digests about `portion_bytes`.
+    A deadline is looked at between steps: each moves and digests about `portion_bytes`. The
+    executor works on the caller's own thread if it is given no others.
     """
     part = part_of_plan(plan, proof.direct)
     copies = plan.needs.copies
@@ -74,7 +77,7 @@ def split_update(
             _steps(cut_portions(part, portion_bytes), [cells[number].copy for number in moved])
         ),
         moved_cells=np.array(moved, dtype=np.int64),
-        executor=CpuExecutor(layout, part.needs, [cells[number] for number in moved]),
+        executor=CpuExecutor(layout, part.needs, [cells[number] for number in moved], threads),
         loaded=tuple(sorted({c.tensor for c in copies if c.parameter in proof.processed})),
         loose_cells=loose,
     )

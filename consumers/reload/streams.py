@@ -3,9 +3,9 @@
 Does no I/O but through the lanes. `plan_stream` is done once per size of buckets and number of
 lanes; per bucket nothing is left to do but to wait, to move and to digest.
 
-Copies that transform, and cells that no copy holds, are cut at the borders of the parts that go
-through the lanes: each is made or digested from one slot. Digests add up over any cut. Cells of
-other copies are read back from the parameter once the last bucket of their copy has been moved.
+Copies that transform, and all cells, are cut at the borders of the parts that go through the lanes:
+each is made or digested from one slot, or read back from the parameter right after it was moved
+there. Digests add up over any cut.
 
 Invariants: every copy, cell and fill of the needs is dealt with once; a slot is read only until its
 bucket is said to be done with; no byte of an undecided parameter is changed.
@@ -29,6 +29,7 @@ from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles,
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.shards import ShardIndex
+from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.transfer.lanes import Lanes
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Copy, Needs
@@ -63,10 +64,8 @@ class Step:
     """What is done with one bucket."""
 
     moved: Part
-    staged_cells: tuple[int, ...]
-    """Numbers of the cut cells that are digested from its slots."""
-    moved_cells: tuple[int, ...]
-    """Numbers of those that are digested once it has been moved, and its slots left."""
+    cells: tuple[int, ...]
+    """Numbers of the cut cells that are digested with it."""
     undecided: Part | None
     """What of it goes to undecided parameters."""
 
@@ -105,6 +104,7 @@ def plan_stream(
     cells: Sequence[Cell],
     undecided: frozenset[int],
     buckets: tuple[int, int],
+    threads: Threads | None = None,
 ) -> StreamPlan:
     """Plan how a rank takes what it needs.
 
@@ -112,6 +112,7 @@ def plan_stream(
         cells: have been checked by `check_cells`.
         undecided: parameters whose bytes must stay what they are.
         buckets: bytes of one slot, and lanes.
+        threads: the executor's; None: the caller's own.
 
     Raises:
         PlanError: see `plan_buckets` and `plan_tiles`.
@@ -125,7 +126,9 @@ def plan_stream(
     bucket_of = plan.pieces.segment // staged.lanes
     ends = np.searchsorted(bucket_of, np.arange(staged.buckets + 1)).tolist()
     is_undecided = np.isin(plan.pieces.parameter, list(undecided))
-    digested = _cells_of_buckets(plan, cut, bucket_of, staged.buckets)
+    digested: list[list[int]] = [[] for _ in range(staged.buckets)]
+    for number, bucket in enumerate(cut.buckets):
+        digested[bucket].append(number)
     steps = []
     for bucket, numbers in enumerate(digested):
         pieces = slice(ends[bucket], ends[bucket + 1])
@@ -133,8 +136,7 @@ def plan_stream(
         steps.append(
             Step(
                 moved=_part(plan, unfilled, pieces),
-                staged_cells=tuple(number for number in numbers if cut.cells[number].copy < 0),
-                moved_cells=tuple(number for number in numbers if cut.cells[number].copy >= 0),
+                cells=tuple(numbers),
                 undecided=_part(plan, unfilled, watched) if watched.size else None,
             )
         )
@@ -143,7 +145,7 @@ def plan_stream(
         plan=plan,
         steps=tuple(steps),
         fills=_part(plan, cut.needs, slice(0, 0)),
-        executor=CpuExecutor(staged.layout, cut.needs, cut.cells),
+        executor=CpuExecutor(staged.layout, cut.needs, cut.cells, threads),
         origins=np.array(cut.origins, dtype=np.int64),
         cells=len(cells),
     )
@@ -185,20 +187,14 @@ def move_stream(
         if not bucket:
             begin()
         here = step.moved.of(bound)
-        source_bytes += plan.executor.move(here)
-        _digest(plan, here, step.staged_cells, digests)
+        sums = plan.executor.update(here, step.cells)
         lanes.done(bucket)
-        _digest(plan, here, step.moved_cells, digests)
+        np.add.at(digests, plan.origins[list(step.cells)], sums)
+        source_bytes += here.plan.source_bytes
     if not plan.steps:
         begin()
     plan.executor.move(plan.fills.of(bound))
     return Streamed(digests, source_bytes)
-
-
-def _digest(plan: StreamPlan, bound: BoundTiles, cells: Sequence[int], digests: Sums) -> None:
-    """Add the digests of cut cells to those of the cells that they are parts of."""
-    sums = plan.executor.digest_cells(bound, cells)
-    np.add.at(digests, plan.origins[list(cells)], sums)
 
 
 def _check_unchanged(plan: StreamPlan, bound: BoundTiles) -> None:
@@ -216,15 +212,14 @@ class _Cut:
     cells: list[Cell]
     origins: list[int]
     buckets: list[int]
-    """Of every cut cell: the bucket that it is read from; -1: it is of a copy."""
+    """Of every cut cell: the bucket that brings it."""
 
 
 def _cut_at_parts(staged: BucketPlan, needs: Needs, cells: Sequence[Cell]) -> _Cut:
-    """Cut copies that transform, with their cells, and cells of no copy, so that each is in one
-    part; keep the others."""
+    """Cut copies that transform, and all cells, so that each is in one part; keep the others."""
     transforms = [copy.transform >= 0 for copy in needs.copies]
     tensors = {copy.tensor for copy in needs.copies if copy.transform >= 0}
-    shards = ShardIndex(staged.layout, tensors | {cell.tensor for cell in cells if cell.copy < 0})
+    shards = ShardIndex(staged.layout, tensors | {cell.tensor for cell in cells})
     copies: list[Copy] = []
     kept = [-1] * len(needs.copies)
     cells_of: dict[int, list[int]] = {}
@@ -240,15 +235,12 @@ def _cut_at_parts(staged: BucketPlan, needs: Needs, cells: Sequence[Cell]) -> _C
             kept[number] = len(copies)
             copies.append(copy)
     for number, cell in enumerate(cells):
-        if cell.copy < 0:
-            for shard, common in shards.meeting(cell.tensor, Box.of(cell.starts, cell.sizes)):
-                add(number, common, -1, shard.segment // staged.lanes)
-        elif transforms[cell.copy]:
+        if cell.copy >= 0 and transforms[cell.copy]:
             cells_of.setdefault(cell.copy, []).append(number)
-        else:
-            cut.cells.append(msgspec.structs.replace(cell, copy=kept[cell.copy]))
-            cut.origins.append(number)
-            cut.buckets.append(-1)
+            continue
+        kept_copy = kept[cell.copy] if cell.copy >= 0 else -1
+        for shard, common in shards.meeting(cell.tensor, Box.of(cell.starts, cell.sizes)):
+            add(number, common, kept_copy, shard.segment // staged.lanes)
     for number, copy in enumerate(needs.copies):
         if not transforms[number]:
             continue
@@ -257,9 +249,9 @@ def _cut_at_parts(staged: BucketPlan, needs: Needs, cells: Sequence[Cell]) -> _C
             for origin in cells_of.get(number, ())
         ]
         for origin, box in boxes or [(-1, Box.of(copy.starts, copy.sizes))]:
-            for _, common in shards.meeting(copy.tensor, box):
+            for shard, common in shards.meeting(copy.tensor, box):
                 if origin >= 0:
-                    add(origin, common, len(copies), -1)
+                    add(origin, common, len(copies), shard.segment // staged.lanes)
                 copies.append(_part_of_copy(copy, common))
     return replace(cut, needs=msgspec.structs.replace(needs, copies=tuple(copies)))
 
@@ -268,23 +260,6 @@ def _part_of_copy(copy: Copy, box: Box) -> Copy:
     steps = zip(box.starts, copy.starts, copy.strides, strict=True)
     offset = copy.offset + sum((start - first) * stride for start, first, stride in steps)
     return msgspec.structs.replace(copy, starts=box.starts, sizes=box.sizes, offset=offset)
-
-
-def _cells_of_buckets(
-    plan: TilePlan, cut: _Cut, bucket_of: Integers, buckets: int
-) -> list[list[int]]:
-    """For every bucket, the cut cells that are digested after it: those whose bytes are all there.
-
-    Without buckets there are only cells without elements, whose digest is 0.
-    """
-    last = np.zeros(len(plan.needs.copies), dtype=np.int64)
-    np.maximum.at(last, plan.pieces.copy, bucket_of)
-    ends = last.tolist()
-    digested: list[list[int]] = [[] for _ in range(buckets)]
-    for number, (cell, bucket) in enumerate(zip(cut.cells, cut.buckets, strict=True)):
-        if buckets:
-            digested[bucket if bucket >= 0 else ends[cell.copy]].append(number)
-    return digested
 
 
 def _part(plan: TilePlan, needs: Needs, chosen: Chosen) -> Part:

@@ -1,7 +1,8 @@
 """Answers a consumer's requests inside one engine worker: describe, attach, apply, inspect, detach.
 
-Owns the live parameters of one rank while `handle` runs, what is known of each layout, and the
-mapped segments and staging blocks. Engine-independent: the engine's adapter is a `ModelHost`.
+Owns the live parameters of one rank while `handle` runs, what is known of each layout, the mapped
+segments and staging blocks, and the threads that move and digest. Engine-independent: the engine's
+adapter is a `ModelHost`.
 
 Invariants:
     `touched` is set before the first write to a live parameter, whoever writes, and cleared only
@@ -13,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 from collections import OrderedDict
@@ -24,6 +26,7 @@ from weightbus.consumers.errors import NotAttached, PlanError, ProofNeeded
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.reloader import Outcome, Reloader
+from weightbus.consumers.reload.threads import Threads, threads_per_worker
 from weightbus.consumers.transfer.lanes import Lanes, StagingCache
 from weightbus.consumers.transfer.relayed import OpenRelayed, RelayReader
 from weightbus.consumers.transfer.segments import OpenSegment, SegmentCache
@@ -80,6 +83,7 @@ class ReloadWorker:
         self.instance = uuid.uuid4().hex
         """Of this worker process; a new one has nothing attached."""
         self._host = host
+        self._threads = Threads(threads_per_worker(len(os.sched_getaffinity(0)), world_size))
         self._version = -1
         self._touched = False
         self._updates = 0
@@ -130,7 +134,9 @@ class ReloadWorker:
             )
 
     def close(self) -> None:
-        """Unmap every segment and block, and forget every plan. Parameters stay as they are."""
+        """Unmap every segment and block, end every thread, and forget every plan. Parameters stay
+        as they are."""
+        self._threads.close()
         self._known.clear()
         self._segments.close()
         self._staging.close()
@@ -144,7 +150,9 @@ class ReloadWorker:
             if found != request.layout_digest:
                 raise PlanError("digest of the layout", found, f"must be {request.layout_digest}")
             deadline.check()
-            known = self._known[request.layout_digest] = _Known(Reloader(self._host, layout))
+            known = self._known[request.layout_digest] = _Known(
+                Reloader(self._host, layout, self._threads)
+            )
             if len(self._known) > LAYOUTS_KEPT:
                 self._known.popitem(last=False)
         deadline.check()
