@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import structs
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.routes import plan_round
+from weightbus.consumers.planning.routes import PlanSource, plan_round
 from weightbus.consumers.round.config import PlanRequest
 from weightbus.schemas.rounds import RoundPlan
 
@@ -18,6 +18,7 @@ def plan_request(request: PlanRequest) -> RoundPlan:
     Raises:
         PlanError: no engine can be reached by any route.
     """
+    origin = request.origin
     decision = plan_round(
         request.joins,
         version=request.ready.version,
@@ -28,6 +29,7 @@ def plan_request(request: PlanRequest) -> RoundPlan:
         late=request.late,
         commit=request.commit,
         budgets=request.budgets,
+        source=PlanSource(hosts=origin.hosts, layout_bytes=origin.layout_bytes, files=origin.files),
     )
     if decision.plan is None:
         reasons = "; ".join(f"{engine}: {reason}" for engine, reason in decision.refused.items())

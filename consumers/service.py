@@ -353,6 +353,7 @@ class Consumer:
                         prepared.manifest.layout_digest,
                         prepared.rendezvous,
                         prepared.groups,
+                        prepared.origin,
                     )
                 )
         del self._preparing[token]

@@ -22,33 +22,31 @@ import numpy.typing as npt
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusError, LeaseLost
-from weightbus.bus.files import expand_index_files, read_layout_of_files
 from weightbus.consumers.config import ConsumerConfig
-from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.consumers.engines.engine import Engine
 from weightbus.consumers.errors import (
     ConsumerError,
     DeadlineExceeded,
     DigestMismatch,
     NotAttached,
     RouteUnavailable,
-    SegmentUnavailable,
     TransferCancelled,
     TransferError,
     VersionRetired,
-    WorkerLost,
     cause_of,
 )
+from weightbus.consumers.manifest import Manifest, read_manifest
+from weightbus.consumers.pause import Pause
 from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cells
+from weightbus.consumers.round.config import Origin
 from weightbus.consumers.transfer.route import Route, Transfer
-from weightbus.consumers.transfer.segments import stamped
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.layout import Layout
-from weightbus.schemas.layout_codec import check_placement, encode_layout, layout_digest
+from weightbus.schemas.layout_codec import check_placement
 from weightbus.schemas.leases import ReaderLease
-from weightbus.schemas.placement import FileSegment, Placement
 from weightbus.schemas.progress import Verified
 from weightbus.schemas.rounds import RankOffer, RoundPlan
 from weightbus.schemas.worker import Applied, Described, Inspected
@@ -70,21 +68,13 @@ LAYOUTS_KEPT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """All that a reader needs to find every byte of one version."""
-
-    layout: Layout
-    layout_digest: str
-    layout_blob: bytes
-    placement: Placement
-
-
-@dataclass(frozen=True, kw_only=True)
 class Binding:
     """What is known of the engine relative to one layout."""
 
     described: tuple[Described, ...]
     need_bytes: tuple[int, ...]
+    layout_bytes: int
+    """Of all tensors."""
     cells: CellPlan
 
     @property
@@ -105,6 +95,13 @@ class Prepared:
     """Where groups meet whose first member is this engine; empty: it can be in none."""
     groups: tuple[str, ...] = ()
     """Ids of the groups that are ready."""
+
+    @property
+    def origin(self) -> Origin:
+        manifest = self.manifest
+        return Origin(
+            layout_bytes=self.binding.layout_bytes, hosts=manifest.hosts, files=manifest.in_files
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +162,7 @@ class Updater:
                 async with self._engine_turn:
                     inspected = await self._engine.inspect(None, deadline_s)
                     binding = await self._bind(manifest, inspected, deadline_s)
-                routes = await self._reachable(manifest)
+                routes = await self._reachable(manifest, ready.version)
         except TimeoutError as error:
             raise DeadlineExceeded("prepare", deadline_s) from error
         proven = all(manifest.layout_digest in rank.proven for rank in inspected)
@@ -195,7 +192,7 @@ class Updater:
             TransferError: it failed or was cancelled, and nothing writes to the engine any more.
                 If `touched`, it stays paused; otherwise it does what it did before.
         """
-        pause = _Pause(self._engine, prepared.binding.instances, deadline_s, self._config.command_s)
+        pause = Pause(self._engine, prepared.binding.instances, deadline_s, self._config.command_s)
         try:
             with anyio.fail_after(deadline_s), moving:
                 applied, route = await self._move(prepared, plan, pause, deadline_s)
@@ -280,7 +277,7 @@ class Updater:
             layout, blob = await self._bus.layouts.get(digest)
         else:
             return await anyio.to_thread.run_sync(
-                _read_files, ready.files, self._config.file_roots, abandon_on_cancel=True
+                read_manifest, ready.files, self._config.file_roots, abandon_on_cancel=True
             )
         check_placement(layout, placement)
         return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
@@ -303,14 +300,18 @@ class Updater:
         described = await self._engine.describe(
             manifest.layout_digest, manifest.layout_blob, deadline_s
         )
-        cells, need_bytes = await anyio.to_thread.run_sync(_plan_proof, manifest.layout, described)
+        cells, need_bytes, layout_bytes = await anyio.to_thread.run_sync(
+            _plan_proof, manifest.layout, described
+        )
         await self._engine.attach(
             manifest.layout_digest,
             tuple(rank.needs_digest for rank in described),
             cells.cells,
             deadline_s,
         )
-        binding = Binding(described=described, need_bytes=need_bytes, cells=cells)
+        binding = Binding(
+            described=described, need_bytes=need_bytes, layout_bytes=layout_bytes, cells=cells
+        )
         self._bindings[manifest.layout_digest] = binding
         if len(self._bindings) > LAYOUTS_KEPT:
             self._bindings.popitem(last=False)
@@ -341,9 +342,10 @@ class Updater:
         limits = [max(1, room) for room in rooms if room is not None]
         return min([free_bytes, *limits]) if free_bytes else min(limits, default=0)
 
-    async def _reachable(self, manifest: Manifest) -> tuple[RouteName, ...]:
-        """Routes by which every segment can be reached from here, nearest first."""
-        reachable, refusals = [], []
+    async def _reachable(self, manifest: Manifest, version: int) -> tuple[RouteName, ...]:
+        """Routes by which every segment can be reached from here, nearest first; those that are
+        out of favour only if there is no other."""
+        reachable, disfavoured, refusals = list[RouteName](), list[RouteName](), list[str]()
         for name, route in self._routes.items():
             try:
                 await anyio.to_thread.run_sync(
@@ -352,13 +354,13 @@ class Updater:
             except ConsumerError as error:
                 refusals.append(f"{name}: {error}")
             else:
-                reachable.append(name)
-        if not reachable:
+                (reachable if route.is_favoured(version) else disfavoured).append(name)
+        if not (reachable or disfavoured):
             raise RouteUnavailable("any", "; ".join(refusals) or "the configuration allows none")
-        return tuple(reachable)
+        return tuple(reachable or disfavoured)
 
     async def _move(
-        self, prepared: Prepared, plan: RoundPlan, pause: _Pause, deadline_s: float
+        self, prepared: Prepared, plan: RoundPlan, pause: Pause, deadline_s: float
     ) -> tuple[tuple[Applied, ...], RouteName]:
         """Every rank by the route that the plan gives this engine."""
         (part,) = (part for part in plan.engines if part.engine == self._config.engine)
@@ -424,91 +426,16 @@ class Updater:
         return np.frombuffer(blob, dtype="<u8")
 
 
-class _Pause:
-    """The pause of one transfer: begun before the first byte is written, undone if none was."""
-
-    def __init__(
-        self, engine: Engine, instances: Sequence[str], deadline_s: float, command_s: float
-    ) -> None:
-        self._engine = engine
-        self._instances = instances
-        self._deadline_s = deadline_s
-        self._command_s = command_s
-        self._lock = anyio.Lock()
-        self._before: tuple[Inspected, ...] | None = None
-        self._served: EngineReport | None = None
-        self.start_ns = 0
-        """When requests began to wait; 0: not paused."""
-
-    async def begin(self) -> None:
-        """Pause the engine, once, however many routes ask; requests that run are waited for.
-
-        Raises:
-            WorkerLost: a worker is not the process that was prepared.
-        """
-        async with self._lock:
-            if self._before is not None:
-                return
-            report = await self._engine.state(self._command_s)
-            before = await self._engine.inspect(None, self._deadline_s)
-            for rank, known in zip(before, self._instances, strict=True):
-                if rank.instance != known:
-                    raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
-            self.start_ns = time.time_ns()
-            self._served = report
-            await self._engine.pause(self._deadline_s)
-            self._before = before
-
-    async def undo_unless_touched(self) -> bool:
-        """Whether a live parameter may have been written; if none was, serve as before.
-
-        Never raises: an engine that does not answer may have been written to.
-        """
-        if self._served is None:
-            return False
-        with anyio.CancelScope(shield=True):
-            try:
-                if self._before is not None:  # the pause was complete: routes may have written
-                    after = await self._engine.inspect(None, self._command_s)
-                    if _contents(after) != _contents(self._before):
-                        return True
-                if self._served.touched:
-                    return True
-                if not self._served.paused:
-                    await self._engine.resume(self._served.version, self._command_s)
-            except ConsumerError as error:
-                _logger.warning("the engine's parameters count as touched: %s", error)
-                return True
-        return False
-
-
-def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, int, bool]]:
-    """Differs if the parameters of some rank may have been written to in between."""
-    return [(rank.instance, rank.updates, rank.version, rank.touched) for rank in ranks]
-
-
-def _read_files(files: Sequence[str], roots: Sequence[str]) -> Manifest:
-    """The manifest of safetensors files, indexes expanded. Blocking; only reads."""
-    paths = expand_index_files(files, roots)
-    try:  # before the headers are read: what is read must be what is stamped
-        segments = [stamped(FileSegment(path=path)) for path in paths]
-    except SegmentUnavailable:
-        read_layout_of_files(paths, roots)  # names what is wrong: absent, or outside the roots
-        raise
-    layout = read_layout_of_files(paths, roots)
-    return Manifest(
-        layout=layout,
-        layout_digest=layout_digest(layout),
-        layout_blob=encode_layout(layout),
-        placement=tuple((segment,) for segment in segments),
-    )
-
-
-def _plan_proof(layout: Layout, described: Sequence[Described]) -> tuple[CellPlan, tuple[int, ...]]:
-    """The cells of every rank, and how many bytes each rank reads."""
+def _plan_proof(
+    layout: Layout, described: Sequence[Described]
+) -> tuple[CellPlan, tuple[int, ...], int]:
+    """The cells of every rank, how many bytes each rank reads, and how many there are."""
     sizes = [DTYPE_BYTES[tensor.dtype] for tensor in layout.tensors]
     need_bytes = tuple(
         sum(math.prod(copy.sizes) * sizes[copy.tensor] for copy in rank.needs.copies)
         for rank in described
     )
-    return plan_cells(layout, tuple(rank.needs for rank in described)), need_bytes
+    layout_bytes = sum(
+        math.prod(tensor.shape) * size for tensor, size in zip(layout.tensors, sizes, strict=True)
+    )
+    return plan_cells(layout, tuple(rank.needs for rank in described)), need_bytes, layout_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightbus.consumers.round.config import Origin, RoundConfig
 from weightbus.consumers.round.events import TransferDone
@@ -76,7 +76,7 @@ class Work:
     """Where a group meets that this engine is the first member of."""
     groups: tuple[str, ...] = ()
     """Ids of the groups that are ready."""
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
     alone: bool = False
     """In a round of this engine's own."""
     plan: RoundPlan | None = None

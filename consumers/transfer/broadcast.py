@@ -10,6 +10,7 @@ for it longer than he must; a block is left only when its group writes to it no 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,8 +18,10 @@ from typing import ClassVar, Final
 
 import anyio
 
+from weightbus.consumers.errors import PeerLost
 from weightbus.consumers.planning.hosts import HostShare, host_share, turn_of
 from weightbus.consumers.transfer.alone import bring_alone
+from weightbus.consumers.transfer.favour import Favour
 from weightbus.consumers.transfer.fetch import Fetcher
 from weightbus.consumers.transfer.groups import GlooExchange, Groups, Meeting
 from weightbus.consumers.transfer.pipeline import Lane, Reader
@@ -35,9 +38,12 @@ from weightbus.consumers.transfer.staging import BlockSpec, StagingBlock
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import Placement, Segment
+from weightbus.schemas.rounds import Group, RoundPlan
 from weightbus.schemas.worker import Applied
 
 __all__ = ("BroadcastRoute",)
+
+_logger = logging.getLogger(__name__)
 
 GRAVE_POLL_S: Final = 0.02
 
@@ -58,7 +64,7 @@ class BroadcastRoute(Route):
     ) -> None:
         self._engine = engine
         self._sources, self._staging = sources, staging
-        self._groups = groups
+        self._groups, self._favour = groups, Favour()
         self.rendezvous = meeting.rendezvous
 
     @property
@@ -68,6 +74,9 @@ class BroadcastRoute(Route):
     @property
     def room_bytes(self) -> int:
         return self._staging.pool.room_bytes
+
+    def is_favoured(self, version: int) -> bool:
+        return self._favour.allows(version)
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         return self._sources.reach(self.name, layout, placement)
@@ -94,7 +103,7 @@ class BroadcastRoute(Route):
         clock, plan = Clock("broadcast", deadline_s), transfer.plan
         buckets = await self._staging.plan(transfer, plan.bucket_bytes, len(share.names))
         members = [(lane.group, share.place) for lane in share.owned]
-        exchanges = await self._groups.open_all(members, plan.epoch, clock.left_s())
+        exchanges = await self._meet(members, plan, clock)
         lanes: list[Lane] = []
         try:
             async with self._open_blocks(transfer, fetcher, share, exchanges, clock) as blocks:
@@ -116,6 +125,33 @@ class BroadcastRoute(Route):
         finally:
             if not lanes or any(lane.filled < buckets.buckets for lane in lanes):
                 self._groups.drop_nowait(exchange.id for exchange in exchanges)
+
+    async def _meet(
+        self, members: Sequence[tuple[Group, int]], plan: RoundPlan, clock: Clock
+    ) -> tuple[GlooExchange, ...]:
+        """The groups of a plan; that they do not meet is remembered.
+
+        Raises:
+            PeerLost, DeadlineExceeded: as `Groups.open_all`.
+        """
+        forming = [group for group, _ in members if group.rendezvous and len(group.members) > 1]
+        try:
+            exchanges = await self._groups.open_all(members, plan.epoch, clock.left_s())
+        except PeerLost as error:
+            if forming:
+                left_out = self._favour.missed(plan.version)
+                _logger.warning(
+                    "the next %d versions come without a broadcast, since a group did not form at "
+                    "%s; can all its hosts reach the --address %s of this one, and it theirs? %s",
+                    left_out,
+                    forming[0].rendezvous,
+                    self._groups.address,
+                    error,
+                )
+            raise
+        if forming:
+            self._favour.met()
+        return exchanges
 
     @asynccontextmanager
     async def _open_blocks(

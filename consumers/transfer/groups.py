@@ -187,7 +187,7 @@ class Groups:
     def __init__(
         self, address: str, *, form_s: float = FORM_S, operation_s: float = OPERATION_S
     ) -> None:
-        self._address = address
+        self.address = address
         self._form_s, self._operation_s = form_s, operation_s
         self._ready: OrderedDict[str, GlooExchange] = OrderedDict()
         self._graves: list[threading.Thread] = []
@@ -277,7 +277,7 @@ class Groups:
         if not group.rendezvous:
             raise PeerLost(group.id, exchange.others, "it is not ready here (any more)")
         forming = _Forming(
-            lambda: _form_group(self._address, group, place, epoch, self._operation_s)
+            lambda: _form_group(self.address, group, place, epoch, self._operation_s)
         )
         try:
             with anyio.fail_after(deadline_s):

@@ -72,6 +72,10 @@ class P2pRoute(Route):
         )
         self._copies, self._kept = copies, kept
 
+    @property
+    def room_bytes(self) -> int | None:
+        return self._staging.pool.room_bytes if self._kept is None else None
+
     def widen(self, ready: CheckpointReady, layout_digest: str, placement: Placement) -> Placement:
         if self._copies is None:
             return placement

@@ -59,6 +59,10 @@ class Route(ABC):
         """What this route's staging may take now; None: it has none."""
         return None
 
+    def is_favoured(self, version: int) -> bool:
+        """False: it can be taken, but only if nothing else can, since it failed of late."""
+        return True
+
     def widen(self, ready: CheckpointReady, layout_digest: str, placement: Placement) -> Placement:
         """A placement with more ways than its publisher offers. Called before `reach`."""
         return placement

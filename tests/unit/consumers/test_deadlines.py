@@ -74,7 +74,7 @@ ALLOWED: Final[Mapping[str, str]] = {
     "update.py:Updater._reachable": "called by `prepare` only, under its deadline",
     "update.py:Updater._bind": SELF,
     "update.py:Updater._prove": SELF,
-    "update.py:_Pause.begin": "held for commands to the engine, which have their deadlines",
+    "pause.py:Pause.begin": "held for commands to the engine, which have their deadlines",
 }
 """File and function -> why it may wait without a deadline in sight."""
 

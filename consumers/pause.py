@@ -1,0 +1,84 @@
+"""The pause of one transfer: begun before the first byte is written, undone if none was.
+
+Owns nothing but what it has seen of the engine. Invariant: an engine that may have been written to
+stays paused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import anyio
+
+from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.consumers.errors import ConsumerError, WorkerLost
+from weightbus.schemas.worker import Inspected
+
+__all__ = ("Pause",)
+
+_logger = logging.getLogger(__name__)
+
+
+class Pause:
+    """Of one engine, for one transfer."""
+
+    def __init__(
+        self, engine: Engine, instances: Sequence[str], deadline_s: float, command_s: float
+    ) -> None:
+        self._engine = engine
+        self._instances = instances
+        self._deadline_s = deadline_s
+        self._command_s = command_s
+        self._lock = anyio.Lock()
+        self._before: tuple[Inspected, ...] | None = None
+        self._served: EngineReport | None = None
+        self.start_ns = 0
+        """When requests began to wait; 0: not paused."""
+
+    async def begin(self) -> None:
+        """Pause the engine, once, however many routes ask; requests that run are waited for.
+
+        Raises:
+            WorkerLost: a worker is not the process that was prepared.
+        """
+        async with self._lock:
+            if self._before is not None:
+                return
+            report = await self._engine.state(self._command_s)
+            before = await self._engine.inspect(None, self._deadline_s)
+            for rank, known in zip(before, self._instances, strict=True):
+                if rank.instance != known:
+                    raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
+            self.start_ns = time.time_ns()
+            self._served = report
+            await self._engine.pause(self._deadline_s)
+            self._before = before
+
+    async def undo_unless_touched(self) -> bool:
+        """Whether a live parameter may have been written; if none was, serve as before.
+
+        Never raises: an engine that does not answer may have been written to.
+        """
+        if self._served is None:
+            return False
+        with anyio.CancelScope(shield=True):
+            try:
+                if self._before is not None:  # the pause was complete: routes may have written
+                    after = await self._engine.inspect(None, self._command_s)
+                    if _contents(after) != _contents(self._before):
+                        return True
+                if self._served.touched:
+                    return True
+                if not self._served.paused:
+                    await self._engine.resume(self._served.version, self._command_s)
+            except ConsumerError as error:
+                _logger.warning("the engine's parameters count as touched: %s", error)
+                return True
+        return False
+
+
+def _contents(ranks: Sequence[Inspected]) -> list[tuple[str, int, int, bool]]:
+    """Differs if the parameters of some rank may have been written to in between."""
+    return [(rank.instance, rank.updates, rank.version, rank.touched) for rank in ranks]
