@@ -18,6 +18,7 @@ from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.config import RoundConfig
 from weightbus.consumers.round.machine import RoundMachine
 from weightbus.consumers.round.phases import Phase
+from weightbus.consumers.transfer.favour import Favour
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.progress import EngineState
 from weightbus.schemas.rounds import RankOffer
@@ -93,6 +94,7 @@ class Consumer(Client):
         self._state: EngineState | None = None
         self._ready_groups: set[str] = set()
         """Ids of groups that have served a whole transfer, and did not break since."""
+        self._favour = Favour()
         self._held: set[int] = set()
         """Versions whose reader lease is held."""
         self._do: dict[type[do.Instruction], Callable[[Any], None]] = {
@@ -308,7 +310,7 @@ class Consumer(Client):
             self._answer(token, ev.PrepareFailed(token, *failure))
             return
         self._described = self.engine.incarnation
-        offers = self._offers(source)
+        offers = self._offers(source, ready.version)
         plan = self._bus.plans.get(order.round)
         prepared = ev.Prepared(
             token,
@@ -320,9 +322,10 @@ class Consumer(Client):
         )
         self._answer(token, prepared)
 
-    def _offers(self, source: Source) -> tuple[RankOffer, ...]:
+    def _offers(self, source: Source, version: int) -> tuple[RankOffer, ...]:
         near: tuple[RouteName, ...] = ("local",) if source.host == self.engine.host else ()
-        far: tuple[RouteName, ...] = ("broadcast", "p2p") if self.engine.streams else ("p2p",)
+        streams = self.engine.streams and self._favour.allows(version)
+        far: tuple[RouteName, ...] = ("broadcast", "p2p") if streams else ("p2p",)
         return tuple(
             RankOffer(
                 rank=rank,
@@ -360,6 +363,13 @@ class Consumer(Client):
 
     def _transferred(self, order: do.Transfer, event: ev.Event) -> None:
         """Groups are kept for the next version, unless they broke."""
+        transfer = self._transfers.get(order.token)
+        forming = any(group.rendezvous for group in order.plan.groups)
+        if transfer is not None and "broadcast" in transfer.routes and forming:
+            if transfer.met:
+                self._favour.met()
+            elif isinstance(event, ev.TransferFailed) and event.cause == "PeerLost":
+                self._favour.missed(order.plan.version)
         groups = {group.id for group in order.plan.groups}
         if isinstance(event, ev.TransferDone):
             if "broadcast" in event.routes:

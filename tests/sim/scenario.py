@@ -114,6 +114,8 @@ class Simulation:
             SimEngine(world, f"e{number}", dice.choice(hosts), ranks, self.sources)
             for number in range(dice.randint(2, 6))
         ]
+        if not calm and world.chance(0.2):
+            self._groups.apart = frozenset(e.name for e in dice.sample(self.engines, 2))
         self.trainer = self._start_trainer(0)
         for engine in self.engines:
             self._start_consumer(engine, world.between(0.0, 1.0))

@@ -46,6 +46,9 @@ class Groups:
     broken: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Group's id -> (round, epoch) of the plan in which it broke."""
 
+    apart: frozenset[str] = frozenset()
+    """Two engines that never meet: neither reaches the address of the other. Empty: all do."""
+
     def enter(self, plan: RoundPlan, engine: str, consumer: str) -> None:
         """A consumer enters the groups of a plan.
 
@@ -119,8 +122,10 @@ class SimTransfer:
         self._wrote = False
         self._duration_s = world.between(0.02, 1.0)
         (part,) = (part for part in order.plan.engines if part.engine == engine.name)
-        self._routes: tuple[RouteName, ...] = tuple(sorted({rank.route for rank in part.ranks}))
-        self._group = "broadcast" in self._routes
+        self.routes: tuple[RouteName, ...] = tuple(sorted({rank.route for rank in part.ranks}))
+        self._group = "broadcast" in self.routes
+        self.met = False
+        """Its groups have formed, or were ready."""
         world.after(world.between(0.002, 0.05), self._open)
         world.at(order.deadline_ns, self._run_out)
 
@@ -173,10 +178,12 @@ class SimTransfer:
         self._groups.enter(plan, self._engine.name, self._consumer)
         come = self._groups.come.setdefault((plan.round, plan.epoch), {})
         come[self._engine.name] = self
-        if come.keys() >= expected:
+        apart = self._groups.apart
+        if come.keys() >= expected and not (apart and apart <= expected):
             works = self._groups.meet(plan, come)
             for transfer in list(come.values()):
                 if works:
+                    transfer.met = True
                     transfer._begin()
                 else:
                     transfer._lose_peer()
@@ -204,7 +211,7 @@ class SimTransfer:
             delay_s = self._duration_s * self._world.random.random()
             self._world.after(delay_s, self._fail, "WorkerLost", "a worker died while writing")
             return
-        if "local" not in self._routes and self._world.chance(self._faults.unproven):
+        if "local" not in self.routes and self._world.chance(self._faults.unproven):
             self._world.after(self._duration_s * self._world.random.random(), self._relay)
             return
         self._world.after(self._duration_s, self._prove)
@@ -233,7 +240,7 @@ class SimTransfer:
             ev.TransferDone(
                 self._order.token,
                 "verified",
-                self._routes,
+                self.routes,
                 bytes=self._engine.ranks,
                 weights_digest=f"{self._source.content:016x}",
             )
@@ -283,5 +290,5 @@ class SimTransfer:
             self._fail("PeerLost", "a member of the group is gone")
 
     def _readable(self) -> bool:
-        local = self._routes == ("local",)
+        local = self.routes == ("local",)
         return self._source.whole and (local or self._source.trainer.alive)

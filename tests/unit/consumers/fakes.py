@@ -269,10 +269,14 @@ class FakeRoute(Route):
         self.before_end: Callable[[], Awaitable[None]] | None = None
         self.asked: list[Transfer] = []
         self.room: int | None = None
+        self.favoured = True
 
     @property
     def room_bytes(self) -> int | None:
         return self.room
+
+    def is_favoured(self, version: int) -> bool:
+        return self.favoured
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         if self.unreachable:

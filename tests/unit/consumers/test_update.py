@@ -36,6 +36,7 @@ from weightbus.consumers.errors import (
     VersionRetired,
     WorkerLost,
 )
+from weightbus.consumers.round.config import Origin
 from weightbus.consumers.update import LAYOUTS_KEPT, Outcome, Updater
 from weightbus.schemas.checkpoint import CheckpointRetired
 from weightbus.schemas.layout_codec import layout_digest
@@ -174,6 +175,23 @@ async def test_offer_of_memory_keeps_to_what_staging_has_room_for(
     engine.free_bytes, route.room = free_bytes, room_bytes
     prepared = await World(engine, FakeRoute(), route).updater.prepare(ready_of(2), LONG_S)
     assert [offer.free_bytes for offer in prepared.offers] == [offered] * 2
+
+
+async def test_route_out_of_favour_is_offered_only_when_no_other_reaches() -> None:
+    group, far = FakeRoute("broadcast"), FakeRoute("p2p")
+    group.favoured = False
+    world = World(FakeEngine(2, 1), group, far)
+    world.engine.prove(layout_digest(LAYOUT))
+    prepared = await world.updater.prepare(ready_of(2), LONG_S)
+    assert [offer.routes for offer in prepared.offers] == [("p2p",)] * 2
+    far.unreachable = "there is no transfer engine"
+    prepared = await world.updater.prepare(ready_of(2), LONG_S)
+    assert [offer.routes for offer in prepared.offers] == [("broadcast",)] * 2
+
+
+async def test_origin_is_told_with_what_was_prepared() -> None:
+    prepared = await World(FakeEngine(2, 1)).updater.prepare(ready_of(2), LONG_S)
+    assert prepared.origin == Origin(layout_bytes=len(DATA), hosts=1, files=False)
 
 
 async def test_prepare_offers_the_routes_that_reach_every_segment() -> None:

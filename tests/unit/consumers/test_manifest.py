@@ -1,0 +1,47 @@
+"""How many hosts a version can be read from, and whether it lies in files."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightbus.consumers.manifest import Manifest
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.placement import (
+    FileSegment,
+    RemoteSegment,
+    Segment,
+    SharedMemorySegment,
+)
+
+FILE = FileSegment(path="/a")
+
+
+def memory(host: str) -> SharedMemorySegment:
+    return SharedMemorySegment(name="weightbus-a", host_id=host, generation=2)
+
+
+def remote(session: str) -> RemoteSegment:
+    return RemoteSegment(protocol="tcp", session=session, address=0, generation=2)
+
+
+@pytest.mark.parametrize(
+    ("placement", "hosts", "in_files"),
+    [
+        ([[memory("h")], [memory("h")]], 1, False),
+        ([[memory("h"), remote("10.0.0.1:5")]], 1, False),
+        ([[memory("h"), remote("10.0.0.1:5")], [memory("i"), remote("10.0.0.2:5")]], 2, False),
+        ([[remote("10.0.0.1:5"), remote("10.0.0.1:6"), remote("[fd00::1]:6")]], 2, False),
+        ([[FILE], [FILE]], 1, True),
+        ([[FILE], [FILE, remote("10.0.0.1:5")]], 1, False),
+    ],
+)
+def test_hosts_are_counted_once_whatever_they_offer(
+    placement: list[list[Segment]], hosts: int, in_files: bool
+) -> None:
+    manifest = Manifest(
+        layout=Layout((), (), ()),
+        layout_digest="0" * 64,
+        layout_blob=b"",
+        placement=tuple(tuple(ways) for ways in placement),
+    )
+    assert (manifest.hosts, manifest.in_files) == (hosts, in_files)
