@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +14,15 @@ from rich.table import Table
 from weightbus.bus.files import read_layout_of_files
 from weightbus.consumers.planning.cost import RouteCost
 from weightbus.consumers.planning.explain import Explanation, Fleet, PartExplained, explain
-from weightbus.consumers.planning.shapes import MODELS, Family, families_of
+from weightbus.consumers.planning.shapes import MODELS, Families, Family, families_of
 from weightbus.schemas.layout_codec import decode_layout
 from weightbus.tracing.text import format_bytes, format_seconds
 
 __all__ = ("command",)
 
 T = TypeVar("T")
+
+EXIT_REFUSED = 1
 
 
 @click.command("plan")
@@ -56,21 +58,24 @@ def command(
 ) -> None:
     """Print the routes that a round would take, with bytes per card and predicted seconds.
 
-    Neither the model nor the fleet need exist. docs/cost-model.md derives the numbers.
+    Neither the model nor the fleet need exist. docs/cost-model.md derives the numbers. Exits with 1
+    if no engine can be planned for.
     """
     if sum(given is not None for given in (model, layout_file, families_file)) != 1:
         raise click.UsageError("give one of --model, --layout and --families")
     if layout_file is not None:
         families = _families_of_file(layout_file)
     elif families_file is not None:
-        families = _decoded(families_file, tuple[Family, ...])
+        families = _decoded(families_file, Families)
     else:
         families = MODELS[str(model)]()
     explanation = explain(families, _decoded(fleet_file, Fleet))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(explanation), indent=2))
-        return
-    _show(explanation, explained)
+    else:
+        _show(explanation, explained)
+    if explanation.plan is None:
+        click.get_current_context().exit(EXIT_REFUSED)
 
 
 def _decoded(path: Path, kind: type[T]) -> T:
@@ -92,32 +97,39 @@ def _families_of_file(path: Path) -> tuple[Family, ...]:
 
 
 def _show(explanation: Explanation, explained: bool) -> None:
+    ranks, hosts = counted(explanation.ranks, "rank"), counted(explanation.hosts, "host")
     click.echo(
-        f"{explanation.tensors:,} tensors, {format_bytes(explanation.layout_bytes)}, to "
-        f"{explanation.ranks:,} ranks on {explanation.hosts:,} hosts"
+        f"{counted(explanation.tensors, 'tensor')}, {format_bytes(explanation.layout_bytes)}, "
+        f"to {ranks} on {hosts}"
     )
     if explanation.lanes:
-        click.echo(
-            f"broadcast in {explanation.lanes} lanes; {explanation.slots} slots of "
-            f"{explanation.bucket_bytes // 2**20} MiB each"
-        )
-    for _, alike in groupby(explanation.parts, key=_likeness):
-        _show_alike(list(alike), explained)
-    click.echo(f"predicted in all: {format_seconds(explanation.seconds)}")
+        lanes, slots = counted(explanation.lanes, "lane"), counted(explanation.slots, "slot")
+        size = f"{explanation.bucket_bytes / 2**20:,g} MiB"
+        click.echo(f"broadcast in {lanes}; {slots} of {size} each")
+    alike: dict[Hashable, list[PartExplained]] = {}
+    for part in explanation.parts:
+        alike.setdefault(_likeness(part), []).append(part)
+    for parts in alike.values():
+        _show_alike(parts, explained)
+    click.echo()
+    if explanation.plan is None:
+        click.echo("nobody can be planned for")
+    else:
+        click.echo(f"predicted in all: {format_seconds(explanation.seconds)}")
 
 
-def _likeness(part: PartExplained) -> tuple[object, ...]:
-    """Parts that are described by the same words."""
-    return part.ranks, part.reason, part.cost, part.rank_bytes, str(part.rejected)
+def _likeness(part: PartExplained) -> Hashable:
+    """Parts that are described by the same words: of those that are refused, the reason is shown of
+    the first."""
+    if part.cost is None:
+        return part.ranks, part.reason.replace(part.part, "").replace(part.host, "")
+    return part.ranks, part.reason, part.cost, part.rank_bytes, tuple(part.rejected.items())
 
 
 def _show_alike(parts: list[PartExplained], explained: bool) -> None:
-    first, engines = parts[0], list(dict.fromkeys(part.engine for part in parts))
-    who = engines[0] if len(engines) == 1 else f"{len(engines)} engines, {engines[0]} ... "
-    if len(engines) > 1:
-        who += engines[-1]
+    first = parts[0]
     click.echo()
-    click.echo(f"{who}: {len(parts)} host(s) with {first.ranks} ranks each")
+    click.echo(_who(parts))
     if first.cost is None:
         click.echo(f"  refused: {first.reason}")
         return
@@ -127,6 +139,27 @@ def _show_alike(parts: list[PartExplained], explained: bool) -> None:
         _show_stages(first.cost)
         for route, why in first.rejected.items():
             click.echo(f"  not {route}: {why}")
+
+
+def _who(parts: Sequence[PartExplained]) -> str:
+    """`16 engines, kimi-0 ... kimi-15, on 32 hosts: 8 ranks of an engine on each`."""
+    engines = list(dict.fromkeys(part.engine for part in parts))
+    hosts, ranks = {part.host for part in parts}, counted(parts[0].ranks, "rank")
+    if len(parts) == 1:
+        return f"{parts[0].part} on {parts[0].host}: {ranks}"
+    who, of = engines[0], ""
+    if len(engines) > 1:
+        names = f"{engines[0]} {'...' if len(engines) > 2 else 'and'} {engines[-1]}"
+        who, of = f"{counted(len(engines), 'engine')}, {names},", "an engine"
+    where = f"{who} on {counted(len(hosts), 'host')}"
+    if len(parts) > len(hosts):
+        return f"{where}: {ranks} each"
+    return f"{where}: {ranks} {f'of {of} ' if of else ''}on each"
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 rank`, `2,048 ranks`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _staged(cost: RouteCost) -> str:
@@ -140,9 +173,9 @@ def _show_stages(cost: RouteCost) -> None:
     table = Table("stage", "seconds", "bytes per host", "limited by", box=None, pad_edge=False)
     for stage in cost.stages:
         size = format_bytes(stage.bytes) if stage.bytes else ""
-        table.add_row(stage.name, f"{stage.seconds:.3f}", size, stage.limit)
-    overlapped = f"overlapped in {cost.buckets:,} buckets" if cost.buckets > 1 else ""
-    table.add_row("in all", f"{cost.seconds:.3f}", "", overlapped)
+        table.add_row(stage.name, f"{stage.seconds:,.3f}", size, stage.limit)
+    overlapped = f"overlapped in {counted(cost.buckets, 'bucket')}" if cost.buckets > 1 else ""
+    table.add_row("in all", f"{cost.seconds:,.3f}", "", overlapped)
     console = Console(width=100, soft_wrap=True)
     with console.capture() as capture:
         console.print(table)

@@ -20,7 +20,7 @@ NS_PER_S = 1_000_000_000
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.41 ms`, `12.3 ms`, `1.23 s`, `-12.3 ms`."""
+    """`0.41 ms`, `12.3 ms`, `1.23 s`, `10,292 s`, `-12.3 ms`."""
     milliseconds = seconds * 1000
     if abs(milliseconds) < 999.5:
         return f"{_three_digits(milliseconds)} ms"
@@ -56,4 +56,4 @@ def printable(text: str) -> str:
 
 def _three_digits(value: float) -> str:
     size = abs(value)
-    return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
+    return f"{value:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"

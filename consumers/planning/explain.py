@@ -8,22 +8,34 @@ layout, whichever ranks it has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.choice import seconds_text
 from weightbus.consumers.planning.cost import RouteCost
-from weightbus.consumers.planning.routes import RoundDecision, PlanSource, plan_round
+from weightbus.consumers.planning.host_links import HostLinks
+from weightbus.consumers.planning.routes import PlanSource, RoundDecision, plan_round
 from weightbus.consumers.planning.shapes import Family, rank_bytes, whole_bytes
-from weightbus.schemas.base import RouteName, Token
+from weightbus.schemas.base import RouteName, SizeBytes, Token
+from weightbus.schemas.codec import encode
 from weightbus.schemas.placement import HostId
-from weightbus.schemas.rounds import Join, Links, RankOffer, RoundPlan
+from weightbus.schemas.rounds import Join, RankOffer, RoundPlan
 
 __all__ = ("Explanation", "Fleet", "FleetEngine", "FleetSource", "PartExplained", "explain")
 
 MAX_RANKS = 65_536
 """Of a fleet."""
+
+MAX_PARTS = 4_096
+"""Engines of one plan (`RoundPlan.engines`)."""
+
+MAX_ID_CHARS = 64
+"""Of a `Token`."""
+
+MAX_BYTES = 2**50
+"""Of a model (`SizeBytes`)."""
 
 _ROUTES: tuple[RouteName, ...] = ("local", "broadcast", "p2p")
 Count = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
@@ -34,8 +46,8 @@ class FleetSource(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     hosts: Count = 1
     """That offer it, an equal part each."""
-    links: Links | None = None
-    """Of each of them; not given: the best of any engine's host."""
+    links: HostLinks | None = None
+    """Of each of them; not given: those of the best of the engines' hosts."""
     files: bool = False
     """Engines that go `local` read files, not memory."""
 
@@ -54,14 +66,36 @@ class FleetEngine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Experts are shared out whole, instead of cut."""
     hosts: tuple[HostId, ...] = ()
     """For every part of every engine, its host; not given: each has one of its own."""
-    device: str = "cuda"
+    device: Literal["cpu", "cuda"] = "cuda"
     """`cpu`: its groups are gloo's."""
-    free_bytes: Annotated[int, Meta(ge=0)] = 0
-    """For staging, of every rank; 0: as much as may be."""
-    routes: tuple[RouteName, ...] = ("broadcast", "p2p")
+    free_bytes: SizeBytes = 0
+    """For staging of one engine's ranks on one host, together; 0: as much as may be."""
+    routes: Annotated[tuple[RouteName, ...], Meta(min_length=1, max_length=3)] = (
+        "broadcast",
+        "p2p",
+    )
     """That it offers; one whose plan is not proven yet offers no `broadcast`."""
-    links: Links = Links()
+    links: HostLinks = HostLinks()
     """Of each of its hosts."""
+
+    @property
+    def per_host(self) -> int:
+        """Ranks of one of its engines on one host."""
+        return self.ranks_per_host or self.tp
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: it contradicts itself.
+        """
+        if len(set(self.routes)) < len(self.routes):
+            found = ", ".join(self.routes)
+            raise ValueError(f"routes of engine {self.id} are {found}: each must stand once")
+        if self.per_host > self.tp:
+            raise ValueError(
+                f"ranks_per_host of engine {self.id} is {self.ranks_per_host}: "
+                f"must be at most its tp, {self.tp}"
+            )
 
 
 class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,19 +143,20 @@ def explain(families: Sequence[Family], fleet: Fleet) -> Explanation:
     """Plan a round of `fleet` for a model.
 
     Raises:
-        PlanError: the fleet contradicts itself.
+        PlanError: the fleet contradicts itself, or it or the model is larger than a plan can be.
+        MessageInvalid: the plan is too large for a message.
     """
-    parts = {
-        join.engine: (engine, join)
-        for described in fleet.engines
-        for engine, join in _joins(described, families)
-    }
+    size, source = whole_bytes(families), fleet.source
+    if size > MAX_BYTES:
+        raise PlanError("model", f"{size:,} bytes", f"must be at most {MAX_BYTES:,}")
+    _check_size(fleet)
+    parts: dict[str, tuple[str, Join]] = {}
+    for described in fleet.engines:
+        for engine, join in _joins(described, families):
+            if join.engine in parts:
+                raise PlanError("id of an engine", join.engine, "it must be there once")
+            parts[join.engine] = engine, join
     joins = [join for _, join in parts.values()]
-    ranks = sum(len(join.ranks) for join in joins)
-    if ranks > MAX_RANKS:
-        raise PlanError("fleet", f"{ranks} ranks", f"must be at most {MAX_RANKS}")
-    source = fleet.source
-    size = whole_bytes(families)
     decision = plan_round(
         joins,
         version=0,
@@ -130,40 +165,61 @@ def explain(families: Sequence[Family], fleet: Fleet) -> Explanation:
         leader=joins[0].engine,
         now_ns=0,
         source=PlanSource(
-            links=source.links, hosts=source.hosts, layout_bytes=size, files=source.files
+            links=None if source.links is None else source.links.links,
+            hosts=source.hosts,
+            layout_bytes=size,
+            files=source.files,
         ),
     )
     plan = decision.plan
+    if plan is not None:
+        encode(plan)  # what cannot be sent is no plan
+    reasons = _reasons(plan)
     return Explanation(
         layout_bytes=size,
         tensors=sum(family.count for family in families),
-        ranks=ranks,
+        ranks=sum(len(join.ranks) for join in joins),
         hosts=len({join.host_id for join in joins}),
         lanes=0 if plan is None else len(plan.groups),
         bucket_bytes=0 if plan is None else plan.bucket_bytes,
         slots=0 if plan is None else plan.slots,
         seconds=max((cost.seconds for cost in decision.costs.values()), default=0.0),
-        parts=tuple(
-            _part(engine, join, decision, _reasons(plan)) for engine, join in parts.values()
-        ),
+        parts=tuple(_part(engine, join, decision, reasons) for engine, join in parts.values()),
         plan=plan,
     )
 
 
+def _check_size(fleet: Fleet) -> None:
+    """
+    Raises:
+        PlanError: it is more than one plan holds.
+    """
+    ranks = sum(engine.count * engine.tp for engine in fleet.engines)
+    if ranks > MAX_RANKS:
+        raise PlanError("fleet", f"{ranks:,} ranks", f"must be at most {MAX_RANKS:,}")
+    parts = sum(engine.count * -(-engine.tp // engine.per_host) for engine in fleet.engines)
+    if parts > MAX_PARTS:
+        found = f"{parts:,} engines, or parts of them on a host"
+        raise PlanError("fleet", found, f"a plan holds at most {MAX_PARTS:,}")
+
+
 def _joins(described: FleetEngine, families: Sequence[Family]) -> list[tuple[str, Join]]:
     """(Engine id, join of a part) of engines that are alike."""
-    per_host = min(described.ranks_per_host or described.tp, described.tp)
+    per_host = described.per_host
     parts = -(-described.tp // per_host)
     hosts = described.hosts
     if hosts and len(hosts) != parts * described.count:
         limit = f"must be one for each of {described.count} engines x {parts} parts"
         raise PlanError(f"hosts of engine {described.id}", f"{len(hosts)} long", limit)
     need = rank_bytes(families, described.tp, expert_parallel=described.expert_parallel)
-    joins = []
+    links, joins = described.links.links, []
     for number in range(described.count):
         engine = described.id if described.count == 1 else f"{described.id}-{number}"
         for part in range(parts):
             name = engine if parts == 1 else f"{engine}-part{part}"
+            if len(name) > MAX_ID_CHARS:
+                limit = f"it must have at most {MAX_ID_CHARS} characters"
+                raise PlanError("id of an engine", name, limit)
             own = f"{name}-host"
             join = Join(
                 model="model",
@@ -183,7 +239,7 @@ def _joins(described: FleetEngine, families: Sequence[Family]) -> list[tuple[str
                     )
                     for rank in range(part * per_host, min((part + 1) * per_host, described.tp))
                 ),
-                links=described.links,
+                links=links,
                 rendezvous=f"tcp://{own}:1",
             )
             joins.append((engine, join))
@@ -199,23 +255,6 @@ def _part(
 ) -> PartExplained:
     cost = decision.costs.get(join.engine)
     route = None if cost is None else cost.route
-    other = decision.others.get(join.engine)
-    rejected: dict[RouteName, str] = {}
-    for name in _ROUTES:
-        if name == route:
-            continue
-        if name not in join.ranks[0].routes:
-            rejected[name] = "it is not offered"
-        elif other is not None and name == other.route:
-            slowest = other.slowest
-            rejected[name] = (
-                f"{other.seconds:.3g} s: {slowest.limit} takes {slowest.seconds:.3g} s "
-                f"in {slowest.name}"
-            )
-        elif route == "local":
-            rejected[name] = "nothing is nearer than local"
-        else:
-            rejected[name] = reasons.get(join.engine) or decision.refused[join.engine]
     return PartExplained(
         engine=engine,
         part=join.engine,
@@ -225,5 +264,30 @@ def _part(
         reason=reasons.get(join.engine) or decision.refused[join.engine],
         cost=cost,
         rank_bytes=join.ranks[0].need_bytes,
-        rejected=rejected,
+        rejected=_rejected(join, route, decision),
     )
+
+
+def _rejected(join: Join, route: RouteName | None, decision: RoundDecision) -> dict[RouteName, str]:
+    """Every other route -> why not."""
+    engine, rejected = join.engine, {}
+    other = decision.others.get(engine)
+    for name in _ROUTES:
+        if name == route:
+            continue
+        if name not in join.ranks[0].routes:
+            rejected[name] = "it is not offered"
+        elif route is None:
+            rejected[name] = decision.refused[engine]
+        elif other is not None and name == other.route:
+            rejected[name] = (
+                f"{seconds_text(other.seconds)}: {other.limit} would take "
+                f"{seconds_text(other.pace_s)}"
+            )
+        elif route == "local":
+            rejected[name] = "nothing is nearer than local"
+        elif name == "broadcast":
+            rejected[name] = decision.apart[engine]
+        else:
+            rejected[name] = "an engine that offers only broadcast needs it there"
+    return rejected

@@ -17,29 +17,52 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Annotated, Final
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from weightbus.schemas.base import DtypeName, Name
 from weightbus.schemas.dtypes import DTYPE_BYTES
-from weightbus.schemas.layout import Layout
+from weightbus.schemas.layout import Layout, Shape
+from weightbus.schemas.limits import MAX_TENSORS
 
-__all__ = ("MODELS", "Family", "families_of", "kimi_k2_fp8", "rank_bytes", "whole_bytes")
+__all__ = (
+    "MODELS",
+    "Families",
+    "Family",
+    "families_of",
+    "kimi_k2_fp8",
+    "rank_bytes",
+    "whole_bytes",
+)
 
 
-class Family(Struct, frozen=True, kw_only=True):
+class Family(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tensors of one dtype and shape, and of names that are alike."""
 
-    name: str
+    name: Name
     """Of one of them."""
-    dtype: str
-    shape: tuple[int, ...]
-    count: int = 1
+    dtype: DtypeName
+    """A key of `DTYPE_BYTES`."""
+    shape: Shape
+    count: Annotated[int, Meta(ge=1, le=MAX_TENSORS)] = 1
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: there is no such dtype.
+        """
+        if self.dtype not in DTYPE_BYTES:
+            known = ", ".join(DTYPE_BYTES)
+            raise ValueError(f"dtype of {self.name} is {self.dtype}: must be one of {known}")
 
     @property
     def bytes(self) -> int:
         return self.count * math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+
+Families = Annotated[tuple[Family, ...], Meta(min_length=1, max_length=MAX_TENSORS)]
+"""Of one model."""
 
 _FIRST = re.compile(
     r"(?:^|\.)(?:[qkv]_proj|q_b_proj|kv_b_proj|gate_proj|up_proj|embed_tokens|lm_head)\.[^.]+\Z"
@@ -60,9 +83,9 @@ def rank_bytes(families: Iterable[Family], tp: int, *, expert_parallel: bool = F
         count, shape = family.count, list(family.shape)
         if expert_parallel and _EXPERT.search(family.name):
             count = -(-count // tp)
-        elif _FIRST.search(family.name):
+        elif shape and _FIRST.search(family.name):
             shape[0] = -(-shape[0] // tp)
-        elif _LAST.search(family.name):
+        elif shape and _LAST.search(family.name):
             shape[-1] = -(-shape[-1] // tp)
         total += count * math.prod(shape) * DTYPE_BYTES[family.dtype]
     return total

@@ -14,6 +14,7 @@ import pytest
 
 from tests.contract.examples import LAYOUT
 from weightbus.cli.plan import command
+from weightbus.consumers.errors import PlanError
 from weightbus.schemas import RoundPlan, encode, encode_layout
 
 ROOT = Path(__file__).parents[3]
@@ -22,8 +23,12 @@ GUIDE = (ROOT / "docs" / "cost-model.md").read_text()
 KIMI = ("--model", "kimi-k2-fp8")
 
 
+def invoke(*arguments: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(command, [str(one) for one in arguments])
+
+
 def run(*arguments: object) -> str:
-    done = click.testing.CliRunner().invoke(command, [str(one) for one in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -90,14 +95,15 @@ def test_stages_of_the_guide_are_those_that_are_printed() -> None:
 def test_text_tells_bytes_per_card_and_seconds_per_stage() -> None:
     text = run(*KIMI, "--fleet", FLEET, "--explain")
     for line in (
-        "139,583 tensors, 1.03 TB, to 256 ranks on 32 hosts",
-        "bytes per card: 65.5 GB written, 129 GB staged, 129 GB received",
-        "broadcast  3.216    997 GB          the process groups",
-        "not p2p: 10.3 s",
-        "not local: it is not offered",
-        "predicted in all: 3.47 s",
+        r"139,583 tensors, 1\.03 TB, to 256 ranks on 32 hosts",
+        r"16 engines, kimi-0 \.\.\. kimi-15, on 32 hosts: 8 ranks of an engine on each",
+        r"  bytes per card: 65\.5 GB written, 129 GB staged, 129 GB received",
+        r"  broadcast +[\d.]+ +997 GB +the process groups",
+        r"  not p2p: [\d.]+ s: .*",
+        "  not local: it is not offered",
+        r"predicted in all: [\d.]+ s",
     ):
-        assert line in text
+        assert re.search(f"^{line}$", text, re.MULTILINE), text
     assert "the process groups" not in run(*KIMI, "--fleet", FLEET)
 
 
@@ -131,8 +137,43 @@ def test_reason_is_given_when_an_engine_is_refused(tmp_path: Path) -> None:
     families = tmp_path / "families.json"
     families.write_text('[{"name": "a", "dtype": "U8", "shape": [5]}]')
     fleet = fleet_file(tmp_path, routes=["p2p"], device="cpu", free_bytes=1000)
-    text = run("--families", families, "--fleet", fleet, "--explain")
-    assert "refused: engine e is short of memory for staging" in text
+    done = invoke("--families", families, "--fleet", fleet, "--explain")
+    assert done.exit_code == 1
+    assert "refused: engine e is short of memory for staging" in done.output
+    assert "nobody can be planned for" in done.output
+    assert "predicted in all" not in done.output
+    assert invoke("--families", families, "--fleet", fleet, "--json").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            {"count": 3, "tp": 4, "ranks_per_host": 3},
+            [
+                "to 12 ranks on 6 hosts",
+                "3 engines, e-0 ... e-2, on 3 hosts: 3 ranks of an engine on each",
+                "3 engines, e-0 ... e-2, on 3 hosts: 1 rank of an engine on each",
+            ],
+        ),
+        ({"count": 2, "hosts": ["h", "h"]}, ["2 engines, e-0 and e-1, on 1 host: 1 rank each"]),
+        ({"routes": ["p2p"]}, ["to 1 rank on 1 host", "e on e-host: 1 rank"]),
+    ],
+)
+def test_alike_parts_are_told_together(
+    tmp_path: Path, engine: dict[str, object], said: list[str]
+) -> None:
+    text = run(*KIMI, "--fleet", fleet_file(tmp_path, **engine))
+    for line in said:
+        assert line in text.splitlines()[0] or line in text.splitlines(), text
+
+
+def test_long_times_have_separators(tmp_path: Path) -> None:
+    links = {"network": 10**8, "p2p": 10**8}
+    text = run(*KIMI, "--fleet", fleet_file(tmp_path, routes=["p2p"], links=links), "--explain")
+    assert re.search(r"^predicted in all: 10,[23]\d\d s$", text, re.MULTILINE), text
+    assert "e+" not in text
+    assert "in all" in text
 
 
 @pytest.mark.parametrize(
@@ -140,15 +181,84 @@ def test_reason_is_given_when_an_engine_is_refused(tmp_path: Path) -> None:
     [
         ('{"engines": []}', "Expected `array` of length >= 1"),
         ('{"engines": [{"id": "e", "rank": 3}]}', "unknown field `rank`"),
+        ('{"engines": [{"id": "e", "links": {"netwrk": 1}}]}', "unknown field `netwrk`"),
+        ('{"source": {"links": {"p2q": 1}}, "engines": [{"id": "e"}]}', "unknown field `p2q`"),
+        ('{"engines": [{"id": "e", "device": "gpu"}]}', "Invalid enum value 'gpu'"),
+        ('{"engines": [{"id": "e", "routes": []}]}', "Expected `array` of length >= 1"),
+        (
+            '{"engines": [{"id": "e", "routes": ["p2p", "p2p"]}]}',
+            "routes of engine e are p2p, p2p: each must stand once",
+        ),
+        (
+            '{"engines": [{"id": "e", "tp": 2, "ranks_per_host": 3}]}',
+            "ranks_per_host of engine e is 3: must be at most its tp, 2",
+        ),
     ],
 )
 def test_fleet_is_refused_when_it_is_not_one(tmp_path: Path, fleet: str, reason: str) -> None:
     (tmp_path / "fleet.json").write_text(fleet)
-    done = click.testing.CliRunner().invoke(
-        command, [*KIMI, "--fleet", str(tmp_path / "fleet.json")]
-    )
+    done = invoke(*KIMI, "--fleet", tmp_path / "fleet.json")
     assert done.exit_code == 2
-    assert reason in " ".join(done.output.split())
+    assert reason in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("engines", "reason"),
+    [
+        ([{"id": "e"}, {"id": "e"}], "id of an engine is e: it must be there once"),
+        ([{"id": "e", "count": 2}, {"id": "e-1"}], "id of an engine is e-1: it must be there once"),
+        ([{"id": "x" * 64, "tp": 2, "ranks_per_host": 1}], "must have at most 64 characters"),
+        ([{"id": "x" * 63, "count": 2}], "must have at most 64 characters"),
+        ([{"id": "e", "count": 6000}], "is 6,000 engines, or parts of them on a host"),
+        ([{"id": "e", "count": 4096, "tp": 64}], "fleet is 262,144 ranks"),
+        ([{"id": "e", "hosts": ["h", "h"]}], "hosts of engine e is 2 long"),
+    ],
+)
+def test_fleet_is_refused_when_it_contradicts_itself_or_a_plan(
+    tmp_path: Path, engines: list[dict[str, object]], reason: str
+) -> None:
+    (tmp_path / "fleet.json").write_text(json.dumps({"engines": engines}))
+    done = invoke(*KIMI, "--fleet", tmp_path / "fleet.json")
+    assert isinstance(done.exception, PlanError)
+    assert reason in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("families", "reason"),
+    [
+        ([], "Expected `array` of length >= 1"),
+        ([{"dtype": "FOO"}], "dtype of x is FOO: must be one of BOOL, U8"),
+        ([{"dtype": "F4"}], "dtype of x is F4"),
+        ([{"shape": [-4, 4]}], "Expected `int` >= 0"),
+        ([{"shape": [1] * 9}], "Expected `array` of length <= 8"),
+        ([{"count": 0}], "Expected `int` >= 1"),
+        ([{"cuont": 4}], "unknown field `cuont`"),
+        ([{"name": ""}], "Expected `str` of length >= 1"),
+    ],
+)
+def test_families_are_refused_when_they_are_none(
+    tmp_path: Path, families: list[dict[str, object]], reason: str
+) -> None:
+    whole = [{"name": "x", "dtype": "BF16", "shape": [4], **family} for family in families]
+    (tmp_path / "families.json").write_text(json.dumps(whole))
+    done = invoke("--families", tmp_path / "families.json", "--fleet", FLEET)
+    assert done.exit_code == 2, done.output
+    assert reason in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("shape", [[], [0], [0, 7]])
+def test_scalars_and_empty_tensors_are_planned_for(tmp_path: Path, shape: list[int]) -> None:
+    family = {"name": "a.q_proj.weight", "dtype": "BF16", "shape": shape}
+    (tmp_path / "families.json").write_text(json.dumps([family]))
+    printed = explained("--families", tmp_path / "families.json", "--fleet", FLEET)
+    assert printed["layout_bytes"] == (0 if shape else 2)
+
+
+def test_model_is_refused_when_it_is_larger_than_any(tmp_path: Path) -> None:
+    family = {"name": "a", "dtype": "U8", "shape": [99_999_999, 99_999_999]}
+    (tmp_path / "families.json").write_text(json.dumps([family]))
+    done = invoke("--families", tmp_path / "families.json", "--fleet", FLEET)
+    assert "must be at most 1,125,899,906,842,624" in str(done.exception)
 
 
 def test_model_must_be_given_once() -> None:

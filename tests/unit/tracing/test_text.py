@@ -16,7 +16,7 @@ from weightbus.tracing.text import (
 @pytest.mark.parametrize(("seconds", "text"), [
     (0.0, "0.00 ms"), (0.000_412, "0.41 ms"), (0.0123, "12.3 ms"), (0.123, "123 ms"),
     (0.0099949, "9.99 ms"), (0.009995, "10.0 ms"), (0.09995, "100 ms"), (0.9994, "999 ms"),
-    (0.9995, "1.00 s"), (12.34, "12.3 s"), (1234.0, "1234 s"), (-0.5, "-500 ms"),
+    (0.9995, "1.00 s"), (12.34, "12.3 s"), (1234.0, "1,234 s"), (-0.5, "-500 ms"),
 ])  # fmt: skip
 def test_seconds_have_three_digits(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
@@ -25,7 +25,7 @@ def test_seconds_have_three_digits(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("size_bytes", "text"), [
     (0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_499, "999 kB"), (999_500, "1.00 MB"),
     (90_900_000, "90.9 MB"), (61_064_245_248, "61.1 GB"), (2 * 10**12, "2.00 TB"),
-    (5 * 10**15, "5000 TB"),
+    (5 * 10**15, "5,000 TB"),
 ])  # fmt: skip
 def test_sizes_have_three_digits(size_bytes: int, text: str) -> None:
     assert format_bytes(size_bytes) == text
