@@ -59,7 +59,7 @@ class RankOffer(Struct, frozen=True, kw_only=True):
     needs_digest: ObjectDigest
     need_bytes: SizeBytes
     free_bytes: SizeBytes = 0
-    """Memory that staging may take on the rank's device."""
+    """Memory that staging of all ranks of its engine may take on this host; 0: any."""
     routes: Annotated[tuple[RouteName, ...], Meta(max_length=3)]
     """Routes this rank can take for this version, nearest first."""
 
@@ -79,7 +79,7 @@ class Links(Struct, frozen=True, kw_only=True):
     broadcast: Rate = 0
     """One broadcast in a process group: what its receivers get."""
     p2p: Rate = 0
-    """One reader of the transfer engine."""
+    """What the transfer engine of one process reads in all, or serves in all."""
     cards: Annotated[int, Meta(ge=1, le=1024)] = 1
     """Network cards that can be used side by side."""
 
@@ -105,6 +105,8 @@ class Join(Message, frozen=True, kw_only=True):
     """Ids of the groups that it is ready in: they need not be formed again."""
     checkpoint_ns: Nanoseconds = 0
     """`created_ns` of the `CheckpointReady`: tells a version published again from the first."""
+    layout_digest: ObjectDigest | None = None
+    """Of the layout that the version is cut by: only engines of the same one share a broadcast."""
     broken_epoch: Epoch = 0
     """Epoch of the last plan this engine ran, if its group broke; 0: it asks for its first plan."""
     joined_ns: Nanoseconds = 0

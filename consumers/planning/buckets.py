@@ -22,12 +22,22 @@ from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.tables import Integers, column, padded, tabulate_layout
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec
 
-__all__ = ("MIN_BUCKET_BYTES", "RUN", "BucketPlan", "plan_buckets")
+__all__ = (
+    "BUCKETS_VERSION",
+    "MIN_BUCKET_BYTES",
+    "RUN",
+    "BucketPlan",
+    "count_buckets",
+    "plan_buckets",
+)
+
+BUCKETS_VERSION = 1
+"""Grows whenever the same arguments are cut in another way: hosts that differ share no broadcast."""
 
 MIN_BUCKET_BYTES = 1024
 """Smallest slot that can be planned for: alignment alone may take half of it."""
 
-GAP_BYTES = 4096
+RUN_GAP_BYTES = 4096
 """Bytes between two shards that are read along, rather than begin another run."""
 
 ALIGNMENT_BYTES = 256
@@ -93,9 +103,8 @@ def plan_buckets(layout: Layout, bucket_bytes: int, lanes: int) -> BucketPlan:
     if lanes < 1:
         raise PlanError("lanes", lanes, "must be at least 1")
     stream = _tabulate(layout)
-    cut_bytes = max(_MIN_CUT_BYTES, bucket_bytes // _CUTS_PER_BUCKET)
-    room = bucket_bytes - cut_bytes - ALIGNMENT_BYTES
-    buckets = -(-stream.total // (room * lanes))
+    cut_bytes = _cut_bytes(bucket_bytes)
+    buckets = count_buckets(stream.total, bucket_bytes, lanes)
     parts = buckets * lanes
     fragments = _cut(layout, stream, parts, cut_bytes)
     part, source = fragments.part, stream.offset[fragments.shard] + fragments.low
@@ -116,6 +125,19 @@ def plan_buckets(layout: Layout, bucket_bytes: int, lanes: int) -> BucketPlan:
         runs=runs,
         run_ends=np.searchsorted(runs["part"], np.arange(parts + 1)),
     )
+
+
+def count_buckets(total_bytes: int, bucket_bytes: int, lanes: int) -> int:
+    """How many buckets so many bytes are, with what is read along between and around them.
+
+    Of a slot, what a cut may lack and what alignment may take are left free.
+    """
+    room = bucket_bytes - _cut_bytes(bucket_bytes) - ALIGNMENT_BYTES
+    return -(-total_bytes // (room * lanes))
+
+
+def _cut_bytes(bucket_bytes: int) -> int:
+    return max(_MIN_CUT_BYTES, bucket_bytes // _CUTS_PER_BUCKET)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +178,7 @@ def _tabulate(layout: Layout) -> _Stream:
     segment, offset, size = segment[order], offset[order], size[order]
     fresh = np.ones(order.size, dtype=bool)
     fresh[1:] = segment[1:] != segment[:-1]
-    fresh[1:] |= offset[1:] - (offset[:-1] + size[:-1]) >= GAP_BYTES
+    fresh[1:] |= offset[1:] - (offset[:-1] + size[:-1]) >= RUN_GAP_BYTES
     run = np.cumsum(fresh) - 1
     first = np.flatnonzero(fresh)
     last = np.append(first[1:], order.size)[: first.size] - 1

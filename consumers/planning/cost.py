@@ -3,11 +3,12 @@
 `docs/cost-model.md` derives every formula and works one example through. In short:
 
 - Every stage has a time for each thing that limits it; the largest counts, and names the limit.
-- What reads from one source at once shares its network, and so does what comes to one host.
+- What reads from one source at once shares its network and its transfer engine, and so does what
+  comes to one host. All lanes of a consumer go through its one transfer engine.
 - Through staging every byte of the layout comes by, whatever the ranks need of it: the digest is
   over all of them. Written into parameters is only what the ranks need.
-- Stages overlap bucket by bucket: the slowest takes its whole time, the others that of one bucket.
-  With one slot nothing overlaps, and the times add up.
+- Stages overlap bucket by bucket. A slot is held from fetch to reload: `S` slots let `S` buckets
+  be under way, and the pace is that of the slowest stage, or of the slots.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from weightbus.consumers.planning.buckets import count_buckets
+from weightbus.consumers.planning.staging import StagingSize
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Links
 
 __all__ = (
     "ASSUMED_LINKS",
+    "BUCKET_S",
     "CostStage",
+    "GROUP_MEMBER_S",
+    "GROUP_S",
     "RouteCost",
     "Site",
     "Situation",
@@ -41,10 +47,14 @@ ASSUMED_LINKS: Final = Links(
 )
 """Rates of a host that was not measured: memory of one ordinary socket, a SATA array, 10 Gbit/s."""
 
-FORM_S: Final = 0.1
-"""Groups that are not ready meet first: a store, and a device for each."""
-FORM_MEMBER_S: Final = 0.005
-"""And every member connects to every other."""
+GROUP_S: Final = 0.1
+"""Groups that are not ready meet first: a store, and a device for each. Assumed, not measured."""
+GROUP_MEMBER_S: Final = 0.005
+"""And every member connects to every other. Assumed."""
+
+BUCKET_S: Final = 0.0005
+"""Fetching or broadcasting one bucket, however small: a batch of reads or the members' agreement,
+and looking whether there is room. Assumed: who waits for room looks every 0.1 to 1 ms."""
 
 CostStage = Literal["form", "fetch", "broadcast", "reload"]
 
@@ -59,6 +69,8 @@ class Site(Struct, frozen=True, kw_only=True):
     """Written into parameters, over all ranks."""
     links: Links
     """Every rate above 0: `assume`."""
+    staging: StagingSize
+    """Of each of its lanes."""
     tree: bool = False
     """Its groups send a broadcast on from member to member whole, as gloo does; NCCL's ring
     passes it on in pieces, so that its time does not grow with the members."""
@@ -72,9 +84,6 @@ class Situation(Struct, frozen=True, kw_only=True):
     """Of each host that offers the version; every rate above 0."""
     sources: int = 1
     """Hosts that offer the version, an equal part each."""
-    bucket_bytes: int
-    """Of one slot of one lane."""
-    slots: int = 2
     ready: bool = False
     """The groups have met before."""
     files: bool = False
@@ -82,7 +91,7 @@ class Situation(Struct, frozen=True, kw_only=True):
 
 
 class StageCost(Struct, frozen=True):
-    """One stage of one engine, as if nothing else took time."""
+    """One stage of one engine, for the whole version, bucket after bucket."""
 
     name: CostStage
     seconds: float
@@ -99,22 +108,21 @@ class RouteCost(Struct, frozen=True, kw_only=True):
     stages: tuple[StageCost, ...]
     seconds: float
     """In all, stages overlapped."""
+    pace_s: float
+    """What the whole version would take if all buckets were under way at once."""
+    limit: str
+    """What sets this pace."""
     buckets: int = 1
     """How many take part in the overlap."""
     card_bytes: int = 0
     """That every network card of the host takes in for this route."""
     lane_bytes: int = 0
-    """That pass through one lane of staging."""
+    """That pass through staging of its busiest rank."""
 
     @property
     def form_s(self) -> float:
         """Of `seconds`, what only the first version of a membership pays."""
         return sum(stage.seconds for stage in self.stages if stage.name == "form")
-
-    @property
-    def slowest(self) -> StageCost:
-        """The stage that sets the pace."""
-        return max(self.stages, key=lambda stage: stage.seconds)
 
 
 def assume(links: Links, default: Links = ASSUMED_LINKS) -> Links:
@@ -152,7 +160,7 @@ def predict(
                 cost = world.p2p(site)
             case "broadcast":
                 assert shared is not None, "there is a member, since this is one"
-                cost = shared
+                cost = world.as_member(shared, site)
         known = costs.get(site.engine)
         if known is None or cost.seconds > known.seconds:
             costs[site.engine] = cost
@@ -170,109 +178,169 @@ class _World:
         self._written: dict[str, int] = {}
         """Host -> bytes that go into parameters there."""
         self._pulls: dict[str, int] = {}
-        """Host -> how often the layout comes in by its network."""
+        """Host -> engines there that pull the layout."""
+        self._readers: dict[str, int] = {}
+        """Host -> engines there that read files."""
+        self._ranks: dict[str, int] = {}
+        """Host -> ranks there that take the broadcast."""
         for site in sites:
-            self._written[site.host] = self._written.get(site.host, 0) + site.need_bytes
-            if routes[site.engine] == "p2p":
-                self._pulls[site.host] = self._pulls.get(site.host, 0) + 1
+            route, host = routes[site.engine], site.host
+            self._written[host] = self._written.get(host, 0) + site.need_bytes
+            if route == "p2p":
+                self._pulls[host] = self._pulls.get(host, 0) + 1
+            elif route == "local":
+                self._readers[host] = self._readers.get(host, 0) + 1
+            else:
+                self._ranks[host] = self._ranks.get(host, 0) + site.ranks
+        self._lanes = max(self._ranks.values(), default=0)
         self._source_pulls = sum(self._pulls.values()) + bool(self.members)
-        for host in {site.host for site in self.members}:
-            self._pulls[host] = self._pulls.get(host, 0) + 1
 
     def local(self, site: Site) -> RouteCost:
         reload = self._reload(site)
         if not self._situation.files:
-            return RouteCost(route="local", stages=(reload,), seconds=reload.seconds)
+            seconds = reload.seconds
+            return RouteCost(
+                route="local",
+                stages=(reload,),
+                seconds=seconds,
+                pace_s=seconds,
+                limit=f"{reload.limit} in reload",
+            )
         size = self._situation.layout_bytes
-        fetch = StageCost("fetch", size / site.links.disk, size, "its disk")
-        return self._staged("local", (fetch, reload), site.ranks, 0)
+        buckets = self._buckets(site.staging, site.ranks)
+        times = {"its host's disk": self._readers[site.host] * size / site.links.disk}
+        fetch = _slowest("fetch", size, times, buckets)
+        cost = _overlapped("local", (fetch, reload), buckets, site.staging.slots)
+        return structs.replace(cost, lane_bytes=-(-size // site.ranks))
 
     def p2p(self, site: Site) -> RouteCost:
         size = self._situation.layout_bytes
-        fetch = _slowest(
-            "fetch",
-            size,
-            {
-                "the transfer engine": size / (site.ranks * site.links.p2p),
-                "its host's network": self._incoming_s(site),
-                "the source's network": self._source_s(),
-            },
+        buckets = self._buckets(site.staging, site.ranks)
+        times = {
+            "its transfer engine": size / site.links.p2p,
+            "its host's network": self._incoming_s(site, bool(self._ranks.get(site.host))),
+            **self._source_s(),
+        }
+        fetch = _slowest("fetch", size, times, buckets)
+        cost = _overlapped("p2p", (fetch, self._reload(site)), buckets, site.staging.slots)
+        return structs.replace(
+            cost, lane_bytes=-(-size // site.ranks), card_bytes=size // site.links.cards
         )
-        card_bytes = size // site.links.cards
-        return self._staged("p2p", (fetch, self._reload(site)), site.ranks, card_bytes)
 
     def broadcast(self) -> RouteCost:
-        """Of all members: the slowest host sets everyone's pace.
-
-        While one slot of a lane is broadcast, the others are filled, each by another host.
-        """
-        size, members = self._situation.layout_bytes, self.members
-        ranks: dict[str, int] = {}
-        for site in members:
-            ranks[site.host] = ranks.get(site.host, 0) + site.ranks
-        hosts, lanes = len(ranks), max(ranks.values())
+        """Of all members: the slowest host sets everyone's pace."""
+        members, size = self.members, self._situation.layout_bytes
+        hosts = len(self._ranks)
         own = size // hosts
-        ahead = min(hosts, max(1, self._situation.slots - 1))
-        p2p = min(site.links.p2p for site in members)
-        readers = {
-            "the transfer engine": size / (lanes * ahead * p2p),
-            "the source's network": self._source_s(),
-        }
-        network_s = max(self._incoming_s(site) for site in members)
-        stages = []
+        staging = StagingSize(
+            bucket_bytes=min(site.staging.bucket_bytes for site in members),
+            slots=min(site.staging.slots for site in members),
+        )
+        buckets = self._buckets(staging, self._lanes)
+        tree = any(site.tree for site in members)
+        hops = math.ceil(math.log2(hosts)) if tree else int(hosts > 1)
+        network_s = max(self._incoming_s(site, max(1, hops)) for site in members)
+        shared = self._source_s()
         if hosts == 1:
-            readers["its host's network"] = network_s
-        else:
-            if not self._situation.ready:
-                seconds = FORM_S + FORM_MEMBER_S * (hosts - 1)
-                stages.append(StageCost("form", seconds, 0, "members that meet"))
-        stages.append(_slowest("fetch", own, readers))
+            shared["its host's network"] = network_s
+        one_s = max(self._part_s(site, hosts) for site in members)
+        fetch = _slowest("fetch", own, {"a transfer engine": one_s, **shared}, buckets)
+        stages = [fetch]
         if hosts > 1:
-            tree = any(site.tree for site in members)
-            hops = math.ceil(math.log2(hosts)) if tree else 1
-            rate = lanes * min(site.links.broadcast for site in members) / hops
-            limits = {"the process groups": size / rate, "a host's network": network_s}
-            stages.append(_slowest("broadcast", size - own, limits))
+            groups_s = max(
+                size * self._share(site) * hops / site.links.broadcast for site in members
+            )
+            times = {"the process groups": groups_s, "a host's network": network_s}
+            stages.append(_slowest("broadcast", size - own, times, buckets))
         stages.append(max((self._reload(site) for site in members), key=_seconds))
-        card_bytes = size // min(site.links.cards for site in members)
-        return self._staged("broadcast", tuple(stages), lanes, card_bytes)
+        each_s = max(self._engine_lanes(site) / site.links.p2p for site in members)
+        among = {"a transfer engine": size * each_s / (self._lanes * hosts), **shared}
+        cost = _overlapped("broadcast", tuple(stages), buckets, staging.slots, among)
+        if hosts == 1 or self._situation.ready:
+            return cost
+        form = StageCost("form", GROUP_S + GROUP_MEMBER_S * (hosts - 1), 0, "members that meet")
+        return structs.replace(
+            cost, stages=(form, *cost.stages), seconds=form.seconds + cost.seconds
+        )
 
-    def _source_s(self) -> float:
-        source = self._situation.source
-        rate = self._situation.sources * source.cards * source.network
-        return self._source_pulls * self._situation.layout_bytes / rate
+    def as_member(self, shared: RouteCost, site: Site) -> RouteCost:
+        size = self._situation.layout_bytes
+        return structs.replace(
+            shared,
+            card_bytes=size // site.links.cards,
+            lane_bytes=math.ceil(size * self._share(site)),
+        )
 
-    def _incoming_s(self, site: Site) -> float:
-        rate = site.links.cards * site.links.network
-        return self._pulls[site.host] * self._situation.layout_bytes / rate
+    def _share(self, site: Site) -> float:
+        """Of all bytes, what the busiest rank of a host of the broadcast stages."""
+        return -(-self._lanes // self._ranks[site.host]) / self._lanes
+
+    def _engine_lanes(self, site: Site) -> int:
+        """Lanes that one engine of a host stages."""
+        return min(self._lanes, site.ranks * -(-self._lanes // self._ranks[site.host]))
+
+    def _part_s(self, site: Site, hosts: int) -> float:
+        """Its transfer engine fetches every host's share of the lanes of one bucket at a time."""
+        at_once = -(-self._engine_lanes(site) // hosts)
+        return self._situation.layout_bytes * at_once / (self._lanes * site.links.p2p)
+
+    def _source_s(self) -> dict[str, float]:
+        situation = self._situation
+        source, sent = situation.source, self._source_pulls * situation.layout_bytes
+        return {
+            "the source's network": sent / (situation.sources * source.cards * source.network),
+            "the source's transfer engine": sent / (situation.sources * source.p2p),
+        }
+
+    def _incoming_s(self, site: Site, more: int) -> float:
+        """All that its engines pull, and the layout so many times more."""
+        times = self._pulls.get(site.host, 0) + more
+        return times * self._situation.layout_bytes / (site.links.cards * site.links.network)
 
     def _reload(self, site: Site) -> StageCost:
         written = self._written[site.host]
         return StageCost("reload", written / site.links.memory, written, "its host's memory")
 
-    def _staged(
-        self, route: RouteName, stages: tuple[StageCost, ...], lanes: int, card_bytes: int
-    ) -> RouteCost:
-        """Stages that overlap, bucket by bucket."""
-        situation = self._situation
-        buckets = max(1, -(-situation.layout_bytes // (situation.bucket_bytes * lanes)))
-        steps = [stage.seconds for stage in stages if stage.name != "form"]
-        form_s = sum(stage.seconds for stage in stages if stage.name == "form")
-        overlap = 1 if situation.slots == 1 else buckets
-        seconds = form_s + max(steps) + (sum(steps) - max(steps)) / overlap
-        return RouteCost(
-            route=route,
-            stages=stages,
-            seconds=seconds,
-            buckets=buckets,
-            card_bytes=card_bytes,
-            lane_bytes=-(-situation.layout_bytes // lanes),
-        )
+    def _buckets(self, staging: StagingSize, lanes: int) -> int:
+        return max(1, count_buckets(self._situation.layout_bytes, staging.bucket_bytes, lanes))
 
 
-def _slowest(name: CostStage, size: int, limits: Mapping[str, float]) -> StageCost:
+def _overlapped(
+    route: RouteName,
+    stages: tuple[StageCost, ...],
+    buckets: int,
+    slots: int,
+    among: Mapping[str, float] | None = None,
+) -> RouteCost:
+    """Stages that overlap, bucket by bucket.
+
+    Args:
+        stages: the first fetches.
+        among: what limits fetching if several hosts fetch different buckets at once; None: one
+            host does, bucket after bucket.
+    """
+    held_s = sum(stage.seconds for stage in stages)
+    limits = {f"{stage.limit} in {stage.name}": stage.seconds for stage in stages}
+    if among is not None:
+        del limits[f"{stages[0].limit} in fetch"]
+        limits |= {f"{limit} in fetch": seconds for limit, seconds in among.items()}
+    held = f"{slots} slot{'s' * (slots > 1)}, held from fetch to reload"
+    limits[held] = held_s / slots
     limit = max(limits, key=limits.__getitem__)
-    return StageCost(name, limits[limit], size, limit)
+    pace_s = limits[limit]
+    return RouteCost(
+        route=route,
+        stages=stages,
+        seconds=pace_s + (held_s - pace_s) / buckets,
+        pace_s=pace_s,
+        limit=limit,
+        buckets=buckets,
+    )
+
+
+def _slowest(name: CostStage, size: int, limits: Mapping[str, float], buckets: int) -> StageCost:
+    limit = max(limits, key=limits.__getitem__)
+    return StageCost(name, limits[limit] + buckets * BUCKET_S, size, limit)
 
 
 def _seconds(stage: StageCost) -> float:

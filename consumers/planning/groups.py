@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from weightbus.schemas.rounds import Group, Join, Member
 
-__all__ = ("lanes_of", "plan_groups", "plan_lanes")
+__all__ = ("Groups", "lanes_of", "plan_groups", "plan_lanes")
 
 HASH_CHARS: Final = 12
 """Of a group's id: hexadecimal digits of SHA-256 over its membership."""
 
 Lanes = tuple[tuple[Member, ...], ...]
 """Of every lane, its member on each host."""
+
+
+class Groups(NamedTuple):
+    """The groups of a plan."""
+
+    groups: tuple[Group, ...]
+    """One for each lane."""
+    ready: bool
+    """All of them have met before."""
 
 
 def plan_lanes(joins: Iterable[Join]) -> Lanes:
@@ -33,17 +42,17 @@ def plan_lanes(joins: Iterable[Join]) -> Lanes:
     return tuple(tuple(host[lane % len(host)] for host in hosts) for lane in range(lanes))
 
 
-def lanes_of(lanes: Lanes) -> dict[Member, int]:
-    """Rank -> how many lanes it stages."""
-    counts: dict[Member, int] = {}
+def lanes_of(lanes: Lanes) -> dict[str, int]:
+    """Engine id -> how many lanes its ranks stage."""
+    counts: dict[str, int] = {}
     for lane in lanes:
         for member in lane:
-            counts[member] = counts.get(member, 0) + 1
+            counts[member.engine] = counts.get(member.engine, 0) + 1
     return counts
 
 
-def plan_groups(lanes: Lanes, joins: Mapping[str, Join], epoch: int) -> tuple[Group, ...]:
-    """The groups of a plan of `epoch`, one for each lane.
+def plan_groups(lanes: Lanes, joins: Mapping[str, Join], epoch: int) -> Groups:
+    """The groups of a plan of `epoch`.
 
     A group that all its members are ready in is taken again: the latest, if there are several.
     After a group broke, none of its members is ready in any.
@@ -51,14 +60,15 @@ def plan_groups(lanes: Lanes, joins: Mapping[str, Join], epoch: int) -> tuple[Gr
     Args:
         joins: engine id -> its join, for every engine of `lanes`.
     """
-    groups = []
+    groups, ready = [], True
     for number, members in enumerate(lanes):
         membership = _membership(number, members, joins)
         known = _ready_epoch(membership, members, joins)
+        ready = ready and known is not None
         suffix = epoch if known is None else known
         rendezvous = joins[members[0].engine].rendezvous if len(members) > 1 else ""
         groups.append(Group(id=f"{membership}-{suffix}", members=members, rendezvous=rendezvous))
-    return tuple(groups)
+    return Groups(tuple(groups), ready)
 
 
 def _order(member: Member) -> tuple[str, int]:

@@ -4,11 +4,12 @@ The plan depends on nothing but the arguments, in whatever order the joins came:
 
 - `local` wherever all ranks of an engine offer it: nothing comes by the network, and nobody is
   waited for;
-- of the others, those that offer `broadcast` and could share one take it together, or each `p2p`:
-  whatever is predicted to be faster (`cost.py`). If the two are about as fast it is `broadcast`,
-  since the source then sends everything once;
-- `p2p` for whoever is alone, comes late (its peers are not disturbed), cannot stream yet, or has no
-  memory for its lanes of a broadcast.
+- of the others, those that offer `broadcast` and could share one take it together, all or those of
+  the fastest hosts, or each `p2p`: whatever is predicted to be faster (`choice.py`, `cost.py`). If
+  they are about as fast it is `broadcast` from two engines on, since the source then sends
+  everything once;
+- `p2p` for whoever is alone, comes late (its peers are not disturbed), cannot stream yet, would
+  hold up the others, or has no memory for its lanes of a broadcast.
 
 All ranks of an engine take one route. An engine is planned whole or not at all: if no route is left
 for it, it is refused, and the others are planned without it.
@@ -58,7 +59,10 @@ class RoundDecision(Struct, frozen=True, kw_only=True):
     costs: dict[str, RouteCost] = field(default_factory=dict)
     """Engine id -> what its route is predicted to cost."""
     others: dict[str, RouteCost] = field(default_factory=dict)
-    """Engine id -> what the other staged route would have cost, where there was a choice."""
+    """Engine id -> what the other staged route would have cost, where there was a choice: alone,
+    or together with all others."""
+    apart: dict[str, str] = field(default_factory=dict)
+    """Engine id -> why it could take no broadcast."""
 
 
 def plan_round(
@@ -88,11 +92,11 @@ def plan_round(
         PlanError: there is no join, or one is of another model, version or round.
     """
     choice = Choice(_latest(joins, version, round_id), epoch, late, limits, source)
-    choice.settle()
+    settled = choice.settle()
     refused = {engine: choice.refused[engine] for engine in sorted(choice.refused)}
-    if not choice.joins:
+    if settled is None:
         return RoundDecision(plan=None, refused=refused)
-    outcome = choice.outcome
+    outcome = settled.outcome
     plan = RoundPlan(
         model=joins[0].model,
         version=version,
@@ -100,19 +104,23 @@ def plan_round(
         epoch=epoch,
         leader=leader,
         engines=tuple(
-            _engine_route(join, outcome.routes[engine], choice.reason(engine))
+            _engine_route(join, outcome.routes[engine], settled.reasons[engine])
             for engine, join in choice.joins.items()
         ),
         groups=outcome.groups,
-        bucket_bytes=outcome.situation.bucket_bytes,
-        slots=outcome.situation.slots,
+        bucket_bytes=outcome.staging.bucket_bytes,
+        slots=outcome.staging.slots,
         budgets=_scaled(budgets, choice.joins, outcome, limits),
         commit=commit,
         created_ns=now_ns,
     )
-    other = choice.other
-    others = {} if other is None else {one: other.costs[one] for one in choice.choosers}
-    return RoundDecision(plan=plan, refused=refused, costs=outcome.costs, others=others)
+    return RoundDecision(
+        plan=plan,
+        refused=refused,
+        costs=outcome.costs,
+        others=settled.others,
+        apart=choice.sharing.apart,
+    )
 
 
 def _latest(joins: Sequence[Join], version: int, round_id: str) -> dict[str, Join]:
@@ -152,7 +160,7 @@ def _scaled(
     for engine, join in joins.items():
         moved = sum(offer.need_bytes for offer in join.ranks)
         if outcome.routes[engine] != "local":
-            moved = max(moved, outcome.situation.layout_bytes)
+            moved = max(moved, outcome.layout_bytes)
         of_host[join.host_id] = of_host.get(join.host_id, 0) + moved
     slowest_s = max(of_host.values()) / limits.slowest_bytes_per_s
     predicted_s = max(cost.seconds for cost in outcome.costs.values())

@@ -1,116 +1,153 @@
 """How large the slots of staging are, and who has no room for them. Pure.
 
-A lane holds `slots * bucket_bytes`; a rank stages one lane or several. Ranks whose device is `cpu`
-stage in their host's memory and share it, whatever engine they belong to; any other rank has its
-device to itself. Of what is free, staging takes a stated share. A rank that names no figure (0)
-has any room.
+A lane holds `slots * bucket_bytes`. Staging of an engine lies in memory of its consumer, which says
+how much of it may be taken for all its lanes together: the least figure of its ranks; 0 is any.
+Engines of one host share its memory: together they take no more than the largest figure that one
+of them names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from msgspec import Struct
 
-from weightbus.schemas.rounds import Join, Member
+from weightbus.schemas.rounds import Join
 
-__all__ = ("MIB", "Staging", "StagingLimits", "plan_staging", "short_of_memory")
+__all__ = (
+    "MIB",
+    "Memory",
+    "StagingLimits",
+    "StagingSize",
+    "fit_staging",
+    "full_staging",
+    "memory_of",
+    "rooms",
+    "short_of_memory",
+)
 
 MIB: Final = 2**20
 
 
 class StagingLimits(Struct, frozen=True, kw_only=True):
-    """What staging may take."""
+    """How large slots may be."""
 
     bucket_bytes: int = 64 * MIB
-    """Of a slot, if every lane has room for it: a power of two."""
+    """At most, where there is room: a power of two."""
     min_bucket_bytes: int = MIB
     """A slot is never smaller: transfers would wait more than they move. A power of two."""
-    share: float = 0.5
-    """Of a device's free memory."""
+    buckets: int = 8
+    """A version is cut into so many, if they are not smaller than that: few do not overlap."""
+    slots: int = 3
+    """Of a lane, where there is room: fetch, broadcast and reload have one each."""
 
 
-class Staging(Struct, frozen=True, kw_only=True):
-    """Of every lane of a plan."""
+class StagingSize(Struct, frozen=True, kw_only=True):
+    """Of a lane."""
 
     bucket_bytes: int
     slots: int
 
 
-class _Pool(Struct):
-    """Memory that some ranks share."""
+class Memory(Struct, frozen=True):
+    """Bytes that staging may take; who is not in it has any room."""
 
-    engines: set[str]
-    lanes: int = 0
-    free_bytes: int = 0
-    """The least that one of them names; 0: none does."""
+    engines: dict[str, int]
+    hosts: dict[str, int]
 
 
-def plan_staging(
-    joins: Iterable[Join], lanes: Mapping[Member, int], limits: StagingLimits
-) -> Staging:
-    """The slots that fit into every pool.
+def memory_of(joins: Collection[Join]) -> Memory:
+    """What engines and their hosts have."""
+    engines: dict[str, int] = {}
+    hosts: dict[str, int] = {}
+    for join in joins:
+        named = min((offer.free_bytes for offer in join.ranks if offer.free_bytes), default=0)
+        if named:
+            engines[join.engine] = named
+            hosts[join.host_id] = max(hosts.get(join.host_id, 0), named)
+    boundless = {join.host_id for join in joins if join.engine not in engines}
+    return Memory(engines, {host: free for host, free in hosts.items() if host not in boundless})
 
-    Three slots, so that fetch, broadcast and reload each have one, if they may be of a quarter of
-    the full size at least; else two; one, and no overlap, only if two of the least size do not fit.
 
-    Args:
-        lanes: rank -> how many lanes it stages; ranks that stage none may be left out. None of
-            their engines is `short_of_memory`.
+def rooms(
+    memory: Memory, joins: Mapping[str, Join], lanes: Mapping[str, int]
+) -> dict[str, int | None]:
+    """Engine id -> bytes for each of its lanes, None: any; of all engines of `lanes`."""
+    staged = _staged(joins, lanes)
+    found: dict[str, int | None] = {}
+    for engine, count in lanes.items():
+        host = joins[engine].host_id
+        shares = []
+        if engine in memory.engines:
+            shares.append(memory.engines[engine] // count)
+        if host in memory.hosts:
+            shares.append(memory.hosts[host] // staged[host])
+        found[engine] = min(shares, default=None)
+    return found
+
+
+def full_staging(layout_bytes: int, lanes: int, limits: StagingLimits) -> StagingSize:
+    """The slots of so many lanes if memory does not matter."""
+    wanted = layout_bytes // max(1, lanes * limits.buckets)
+    fitting = max(limits.min_bucket_bytes, min(limits.bucket_bytes, wanted))
+    return StagingSize(bucket_bytes=_power_of_two(fitting), slots=limits.slots)
+
+
+def fit_staging(room: int | None, full: StagingSize, min_bucket_bytes: int) -> StagingSize:
+    """The slots of a lane that has so many bytes, `min_bucket_bytes` at least.
+
+    All slots, if they may be of a quarter of the full size at least; else two; one, and no overlap,
+    only if two of the least size do not fit.
     """
-    room = min(
-        (_room(pool, limits) for pool in _pools(joins, lanes).values() if pool.free_bytes),
-        default=None,
-    )
-    full = limits.bucket_bytes
-    if room is None:
-        return Staging(bucket_bytes=full, slots=3)
+    most = full.bucket_bytes
+    if room is None or room // full.slots >= most:
+        return full
     for slots, least in (
-        (3, max(full // 4, limits.min_bucket_bytes)),
-        (2, limits.min_bucket_bytes),
+        (full.slots, max(most // 4, min_bucket_bytes)),
+        (min(2, full.slots), min_bucket_bytes),
     ):
         if room // slots >= least:
-            return Staging(bucket_bytes=min(full, _power_of_two(room // slots)), slots=slots)
-    return Staging(bucket_bytes=min(full, _power_of_two(room)), slots=1)
+            size = min(most, _power_of_two(room // slots))
+            return StagingSize(bucket_bytes=size, slots=slots)
+    return StagingSize(bucket_bytes=min(most, _power_of_two(room)), slots=1)
 
 
 def short_of_memory(
-    joins: Iterable[Join], lanes: Mapping[Member, int], limits: StagingLimits
-) -> list[tuple[tuple[str, ...], str]]:
-    """The pools that do not hold one slot of the least size for each of their lanes: the engines
-    that share it, and why."""
-    return [
-        (
-            tuple(sorted(pool.engines)),
-            f"staging may take {int(pool.free_bytes * limits.share)} bytes of {name} for "
-            f"{pool.lanes} lanes, which need {limits.min_bucket_bytes} each",
-        )
-        for name, pool in sorted(_pools(joins, lanes).items())
-        if pool.free_bytes and _room(pool, limits) < limits.min_bucket_bytes
-    ]
+    memory: Memory, joins: Mapping[str, Join], lanes: Mapping[str, int], limits: StagingLimits
+) -> dict[str, str]:
+    """Engines without room for one slot of the least size in each of their lanes, and why.
+
+    Of a host that has too little for all, the first engines in order of their ids have room.
+    """
+    least, short = limits.min_bucket_bytes, {}
+    taken: dict[str, int] = {}
+    for engine in sorted(lanes):
+        count, host = lanes[engine], joins[engine].host_id
+        own, shared = memory.engines.get(engine), memory.hosts.get(host)
+        if own is not None and own < count * least:
+            short[engine] = _shortage(own, f"{count} lane{'s' * (count > 1)}", least)
+            continue
+        wanted = taken.get(host, 0) + count
+        if shared is not None and shared < wanted * least:
+            of = f"the {wanted} lanes of host {host} up to its own"
+            short[engine] = _shortage(shared, of, least)
+            continue
+        taken[host] = wanted
+    return short
 
 
-def _pools(joins: Iterable[Join], lanes: Mapping[Member, int]) -> dict[str, _Pool]:
-    pools: dict[str, _Pool] = {}
-    for join in joins:
-        for offer in join.ranks:
-            staged = lanes.get(Member(join.engine, offer.rank), 0)
-            if not staged:
-                continue
-            shared = offer.device == "cpu"
-            name = f"host {join.host_id}" if shared else f"rank {offer.rank} of {join.engine}"
-            pool = pools.setdefault(name, _Pool(set()))
-            pool.engines.add(join.engine)
-            pool.lanes += staged
-            if offer.free_bytes:
-                pool.free_bytes = min(pool.free_bytes or offer.free_bytes, offer.free_bytes)
-    return pools
+def _shortage(free: int, of: str, least: int) -> str:
+    return f"staging may take {free} bytes for {of}, which need {least} each"
 
 
-def _room(pool: _Pool, limits: StagingLimits) -> int:
-    """Bytes for each lane."""
-    return int(pool.free_bytes * limits.share) // pool.lanes
+def _staged(joins: Mapping[str, Join], lanes: Mapping[str, int]) -> dict[str, int]:
+    """Host -> lanes on it."""
+    staged: dict[str, int] = {}
+    for engine, count in lanes.items():
+        host = joins[engine].host_id
+        staged[host] = staged.get(host, 0) + count
+    return staged
 
 
 def _power_of_two(most: int) -> int:

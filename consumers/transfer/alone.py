@@ -9,6 +9,7 @@ from __future__ import annotations
 from weightbus.bus.blocks import SHM_DIRECTORY
 from weightbus.bus.errors import SharedMemoryFull
 from weightbus.consumers.planning.buckets import MIN_BUCKET_BYTES
+from weightbus.consumers.planning.staging import StagingSize, fit_staging
 from weightbus.consumers.transfer.fetch import Fetcher
 from weightbus.consumers.transfer.pipeline import Lane, Reader
 from weightbus.consumers.transfer.route import Transfer
@@ -106,10 +107,9 @@ def _fit(transfer: Transfer, pool: BlockPool, useful_bytes: int) -> tuple[int, i
     useful_bytes = max(MIN_BUCKET_BYTES, useful_bytes)
     slot_bytes = min(transfer.plan.bucket_bytes, -(-useful_bytes // _PAGE_BYTES) * _PAGE_BYTES)
     room_bytes = pool.room_bytes // len(transfer.ranks) - SHM_HEADER_BYTES
-    slots = min(transfer.plan.slots, room_bytes // slot_bytes)
-    if slots >= 1:
-        return slots, slot_bytes
-    if room_bytes < _PAGE_BYTES:
+    if room_bytes < min(slot_bytes, _PAGE_BYTES):
         need_bytes = len(transfer.ranks) * (_PAGE_BYTES + SHM_HEADER_BYTES)
         raise SharedMemoryFull(str(SHM_DIRECTORY), need_bytes, pool.room_bytes)
-    return 1, room_bytes // _PAGE_BYTES * _PAGE_BYTES
+    full = StagingSize(bucket_bytes=slot_bytes, slots=transfer.plan.slots)
+    fitting = fit_staging(room_bytes, full, min(slot_bytes, _PAGE_BYTES))
+    return fitting.slots, fitting.bucket_bytes

@@ -362,7 +362,7 @@ class BroadcastWorld(RemoteWorld):
             joins = [self._join(site, version) for site in together]
             groups = plan_groups(
                 plan_lanes(joins), {join.engine: join for join in joins}, self._epoch
-            )
+            ).groups
             bare = self.plan_of(together, together[0].route, version)
             plan = structs.replace(bare, groups=groups)
             plans |= {site: (site.route, plan) for site in together}

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from weightbus.consumers.planning.buckets import count_buckets
 from weightbus.consumers.planning.cost import (
     ASSUMED_LINKS,
-    FORM_MEMBER_S,
-    FORM_S,
+    BUCKET_S,
+    GROUP_MEMBER_S,
+    GROUP_S,
     RouteCost,
     Site,
     Situation,
     assume,
     predict,
 )
+from weightbus.consumers.planning.staging import StagingSize
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Links
 
 MB = 10**6
+GB = 10**9
 LINKS = Links(
     memory=100 * MB, disk=20 * MB, network=50 * MB, broadcast=10 * MB, p2p=5 * MB, cards=2
 )
-WORLD = Situation(
-    layout_bytes=1000 * MB, source=LINKS, bucket_bytes=MB, slots=3, sources=1, ready=True
-)
+FAST = Links(network=10**12, p2p=10**12)
+WORLD = Situation(layout_bytes=1000 * MB, source=FAST, sources=1, ready=True)
+STAGING = StagingSize(bucket_bytes=MB, slots=3)
 
 
 def site(engine: str, host: str, ranks: int = 2, **fields: object) -> Site:
-    links = structs.replace(LINKS, **fields)
-    return Site(engine=engine, host=host, ranks=ranks, need_bytes=1000 * MB, links=links)
+    slots = fields.pop("slots", 3)
+    assert isinstance(slots, int)
+    return Site(
+        engine=engine,
+        host=host,
+        ranks=ranks,
+        need_bytes=1000 * MB,
+        links=structs.replace(LINKS, **fields),
+        staging=structs.replace(STAGING, slots=slots),
+    )
 
 
 def costs(
@@ -41,7 +55,16 @@ def costs(
 
 
 def stages(cost: RouteCost) -> dict[str, object]:
-    return {stage.name: (pytest.approx(stage.seconds), stage.limit) for stage in cost.stages}
+    """Seconds of every stage without what every bucket takes besides, and its limit."""
+    besides = {"fetch": cost.buckets * BUCKET_S, "broadcast": cost.buckets * BUCKET_S}
+    return {
+        stage.name: (pytest.approx(stage.seconds - besides.get(stage.name, 0.0)), stage.limit)
+        for stage in cost.stages
+    }
+
+
+def buckets(lanes: int) -> int:
+    return count_buckets(WORLD.layout_bytes, STAGING.bucket_bytes, lanes)
 
 
 def test_local_takes_what_memory_needs_for_all_ranks_of_the_host() -> None:
@@ -50,55 +73,83 @@ def test_local_takes_what_memory_needs_for_all_ranks_of_the_host() -> None:
     assert costs(site("a", "h"), site("b", "h"), route="local")["a"].seconds == 20.0
 
 
-def test_local_reads_files_at_the_rate_of_the_disk() -> None:
+def test_local_reads_files_at_the_rate_of_the_disk_that_its_host_shares() -> None:
     world = structs.replace(WORLD, files=True)
     cost = costs(site("a", "h"), route="local", world=world)["a"]
-    assert stages(cost) == {"fetch": (50.0, "its disk"), "reload": (10.0, "its host's memory")}
-    assert cost.buckets == 500
-    assert cost.seconds == pytest.approx(50.0 + 10.0 / 500)
+    assert stages(cost) == {
+        "fetch": (50.0, "its host's disk"),
+        "reload": (10.0, "its host's memory"),
+    }
+    assert cost.buckets == buckets(2) > 500
+    fetch_s = 50.0 + buckets(2) * BUCKET_S
+    assert cost.seconds == pytest.approx(fetch_s + 10.0 / cost.buckets)
+    two = costs(site("a", "h"), site("b", "h"), site("c", "h2"), route="local", world=world)
+    assert stages(two["b"])["fetch"] == (100.0, "its host's disk")
+    assert stages(two["c"])["fetch"] == (50.0, "its host's disk")
 
 
-def test_pulling_is_limited_by_the_transfer_engine_when_the_network_is_fast() -> None:
-    cost = costs(site("a", "h"), route="p2p")["a"]
-    assert stages(cost)["fetch"] == (100.0, "the transfer engine")
-    assert (cost.card_bytes, cost.lane_bytes) == (500 * MB, 500 * MB)
+@pytest.mark.parametrize("ranks", [1, 2, 16])
+def test_pulling_is_limited_by_the_one_transfer_engine_of_a_consumer(ranks: int) -> None:
+    cost = costs(site("a", "h", ranks), route="p2p")["a"]
+    assert stages(cost)["fetch"] == (200.0, "its transfer engine")
+    assert cost.limit == "its transfer engine in fetch"
+    assert (cost.card_bytes, cost.lane_bytes) == (500 * MB, -(-1000 * MB // ranks))
 
 
 def test_pulling_is_limited_by_the_host_when_its_engines_share_its_cards() -> None:
-    source = structs.replace(LINKS, network=10**12)
-    world = structs.replace(WORLD, source=source)
-    fleet = [site(f"e{n}", "h", ranks=16) for n in range(3)]
-    assert stages(costs(*fleet, route="p2p", world=world)["e0"])["fetch"] == (
-        30.0,
-        "its host's network",
-    )
+    fleet = [site(f"e{n}", "h", p2p=50 * MB) for n in range(3)]
+    assert stages(costs(*fleet, route="p2p")["e0"])["fetch"] == (30.0, "its host's network")
 
 
 @pytest.mark.parametrize(("sources", "seconds"), [(1, 80.0), (4, 20.0)])
 def test_pulling_is_limited_by_the_source_when_many_share_it(sources: int, seconds: float) -> None:
-    world = structs.replace(WORLD, sources=sources)
-    fleet = [site(f"e{n}", f"h{n}", ranks=64) for n in range(8)]
+    source = structs.replace(LINKS, p2p=10**12)
+    world = structs.replace(WORLD, source=source, sources=sources)
+    fleet = [site(f"e{n}", f"h{n}", p2p=GB, network=GB) for n in range(8)]
     fetch = stages(costs(*fleet, route="p2p", world=world)["e0"])["fetch"]
     assert fetch == (seconds, "the source's network")
+    served = structs.replace(world, source=structs.replace(source, p2p=50 * MB))
+    fetch = stages(costs(*fleet, route="p2p", world=served)["e0"])["fetch"]
+    assert fetch == (2 * seconds, "the source's transfer engine")
 
 
 def test_broadcast_fetches_once_and_is_paced_by_its_slowest_member() -> None:
-    fleet = [site("a", "h1"), site("b", "h2", ranks=4), site("c", "h3", broadcast=5 * MB)]
+    fleet = [site("a", "h1"), site("b", "h2", ranks=4), site("c", "h3", 4, broadcast=4 * MB)]
     cost = costs(*fleet, route="broadcast")
-    assert cost["a"] == cost["b"] == cost["c"]
     assert stages(cost["a"]) == {
-        "fetch": (1000 / (4 * 2 * 5), "the transfer engine"),
-        "broadcast": (1000 / (4 * 5), "the process groups"),
+        "fetch": (2 / 4 * 1000 / 5, "a transfer engine"),  # two of a bucket's four parts at once
+        "broadcast": (1000 / 4 / 4, "the process groups"),
         "reload": (10.0, "its host's memory"),
     }
-    assert cost["a"].lane_bytes == 250 * MB
+    assert cost["a"].seconds == cost["b"].seconds == cost["c"].seconds
     assert [stage.bytes for stage in cost["a"].stages] == [333_333_333, 666_666_667, 1000 * MB]
+    held_s = 100.0 + 62.5 + 10.0 + 2 * buckets(4) * BUCKET_S
+    among_s = max(1000 / 5 / 3, held_s / 3, 62.5 + buckets(4) * BUCKET_S)
+    assert cost["a"].pace_s == pytest.approx(among_s)
+    assert cost["a"].seconds == pytest.approx(among_s + (held_s - among_s) / buckets(4))
 
 
-def test_broadcast_takes_a_hop_for_each_doubling_when_it_goes_from_member_to_member() -> None:
-    fleet = [structs.replace(site(f"e{n}", f"h{n}"), tree=True) for n in range(5)]
-    broadcast = stages(costs(*fleet, route="broadcast")["e0"])["broadcast"]
-    assert broadcast == (3 * 1000 / (2 * 10), "the process groups")
+def test_rank_that_stages_more_lanes_than_others_takes_as_much_longer() -> None:
+    cost = costs(site("a", "h1", ranks=3), site("b", "h2", ranks=8), route="broadcast")
+    assert cost["a"].lane_bytes == 375 * MB  # three of eight lanes
+    assert cost["b"].lane_bytes == 125 * MB
+    assert stages(cost["a"])["broadcast"] == (3 / 8 * 1000 / 10, "the process groups")
+    one = costs(site("a", "h1", ranks=1), site("b", "h2", ranks=8), route="broadcast")
+    assert stages(one["b"])["broadcast"] == (1000 / 10, "the process groups")
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "limit"),
+    [
+        (10 * MB, 3 * 1000 / (2 * 10), "the process groups"),
+        (GB, 3 * 1000 / 100, "a host's network"),
+    ],
+)
+def test_broadcast_takes_a_hop_for_each_doubling_when_it_goes_from_member_to_member(
+    rate: int, seconds: float, limit: str
+) -> None:
+    fleet = [structs.replace(site(f"e{n}", f"h{n}", broadcast=rate), tree=True) for n in range(5)]
+    assert stages(costs(*fleet, route="broadcast")["e0"])["broadcast"] == (seconds, limit)
 
 
 def test_broadcast_pays_for_groups_that_have_not_met() -> None:
@@ -106,7 +157,7 @@ def test_broadcast_pays_for_groups_that_have_not_met() -> None:
     ready = costs(*fleet, route="broadcast")["e0"]
     world = structs.replace(WORLD, ready=False)
     formed = costs(*fleet, route="broadcast", world=world)["e0"]
-    assert formed.form_s == pytest.approx(FORM_S + 2 * FORM_MEMBER_S)
+    assert formed.form_s == pytest.approx(GROUP_S + 2 * GROUP_MEMBER_S)
     assert formed.seconds == pytest.approx(ready.seconds + formed.form_s)
     assert ready.form_s == 0.0
 
@@ -116,28 +167,38 @@ def test_engines_of_one_host_share_one_pull_and_nothing_is_broadcast() -> None:
     world = structs.replace(WORLD, ready=False)
     together = costs(*fleet, route="broadcast", world=world)["a"]
     assert [stage.name for stage in together.stages] == ["fetch", "reload"]
-    assert stages(together)["fetch"] == (1000 / (4 * 5), "the transfer engine")
+    assert stages(together)["fetch"] == (2 / 4 * 1000 / 5, "a transfer engine")
     assert together.seconds < costs(*fleet, route="p2p")["a"].seconds
 
 
 def test_pulls_and_broadcast_share_the_source() -> None:
-    source = structs.replace(LINKS, network=1 * MB)
-    world = structs.replace(WORLD, source=source)
+    world = structs.replace(WORLD, source=structs.replace(FAST, network=2 * MB))
     fleet = [site("a", "h1"), site("b", "h2"), site("c", "h3")]
     mixed = costs(*fleet, route="broadcast", c="p2p", world=world)
     assert stages(mixed["a"])["fetch"] == (1000.0, "the source's network")
     assert stages(mixed["c"])["fetch"] == (1000.0, "the source's network")
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_slots_set_the_pace_when_each_is_held_from_fetch_to_reload(slots: int) -> None:
+    fleet = [site(f"e{n}", f"h{n}", slots=slots, broadcast=5 * MB) for n in range(9)]
+    cost = costs(*fleet, route="broadcast")["e0"]
+    held_s = 100.0 + 100.0 + 10.0 + 2 * cost.buckets * BUCKET_S
+    slowest_s = 100.0 + cost.buckets * BUCKET_S  # the broadcast; nine hosts fetch side by side
+    pace_s = max(slowest_s, held_s / slots)
+    assert cost.pace_s == pytest.approx(pace_s)
+    assert cost.seconds == pytest.approx(pace_s + (held_s - pace_s) / cost.buckets)
+    assert (cost.limit.startswith(f"{slots} slot")) == (slots < 3)
+
+
 def test_stages_add_up_when_there_is_one_slot() -> None:
-    world = structs.replace(WORLD, slots=1)
-    cost = costs(site("a", "h"), route="p2p", world=world)["a"]
-    assert cost.seconds == pytest.approx(100.0 + 10.0)
+    cost = costs(site("a", "h", slots=1), route="p2p")["a"]
+    assert cost.seconds == pytest.approx(200.0 + 10.0 + cost.buckets * BUCKET_S)
 
 
 def test_engine_over_several_hosts_costs_what_its_slowest_part_does() -> None:
     parts = [site("a", "h1"), site("a", "h2", p2p=MB)]
-    assert costs(*parts, route="p2p")["a"].seconds > 500.0
+    assert costs(*parts, route="p2p")["a"].seconds > 1000.0
 
 
 def test_rates_that_were_not_measured_are_assumed() -> None:
@@ -147,18 +208,26 @@ def test_rates_that_were_not_measured_are_assumed() -> None:
 
 
 @given(
-    hosts=st.integers(1, 9),
-    ranks=st.integers(1, 9),
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=9),
     size=st.integers(0, 2**50),
-    slots=st.integers(1, 3),
+    slots=st.integers(1, 4),
     route=st.sampled_from(["local", "p2p", "broadcast"]),
+    tree=st.booleans(),
 )
-def test_total_lies_between_the_slowest_stage_and_the_sum_of_all(
-    hosts: int, ranks: int, size: int, slots: int, route: RouteName
+def test_total_lies_between_the_pace_and_the_sum_of_all_stages(
+    ranks: list[int], size: int, slots: int, route: RouteName, tree: bool
 ) -> None:
-    world = structs.replace(WORLD, layout_bytes=size, slots=slots, ready=False, files=True)
-    fleet = [site(f"e{n}", f"h{n}", ranks=ranks) for n in range(hosts)]
+    world = structs.replace(WORLD, layout_bytes=size, ready=False, files=True, source=LINKS)
+    fleet = [
+        structs.replace(site(f"e{n}", f"h{n // 2}", count, slots=slots), tree=tree)
+        for n, count in enumerate(ranks)
+    ]
     for cost in costs(*fleet, route=route, world=world).values():
-        total = sum(stage.seconds for stage in cost.stages)
-        assert cost.slowest.seconds <= cost.seconds * (1 + 1e-9)
-        assert cost.seconds <= total * (1 + 1e-9)
+        held_s = sum(stage.seconds for stage in cost.stages if stage.name != "form")
+        assert held_s / slots <= cost.pace_s * (1 + 1e-9) or route == "local"
+        assert cost.pace_s + cost.form_s <= cost.seconds * (1 + 1e-9)
+        assert cost.seconds <= (held_s + cost.form_s) * (1 + 1e-9)
+        for stage in cost.stages:
+            if stage.name in ("broadcast", "reload"):
+                assert stage.seconds <= cost.pace_s * (1 + 1e-9)
+        assert math.isfinite(cost.seconds)

@@ -18,6 +18,7 @@ MODULES = (
     "regions",
     "routes",
     "shapes",
+    "sharing",
     "staging",
     "tables",
     "tiles",
