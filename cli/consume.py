@@ -17,9 +17,10 @@ from msgspec import Struct
 
 from weightbus.bus.background import open_background
 from weightbus.bus.connection import Bus, open_bus
-from weightbus.bus.host import host_id
+from weightbus.bus.host import address_towards, host_id
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
+from weightbus.cli.links import LINKS_FILE, read_links
 from weightbus.cli.sizes import read_size
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
@@ -29,12 +30,16 @@ from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.compose import open_routes
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
-from weightbus.schemas.rounds import CommitPolicy, Links
+from weightbus.schemas.rounds import CommitPolicy
 from weightbus.tracing.narration import narrate
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import open_telemetry
 
 __all__ = ("command",)
+
+
+LOOPBACK = "127.0.0.1"
+"""Where nobody but this host reaches it: a bus of its own serves no other."""
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -87,14 +92,14 @@ class Options(Struct, frozen=True, kw_only=True):
     multiple=True,
     type=click.Choice(["local", "broadcast", "p2p"]),
     envvar="WEIGHTBUS_ROUTE",
-    help="Allow this route; may be repeated.  [default: all]",
+    help="Allow this route; may be repeated. Broadcast needs local or p2p beside it: by it alone "
+    "no engine gets its first version.  [default: all]",
 )
 @click.option(
     "--address",
-    default="127.0.0.1",
     envvar="WEIGHTBUS_ADDRESS",
-    show_default=True,
-    help="Where other hosts reach this one: needed for broadcast, and to offer a copy by p2p.",
+    help="Where other hosts reach this one, for broadcast and p2p.  [default: the address of this "
+    "host towards NATS]",
 )
 @click.option(
     "--p2p-protocol",
@@ -128,7 +133,8 @@ class Options(Struct, frozen=True, kw_only=True):
     "links_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     envvar="WEIGHTBUS_LINKS",
-    help="Rates of this host, as `weightbus doctor --json` has written them.",
+    help="Rates of this host, as `weightbus doctor --output` has written them.  [default: "
+    f"{LINKS_FILE}, if it exists]",
 )
 @click.option(
     "--commit", type=click.Choice(["each", "together"]), default="each", show_default=True
@@ -152,7 +158,7 @@ def command(
     tp: int,
     roots: Sequence[str],
     routes: Sequence[Any],
-    address: str,
+    address: str | None,
     p2p_protocol: str,
     p2p_device: str,
     keep_copy: bool,
@@ -176,21 +182,27 @@ def command(
         raise click.UsageError(
             "give --engine-dir of a running engine, or --architecture of a new one"
         )
+    if set(routes) == {"broadcast"}:
+        raise click.UsageError(
+            "--route broadcast needs --route local or --route p2p beside it: by it alone no engine "
+            "gets its first version"
+        )
     bus = BusSettings.from_env(os.environ)
+    url = nats_url or bus.url
     options = Options(
-        bus=msgspec.structs.replace(bus, url=nats_url or bus.url, name=f"consumer-{engine_id}"),
+        bus=msgspec.structs.replace(bus, url=url, name=f"consumer-{engine_id}"),
         consumer=ConsumerConfig(
             model=model,
             engine=engine_id,
             host_id=host or host_id(),
             file_roots=tuple(roots),
             routes=tuple(routes) or ("local", "broadcast", "p2p"),
-            address=address,
+            address=address or (address_towards(url) if url else LOOPBACK),
             p2p_protocol=p2p_protocol,
             p2p_device=p2p_device,
             keep_copy=keep_copy,
             staging_bytes=staging_bytes,
-            links=_links(links_file),
+            links=read_links(links_file),
             commit=commit,
             join_window_s=join_window,
         ),
@@ -211,15 +223,6 @@ def _spec(kind: str, architecture: str | None, config: str, tp: int) -> TorchEng
         )
     except msgspec.MsgspecError as error:
         raise click.BadParameter(f"{config!r} of the {kind} engine: {error}") from None
-
-
-def _links(path: Path | None) -> Links:
-    if path is None:
-        return Links()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Links)
-    except msgspec.MsgspecError as error:
-        raise click.BadParameter(f"{path} holds no rates of a host: {error}") from None
 
 
 async def run_consumer(options: Options) -> None:

@@ -1,12 +1,16 @@
 """`weightbus doctor`: what is installed here, and how fast this host's links are.
 
-Loads what it measures with when it measures: what is missing is a line of the table, not an error.
+Loads what it measures with when it measures: what is missing, or broken, is a line of the table.
+What libraries write to the terminal meanwhile is not shown.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +25,8 @@ from rich.table import Table
 
 from weightbus.bus.blocks import SHM_DIRECTORY
 from weightbus.bus.server import find_server
-from weightbus.consumers.cards import network_cards
+from weightbus.cli.links import LINKS_FILE
+from weightbus.consumers.cards import card_holding, network_cards
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.rounds import Links
 from weightbus.tracing.text import format_bytes, format_rate, gigabytes_per_second, printable
@@ -30,6 +35,17 @@ __all__ = ("Finding", "Options", "command", "examine")
 
 MEASURE_TIMEOUT_S = 60.0
 """Of one measurement, with all that it loads and starts."""
+
+MAX_GBIT = 1e6
+"""Of one card: more is a slip of the pen."""
+
+EXIT_MISSING = 1
+
+FILE_MODE = 0o644
+"""Of what is written: rates are no secret."""
+
+LOOPBACK = "lo"
+STDERR = 2
 
 _TORCH = "pip install 'weightbus[torch]'"
 
@@ -54,6 +70,12 @@ class Finding(Struct, frozen=True):
     ok: bool = True
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no rate")
+    return value
+
+
 @click.command("doctor")
 @click.option(
     "--dir",
@@ -68,25 +90,38 @@ class Finding(Struct, frozen=True):
     show_default=True,
     help="Of this host, over which groups and the transfer engine are measured.",
 )
-@click.option("--p2p-protocol", default="tcp", envvar="WEIGHTBUS_P2P_PROTOCOL", show_default=True)
-@click.option("--p2p-device", default="", envvar="WEIGHTBUS_P2P_DEVICE")
+@click.option(
+    "--p2p-protocol",
+    default="tcp",
+    envvar="WEIGHTBUS_P2P_PROTOCOL",
+    show_default=True,
+    help="Of the transfer engine: tcp or rdma.",
+)
+@click.option(
+    "--p2p-device",
+    default="",
+    envvar="WEIGHTBUS_P2P_DEVICE",
+    help="Network card of the transfer engine, such as mlx5_0.  [default: its choice]",
+)
 @click.option(
     "--network-gbit",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=MAX_GBIT),
     default=0.0,
+    callback=_finite,
     help="Of one network card, one way.  [default: what the system says]",
 )
 @click.option(
     "--cards",
     type=click.IntRange(0, 1024),
     default=0,
-    help="Network cards that are used side by side.  [default: the fastest that are up]",
+    help="Network cards that are used side by side.  [default: with tcp the one that has the "
+    "address, else the fastest that are up]",
 )
 @click.option(
-    "--json",
-    "json_file",
+    "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the rates to this file, for `weightbus consume --links`.",
+    help="Write the rates to this file, for `weightbus consume --links`, which by default reads "
+    f"{LINKS_FILE}.",
 )
 def command(
     directory: Path | None,
@@ -95,12 +130,12 @@ def command(
     p2p_device: str,
     network_gbit: float,
     cards: int,
-    json_file: Path | None,
+    output: Path | None,
 ) -> None:
     """Check this host, and measure the rates that routes are chosen by; about a second each.
 
     What crosses the network is measured on one address of this host: between hosts the network may
-    be slower, and --network-gbit then says so.
+    be slower, and --network-gbit then says so. Exits with 1 if something is missing.
     """
     options = Options(
         directory=directory,
@@ -110,15 +145,48 @@ def command(
         network=round(network_gbit * 1e9 / 8),
         cards=cards,
     )
-    findings, links = anyio.run(examine, options)
-    table = Table("", "what", "found", box=None, pad_edge=False)
-    for finding in findings:
-        table.add_row("ok" if finding.ok else "--", finding.what, printable(finding.found))
-    Console().print(table, markup=False)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(links), indent=2) + b"\n")
-        click.echo(f"rates written to {json_file}")
+    with _replacing(output) as write:
+        findings, links = anyio.run(examine, options)
+        table = Table("", "what", "found", box=None, pad_edge=False)
+        for finding in findings:
+            table.add_row("ok" if finding.ok else "--", finding.what, printable(finding.found))
+        Console().print(table, markup=False)
+        if output is not None:
+            write(msgspec.json.format(msgspec.json.encode(links), indent=2) + b"\n")
+            click.echo(f"rates written to {output}")
+    if not all(finding.ok for finding in findings):
+        click.get_current_context().exit(EXIT_MISSING)
+
+
+@contextmanager
+def _replacing(path: Path | None) -> Iterator[Callable[[bytes], None]]:
+    """What writes a file whole, or leaves it as it was; whether it can be made is known at once.
+
+    Raises:
+        BadParameter: it cannot.
+    """
+    if path is None:
+        yield lambda content: None
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise click.BadParameter(f"--output {path} cannot be written: {error.strerror}") from None
+
+    def write(content: bytes) -> None:
+        file.write(content)
+        file.flush()
+        os.fchmod(file.fileno(), FILE_MODE)
+        os.replace(name, path)
+
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield write
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 async def examine(options: Options) -> tuple[list[Finding], Links]:
@@ -130,7 +198,7 @@ async def examine(options: Options) -> tuple[list[Finding], Links]:
         findings.append(finding)
     network, cards = options.network, options.cards
     if not (network and cards):
-        found, count = network_cards()
+        found, count = await anyio.to_thread.run_sync(_cards, options)
         network, cards = network or found, cards or count
     told = f"{cards} x {_rate(network)}" if network else "the system does not say: --network-gbit"
     findings.append(Finding("network cards", told, bool(network)))
@@ -170,15 +238,61 @@ async def _measured(name: str, measure: Callable[[], Awaitable[int]]) -> tuple[F
     """A rate, or why there is none (0)."""
     what = f"rate: {name}"
     try:
-        with anyio.fail_after(MEASURE_TIMEOUT_S):
+        with _quiet(), anyio.fail_after(MEASURE_TIMEOUT_S):
             rate = await measure()
-    except TimeoutError:
-        return Finding(what, f"not measured within {MEASURE_TIMEOUT_S:g} s", False), 0
-    except ModuleNotFoundError as error:
-        return Finding(what, f"needs {error.name}: {_TORCH}", False), 0
-    except WeightBusError as error:
-        return Finding(what, str(error), False), 0
+    except BaseExceptionGroup as group:
+        known, others = group.split((WeightBusError, ImportError, OSError))
+        if known is None or others is not None:
+            raise
+        return Finding(what, _why(next(_leaves(known))), False), 0
+    except (WeightBusError, ImportError, OSError) as error:
+        return Finding(what, _why(error), False), 0
     return Finding(what, _rate(rate)), rate
+
+
+def _why(error: BaseException) -> str:
+    match error:
+        case WeightBusError():
+            return str(error)
+        case TimeoutError():
+            return f"not measured within {MEASURE_TIMEOUT_S:g} s"
+        case ModuleNotFoundError():
+            return f"needs {error.name}: {_TORCH}"
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What this process and its children write to standard error goes nowhere: libraries of other
+    languages log there, whatever they are told."""
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(STDERR)
+        try:
+            os.dup2(nowhere.fileno(), STDERR)
+            yield
+        finally:
+            os.dup2(kept, STDERR)
+            os.close(kept)
+
+
+def _cards(options: Options) -> tuple[int, int]:
+    """One stream of tcp goes through one card: the one that has the address, unless that is a
+    loopback. RDMA uses all of them."""
+    if options.p2p_protocol != "tcp":
+        return network_cards()
+    holding = card_holding(options.address)
+    if holding is None or holding == LOOPBACK:
+        return network_cards()[0], 1
+    return network_cards(only=holding)
 
 
 def _rate(rate: int) -> str:

@@ -24,7 +24,8 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     routes: tuple[RouteName, ...] = ("local", "broadcast", "p2p")
     """Routes that may be taken."""
     address: str = "127.0.0.1"
-    """Where other hosts reach this one: for groups, and for the transfer engine."""
+    """Where other hosts reach this one: for groups, and for the transfer engine. A loopback address
+    does for consumers that are all on one machine."""
     p2p_protocol: str = "tcp"
     """Of the transfer engine."""
     p2p_device: str = ""

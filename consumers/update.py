@@ -323,7 +323,8 @@ class Updater:
         """What every rank can do: a group waits for nobody who cannot stream yet."""
         offered = tuple(route for route in routes if proven or route != "broadcast")
         if not offered:
-            raise RouteUnavailable("broadcast", "the engine's plan of this layout is not proven")
+            reason = "no version has come by local or p2p yet, to prove the plan of this layout"
+            raise RouteUnavailable("broadcast", reason)
         return tuple(
             RankOffer(
                 rank=rank.rank,

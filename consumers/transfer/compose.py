@@ -99,6 +99,11 @@ class _Parts:
                     routes.extend(await self._broadcast(endpoint, missing, copies))
                 elif name == "p2p" and endpoint is not None:
                     routes.append(await self._p2p(endpoint, copies))
+        if {route.name for route in routes} == {"broadcast"}:
+            _logger.warning(
+                "only route broadcast is left: this engine cannot get its first version, which "
+                "needs local or p2p"
+            )
         return routes
 
     async def _endpoint(self) -> tuple[Endpoint | None, str]:

@@ -160,7 +160,7 @@ async def test_broadcast_is_offered_once_every_rank_is_proven() -> None:
 
 async def test_prepare_is_refused_when_only_a_group_would_do_and_nothing_is_proven() -> None:
     world = World(FakeEngine(2, 1), FakeRoute("broadcast"))
-    with pytest.raises(RouteUnavailable, match="not proven"):
+    with pytest.raises(RouteUnavailable, match="to prove"):
         await world.updater.prepare(ready_of(2), LONG_S)
 
 

@@ -1,0 +1,88 @@
+"""What `weightbus consume` makes of its options before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import click.testing
+import pytest
+
+from weightbus.cli import consume
+from weightbus.cli.links import read_links
+from weightbus.schemas.rounds import Links
+
+ENGINE = ("--model", "m", "--engine-id", "e", "--engine-dir", "/nowhere")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[consume.Options]:
+    """What would have been run. The home directory is empty."""
+    found: list[consume.Options] = []
+
+    def run(_: Any, options: consume.Options) -> None:
+        found.append(options)
+
+    monkeypatch.setattr("anyio.run", run)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("WEIGHTBUS_ADDRESS", "WEIGHTBUS_ROUTE", "WEIGHTBUS_LINKS", "WEIGHTBUS_NATS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def invoke(*arguments: str) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(consume.command, [*ENGINE, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        (("--nats", "nats://127.0.0.1:4222"), "127.0.0.1"),
+        (("--nats", "nats://127.9.9.9:4222"), "127.0.0.1"),
+        (("--nats", "nats://127.0.0.1:4222", "--address", "10.0.0.7"), "10.0.0.7"),
+        ((), "127.0.0.1"),
+    ],
+)
+def test_address_is_the_one_towards_nats_when_none_is_given(
+    asked: list[consume.Options], arguments: tuple[str, ...], address: str
+) -> None:
+    assert invoke(*arguments).exit_code == 0
+    assert [options.consumer.address for options in asked] == [address]
+
+
+def test_broadcast_alone_is_refused_because_no_first_version_comes_by_it(
+    asked: list[consume.Options],
+) -> None:
+    done = invoke("--route", "broadcast")
+    assert done.exit_code == 2
+    assert "needs --route local or --route p2p beside it" in " ".join(done.output.split())
+    assert invoke("--route", "broadcast", "--route", "p2p").exit_code == 0
+    assert [options.consumer.routes for options in asked] == [("broadcast", "p2p")]
+
+
+def test_links_are_read_from_the_usual_place_when_no_file_is_named(
+    asked: list[consume.Options], tmp_path: Path
+) -> None:
+    invoke()
+    (tmp_path / "weightbus").mkdir()
+    (tmp_path / "weightbus" / "links.json").write_text('{"network": 7, "cards": 2}')
+    invoke()
+    (tmp_path / "other.json").write_text('{"network": 8}')
+    invoke("--links", str(tmp_path / "other.json"))
+    links = [options.consumer.links for options in asked]
+    assert links == [Links(), Links(network=7, cards=2), Links(network=8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"netwrk": 7}', "unknown field `netwrk`"),
+        ('{"network": -7}', "Expected `int` >= 0"),
+        ("junk", "holds no rates of a host"),
+    ],
+)
+def test_links_are_refused_when_they_are_none(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "links.json").write_text(text)
+    with pytest.raises(click.BadParameter, match=reason):
+        read_links(tmp_path / "links.json")
