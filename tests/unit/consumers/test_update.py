@@ -191,7 +191,7 @@ async def test_route_out_of_favour_is_offered_only_when_no_other_reaches() -> No
 
 async def test_origin_is_told_with_what_was_prepared() -> None:
     prepared = await World(FakeEngine(2, 1)).updater.prepare(ready_of(2), LONG_S)
-    assert prepared.origin == Origin(layout_bytes=len(DATA), hosts=1, files=False)
+    assert prepared.origin == Origin(layout_bytes=len(DATA), hosts=1, files=True)
 
 
 async def test_prepare_offers_the_routes_that_reach_every_segment() -> None:

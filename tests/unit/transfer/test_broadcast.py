@@ -11,6 +11,7 @@ from msgspec import structs
 
 from tests.unit.consumers.machines import plan_of
 from weightbus.consumers.errors import PeerLost
+from weightbus.consumers.planning.hosts import host_share
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
 from weightbus.consumers.transfer.groups import Groups, Meeting
 from weightbus.consumers.transfer.staged import Clock
@@ -23,7 +24,7 @@ async def meet(route: BroadcastRoute, version: int, rendezvous: str, *engines: s
     members = tuple(Member(engine, 0) for engine in engines)
     group = Group(id="g", members=members, rendezvous=rendezvous)
     plan: RoundPlan = structs.replace(plan_of(version, {"a": "broadcast"}), groups=(group,))
-    await route._meet([(group, 0)], plan, Clock("broadcast", 5.0))
+    await route._meet(host_share(plan, "a"), plan, Clock("broadcast", 5.0))
 
 
 async def test_next_versions_come_without_a_group_when_its_members_do_not_meet(
