@@ -118,6 +118,8 @@ def plan_of(version: int, *routes: RouteName) -> RoundPlan:
 class LateAnswer:
     def __init__(self) -> None:
         self.asked, self.go_on = anyio.Event(), anyio.Event()
+        self.report: EngineReport | None = None
+        """What is answered, whatever was the case; None: what was the case when it was asked."""
 
 
 class FakeEngine(Engine):
@@ -155,6 +157,11 @@ class FakeEngine(Engine):
             structs.replace(one, instance=instance, version=-1, touched=False) for one in self.held
         ]
         self.report = structs.replace(self.report, version=-1, paused=True)
+
+    def spoil(self) -> None:
+        """Its parameters are a mix from now on."""
+        self.held = [structs.replace(one, updates=one.updates + 1) for one in self.held]
+        self.report = structs.replace(self.report, paused=True, touched=True)
 
     def prove(self, layout_digest: str) -> None:
         """Every rank's plan of a layout is proven."""
@@ -241,6 +248,7 @@ class FakeEngine(Engine):
         if late is not None:
             late.asked.set()
             await late.go_on.wait()
+            report = late.report or report
         await anyio.lowlevel.checkpoint()
         return report
 

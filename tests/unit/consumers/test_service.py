@@ -13,7 +13,7 @@ from msgspec import structs
 
 from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
 from weightbus.bus.received import Reconnected
-from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable, TornRead
 from weightbus.consumers.service import Consumer, open_consumer
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
@@ -225,6 +225,46 @@ async def test_lease_is_held_while_a_version_that_was_published_again_is_prepare
         await again.wait()
         await anyio.wait_all_tasks_blocked()
         assert world.bus.reader_leases.held == {2}
+
+
+# ---------------------------------------------------------------- a resume that seemed to fail
+
+
+async def test_update_is_complete_when_the_engine_serves_it_after_its_resume_ran_out_of_time() -> (
+    None
+):
+    world = World()
+    world.engine.errors["resume 2"] = DeadlineExceeded("resume", 10.0)
+    async with world.following(heartbeat_s=0.01):
+        world.bus.hear(ready_of(2))
+        await world.until("it failed", lambda: bool(world.bus.said(UpdateFailed)))
+        world.engine.report = structs.replace(world.engine.report, version=2, paused=False)
+        await world.until_complete(2)
+    (failed,) = world.bus.said(UpdateFailed)
+    (complete,) = world.bus.said(UpdateComplete)
+    assert (failed.stage, failed.cause) == ("commit", "DeadlineExceeded")
+    assert complete.end_ns > failed.end_ns
+    assert complete.paused_s > 0
+
+
+async def test_engine_s_answer_is_not_believed_when_it_was_asked_before_it_was_written_to() -> None:
+    world = World()
+    world.engine.errors["resume 2"] = DeadlineExceeded("resume", 10.0)
+    async with world.following(heartbeat_s=0.01):
+        world.bus.hear(ready_of(2))
+        await world.until("it failed", lambda: bool(world.bus.said(UpdateFailed)))
+        late = world.engine.answer_state_late()
+        world.engine.report = structs.replace(world.engine.report, version=2, paused=False)
+        late.report = world.engine.report
+        await late.asked.wait()
+        world.route.meanwhile = world.engine.spoil
+        world.route.fails_after = TornRead("s", 2, 3)
+        world.bus.hear(ready_of(3))
+        await world.until("it failed, too", lambda: len(world.bus.said(UpdateFailed)) == 2)
+        assert world.bus.said(UpdateFailed)[-1].quarantined
+        late.go_on.set()
+        await anyio.wait_all_tasks_blocked()
+        assert world.bus.said(UpdateComplete) == []
 
 
 # ---------------------------------------------------------------- stop
