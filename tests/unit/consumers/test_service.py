@@ -250,7 +250,7 @@ async def test_update_is_complete_when_the_engine_serves_it_after_its_resume_ran
 async def test_engine_s_answer_is_not_believed_when_it_was_asked_before_it_was_written_to() -> None:
     world = World()
     world.engine.errors["resume 2"] = DeadlineExceeded("resume", 10.0)
-    async with world.following(heartbeat_s=0.01):
+    async with world.following(heartbeat_s=0.01) as consumer:
         world.bus.hear(ready_of(2))
         await world.until("it failed", lambda: bool(world.bus.said(UpdateFailed)))
         late = world.engine.answer_state_late()
@@ -264,6 +264,8 @@ async def test_engine_s_answer_is_not_believed_when_it_was_asked_before_it_was_w
         assert world.bus.said(UpdateFailed)[-1].quarantined
         late.go_on.set()
         await anyio.wait_all_tasks_blocked()
+        assert consumer.state is not None
+        assert consumer.state.version == -1
         assert world.bus.said(UpdateComplete) == []
 
 
