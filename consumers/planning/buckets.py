@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.cuts import ALIGNMENT_BYTES, count_buckets, cut_bytes
 from weightbus.consumers.planning.tables import Integers, column, padded, tabulate_layout
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec
 
@@ -27,12 +28,11 @@ __all__ = (
     "MIN_BUCKET_BYTES",
     "RUN",
     "BucketPlan",
-    "count_buckets",
     "plan_buckets",
 )
 
 BUCKETS_VERSION = 1
-"""Grows whenever the same arguments are cut in another way: hosts that differ share no broadcast."""
+"""Grows whenever the same arguments are cut in another way: who differs shares no broadcast."""
 
 MIN_BUCKET_BYTES = 1024
 """Smallest slot that can be planned for: alignment alone may take half of it."""
@@ -40,15 +40,8 @@ MIN_BUCKET_BYTES = 1024
 RUN_GAP_BYTES = 4096
 """Bytes between two shards that are read along, rather than begin another run."""
 
-ALIGNMENT_BYTES = 256
-
 _RUN_PADDING_BYTES = 2 * (ALIGNMENT_BYTES - 1)
 """Most that the alignment of one run takes, before and after it."""
-
-_CUTS_PER_BUCKET = 64
-"""A shard is cut between whole rows, or blocks of rows, at most 1/64 of a slot long."""
-
-_MIN_CUT_BYTES = 16
 
 RUN = np.dtype(
     [
@@ -103,10 +96,9 @@ def plan_buckets(layout: Layout, bucket_bytes: int, lanes: int) -> BucketPlan:
     if lanes < 1:
         raise PlanError("lanes", lanes, "must be at least 1")
     stream = _tabulate(layout)
-    cut_bytes = _cut_bytes(bucket_bytes)
     buckets = count_buckets(stream.total, bucket_bytes, lanes)
     parts = buckets * lanes
-    fragments = _cut(layout, stream, parts, cut_bytes)
+    fragments = _cut(layout, stream, parts, cut_bytes(bucket_bytes))
     part, source = fragments.part, stream.offset[fragments.shard] + fragments.low
     runs, run = _runs(stream, fragments)
     staged = runs["staged"][run] + source - runs["source"][run]
@@ -125,19 +117,6 @@ def plan_buckets(layout: Layout, bucket_bytes: int, lanes: int) -> BucketPlan:
         runs=runs,
         run_ends=np.searchsorted(runs["part"], np.arange(parts + 1)),
     )
-
-
-def count_buckets(total_bytes: int, bucket_bytes: int, lanes: int) -> int:
-    """How many buckets so many bytes are, with what is read along between and around them.
-
-    Of a slot, what a cut may lack and what alignment may take are left free.
-    """
-    room = bucket_bytes - _cut_bytes(bucket_bytes) - ALIGNMENT_BYTES
-    return -(-total_bytes // (room * lanes))
-
-
-def _cut_bytes(bucket_bytes: int) -> int:
-    return max(_MIN_CUT_BYTES, bucket_bytes // _CUTS_PER_BUCKET)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +175,7 @@ def _tabulate(layout: Layout) -> _Stream:
     )
 
 
-def _cut(layout: Layout, stream: _Stream, parts: int, cut_bytes: int) -> _Fragments:
+def _cut(layout: Layout, stream: _Stream, parts: int, most_bytes: int) -> _Fragments:
     """Cut the stream into parts, each where it would be of the same size, or a little before."""
     count = stream.number.size
     wanted = np.arange(1, parts, dtype=np.int64) * stream.total // max(parts, 1)
@@ -208,7 +187,7 @@ def _cut(layout: Layout, stream: _Stream, parts: int, cut_bytes: int) -> _Fragme
     for cut in np.flatnonzero(low):
         item = int(shard[cut])
         sizes = layout.shards[int(stream.number[item])].sizes
-        low[cut] -= low[cut] % _step_bytes(sizes, int(stream.item_bytes[item]), cut_bytes)
+        low[cut] -= low[cut] % _step_bytes(sizes, int(stream.item_bytes[item]), most_bytes)
     key = np.append(stream.position, stream.total)[shard] + low
     inside = low > 0
     shards = np.concatenate([np.arange(count), shard[inside]])
@@ -225,15 +204,15 @@ def _cut(layout: Layout, stream: _Stream, parts: int, cut_bytes: int) -> _Fragme
     return _Fragments(shard=shards, low=lows, high=highs, part=part)
 
 
-def _step_bytes(sizes: Sequence[int], item_bytes: int, cut_bytes: int) -> int:
+def _step_bytes(sizes: Sequence[int], item_bytes: int, most_bytes: int) -> int:
     """A shard is cut at multiples of this: of its largest blocks that are not too long."""
     step = item_bytes * math.prod(sizes)
     for size in sizes:
-        if step <= cut_bytes:
+        if step <= most_bytes:
             return step
         step //= size
     # Within a row: a power of two, so that what follows stays aligned.
-    return max(item_bytes, min(ALIGNMENT_BYTES, 1 << (cut_bytes.bit_length() - 1)))
+    return max(item_bytes, min(ALIGNMENT_BYTES, 1 << (most_bytes.bit_length() - 1)))
 
 
 def _runs(stream: _Stream, fragments: _Fragments) -> tuple[npt.NDArray[np.void], Integers]:

@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 from msgspec import Struct, structs
 
-from weightbus.consumers.planning.buckets import count_buckets
+from weightbus.consumers.planning.cuts import count_buckets
 from weightbus.consumers.planning.staging import StagingSize
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Links

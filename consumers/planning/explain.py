@@ -280,10 +280,7 @@ def _rejected(join: Join, route: RouteName | None, decision: RoundDecision) -> d
         elif route is None:
             rejected[name] = decision.refused[engine]
         elif other is not None and name == other.route:
-            rejected[name] = (
-                f"{seconds_text(other.seconds)}: {other.limit} would take "
-                f"{seconds_text(other.pace_s)}"
-            )
+            rejected[name] = f"{seconds_text(other.seconds)}, at the pace of {other.limit}"
         elif route == "local":
             rejected[name] = "nothing is nearer than local"
         elif name == "broadcast":

@@ -15,6 +15,7 @@ import pytest
 from tests.contract.examples import LAYOUT
 from weightbus.cli.plan import command
 from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.cost import BUCKET_S
 from weightbus.schemas import RoundPlan, encode, encode_layout
 
 ROOT = Path(__file__).parents[3]
@@ -83,13 +84,18 @@ def test_stages_of_the_guide_are_those_that_are_printed() -> None:
             assert re.search(row, GUIDE, re.MULTILINE), row
         assert cost["lane_bytes"] == cost["card_bytes"] == -(-whole // 8)
     seconds = {stage["name"]: stage["seconds"] for stage in cost["stages"]}
-    assert seconds["fetch"] == pytest.approx(whole / (8 * 2 * 40e9))
-    assert seconds["broadcast"] == pytest.approx(whole / (8 * 40e9))
+    besides = cost["buckets"] * BUCKET_S
+    assert seconds["fetch"] == pytest.approx(whole / (8 * 40e9) + besides)
+    assert seconds["broadcast"] == pytest.approx(whole / (8 * 40e9) + besides)
     assert seconds["reload"] == pytest.approx(8 * part["rank_bytes"] / 376e9)
     assert f"| {printed['seconds']:.3f} |" in GUIDE
     assert f"{cost['buckets']:,} buckets" in GUIDE
-    assert "| 10.292 |" in GUIDE
-    assert part["rejected"]["p2p"].startswith("10.3 s: the source's network takes 10.3 s in fetch")
+    assert f"| pace | the largest of 3.216, {cost['pace_s']:.3f}, " in GUIDE
+    pulled = 32 * whole / (8 * 40e9) + besides + seconds["reload"] / cost["buckets"]
+    assert f"| {pulled:.3f} |" in GUIDE
+    assert part["rejected"]["p2p"] == (
+        "104 s, at the pace of the source's transfer engine in fetch"
+    )
 
 
 def test_text_tells_bytes_per_card_and_seconds_per_stage() -> None:
@@ -99,7 +105,7 @@ def test_text_tells_bytes_per_card_and_seconds_per_stage() -> None:
         r"16 engines, kimi-0 \.\.\. kimi-15, on 32 hosts: 8 ranks of an engine on each",
         r"  bytes per card: 65\.5 GB written, 129 GB staged, 129 GB received",
         r"  broadcast +[\d.]+ +997 GB +the process groups",
-        r"  not p2p: [\d.]+ s: .*",
+        r"  not p2p: 104 s, at the pace of the source's transfer engine in fetch",
         "  not local: it is not offered",
         r"predicted in all: [\d.]+ s",
     ):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.unit.planning.worlds import Bytes, box_of, make_world
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.buckets import (
-    ALIGNMENT_BYTES,
     MIN_BUCKET_BYTES,
     BucketPlan,
     plan_buckets,
 )
+from weightbus.consumers.planning.cuts import ALIGNMENT_BYTES, count_buckets
 from weightbus.consumers.planning.tiles import plan_tiles
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.layout_codec import check_layout
@@ -127,3 +127,16 @@ def test_plan_is_made_soon_when_there_are_140000_tensors() -> None:
     took_s = time.process_time() - start
     assert took_s < 2.0, took_s
     assert len(plan.runs) <= plan.buckets * 4 + 4
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+@pytest.mark.parametrize("bucket_bytes", [2**20, 2**22, 3 * 2**20])
+def test_buckets_are_as_many_as_are_predicted(bucket_bytes: int, lanes: int) -> None:
+    size = 2**30
+    layout = Layout(
+        tensors=(TensorSpec("t", "U8", (size,)),),
+        shards=(ShardSpec(0, (0,), (size,), 0, 0),),
+        segments=(SegmentSpec(size),),
+    )
+    plan = plan_buckets(layout, bucket_bytes, lanes)
+    assert plan.buckets - count_buckets(size, bucket_bytes, lanes) in (0, 1)  # alignment of the run

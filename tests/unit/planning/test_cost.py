@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from weightbus.consumers.planning.buckets import count_buckets
 from weightbus.consumers.planning.cost import (
     ASSUMED_LINKS,
     BUCKET_S,
@@ -21,6 +20,7 @@ from weightbus.consumers.planning.cost import (
     assume,
     predict,
 )
+from weightbus.consumers.planning.cuts import count_buckets
 from weightbus.consumers.planning.staging import StagingSize
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Links

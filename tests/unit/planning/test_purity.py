@@ -11,6 +11,7 @@ MODULES = (
     "cells",
     "choice",
     "cost",
+    "cuts",
     "destinations",
     "explain",
     "groups",
