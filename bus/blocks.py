@@ -10,9 +10,10 @@ Owns one file below /dev/shm, its mapping, and a lock on it. Blocking; runs in w
   was cancelled or killed in between, and even while the data is one whole version.
 
 Memory order: the generation is one aligned 8-byte store. x86-64 keeps stores in order, so a reader
-that still sees the old word saw old data. Weaker machines may reorder it against the data; there,
-as everywhere, the leases keep readers away from a slot that is written, and the digest proves what
-they read. The generation that readers are promised travels over the bus, after the data.
+that still sees the old word saw old data. Weaker machines may reorder it against the data, and
+`warn_unless_ordered` says so; there, as everywhere, the leases keep readers away from a slot that
+is written, and the digest proves what they read. The generation that readers are promised travels
+over the bus, after the data.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
+import platform
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +42,10 @@ __all__ = (
     "STAGE_PREFIX",
     "SharedBlock",
     "check_room",
+    "warn_unless_ordered",
 )
+
+_logger = logging.getLogger(__name__)
 
 SHM_DIRECTORY: Final = Path("/dev/shm")
 SHM_PREFIX: Final = "weightbus-"
@@ -57,6 +63,9 @@ _ALLOCATION_BYTES: Final = 256 * 2**20
 """Allocated at a time: a signal makes the kernel begin a step again, so steps must be short."""
 
 _CREATE_ATTEMPTS: Final = 8
+
+_ORDERED: Final = frozenset({"x86_64", "amd64"})
+"""Machines that keep the stores of a processor in their order, and its loads."""
 
 
 class SharedBlock:
@@ -149,6 +158,28 @@ def check_room(need_bytes: int, reclaimed_bytes: int = 0, directory: Path = SHM_
     have_bytes = _free_bytes(directory) + reclaimed_bytes
     if have_bytes < need_bytes:
         raise SharedMemoryFull(str(directory), need_bytes, have_bytes)
+
+
+def warn_unless_ordered(machine: str | None = None) -> bool:
+    """Say so where words in shared memory may be seen before the data they speak of.
+
+    To be called once, at the start of whoever stages bytes for others or reads them.
+
+    Args:
+        machine: as `platform.machine` names it; None: this one.
+
+    Returns: whether the machine keeps the order.
+    """
+    machine = platform.machine() if machine is None else machine
+    ordered = machine.lower() in _ORDERED
+    if not ordered:
+        _logger.warning(
+            "this machine is %s: weightbus relies on the store order of x86-64 where processes "
+            "share memory. Here a worker may be told of bytes before it can see them; the digest "
+            "finds that out, and the update fails: publish weights_digest, or do not stage",
+            machine,
+        )
+    return ordered
 
 
 def _create(path: Path, size_bytes: int) -> int:

@@ -9,9 +9,12 @@ What mooncake does, and what is done about it here:
   for 60 s if it is stopped. So a peer is asked for a sign of life first, over its handshake port.
 - A peer that stops in the middle fails a read after `PROGRESS_S`. Its own default is 30 s.
 - A batch of several reads fails with the first of them, while others may be under way: it is given
-  `SETTLE_S` to end. A read by itself has ended when it fails.
-- What trickles in for longer than `TRANSFER_S` is given up while it is under way: its target must
-  stay mapped for `SETTLE_S` more.
+  `SETTLE_S` to end. A read by itself has ended when it fails at once.
+- What trickles in for longer than `TRANSFER_S` is given up while it is under way: it, and whatever
+  else has failed after a while, is given `SETTLE_S`, too, so that nothing of it falls into bytes
+  that are read again from somebody else.
+- It tells of its start on stderr, past `logging`: see `weightbus.bus.quiet`. Errors that it tells
+  of later stay: they say why a peer is lost.
 - A batch of thousands fails, and with it all that follows: `MAX_ENTRIES`.
 - It accepts any address to be reached under, so `open_endpoint` looks whether it is one of ours.
 - Who can reach the port can read *and write* what is registered: trust the network, or do not
@@ -32,7 +35,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -44,6 +47,7 @@ from weightbus.bus.errors import (
     RemoteReadFailed,
 )
 from weightbus.bus.host import address_towards
+from weightbus.bus.quiet import quietly
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
 
 __all__ = (
@@ -76,6 +80,8 @@ TRANSFER_S: Final = 120.0
 
 SETTLE_S: Final = 1.0
 """For reads whose connection was dropped to end."""
+
+MAX_ADDRESS: Final = 2**63 - 1
 
 _ENVIRONMENT: Final = {
     "MC_TCP_PROGRESS_TIMEOUT_SEC": f"{PROGRESS_S:.0f}",
@@ -124,6 +130,14 @@ class RemoteRead(NamedTuple):
     size_bytes: int
 
 
+class Clock(Protocol):
+    """What this needs of the module `time`."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float, /) -> None: ...
+
+
 class Endpoint:
     """One transfer engine; of `open_endpoint`. For several threads."""
 
@@ -131,8 +145,8 @@ class Endpoint:
     """What peers call this process: `host:port`."""
     protocol: str
 
-    def __init__(self, engine: Any, address: str, protocol: str) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, address: str, protocol: str, clock: Clock = time) -> None:
+        self._engine, self._time = engine, clock
         self.protocol = protocol
         self.session = f"{address}:{engine.get_rpc_port()}"
         self._answering: set[str] = set()
@@ -189,13 +203,16 @@ class Endpoint:
         size_bytes = sum(read.size_bytes for read in reads)
         assert len(reads) <= MAX_ENTRIES, "a batch is bounded"
         assert size_bytes <= MAX_BATCH_BYTES, "a batch is bounded"
-        self._contact(session, size_bytes)
         here, there, sizes = zip(*reads, strict=True)
+        if not 0 <= min(there) <= max(there) <= MAX_ADDRESS:  # said by a peer: not to be trusted
+            raise RemoteReadFailed(session, size_bytes, f"there is no address {min(there):#x}")
+        self._contact(session, size_bytes)
+        since_s = self._time.monotonic()
         code = self._engine.batch_transfer_sync_read(session, here, there, sizes)
         if code != 0:
             self._answering.discard(session)
-            if len(reads) > 1:
-                time.sleep(SETTLE_S)
+            if len(reads) > 1 or self._time.monotonic() - since_s >= SETTLE_S:
+                self._time.sleep(SETTLE_S)
             reason = f"code {code}: it is gone, or silent, or has this memory not registered"
             raise RemoteReadFailed(session, size_bytes, reason)
 
@@ -205,9 +222,28 @@ class Endpoint:
         Raises:
             RemoteReadFailed
         """
-        turn = next(self._turns) % _WORDS
-        self.read(session, [RemoteRead(self._words_address + 8 * turn, address, 8)])
-        return self._words[turn]
+        (word,) = self.read_words(session, [address])
+        return word
+
+    def read_words(self, session: str, addresses: Sequence[int]) -> list[int]:
+        """The 8-byte little-endian words at addresses of a peer, many at a time. Blocking.
+
+        Raises:
+            RemoteReadFailed: one of them cannot be read.
+        """
+        words = []
+        for first in range(0, len(addresses), MAX_ENTRIES):
+            some = addresses[first : first + MAX_ENTRIES]
+            places = [next(self._turns) % _WORDS for _ in some]
+            self.read(
+                session,
+                [
+                    RemoteRead(self._words_address + 8 * place, address, 8)
+                    for place, address in zip(places, some, strict=True)
+                ],
+            )
+            words += [self._words[place] for place in places]
+        return words
 
     def probe(self, session: str) -> None:
         """Whether a peer answers at all. Blocking, for `PROGRESS_S` at most.
@@ -226,7 +262,7 @@ class Endpoint:
             return  # it lives: it has refused what it does not know
         except TimeoutError as error:
             raise RemoteReadFailed(session, 0, f"no answer for {PROGRESS_S:g} s") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise RemoteReadFailed(session, 0, str(error) or type(error).__name__) from error
 
     def _contact(self, session: str, size_bytes: int) -> None:
@@ -261,13 +297,14 @@ def open_endpoint(address: str, protocol: str = "tcp", device: str = "") -> Iter
     with _opening:
         key = (address, protocol, device)
         if key not in _opened:
-            engine = _load_engine()
-            _check_address(address)
-            code = engine.initialize(address, "P2PHANDSHAKE", protocol, device)
-            if code != 0:
-                value = f"{protocol} at {address}, device {device or 'any'}"
-                raise EndpointFailed("starting", value, f"code {code}")
-            _opened[key] = Endpoint(engine, address, protocol)
+            with quietly(_logger):
+                engine = _load_engine()
+                _check_address(address)
+                code = engine.initialize(address, "P2PHANDSHAKE", protocol, device)
+                if code != 0:
+                    value = f"{protocol} at {address}, device {device or 'any'}"
+                    raise EndpointFailed("starting", value, f"code {code}")
+                _opened[key] = Endpoint(engine, address, protocol)
     yield _opened[key]
 
 

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import anyio
 import anyio.to_thread
 
+from weightbus.bus.blocks import warn_unless_ordered
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint, open_endpoint
 from weightbus.bus.errors import EndpointFailed, EndpointUnavailable
@@ -23,9 +24,10 @@ from weightbus.bus.sweep import sweep_staging
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.errors import DeadlineExceeded, RouteUnavailable
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
-from weightbus.consumers.transfer.copies import Copies, open_copies, open_kept_copy
+from weightbus.consumers.transfer.copies import Copies, open_copies
 from weightbus.consumers.transfer.fetch import LocalSegments
 from weightbus.consumers.transfer.groups import Groups, open_meeting
+from weightbus.consumers.transfer.kept import open_kept_copy
 from weightbus.consumers.transfer.local import LocalRoute
 from weightbus.consumers.transfer.p2p import P2pRoute
 from weightbus.consumers.transfer.route import Route
@@ -64,12 +66,15 @@ async def open_routes(
         BusUnavailable: the bus does not tell of copies.
     """
     async with AsyncExitStack() as stack:
+        warn_unless_ordered()
         await anyio.to_thread.run_sync(sweep_staging, config.model)
         pool = BlockPool(f"{config.model}.{config.engine}", config.staging_bytes)
         stack.callback(pool.close)
         local = LocalSegments(config.host_id, config.file_roots)
         stack.callback(local.close)
-        parts = _Parts(config, bus, required, stack, Staging(pool, config.stall_s), local)
+        parts = _Parts(
+            config, bus, required, stack, Staging(pool, config.stall_s), local
+        )
         yield await parts.routes()
 
 
@@ -111,7 +116,9 @@ class _Parts:
         config = self.config
         opening = open_endpoint(config.address, config.p2p_protocol, config.p2p_device)
         try:
-            return await self._enter(opening), ""
+            endpoint = await self._enter(opening)
+            self.staging.pool.register_with(endpoint)
+            return endpoint, ""
         except (EndpointUnavailable, EndpointFailed) as error:
             if "p2p" in self.required:
                 raise

@@ -1,63 +1,68 @@
-"""Whole copies of a version that engines keep, so that newcomers need not all ask the publisher.
+"""Whole copies of a version that other engines keep, so that newcomers need not all ask the
+publisher.
 
-`Copies` knows what others offer (it listens on the bus); `KeptCopy` is what this consumer offers,
-and owns the copy's blocks: one for each segment, as a publisher's.
+Owns what is known of them: it listens on the bus. What this consumer offers itself is in
+`weightbus.consumers.transfer.kept`.
 
-Invariants: a copy is offered only once its version is proven, and `CopyRetired` is said before it
-is overwritten. No lease protects a copy: its generation words tell a reader that it has changed,
-and the reader takes those bytes from somebody else.
+Invariants: what is offered is looked at before it is relied on, and what does not fit the version's
+layout is dropped. Copies of engines that are not present are not named. No lease protects a copy:
+its generation words tell a reader that it has changed, and the reader takes those bytes from
+somebody else.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Final, NamedTuple, TypeVar
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 
 from weightbus.bus.background import open_background
-from weightbus.bus.blocks import COPY_PREFIX, SharedBlock
 from weightbus.bus.connection import Bus
-from weightbus.bus.endpoint import Endpoint, register_block, unregister_block
-from weightbus.bus.errors import (
-    BusError,
-    BusUnavailable,
-    EndpointFailed,
-    SubscriptionOverflow,
-)
+from weightbus.bus.errors import BusUnavailable, SubscriptionOverflow
+from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received
 from weightbus.consumers.errands import keep_on
 from weightbus.consumers.transfer.remote import Source
 from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady, CopyReady, CopyRetired
+from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.layout import Layout
-from weightbus.schemas.placement import (
-    Placement,
-    RemoteSegment,
-    Segment,
-    SharedMemorySegment,
-)
+from weightbus.schemas.layout_codec import check_placement
+from weightbus.schemas.placement import Placement, RemoteSegment, SharedMemorySegment
+from weightbus.schemas.progress import EngineState
 
-__all__ = ("Copies", "KeptCopy", "open_copies", "open_kept_copy", "with_copies")
+__all__ = ("Copies", "CopyHere", "open_copies", "with_copies")
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
-MAX_WAYS = 8
+MAX_WAYS: Final = 8
 """To one segment, in a placement."""
 
-MAX_SOURCES = 16
+MAX_SOURCES: Final = 16
 """More than so many copies are not read from at once."""
 
-RETRY_S = 0.5
+MAX_OFFERS: Final = 1024
+"""Copies that are remembered, one of each engine; of more, those heard first are forgotten."""
 
-CLOSE_S = 5.0
-"""For the bus to take the last word of a copy."""
+RETRY_S: Final = 0.5
+
+
+class CopyHere(NamedTuple):
+    """A copy that lies in shared memory of this host."""
+
+    name: str
+    """For messages."""
+    ways: Mapping[int, SharedMemorySegment]
+    """Of every segment."""
+    is_offered: Callable[[], bool]
+    """Whether it still is."""
 
 
 class Copies:
@@ -66,27 +71,39 @@ class Copies:
     def __init__(self, model: str, engine: str) -> None:
         self._model, self._engine = model, engine
         self._offered: dict[str, CopyReady] = {}
+        self._present: dict[str, str] = {}
+        """Engine -> its consumer."""
 
-    def of(self, ready: CheckpointReady, layout_digest: str) -> tuple[CopyReady, ...]:
+    def of(
+        self, ready: CheckpointReady, layout_digest: str, layout: Layout
+    ) -> tuple[CopyReady, ...]:
         """What is offered of one version: of this very checkpoint, in order of the engines."""
-        return self.matching(ready.version, layout_digest, ready.created_ns)
+        return self.matching(ready.version, layout_digest, ready.created_ns, layout)
 
     def matching(
-        self, version: int, layout_digest: str, checkpoint_ns: int
+        self, version: int, layout_digest: str, checkpoint_ns: int, layout: Layout
     ) -> tuple[CopyReady, ...]:
+        """As `of`. What claims to be of this layout, and is not, is told and forgotten."""
         key = (version, layout_digest, checkpoint_ns)
-        return tuple(
-            copy
-            for _, copy in sorted(self._offered.items())
-            if (copy.version, copy.layout_digest, copy.checkpoint_ns) == key
-        )
+        found = []
+        for engine, copy in sorted(self._offered.items()):
+            if (copy.version, copy.layout_digest, copy.checkpoint_ns) != key:
+                continue
+            if engine not in self._present:
+                continue
+            try:
+                _check(copy, layout)
+            except MessageInvalid as error:
+                del self._offered[engine]
+                _logger.warning("the copy of engine %s is not read: %s", engine, error)
+            else:
+                found.append(copy)
+        return tuple(found)
 
-    def sources(
-        self, version: int, layout_digest: str, checkpoint_ns: int, protocol: str
-    ) -> list[Source]:
+    def sources(self, offered: Sequence[CopyReady], protocol: str) -> list[Source]:
         """Those that can be read from another host by `protocol`."""
         sources = []
-        for copy in self.matching(version, layout_digest, checkpoint_ns)[:MAX_SOURCES]:
+        for copy in offered[:MAX_SOURCES]:
             ways = {
                 number: way
                 for number, ways in enumerate(copy.placement)
@@ -94,19 +111,45 @@ class Copies:
                 if isinstance(way, RemoteSegment) and way.protocol == protocol
             }
             if ways:
-                name = f"the copy of engine {copy.engine}"
                 is_offered = partial(self._is_offered, copy)
-                sources.append(Source(name, ways, own=False, is_offered=is_offered))
+                sources.append(Source(_name(copy), ways, own=False, is_offered=is_offered))
         return sources
+
+    def here(self, offered: Sequence[CopyReady], host_id: str) -> list[CopyHere]:
+        """Those of which every segment lies in shared memory of this host."""
+        here = []
+        for copy in offered[:MAX_SOURCES]:
+            ways = {
+                number: way
+                for number, ways in enumerate(copy.placement)
+                for way in ways
+                if isinstance(way, SharedMemorySegment) and way.host_id == host_id
+            }
+            if len(ways) == len(copy.placement):
+                here.append(CopyHere(_name(copy), ways, partial(self._is_offered, copy)))
+        return here
 
     def hear(self, message: Message) -> None:
         match message:
             case CopyReady() as copy if copy.engine != self._engine:
+                self._offered.pop(copy.engine, None)
                 self._offered[copy.engine] = copy
+                if len(self._offered) > MAX_OFFERS:
+                    del self._offered[next(iter(self._offered))]
             case CopyRetired() as gone:
                 offered = self._offered.get(gone.engine)
                 if offered is not None and offered.version <= gone.version:
                     del self._offered[gone.engine]
+            case EngineState() as state:
+                known = self._present.get(state.engine, state.consumer)
+                if known != state.consumer:  # the one before took its copy along
+                    self._offered.pop(state.engine, None)
+                self._present[state.engine] = state.consumer
+
+    def lose_engine(self, engine: str) -> None:
+        """It has left: nobody reads from its copy, nor waits for it."""
+        self._present.pop(engine, None)
+        self._offered.pop(engine, None)
 
     def lose(self) -> None:
         """Nothing more will be heard: what is known may be outdated at any time."""
@@ -118,7 +161,8 @@ class Copies:
 
 @asynccontextmanager
 async def open_copies(bus: Bus, model: str, engine: str) -> AsyncIterator[Copies]:
-    """Copies of other engines than `engine`; entered once it is known what is offered.
+    """Copies of other engines than `engine`; entered once it is known what is offered, and by whom
+    of those who are present.
 
     A bus that is gone for good is for others to report: then no copy is known any more.
 
@@ -128,6 +172,7 @@ async def open_copies(bus: Bus, model: str, engine: str) -> AsyncIterator[Copies
     copies = Copies(model, engine)
     async with open_background() as tasks:
         await tasks.start(_listen, bus, model, copies)
+        await tasks.start(_watch, bus, model, copies)
         yield copies
 
 
@@ -148,15 +193,40 @@ async def _listen(
             _logger.warning("copies of other engines are not known any more: %s", error)
 
 
+async def _watch(
+    bus: Bus, model: str, copies: Copies, *, task_status: anyio.abc.TaskStatus[None]
+) -> None:
+    async with bus.presence.watch(model) as changes:
+        for state in await _ask(partial(bus.presence.list, model)):
+            copies.hear(state)
+        task_status.started()
+        try:
+            while True:
+                match await keep_on(anext(changes)):
+                    case EngineState() as state:
+                        copies.hear(state)
+                    case EngineGone(engine=engine):
+                        copies.lose_engine(engine)
+                    case None:
+                        await anyio.sleep(RETRY_S)
+        except BusUnavailable as error:
+            copies.lose()
+            _logger.warning("it is not known any more whose copies there are: %s", error)
+
+
 async def _catch_up(bus: Bus, model: str, copies: Copies) -> None:
-    """Hear what the bus has kept, however long the server takes to be ready for it."""
-    while True:
-        kept = await keep_on(_kept(bus, model))
-        if kept is not None:
-            break
-        await anyio.sleep(RETRY_S)
-    for message in kept:
+    """Hear what the bus has kept."""
+    for message in await _ask(partial(_kept, bus, model)):
         copies.hear(message)
+
+
+async def _ask(request: Callable[[], Awaitable[Sequence[T]]]) -> Sequence[T]:
+    """What the bus answers, however long the server takes to be ready for it."""
+    while True:
+        answer = await keep_on(request())
+        if answer is not None:
+            return answer
+        await anyio.sleep(RETRY_S)
 
 
 async def _kept(bus: Bus, model: str) -> list[Message]:
@@ -164,169 +234,43 @@ async def _kept(bus: Bus, model: str) -> list[Message]:
     return [received.message async for received in bus.replay(CopyReady, CopyRetired, model=model)]
 
 
-class KeptCopy:
-    """This consumer's copy of one version at a time; of `open_kept_copy`."""
-
-    def __init__(
-        self, bus: Bus, model: str, engine: str, host_id: str, endpoint: Endpoint | None
-    ) -> None:
-        self._bus, self._model, self._engine = bus, model, engine
-        self._host_id, self._endpoint = host_id, endpoint
-        self._blocks: tuple[SharedBlock, ...] = ()
-        self._offered: CopyReady | None = None
-        self._left: list[tuple[tuple[SharedBlock, ...], Callable[[], bool]]] = []
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(block.size_bytes for block in self._blocks)
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether the transfer engine knows the blocks: reads may go to them as they are."""
-        return self._endpoint is not None
-
-    async def begin(self, layout: Layout) -> tuple[SharedBlock, ...]:
-        """A block for every segment, to be filled whole; what was offered is retired first.
-
-        Raises:
-            SharedMemoryFull, SharedMemoryUnavailable, EndpointFailed: there is no copy then.
-            BusUnavailable, BusTimeout, RequestRefused: the copy that is offered stays.
-        """
-        await self._retire("it is overwritten by another version")
-        self._left = [(blocks, writing) for blocks, writing in self._left if writing()]
-        sizes = [segment.size_bytes for segment in layout.segments]
-        if [block.size_bytes for block in self._blocks] != sizes:
-            await anyio.to_thread.run_sync(self._renew, sizes)
-        for block in self._blocks:
-            block.begin_write()
-        return self._blocks
-
-    def end(self) -> tuple[SharedMemorySegment, ...]:
-        """Every block is filled: where the engine's workers find them."""
-        for block in self._blocks:
-            block.end_write()
-        return tuple(
-            SharedMemorySegment(name=block.name, host_id=self._host_id, generation=block.generation)
-            for block in self._blocks
-        )
-
-    def spoil(self, writing: Callable[[], bool]) -> None:
-        """Filling failed: the blocks are not used again, and stay mapped while `writing()`."""
-        blocks, self._blocks = self._blocks, ()
-        self._drop(blocks)
-        self._left.append((blocks, writing))
-
-    async def offer(self, version: int, layout_digest: str, checkpoint_ns: int) -> None:
-        """What was filled last is this version, proven: others may read it.
-
-        Raises:
-            BusUnavailable, BusTimeout, RequestRefused
-        """
-        if not self._blocks:
-            return
-        self._offered = CopyReady(
-            model=self._model,
-            version=version,
-            engine=self._engine,
-            layout_digest=layout_digest,
-            placement=tuple(self._ways(block) for block in self._blocks),
-            checkpoint_ns=checkpoint_ns,
-            created_ns=time.time_ns(),
-        )
-        await self._bus.publish(self._offered)
-
-    async def close(self) -> None:
-        """Retire the copy and remove its blocks. Never raises: readers notice, too."""
-        try:
-            with anyio.move_on_after(CLOSE_S, shield=True):
-                await self._retire("its engine's consumer ends")
-        except BusError as error:
-            _logger.warning("a copy ends unannounced: %s", error)
-        finally:
-            blocks, self._blocks = self._blocks, ()
-            self._drop(blocks)
-
-    async def _retire(self, reason: str) -> None:
-        if self._offered is not None:
-            version = self._offered.version
-            await self._bus.publish(
-                CopyRetired(model=self._model, version=version, engine=self._engine, reason=reason)
-            )
-            self._offered = None
-
-    def _ways(self, block: SharedBlock) -> tuple[Segment, ...]:
-        local = SharedMemorySegment(
-            name=block.name, host_id=self._host_id, generation=block.generation
-        )
-        if self._endpoint is None:
-            return (local,)
-        remote = RemoteSegment(
-            protocol=self._endpoint.protocol,
-            session=self._endpoint.session,
-            address=block.address,
-            generation=block.generation,
-        )
-        return local, remote
-
-    def _renew(self, sizes: Sequence[int]) -> None:
-        """Blocking. The old blocks go first, so that there is never room needed for two copies."""
-        blocks, self._blocks = self._blocks, ()
-        self._drop(blocks)
-        made: list[SharedBlock] = []
-        try:
-            for number, size_bytes in enumerate(sizes):
-                unique = secrets.token_hex(8)
-                name = f"{COPY_PREFIX}{self._model}.{self._engine}.{number}.{unique}"
-                block = SharedBlock(name, size_bytes)
-                if self._endpoint is not None:
-                    try:
-                        register_block(self._endpoint, block)
-                    except EndpointFailed:
-                        block.close()
-                        raise
-                made.append(block)
-        except BaseException:
-            self._drop(made)
-            raise
-        self._blocks = tuple(made)
-
-    def _drop(self, blocks: Iterable[SharedBlock]) -> None:
-        for block in blocks:
-            if self._endpoint is not None:
-                unregister_block(self._endpoint, block)
-            block.close()
+def _name(copy: CopyReady) -> str:
+    return f"the copy of engine {copy.engine}"
 
 
-@asynccontextmanager
-async def open_kept_copy(
-    bus: Bus, model: str, engine: str, host_id: str, endpoint: Endpoint | None
-) -> AsyncIterator[KeptCopy]:
-    """Served as long as this is open; without `endpoint`, to engines of this host only."""
-    kept = KeptCopy(bus, model, engine, host_id, endpoint)
-    try:
-        yield kept
-    finally:
-        await kept.close()
+def with_copies(placement: Placement, copies: Sequence[CopyReady]) -> Placement:
+    """A placement with what copies offer to other hosts, after the publisher's own ways, and no
+    more ways than a placement may hold.
 
-
-def with_copies(placement: Placement, copies: Sequence[CopyReady], host_id: str) -> Placement:
-    """A placement with the ways that copies offer, after the publisher's own.
-
-    Blocks of this host come before those of others; of other hosts only what can be read remotely
-    is taken, and not more than a placement may hold.
+    Blocks of this host are left out: whoever was offered them would read them in place, and nobody
+    protects a copy. See `Copies.here`.
     """
     return tuple(
-        _merged(ways, [copy.placement[number] for copy in copies], host_id)
-        for number, ways in enumerate(placement)
+        (
+            *own,
+            *(
+                way
+                for copy in copies
+                for way in copy.placement[number]
+                if isinstance(way, RemoteSegment)
+            ),
+        )[:MAX_WAYS]
+        for number, own in enumerate(placement)
     )
 
 
-def _merged(
-    own: Sequence[Segment], of_copies: Sequence[Sequence[Segment]], host_id: str
-) -> tuple[Segment, ...]:
-    offered = [way for ways in of_copies for way in ways]
-    near = [
-        way for way in offered if isinstance(way, SharedMemorySegment) and way.host_id == host_id
-    ]
-    far = [way for way in offered if isinstance(way, RemoteSegment)]
-    return (*own, *near[:1], *far)[:MAX_WAYS]
+def _check(copy: CopyReady, layout: Layout) -> None:
+    """What another engine says of its copy, before it is relied on.
+
+    Raises:
+        MessageInvalid: it does not fit the layout, or offers what is being written.
+    """
+    check_placement(layout, copy.placement)
+    for number, ways in enumerate(copy.placement):
+        for way in ways:
+            if not isinstance(way, SharedMemorySegment | RemoteSegment):
+                kind, limit = type(way).__name__, "must be shared or registered memory"
+                raise MessageInvalid("placement", f"$[{number}]", kind, limit)
+            if way.generation % 2:
+                limit = "must be even: odd ones are of blocks that are being written"
+                raise MessageInvalid("placement", f"$[{number}].generation", way.generation, limit)

@@ -3,23 +3,26 @@
 Owns the segments it has open. What memory of this host holds is copied, what files hold is read,
 what lies on other hosts is left to a fetcher of its own (`OpenRemote`).
 
-Invariants: every wait has a deadline; a call that was cancelled or failed may write to its
+Invariants: every wait has a deadline, or ends if there is no progress; what `fetch` has brought was
+of the promised version when it returned; a call that was cancelled or failed may write to its
 addresses for a while yet, and `writing` says whether any does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import anyio
 
-from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable, TornRead
+from weightbus.consumers.transfer.progress import STEP_BYTES, Progress, run_while_moving
 from weightbus.consumers.transfer.segments import OpenMemory, OpenSegment, SegmentCache, too_short
 from weightbus.consumers.transfer.together import Calls, run_together
 from weightbus.schemas.layout import Layout
@@ -32,11 +35,11 @@ __all__ = (
     "MixedFetcher",
     "OpenRemote",
     "Read",
+    "ReplaceableFetcher",
     "open_fetcher",
 )
 
-CHUNK_BYTES: Final = 16 * 2**20
-"""Copied or read at a time: between two chunks a call looks whether anybody waits for it."""
+_logger = logging.getLogger(__name__)
 
 
 class Read(NamedTuple):
@@ -55,13 +58,18 @@ class Fetcher(ABC):
     """The segments of one version, open for reading. Several `fetch` calls may run at once."""
 
     @abstractmethod
-    async def fetch(self, reads: Sequence[Read], deadline_s: float) -> None:
-        """Bring all of them; returns when every byte is there.
+    async def fetch(self, reads: Sequence[Read], stall_s: float) -> None:
+        """Bring all of them; returns when every byte is there, and was of the promised version.
+
+        Args:
+            stall_s: it is given up when it gets on by no step (`STEP_BYTES`, or another source in
+                place of one that failed) for so long. How long all of it takes depends on its size:
+                whoever has a deadline cancels it.
 
         Raises:
             SegmentUnavailable: a segment is too short, cannot be read, or its host is lost.
             TornRead: a segment was seen to hold another version.
-            DeadlineExceeded
+            DeadlineExceeded: there was no progress.
         """
 
     @abstractmethod
@@ -136,8 +144,7 @@ class LocalSegments:
             left = False
         finally:
             if left or calls.running:  # a call that hangs still reads from them: closed after it
-                calls.when_ended(stack.close)
-                calls.when_ended(cache.close)
+                calls.when_ended(partial(_close, stack, cache))
             else:
                 stack.close()
                 self._kept.append(cache)
@@ -146,6 +153,12 @@ class LocalSegments:
         """Unmap everything that no call uses."""
         while self._kept:
             self._kept.pop().close()
+
+
+def _close(stack: ExitStack, cache: SegmentCache) -> None:
+    """In this order, in one thread: what is open lies in the cache's mappings."""
+    stack.close()
+    cache.close()
 
 
 class LocalFetcher(Fetcher):
@@ -158,17 +171,19 @@ class LocalFetcher(Fetcher):
     def __init__(self, segments: Mapping[int, OpenSegment], calls: Calls) -> None:
         self._segments, self._calls = segments, calls
 
-    async def fetch(self, reads: Sequence[Read], deadline_s: float) -> None:
+    async def fetch(self, reads: Sequence[Read], stall_s: float) -> None:
         for read in reads:
             segment = self._segments[read.segment]
             if read.source + read.size_bytes > segment.size_bytes:
                 raise too_short(segment.name, segment.size_bytes, read.source + read.size_bytes)
-        left = threading.Event()
+        left, progress = threading.Event(), Progress()
+
+        async def copy() -> None:
+            with progress.working():
+                await self._calls.run(self._copy, reads, left, progress)
+
         try:
-            with anyio.fail_after(deadline_s):
-                await self._calls.run(self._copy, reads, left)
-        except TimeoutError as error:
-            raise DeadlineExceeded("fetch", deadline_s) from error
+            await run_while_moving(copy, progress, stall_s, lambda: "fetch")
         finally:
             left.set()
 
@@ -188,18 +203,22 @@ class LocalFetcher(Fetcher):
     async def release(self, address: int) -> None:
         """Nothing was done."""
 
-    def _copy(self, reads: Sequence[Read], left: threading.Event) -> None:
+    def _copy(self, reads: Sequence[Read], left: threading.Event, progress: Progress) -> None:
+        """Blocking. What it returns from was whole: others may have it."""
         for segment, source, address, size_bytes in reads:
             opened = self._segments[segment]
-            for done in range(0, size_bytes, CHUNK_BYTES):
+            for done in range(0, size_bytes, STEP_BYTES):
                 if left.is_set():
                     return
-                count = min(CHUNK_BYTES, size_bytes - done)
+                count = min(STEP_BYTES, size_bytes - done)
                 if isinstance(opened, OpenMemory):  # memmove lets other threads run
                     ctypes.memmove(address + done, opened.address + source + done, count)
                 else:
                     memory = (ctypes.c_ubyte * count).from_address(address + done)
                     opened.read_into(memoryview(memory).cast("B"), source + done)
+                progress.made()
+        for number in {read.segment for read in reads}:
+            self._segments[number].check()
 
     def _check(self) -> None:
         for segment in self._segments.values():
@@ -217,12 +236,12 @@ class MixedFetcher(Fetcher):
         self._of_segment = of_segment
         self._fetchers = tuple(dict.fromkeys(of_segment.values()))
 
-    async def fetch(self, reads: Sequence[Read], deadline_s: float) -> None:
+    async def fetch(self, reads: Sequence[Read], stall_s: float) -> None:
         shares: dict[Fetcher, list[Read]] = {}
         for read in reads:
             shares.setdefault(self._of_segment[read.segment], []).append(read)
         await run_together(
-            partial(fetcher.fetch, share, deadline_s) for fetcher, share in shares.items()
+            partial(fetcher.fetch, share, stall_s) for fetcher, share in shares.items()
         )
 
     async def check(self, deadline_s: float) -> None:
@@ -238,6 +257,54 @@ class MixedFetcher(Fetcher):
     async def release(self, address: int) -> None:
         for fetcher in self._fetchers:
             await fetcher.release(address)
+
+
+class ReplaceableFetcher(Fetcher):
+    """What need not last, as long as it does; then, for good, what can be relied on.
+
+    Args:
+        name: of the first, for messages.
+        is_offered: whether the first may still be read from.
+    """
+
+    def __init__(
+        self, name: str, first: Fetcher, then: Fetcher, is_offered: Callable[[], bool]
+    ) -> None:
+        self._name, self._first, self._then = name, first, then
+        self._is_offered = is_offered
+        self._failed = False
+
+    async def fetch(self, reads: Sequence[Read], stall_s: float) -> None:
+        if not self._failed and not self._is_offered():
+            self._drop("it is about to be overwritten, or gone")
+        if not self._failed:
+            try:
+                await self._first.fetch(reads, stall_s)
+            except (SegmentUnavailable, TornRead) as error:  # its threads have ended
+                self._drop(str(error))
+            else:
+                return
+        await self._then.fetch(reads, stall_s)
+
+    async def check(self, deadline_s: float) -> None:
+        """What came from the first was looked at when it came: it may change after that."""
+        await self._then.check(deadline_s)
+
+    def writing(self) -> bool:
+        return self._first.writing() or self._then.writing()
+
+    async def adopt(self, address: int, size_bytes: int) -> None:
+        await self._first.adopt(address, size_bytes)
+        await self._then.adopt(address, size_bytes)
+
+    async def release(self, address: int) -> None:
+        await self._first.release(address)
+        await self._then.release(address)
+
+    def _drop(self, reason: str) -> None:
+        if not self._failed:
+            self._failed = True
+            _logger.warning("%s is not read from any more: %s", self._name, reason)
 
 
 @asynccontextmanager

@@ -10,19 +10,23 @@ to be of the promised version when they were.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Final
 
+import anyio
 from msgspec import structs
 
 from weightbus.bus.blocks import SharedBlock
 from weightbus.bus.endpoint import Endpoint
+from weightbus.bus.errors import BusError, BusUnavailable
 from weightbus.consumers.errands import keep_on
-from weightbus.consumers.errors import RouteUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, RouteUnavailable
 from weightbus.consumers.transfer.alone import bring_alone
-from weightbus.consumers.transfer.copies import Copies, KeptCopy, with_copies
+from weightbus.consumers.transfer.copies import Copies
 from weightbus.consumers.transfer.fetch import Fetcher, LocalSegments, Read
+from weightbus.consumers.transfer.kept import KeptCopy
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.consumers.transfer.sources import Sources
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
@@ -34,8 +38,10 @@ from weightbus.schemas.worker import Applied, InPlace, StageTiming
 
 __all__ = ("P2pRoute",)
 
+_logger = logging.getLogger(__name__)
+
 FETCH_BYTES: Final = 256 * 2**20
-"""Of a copy, fetched in one call: a call that makes no progress is noticed after `stall_s`."""
+"""Of a copy, asked for in one call, which is spread over the sources."""
 
 
 class P2pRoute(Route):
@@ -70,16 +76,18 @@ class P2pRoute(Route):
         self._sources = Sources(
             local, host_id, roots, endpoint=endpoint, receiver=receiver, copies=copies
         )
-        self._copies, self._kept = copies, kept
+        self._kept = kept
+        self._has_told = False
+        """That there is no room for a copy."""
 
     @property
     def room_bytes(self) -> int | None:
         return self._staging.pool.room_bytes if self._kept is None else None
 
-    def widen(self, ready: CheckpointReady, layout_digest: str, placement: Placement) -> Placement:
-        if self._copies is None:
-            return placement
-        return with_copies(placement, self._copies.of(ready, layout_digest), self._host_id)
+    def widen(
+        self, ready: CheckpointReady, layout_digest: str, layout: Layout, placement: Placement
+    ) -> Placement:
+        return self._sources.widen(ready, layout_digest, layout, placement)
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         if self._missing:
@@ -90,8 +98,8 @@ class P2pRoute(Route):
         clock = Clock("fetch", transfer.deadline_s)
         ways = await self._sources.reach_in_time(self.name, transfer, clock.left_s())
         async with self._sources.open(transfer, ways, clock.left_s()) as fetcher:
-            if self._kept is not None:
-                return await self._through_copy(transfer, fetcher, self._kept, clock)
+            if self._kept is not None and (blocks := await self._begin(transfer, self._kept)):
+                return await self._through_copy(transfer, fetcher, self._kept, blocks, clock)
             return await bring_alone(transfer, fetcher, self._staging, clock.left_s())
 
     async def share(self, version: int, layout_digest: str, checkpoint_ns: int) -> bool:
@@ -100,13 +108,29 @@ class P2pRoute(Route):
         await keep_on(self._kept.offer(version, layout_digest, checkpoint_ns))
         return True
 
+    async def _begin(self, transfer: Transfer, kept: KeptCopy) -> Sequence[SharedBlock]:
+        """Blocks for a copy; none: it cannot be kept, and the version is brought without it."""
+        try:
+            return await kept.begin(transfer.layout)
+        except BusUnavailable:
+            raise
+        except BusError as error:  # no room, or what was offered before cannot be retired
+            if not self._has_told:
+                _logger.warning("no copy is kept for others: %s", error)
+            self._has_told = True
+            return ()
+
     async def _through_copy(
-        self, transfer: Transfer, fetcher: Fetcher, kept: KeptCopy, clock: Clock
+        self,
+        transfer: Transfer,
+        fetcher: Fetcher,
+        kept: KeptCopy,
+        blocks: Sequence[SharedBlock],
+        clock: Clock,
     ) -> tuple[Applied, ...]:
         start_ns = time.time_ns()
-        blocks = await kept.begin(transfer.layout)
         try:
-            await self._fill(blocks, fetcher, clock, adopt=not kept.is_registered)
+            await self._fill(blocks, fetcher, clock.left_s(), adopt=not kept.is_registered)
             await fetcher.check(clock.left_s())
         except BaseException:
             kept.spoil(fetcher.writing)
@@ -120,15 +144,18 @@ class P2pRoute(Route):
         return structs.replace(first, stages=(fetched, *first.stages)), *others
 
     async def _fill(
-        self, blocks: Sequence[SharedBlock], fetcher: Fetcher, clock: Clock, *, adopt: bool
+        self, blocks: Sequence[SharedBlock], fetcher: Fetcher, deadline_s: float, *, adopt: bool
     ) -> None:
         adopted: list[int] = []
         try:
-            for block in blocks if adopt else ():
-                await fetcher.adopt(block.address, block.size_bytes)
-                adopted.append(block.address)
-            for read in _whole(blocks):
-                await fetcher.fetch([read], min(self._staging.stall_s, clock.left_s()))
+            with anyio.fail_after(deadline_s):
+                for block in blocks if adopt else ():
+                    await fetcher.adopt(block.address, block.size_bytes)
+                    adopted.append(block.address)
+                for read in _whole(blocks):
+                    await fetcher.fetch([read], self._staging.stall_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded("fetch", deadline_s) from error
         finally:
             for address in adopted:
                 await fetcher.release(address)

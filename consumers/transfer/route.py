@@ -63,8 +63,11 @@ class Route(ABC):
         """False: it can be taken, but only if nothing else can, since it failed of late."""
         return True
 
-    def widen(self, ready: CheckpointReady, layout_digest: str, placement: Placement) -> Placement:
-        """A placement with more ways than its publisher offers. Called before `reach`."""
+    def widen(
+        self, ready: CheckpointReady, layout_digest: str, layout: Layout, placement: Placement
+    ) -> Placement:
+        """A placement with more ways than its publisher offers, for this route alone: another may
+        not be able to read them safely. Called before `reach`, and before `transfer`."""
         return placement
 
     @abstractmethod

@@ -10,15 +10,20 @@ stays until nothing writes to it; all blocks together, those included, stay with
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from weightbus.bus.blocks import SHM_DIRECTORY, STAGE_PREFIX, SharedBlock
-from weightbus.bus.errors import SharedMemoryFull
+from weightbus.bus.errors import (
+    EndpointFailed,
+    SharedMemoryFull,
+    SharedMemoryUnavailable,
+)
 from weightbus.schemas.shared_memory import (
     MAX_READERS,
     SHM_FILLED_OFFSET,
@@ -31,6 +36,8 @@ from weightbus.schemas.shared_memory import (
 )
 
 __all__ = ("BlockPool", "BlockSpec", "Request", "StagingBlock")
+
+_logger = logging.getLogger(__name__)
 
 KEPT_VERSIONS: Final = 2
 """Blocks that so many versions did not use are closed."""
@@ -133,9 +140,21 @@ class StagingBlock:
         self._block.close()
 
 
+class Registry(Protocol):
+    """Where memory must be known before reads can go to it: a transfer engine."""
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """Blocking. Raises EndpointFailed."""
+
+    def unregister(self, address: int) -> None:
+        """Blocking. Raises EndpointFailed."""
+
+
 class _Grave(NamedTuple):
     block: StagingBlock
     writing: Callable[[], bool]
+    registry: Registry | None = None
+    """It still knows the block, and has to forget it before it is unmapped."""
 
 
 _LEFT: Final[list[_Grave]] = []
@@ -150,7 +169,9 @@ class BlockPool:
         max_bytes: most memory of all blocks together; 0: a share of what is free.
     """
 
-    def __init__(self, owner: str, max_bytes: int = 0, directory: Path = SHM_DIRECTORY) -> None:
+    def __init__(
+        self, owner: str, max_bytes: int = 0, directory: Path = SHM_DIRECTORY
+    ) -> None:
         self._prefix = f"{STAGE_PREFIX}{owner}.{uuid.uuid4().hex[:8]}"
         self._max_bytes, self._directory = max_bytes, directory
         self._lock = threading.Lock()
@@ -161,6 +182,13 @@ class BlockPool:
         self._graves: list[_Grave] = []
         self._versions = 0
         self._turn = 0
+        self._registry: Registry | None = None
+        self._registered: dict[str, Registry] = {}
+        """Name of a block -> who knows it."""
+
+    def register_with(self, registry: Registry) -> None:
+        """Every block that is made from now on is known there, as long as it is there itself."""
+        self._registry = registry
 
     @property
     def total_bytes(self) -> int:
@@ -174,7 +202,11 @@ class BlockPool:
         """What could be taken now, if the blocks that are kept for later were given up."""
         with self._lock:
             self._reap()
-            kept = sum(block.size_bytes + SHM_HEADER_BYTES for block in self._free.values())
+            idle = [grave.block for grave in self._graves if not grave.writing()]
+            kept = sum(
+                block.size_bytes + SHM_HEADER_BYTES
+                for block in (*self._free.values(), *idle)
+            )
             return max(0, self._limit_bytes() - self._total_bytes() + kept)
 
     def name_of(self, part: str) -> str:
@@ -193,10 +225,13 @@ class BlockPool:
             SharedMemoryFull, SharedMemoryUnavailable: one cannot be made; none is taken.
         """
         with self._lock:
+            self._forget()
             self._reap()
             names = [spec.name for spec in specs]
             assert len(set(names)) == len(names)
-            assert not self._taken.keys() & set(names), "one transfer at a time has a block"
+            assert not self._taken.keys() & set(names), (
+                "one transfer at a time has a block"
+            )
             try:
                 for spec in specs:
                     self._taken[spec.name] = self._take(spec)
@@ -218,7 +253,9 @@ class BlockPool:
                 self._close_kept(name)
             self._reap()
 
-    def condemn(self, blocks: Sequence[StagingBlock], writing: Callable[[], bool]) -> None:
+    def condemn(
+        self, blocks: Sequence[StagingBlock], writing: Callable[[], bool]
+    ) -> None:
         """Their transfer failed: give them up and never use them again.
 
         Args:
@@ -228,7 +265,7 @@ class BlockPool:
             for block in blocks:
                 block.give_up()
                 block.close()
-                self._graves.append(_Grave(self._taken.pop(block.name), writing))
+                self._bury(self._taken.pop(block.name), writing)
             self._reap()
 
     def close(self) -> None:
@@ -236,24 +273,40 @@ class BlockPool:
         for name in list(self._free):
             self._close_kept(name)
         self.condemn(list(self._taken.values()), lambda: False)
+        self._forget()
+        self._reap()
         _LEFT.extend(self._graves)
         self._graves.clear()
 
     def _take(self, spec: BlockSpec) -> StagingBlock:
         kept = self._free.get(spec.name)
-        if kept is not None and (kept.slots, kept.slot_bytes) == (spec.slots, spec.slot_bytes):
+        if kept is not None and (kept.slots, kept.slot_bytes) == (
+            spec.slots,
+            spec.slot_bytes,
+        ):
             return self._free.pop(spec.name)
         if kept is not None:
             self._close_kept(spec.name)
+            self._forget()
+            self._reap()
         need_bytes = spec.slots * spec.slot_bytes + SHM_HEADER_BYTES
         for name in sorted(self._free, key=self._used.__getitem__):
             if self._total_bytes() + need_bytes <= self._limit_bytes():
                 break
             self._close_kept(name)
+            self._forget()
+            self._reap()
         have_bytes = self._limit_bytes() - self._total_bytes()
         if need_bytes > have_bytes:
             raise SharedMemoryFull(str(self._directory), need_bytes, have_bytes)
         block = StagingBlock(spec, self._directory)
+        if self._registry is not None:
+            try:
+                self._registry.register(block.address, block.size_bytes)
+            except EndpointFailed as error:
+                block.close()
+                raise SharedMemoryUnavailable(block.name, str(error)) from error
+            self._registered[block.name] = self._registry
         self._used[spec.name] = self._versions
         return block
 
@@ -271,8 +324,31 @@ class BlockPool:
         return int(FREE_SHARE * (room.f_bavail * room.f_frsize + self._total_bytes()))
 
     def _close_kept(self, name: str) -> None:
-        self._free.pop(name).close()
+        block = self._free.pop(name)
         del self._used[name]
+        block.close()
+        if name in self._registered:
+            self._bury(block, lambda: False)
+
+    def _bury(self, block: StagingBlock, writing: Callable[[], bool]) -> None:
+        self._graves.append(
+            _Grave(block, writing, self._registered.pop(block.name, None))
+        )
+
+    def _forget(self) -> None:
+        """Blocking: what nothing writes to is not registered any more."""
+        for number, grave in enumerate(self._graves):
+            if grave.registry is not None and not grave.writing():
+                try:
+                    grave.registry.unregister(grave.block.address)
+                except EndpointFailed as error:
+                    _logger.warning("%s stays registered: %s", grave.block.name, error)
+                    _LEFT.append(grave)
+                self._graves[number] = grave._replace(registry=None)
 
     def _reap(self) -> None:
-        self._graves = [grave for grave in self._graves if grave.writing()]
+        self._graves = [
+            grave
+            for grave in self._graves
+            if grave.registry is not None or grave.writing()
+        ]

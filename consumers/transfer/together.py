@@ -5,6 +5,7 @@ Owns threads that were left: `Calls` knows when the last one has ended.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ import anyio.to_thread
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("Calls", "run_together")
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -55,7 +58,11 @@ class Calls:
         return self._running
 
     def when_ended(self, function: Callable[[], None]) -> None:
-        """Call it once no call is running: now, or in the thread of the last one."""
+        """Call it once no call is running: now, or in the thread of the last one.
+
+        What it raises in that thread is logged: nobody is there to hear it. Functions of several
+        calls are called one after another, but one of them may not rely on that.
+        """
         with self._lock:
             if self._running:
                 self._then.append(function)
@@ -93,7 +100,12 @@ class Calls:
             if not self._running:
                 self._then = []
         for function in then:
-            function()
+            try:
+                function()
+            except (
+                Exception
+            ):  # a defect, in a thread that has a result of its own to return
+                _logger.exception("what was to follow a call that was left has failed")
 
 
 class _Call:

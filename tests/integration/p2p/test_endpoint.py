@@ -176,3 +176,74 @@ def test_options_decide_whether_an_unusable_endpoint_is_an_error(
     with open_endpoint_if_any(P2pOptions(), "nats://127.0.0.1:4222") as found:
         assert found is not None
         assert found.session.startswith("127.0.0.1:")
+
+
+def test_start_says_nothing_on_the_terminal() -> None:
+    code = """
+        from weightbus.bus.endpoint import open_endpoint
+        with open_endpoint("127.0.0.1"):
+            print("open")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("open\n", "")
+
+
+class FakeEngine:
+    """mooncake's, whose reads fail after a while."""
+
+    def __init__(self, clock: FakeClock, takes_s: float) -> None:
+        self.clock, self.takes_s = clock, takes_s
+
+    def get_rpc_port(self) -> int:
+        return 1
+
+    def batch_register_memory(self, addresses: list[int], sizes: list[int]) -> int:
+        return 0
+
+    def batch_transfer_sync_read(self, *batch: object) -> int:
+        self.clock.now_s += self.takes_s
+        return -1
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.slept_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float, /) -> None:
+        self.slept_s += seconds
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "reads", "settles_s"), [(0.01, 1, 0.0), (0.01, 2, SETTLE_S), (120.0, 1, SETTLE_S)]
+)
+def test_failed_read_is_given_time_to_end_unless_it_has_for_certain(
+    takes_s: float, reads: int, settles_s: float
+) -> None:
+    clock = FakeClock()
+    endpoint = Endpoint(FakeEngine(clock, takes_s), "127.0.0.1", "tcp", clock)
+    endpoint._answering.add("h:1")
+    with pytest.raises(RemoteReadFailed):
+        endpoint.read("h:1", [RemoteRead(4096 * n, 4096 * n, 8) for n in range(reads)])
+    assert clock.slept_s == settles_s
+
+
+@pytest.mark.parametrize("address", [-8, 2**63])
+def test_read_fails_when_a_peer_offers_what_is_no_address(endpoint: Endpoint, address: int) -> None:
+    with pytest.raises(RemoteReadFailed, match="no address"):
+        endpoint.read_word(endpoint.session, address)
+
+
+@pytest.mark.parametrize("session", ["h", "h:", "127.0.0.1:99999999", "a" * 200 + ":1"])
+def test_read_fails_when_a_peer_offers_what_is_no_session(endpoint: Endpoint, session: str) -> None:
+    with pytest.raises(RemoteReadFailed):
+        endpoint.read_word(session, 4096)

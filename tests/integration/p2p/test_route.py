@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import anyio
 import pytest
@@ -18,18 +18,13 @@ from tests.integration.routes.model import make_tensors
 from tests.unit.transfer.publishing import HOST, Trainer
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint, P2pOptions, open_endpoint
-from weightbus.bus.errors import RemoteReadFailed
+from weightbus.bus.errors import RemoteReadFailed, SharedMemoryFull
 from weightbus.consumers.errors import RouteUnavailable, TornRead
-from weightbus.consumers.transfer.copies import (
-    Copies,
-    KeptCopy,
-    open_copies,
-    open_kept_copy,
-    with_copies,
-)
+from weightbus.consumers.transfer.copies import Copies, open_copies, with_copies
 from weightbus.consumers.transfer.fetch import LocalSegments
+from weightbus.consumers.transfer.kept import KeptCopy, open_kept_copy
 from weightbus.consumers.transfer.p2p import P2pRoute
-from weightbus.consumers.transfer.remote import read_generation
+from weightbus.consumers.transfer.remote import read_generations
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.consumers.transfer.staged import Staging
 from weightbus.consumers.transfer.staging import BlockPool
@@ -38,6 +33,7 @@ from weightbus.schemas.checkpoint import CheckpointReady, CopyReady, CopyRetired
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.layout_codec import encode_layout
 from weightbus.schemas.placement import Placement, RemoteSegment, SharedMemorySegment
+from weightbus.schemas.progress import EngineState
 from weightbus.schemas.rounds import EngineRoute, RankRoute, RoundPlan
 from weightbus.schemas.worker import Applied
 
@@ -152,6 +148,7 @@ async def world(bus: Bus, endpoint: Endpoint) -> AsyncIterator[World]:
 @asynccontextmanager
 async def holder(world: World, name: str, published: Published) -> AsyncIterator[KeptCopy]:
     """An engine that has taken a version into a copy of its own, and offers it."""
+    await world.bus.presence.put(state_of(name))
     async with open_kept_copy(world.bus, MODEL, name, HOST, world.endpoint) as kept:
         engine = InProcessEngine(name, 2, ())
         applied = await world.bring(world.route(kept=kept), engine, published)
@@ -162,6 +159,12 @@ async def holder(world: World, name: str, published: Published) -> AsyncIterator
         yield kept
 
 
+def state_of(engine: str, consumer: str = "one") -> EngineState:
+    return EngineState(
+        model=MODEL, engine=engine, consumer=consumer, host_id=HOST, status="serving"
+    )
+
+
 def copy_blocks() -> list[str]:
     return [path.name for path in Path("/dev/shm").glob(f"weightbus-copy.{MODEL}.*")]
 
@@ -169,7 +172,7 @@ def copy_blocks() -> list[str]:
 async def heard(copies: Copies, published: Published, count: int) -> Sequence[CopyReady]:
     with anyio.fail_after(DEADLINE_S):
         while True:
-            found = copies.of(published.ready, published.layout_digest)
+            found = copies.of(published.ready, published.layout_digest, published.layout)
             if len(found) == count:
                 return found
             await anyio.sleep(0.005)
@@ -208,11 +211,11 @@ async def test_slots_are_registered_anew_when_the_tensors_grow(world: World) -> 
     gone, kept = ways[:2], ways[2:]
     for way in kept:
         assert isinstance(way, RemoteSegment)
-        assert read_generation(world.endpoint, way) == way.generation
+        assert read_generations(world.endpoint, [way]) == [way.generation]
     for way in gone:
         assert isinstance(way, RemoteSegment)
         with contextlib.suppress(RemoteReadFailed):  # a new slot may lie where it lay
-            assert read_generation(world.endpoint, way) != way.generation
+            assert read_generations(world.endpoint, [way]) != [way.generation]
 
 
 async def test_reach_fails_with_the_reason_when_there_is_no_endpoint(world: World) -> None:
@@ -257,7 +260,7 @@ async def test_newcomer_reads_from_the_copies_when_the_publisher_is_gone(
         with pytest.raises(RouteUnavailable):
             route.reach(published.layout, published.ready.placement)
 
-        placement = with_copies(published.ready.placement, offers, "yet-another-host")
+        placement = with_copies(published.ready.placement, offers)
         await world.bring(route, engine, published, placement=placement)
 
 
@@ -269,7 +272,7 @@ async def test_copy_is_retired_before_it_is_overwritten_and_at_the_end(world: Wo
             second = await world.publish(2)
             engine = InProcessEngine("b", 1, ())
             await world.bring(world.route(kept=kept), engine, second)
-            assert copies.of(first.ready, first.layout_digest) == ()
+            assert copies.of(first.ready, first.layout_digest, first.layout) == ()
             await kept.offer(2, second.layout_digest, second.ready.created_ns)
             (again,) = await heard(copies, second, 1)
             assert again.placement != offer.placement
@@ -286,30 +289,90 @@ async def test_who_comes_later_knows_what_is_offered(world: World) -> None:
         open_copies(world.bus, MODEL, "b") as own,
         open_copies(world.bus, MODEL, "late") as copies,
     ):
-        assert own.of(published.ready, published.layout_digest) == ()
-        (offer,) = copies.of(published.ready, published.layout_digest)
+        assert own.of(published.ready, published.layout_digest, published.layout) == ()
+        (offer,) = copies.of(published.ready, published.layout_digest, published.layout)
         assert offer.engine == "b"
         other: Any = published.ready.__class__(
             model=MODEL, version=1, producer="x", created_ns=published.ready.created_ns + 1
         )
-        assert copies.of(other, published.layout_digest) == ()
+        assert copies.of(other, published.layout_digest, published.layout) == ()
 
 
-async def test_with_copies_takes_blocks_of_this_host_only(world: World) -> None:
+async def test_placement_is_widened_by_what_can_be_read_from_other_hosts(world: World) -> None:
     published = await world.publish(1)
     async with (
         open_copies(world.bus, MODEL, "late") as copies,
         holder(world, "b", published),
         holder(world, "c", published),
     ):
-        offers = await heard(copies, published, 2)
-    (here,) = with_copies(published.ready.placement, offers, HOST)
-    (elsewhere,) = with_copies(published.ready.placement, offers, "elsewhere")
-    assert [type(way).__name__ for way in here] == [
+        await heard(copies, published, 2)
+        route = world.route(copies)
+        (ways,) = route.widen(
+            published.ready, published.layout_digest, published.layout, published.ready.placement
+        )
+    assert [type(way).__name__ for way in ways] == [
         "SharedMemorySegment",
         "RemoteSegment",
-        "SharedMemorySegment",
         "RemoteSegment",
         "RemoteSegment",
-    ]
-    assert len(elsewhere) == 4
+    ], "a neighbour's block would be read in place"
+
+
+async def test_copy_is_forgotten_when_its_engine_is_gone(world: World) -> None:
+    published = await world.publish(1)
+    async with holder(world, "b", published), open_copies(world.bus, MODEL, "late") as copies:
+        await heard(copies, published, 1)
+        await world.bus.presence.drop(MODEL, "b")
+        await heard(copies, published, 0)
+        async with open_copies(world.bus, MODEL, "later") as later:
+            assert later.of(published.ready, published.layout_digest, published.layout) == ()
+
+
+async def test_copy_is_forgotten_when_another_consumer_serves_its_engine(world: World) -> None:
+    published = await world.publish(1)
+    async with holder(world, "b", published), open_copies(world.bus, MODEL, "late") as copies:
+        await heard(copies, published, 1)
+        await world.bus.presence.put(state_of("b", "two"))
+        await heard(copies, published, 0)
+
+
+async def test_version_is_read_from_a_copy_of_this_host_and_then_elsewhere_when_it_tears(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = await world.publish(1)
+    async with (
+        open_copies(world.bus, MODEL, "late") as copies,
+        holder(world, "b", published) as kept,
+    ):
+        await heard(copies, published, 1)
+        (far,) = (way for way in published.ready.placement[0] if isinstance(way, RemoteSegment))
+        placement: Placement = ((far,),)
+        route, engine = world.route(copies), InProcessEngine("late", 2, ())
+        await world.bring(route, engine, published, placement=placement)
+        assert "not read" not in caplog.text
+
+        (block,) = kept._blocks
+        block.begin_write()[:] = bytes(block.size_bytes)
+        await world.bring(route, engine, published, placement=placement, proven=True)
+        assert "the copy of engine b is not read" in caplog.text
+
+
+class NoRoom(KeptCopy):
+    """Where no copy fits."""
+
+    async def begin(self, layout: Layout) -> NoReturn:
+        raise SharedMemoryFull("/dev/shm", 2, 1)
+
+
+async def test_version_is_brought_without_a_copy_when_there_is_no_room_for_one(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = NoRoom(world.bus, MODEL, "b", HOST, world.endpoint)
+    route, engine = world.route(kept=kept), InProcessEngine("b", 1, ())
+    for version in (1, 2):
+        published = await world.publish(version)
+        await world.bring(route, engine, published, proven=version > 1)
+        await route.share(version, published.layout_digest, published.ready.created_ns)
+    assert caplog.text.count("no copy is kept for others") == 1
+    said = [received.message async for received in world.bus.replay(CopyReady, model=MODEL)]
+    assert said == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from weightbus.bus.blocks import SharedBlock
+from weightbus.bus.blocks import SharedBlock, warn_unless_ordered
 from weightbus.bus.errors import SharedMemoryFull, SharedMemoryUnavailable
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES, unpack_shm_header
 
@@ -111,3 +111,12 @@ def test_words_and_data_are_at_their_address_when_written(tmp_path: Path) -> Non
     block.close()
     data[3:4] = b"d"
     assert bytes(data[:4]) == b"abcd", "views outlive the name"
+
+
+@pytest.mark.parametrize(("machine", "warnings"), [("x86_64", 0), ("aarch64", 1), ("riscv64", 1)])
+def test_machine_is_named_when_it_does_not_keep_stores_in_order(
+    machine: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warn_unless_ordered(machine) == (not warnings)
+    assert len(caplog.records) == warnings
+    assert all(machine in record.getMessage() for record in caplog.records)

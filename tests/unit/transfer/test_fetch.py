@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from weightbus.consumers.transfer.fetch import (
     LocalSegments,
     MixedFetcher,
     Read,
+    ReplaceableFetcher,
     open_fetcher,
 )
 from weightbus.consumers.transfer.together import Calls
@@ -72,6 +74,45 @@ async def test_check_fails_when_a_segment_was_written_meanwhile() -> None:
             block.write(b"ABCDEFGH")
             with pytest.raises(TornRead):
                 await fetcher.check(DEADLINE_S)
+    local.close()
+
+
+async def test_fetch_fails_when_a_segment_was_written_before_it_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"a" * 8)
+    local, memory = LocalSegments(HOST, [str(tmp_path)]), Memory(16)
+    with open_block(b"abcdefgh", HOST) as block:
+        ways: list[Segment] = [block.segment(), FileSegment(path=str(path))]
+        async with open_fetcher(ways, layout_of(8, 8), local, DEADLINE_S) as fetcher:
+            await fetcher.fetch([Read(0, 0, memory.address, 8)], DEADLINE_S)
+            block.write(b"ABCDEFGH")
+            os.utime(path, ns=(1, 1))
+            for segment in (0, 1):
+                with pytest.raises(TornRead):
+                    await fetcher.fetch([Read(segment, 0, memory.address, 8)], DEADLINE_S)
+    local.close()
+
+
+async def test_what_is_replaceable_is_replaced_for_good_when_it_tears(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"abcdefgh")
+    local, memory = LocalSegments(HOST, [str(tmp_path)]), Memory(8)
+    layout, read = layout_of(8), [Read(0, 0, memory.address, 8)]
+    with open_block(b"ABCDEFGH", HOST) as block:
+        async with (
+            local.open({0: block.segment()}, layout, DEADLINE_S) as first,
+            local.open({0: FileSegment(path=str(path))}, layout, DEADLINE_S) as then,
+        ):
+            both = ReplaceableFetcher("the copy", first, then, lambda: True)
+            await both.fetch(read, DEADLINE_S)
+            assert memory.buffer.raw == b"ABCDEFGH"
+            block.write(b"ABCDEFG!")
+            await both.check(DEADLINE_S)  # that was later
+            await both.fetch(read, DEADLINE_S)
+            assert memory.buffer.raw == b"abcdefgh"
+            retired = ReplaceableFetcher("the copy", first, then, lambda: False)
+            await retired.fetch(read, DEADLINE_S)
+            assert not both.writing()
     local.close()
 
 
