@@ -47,6 +47,7 @@ from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.layout_codec import check_placement
 from weightbus.schemas.leases import ReaderLease
+from weightbus.schemas.placement import Placement
 from weightbus.schemas.progress import Verified
 from weightbus.schemas.rounds import RankOffer, RoundPlan
 from weightbus.schemas.worker import Applied, Described, Inspected
@@ -91,6 +92,8 @@ class Prepared:
     offers: tuple[RankOffer, ...]
     proven: bool
     """Every rank's plan of this layout is proven: it can be streamed."""
+    hosts: int = 1
+    """How many it can be read from, copies included."""
     rendezvous: str = ""
     """Where groups meet whose first member is this engine; empty: it can be in none."""
     groups: tuple[str, ...] = ()
@@ -100,7 +103,7 @@ class Prepared:
     def origin(self) -> Origin:
         manifest = self.manifest
         return Origin(
-            layout_bytes=self.binding.layout_bytes, hosts=manifest.hosts, files=manifest.in_files
+            layout_bytes=self.binding.layout_bytes, hosts=self.hosts, files=manifest.in_files
         )
 
 
@@ -158,11 +161,11 @@ class Updater:
         try:
             with anyio.fail_after(deadline_s):
                 await self._take_lease(ready)
-                manifest = self._widen(ready, await self._manifest(ready))
+                manifest = await self._manifest(ready)
                 async with self._engine_turn:
                     inspected = await self._engine.inspect(None, deadline_s)
                     binding = await self._bind(manifest, inspected, deadline_s)
-                routes = await self._reachable(manifest, ready.version)
+                routes = await self._reachable(manifest, ready)
         except TimeoutError as error:
             raise DeadlineExceeded("prepare", deadline_s) from error
         proven = all(manifest.layout_digest in rank.proven for rank in inspected)
@@ -172,6 +175,7 @@ class Updater:
             binding=binding,
             offers=self._offers(binding, routes, proven=proven),
             proven=proven,
+            hosts=self._hosts(ready, manifest),
             rendezvous="" if meeting is None else meeting.rendezvous,
             groups=() if meeting is None else meeting.groups,
         )
@@ -195,7 +199,7 @@ class Updater:
         pause = Pause(self._engine, prepared.binding.instances, deadline_s, self._config.command_s)
         try:
             with anyio.fail_after(deadline_s), moving:
-                applied, route = await self._move(prepared, plan, pause, deadline_s)
+                applied, route = await self._move(prepared, ready, plan, pause, deadline_s)
                 verified = await self._prove(prepared, ready, applied)
                 if verified == "verified":
                     await self._share(prepared, ready, route)
@@ -282,12 +286,16 @@ class Updater:
         check_placement(layout, placement)
         return Manifest(layout=layout, layout_digest=digest, layout_blob=blob, placement=placement)
 
-    def _widen(self, ready: CheckpointReady, manifest: Manifest) -> Manifest:
-        """With what other engines offer of the version."""
-        for route in self._routes.values():
-            placement = route.widen(ready, manifest.layout_digest, manifest.placement)
-            manifest = replace(manifest, placement=placement)
-        return manifest
+    def _hosts(self, ready: CheckpointReady, manifest: Manifest) -> int:
+        """How many a version can be read from, by the route that knows most of them."""
+        placements = [self._placement(route, ready, manifest) for route in self._routes.values()]
+        return max(
+            (replace(manifest, placement=placement).hosts for placement in placements), default=1
+        )
+
+    def _placement(self, route: Route, ready: CheckpointReady, manifest: Manifest) -> Placement:
+        """With what other engines offer of the version now, as far as this route can read it."""
+        return route.widen(ready, manifest.layout_digest, manifest.layout, manifest.placement)
 
     async def _bind(
         self, manifest: Manifest, inspected: Sequence[Inspected], deadline_s: float
@@ -343,25 +351,31 @@ class Updater:
         limits = [max(1, room) for room in rooms if room is not None]
         return min([free_bytes, *limits]) if free_bytes else min(limits, default=0)
 
-    async def _reachable(self, manifest: Manifest, version: int) -> tuple[RouteName, ...]:
+    async def _reachable(self, manifest: Manifest, ready: CheckpointReady) -> tuple[RouteName, ...]:
         """Routes by which every segment can be reached from here, nearest first; those that are
         out of favour only if there is no other."""
         reachable, disfavoured, refusals = list[RouteName](), list[RouteName](), list[str]()
         for name, route in self._routes.items():
+            placement = self._placement(route, ready, manifest)
             try:
                 await anyio.to_thread.run_sync(
-                    route.reach, manifest.layout, manifest.placement, abandon_on_cancel=True
+                    route.reach, manifest.layout, placement, abandon_on_cancel=True
                 )
             except ConsumerError as error:
                 refusals.append(f"{name}: {error}")
             else:
-                (reachable if route.is_favoured(version) else disfavoured).append(name)
+                (reachable if route.is_favoured(ready.version) else disfavoured).append(name)
         if not (reachable or disfavoured):
             raise RouteUnavailable("any", "; ".join(refusals) or "the configuration allows none")
         return tuple(reachable or disfavoured)
 
     async def _move(
-        self, prepared: Prepared, plan: RoundPlan, pause: Pause, deadline_s: float
+        self,
+        prepared: Prepared,
+        ready: CheckpointReady,
+        plan: RoundPlan,
+        pause: Pause,
+        deadline_s: float,
     ) -> tuple[tuple[Applied, ...], RouteName]:
         """Every rank by the route that the plan gives this engine."""
         (part,) = (part for part in plan.engines if part.engine == self._config.engine)
@@ -376,7 +390,7 @@ class Updater:
                 version=plan.version,
                 layout=prepared.manifest.layout,
                 layout_digest=prepared.manifest.layout_digest,
-                placement=prepared.manifest.placement,
+                placement=self._placement(route, ready, prepared.manifest),
                 plan=plan,
                 begin_write=pause.begin,
                 deadline_s=deadline_s,

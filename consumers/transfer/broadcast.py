@@ -61,12 +61,7 @@ class BroadcastRoute(Route):
     name: ClassVar[RouteName] = "broadcast"
 
     def __init__(
-        self,
-        engine: str,
-        sources: Sources,
-        staging: Staging,
-        groups: Groups,
-        meeting: Meeting,
+        self, engine: str, sources: Sources, staging: Staging, groups: Groups, meeting: Meeting
     ) -> None:
         self._engine = engine
         self._sources, self._staging = sources, staging
@@ -85,11 +80,7 @@ class BroadcastRoute(Route):
         return self._favour.allows(version)
 
     def widen(
-        self,
-        ready: CheckpointReady,
-        layout_digest: str,
-        layout: Layout,
-        placement: Placement,
+        self, ready: CheckpointReady, layout_digest: str, layout: Layout, placement: Placement
     ) -> Placement:
         return self._sources.widen(ready, layout_digest, layout, placement)
 
@@ -116,26 +107,15 @@ class BroadcastRoute(Route):
         self, transfer: Transfer, fetcher: Fetcher, share: HostShare, deadline_s: float
     ) -> tuple[Applied, ...]:
         clock, plan = Clock("broadcast", deadline_s), transfer.plan
-        buckets = await self._staging.plan(
-            transfer, plan.bucket_bytes, len(share.names)
-        )
+        buckets = await self._staging.plan(transfer, plan.bucket_bytes, len(share.names))
         members = [(lane.group, share.place) for lane in share.owned]
         exchanges = await self._meet(members, plan, clock)
         lanes: list[Lane] = []
         try:
-            async with self._open_blocks(
-                transfer, fetcher, share, exchanges, clock
-            ) as blocks:
+            async with self._open_blocks(transfer, fetcher, share, exchanges, clock) as blocks:
                 lanes.extend(
-                    Lane(
-                        number=owned.number,
-                        block=block,
-                        rank=owned.rank,
-                        exchange=exchange,
-                    )
-                    for owned, block, exchange in zip(
-                        share.owned, blocks, exchanges, strict=True
-                    )
+                    Lane(number=owned.number, block=block, rank=owned.rank, exchange=exchange)
+                    for owned, block, exchange in zip(share.owned, blocks, exchanges, strict=True)
                 )
                 return await bring_by_stream(
                     transfer,
@@ -160,9 +140,7 @@ class BroadcastRoute(Route):
         Raises:
             PeerLost, DeadlineExceeded: as `Groups.open_all`.
         """
-        forming = [
-            group for group, _ in members if group.rendezvous and len(group.members) > 1
-        ]
+        forming = [group for group, _ in members if group.rendezvous and len(group.members) > 1]
         try:
             exchanges = await self._groups.open_all(members, plan.epoch, clock.left_s())
         except PeerLost as error:
@@ -206,19 +184,12 @@ class BroadcastRoute(Route):
             clock.left_s()
             await anyio.sleep(GRAVE_POLL_S)
         async with open_blocks(
-            pool,
-            specs,
-            fetcher,
-            lambda: any(exchange.writing() for exchange in exchanges),
+            pool, specs, fetcher, lambda: any(exchange.writing() for exchange in exchanges)
         ) as blocks:
             yield blocks
 
     def _readers(self, share: HostShare) -> list[Reader]:
         return [
-            Reader(
-                f"{member.engine}/{member.rank}",
-                member.rank,
-                member.engine == self._engine,
-            )
+            Reader(f"{member.engine}/{member.rank}", member.rank, member.engine == self._engine)
             for member in share.readers
         ]

@@ -72,9 +72,7 @@ async def open_routes(
         stack.callback(pool.close)
         local = LocalSegments(config.host_id, config.file_roots)
         stack.callback(local.close)
-        parts = _Parts(
-            config, bus, required, stack, Staging(pool, config.stall_s), local
-        )
+        parts = _Parts(config, bus, required, stack, Staging(pool, config.stall_s), local)
         yield await parts.routes()
 
 

@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from weightbus.bus.blocks import SHM_DIRECTORY, STAGE_PREFIX, SharedBlock
-from weightbus.bus.errors import (
-    EndpointFailed,
-    SharedMemoryFull,
-    SharedMemoryUnavailable,
-)
+from weightbus.bus.errors import EndpointFailed, SharedMemoryFull, SharedMemoryUnavailable
 from weightbus.schemas.shared_memory import (
     MAX_READERS,
     SHM_FILLED_OFFSET,
@@ -169,9 +165,7 @@ class BlockPool:
         max_bytes: most memory of all blocks together; 0: a share of what is free.
     """
 
-    def __init__(
-        self, owner: str, max_bytes: int = 0, directory: Path = SHM_DIRECTORY
-    ) -> None:
+    def __init__(self, owner: str, max_bytes: int = 0, directory: Path = SHM_DIRECTORY) -> None:
         self._prefix = f"{STAGE_PREFIX}{owner}.{uuid.uuid4().hex[:8]}"
         self._max_bytes, self._directory = max_bytes, directory
         self._lock = threading.Lock()
@@ -204,8 +198,7 @@ class BlockPool:
             self._reap()
             idle = [grave.block for grave in self._graves if not grave.writing()]
             kept = sum(
-                block.size_bytes + SHM_HEADER_BYTES
-                for block in (*self._free.values(), *idle)
+                block.size_bytes + SHM_HEADER_BYTES for block in (*self._free.values(), *idle)
             )
             return max(0, self._limit_bytes() - self._total_bytes() + kept)
 
@@ -229,9 +222,7 @@ class BlockPool:
             self._reap()
             names = [spec.name for spec in specs]
             assert len(set(names)) == len(names)
-            assert not self._taken.keys() & set(names), (
-                "one transfer at a time has a block"
-            )
+            assert not self._taken.keys() & set(names), "one transfer at a time has a block"
             try:
                 for spec in specs:
                     self._taken[spec.name] = self._take(spec)
@@ -253,9 +244,7 @@ class BlockPool:
                 self._close_kept(name)
             self._reap()
 
-    def condemn(
-        self, blocks: Sequence[StagingBlock], writing: Callable[[], bool]
-    ) -> None:
+    def condemn(self, blocks: Sequence[StagingBlock], writing: Callable[[], bool]) -> None:
         """Their transfer failed: give them up and never use them again.
 
         Args:
@@ -280,10 +269,7 @@ class BlockPool:
 
     def _take(self, spec: BlockSpec) -> StagingBlock:
         kept = self._free.get(spec.name)
-        if kept is not None and (kept.slots, kept.slot_bytes) == (
-            spec.slots,
-            spec.slot_bytes,
-        ):
+        if kept is not None and (kept.slots, kept.slot_bytes) == (spec.slots, spec.slot_bytes):
             return self._free.pop(spec.name)
         if kept is not None:
             self._close_kept(spec.name)
@@ -331,9 +317,7 @@ class BlockPool:
             self._bury(block, lambda: False)
 
     def _bury(self, block: StagingBlock, writing: Callable[[], bool]) -> None:
-        self._graves.append(
-            _Grave(block, writing, self._registered.pop(block.name, None))
-        )
+        self._graves.append(_Grave(block, writing, self._registered.pop(block.name, None)))
 
     def _forget(self) -> None:
         """Blocking: what nothing writes to is not registered any more."""
@@ -348,7 +332,5 @@ class BlockPool:
 
     def _reap(self) -> None:
         self._graves = [
-            grave
-            for grave in self._graves
-            if grave.registry is not None or grave.writing()
+            grave for grave in self._graves if grave.registry is not None or grave.writing()
         ]

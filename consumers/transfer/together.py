@@ -102,9 +102,7 @@ class Calls:
         for function in then:
             try:
                 function()
-            except (
-                Exception
-            ):  # a defect, in a thread that has a result of its own to return
+            except Exception:  # a defect, in a thread that has a result of its own to return
                 _logger.exception("what was to follow a call that was left has failed")
 
 
