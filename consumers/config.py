@@ -25,7 +25,8 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     """Routes that may be taken."""
     address: str = "127.0.0.1"
     """Where other hosts reach this one: for groups, and for the transfer engine. A loopback address
-    does for consumers that are all on one machine."""
+    does for consumers that are all on one machine. What listens there neither asks who speaks to it
+    nor encrypts: it belongs to a network that only the fleet is in."""
     p2p_protocol: str = "tcp"
     """Of the transfer engine."""
     p2p_device: str = ""

@@ -125,7 +125,7 @@ async def measure_broadcast(address: str) -> int:
         exchanges: list[GlooExchange | None] = [None] * len(sides)
 
         async def meet(place: int) -> None:
-            opened = await sides[place].open_all([(group, place)], 1, DEADLINE_S)
+            opened = await sides[place].open_all([(group, place)], "doctor", DEADLINE_S)
             exchanges[place] = opened[0]
 
         async def send(place: int) -> None:

@@ -6,6 +6,7 @@ without a word to each other.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,9 +71,15 @@ def host_share(plan: RoundPlan, engine: str) -> HostShare:
     )
 
 
-def turn_of(epoch: int) -> int:
-    """What tells the transfers of one group apart in the words of a staging block; never 0."""
-    return epoch & ((1 << TURN_BITS) - 1) or 1
+def turn_of(plan: RoundPlan) -> int:
+    """What tells the transfers of one group apart in the words of a staging block; never 0.
+
+    Made of when the plan was made, too: epochs begin again where the bus has lost its streams. Two
+    plans have the same turn once in 2**32 times.
+    """
+    said = f"{plan.round} {plan.epoch} {plan.created_ns}"
+    digest = hashlib.sha256(said.encode()).digest()
+    return int.from_bytes(digest[: TURN_BITS // 8], "little") or 1
 
 
 def _hosts(groups: Sequence[Group]) -> list[list[Member]]:

@@ -36,7 +36,13 @@ def find_sharers(joins: Mapping[str, Join], barred: Mapping[str, str]) -> Sharin
     """
     apart = dict(barred)
     left = {engine: join for engine, join in joins.items() if engine not in barred}
-    for find in (_without_offer, _of_another_kind, _of_too_many_readers, _without_meeting):
+    for find in (
+        _without_offer,
+        _of_another_layout,
+        _of_another_kind,
+        _of_too_many_readers,
+        _without_meeting,
+    ):
         unfit = find(left)
         apart |= unfit
         left = {engine: join for engine, join in left.items() if engine not in unfit}
@@ -57,6 +63,20 @@ def _without_offer(joins: Mapping[str, Join]) -> Unfit:
         elif not offers(join, "broadcast"):
             unfit[engine] = "it offers no broadcast"
     return unfit
+
+
+def _of_another_layout(joins: Mapping[str, Join]) -> Unfit:
+    """Members of a group cut the same layout into the same parts: that which most were given."""
+    counts: dict[str, int] = {}
+    for join in joins.values():
+        digest = join.layout_digest or ""
+        counts[digest] = counts.get(digest, 0) + 1
+    most = max(counts, key=lambda digest: (counts[digest], digest), default="")
+    return {
+        engine: "it was given another layout of this version than those who share a broadcast"
+        for engine, join in joins.items()
+        if (join.layout_digest or "") != most
+    }
 
 
 def _of_another_kind(joins: Mapping[str, Join]) -> Unfit:

@@ -174,6 +174,15 @@ class Reloader:
         self._split = split
         return version.outcome
 
+    def prepare_stream(self, bucket_bytes: int, lanes: int) -> None:
+        """Plan what `stream` does with such buckets, which may take seconds; only if `can_stream`.
+
+        Raises:
+            PlanError: the buckets are too small.
+        """
+        assert self._split is not None, "a version is streamed only if it can be"
+        self._stream_plan(self._split, (bucket_bytes, lanes))
+
     def stream(self, lanes: Lanes, deadline: Deadline, begin: Callable[[], None]) -> Outcome:
         """Write one version that comes by once into the live model; only if `can_stream`.
 

@@ -27,7 +27,7 @@ from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.reloader import Outcome, Reloader
 from weightbus.consumers.reload.threads import Threads, threads_per_worker
-from weightbus.consumers.transfer.lanes import Lanes, StagingCache
+from weightbus.consumers.transfer.lanes import Lanes, StagingCache, leave_lanes
 from weightbus.consumers.transfer.relayed import OpenRelayed, RelayReader
 from weightbus.consumers.transfer.segments import OpenSegment, SegmentCache
 from weightbus.schemas.errors import WeightBusError
@@ -218,15 +218,15 @@ class ReloadWorker:
     def _stream(self, reloader: Reloader, feed: Stream, deadline: Deadline) -> Outcome:
         size_bytes = feed.slots * feed.bucket_bytes
         with self._staging.open_all(feed.lanes, size_bytes, feed.turn, deadline) as blocks:
-            lanes = Lanes(blocks, feed, deadline)
             try:
                 if not reloader.can_stream():
                     raise ProofNeeded(
                         "version", "no proof lets every parameter be written directly"
                     )
-                return reloader.stream(lanes, deadline, self._begin)
+                reloader.prepare_stream(feed.bucket_bytes, len(blocks))
+                return reloader.stream(Lanes(blocks, feed, deadline), deadline, self._begin)
             except BaseException:
-                lanes.leave()  # the other readers of the host go on
+                leave_lanes(blocks, feed)  # the other readers of the host go on
                 raise
 
     @contextmanager

@@ -145,6 +145,7 @@ class Work:
             rendezvous=self.rendezvous,
             groups=() if self.broken_epoch else self.groups,
             checkpoint_ns=self.candidate.ready.created_ns,
+            layout_digest=self.layout_digest,
             broken_epoch=self.broken_epoch,
             joined_ns=now_ns,
         )

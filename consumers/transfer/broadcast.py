@@ -14,6 +14,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Final
 
 import anyio
@@ -39,7 +40,7 @@ from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import Placement, Segment
-from weightbus.schemas.rounds import Group, RoundPlan
+from weightbus.schemas.rounds import RoundPlan
 from weightbus.schemas.worker import Applied
 
 __all__ = ("BroadcastRoute",)
@@ -108,11 +109,11 @@ class BroadcastRoute(Route):
     ) -> tuple[Applied, ...]:
         clock, plan = Clock("broadcast", deadline_s), transfer.plan
         buckets = await self._staging.plan(transfer, plan.bucket_bytes, len(share.names))
-        members = [(lane.group, share.place) for lane in share.owned]
-        exchanges = await self._meet(members, plan, clock)
+        exchanges: list[GlooExchange] = []
         lanes: list[Lane] = []
         try:
             async with self._open_blocks(transfer, fetcher, share, exchanges, clock) as blocks:
+                exchanges.extend(await self._meet(share, plan, clock))
                 lanes.extend(
                     Lane(number=owned.number, block=block, rank=owned.rank, exchange=exchange)
                     for owned, block, exchange in zip(share.owned, blocks, exchanges, strict=True)
@@ -124,25 +125,32 @@ class BroadcastRoute(Route):
                     lanes,
                     share.names,
                     self._readers(share),
-                    turn=turn_of(plan.epoch),
+                    turn=turn_of(plan),
                     stall_s=self._staging.stall_s,
                     deadline_s=clock.left_s(),
+                    leave=partial(self._leave, share),
                 )
         finally:
             if not lanes or any(lane.filled < buckets.buckets for lane in lanes):
-                self._groups.drop_nowait(exchange.id for exchange in exchanges)
+                self._leave(share)
+
+    def _leave(self, share: HostShare) -> None:
+        """Drop the groups of a plan: whoever waits for this member sees it soon."""
+        self._groups.drop_nowait(owned.group.id for owned in share.owned)
 
     async def _meet(
-        self, members: Sequence[tuple[Group, int]], plan: RoundPlan, clock: Clock
+        self, share: HostShare, plan: RoundPlan, clock: Clock
     ) -> tuple[GlooExchange, ...]:
         """The groups of a plan; that they do not meet is remembered.
 
         Raises:
             PeerLost, DeadlineExceeded: as `Groups.open_all`.
         """
+        members = [(lane.group, share.place) for lane in share.owned]
         forming = [group for group, _ in members if group.rendezvous and len(group.members) > 1]
+        key = f"{plan.round}/{plan.epoch}/{plan.created_ns}"
         try:
-            exchanges = await self._groups.open_all(members, plan.epoch, clock.left_s())
+            exchanges = await self._groups.open_all(members, key, clock.left_s())
         except PeerLost as error:
             if forming:
                 left_out = self._favour.missed(plan.version)
@@ -169,18 +177,21 @@ class BroadcastRoute(Route):
         clock: Clock,
     ) -> AsyncIterator[tuple[StagingBlock, ...]]:
         """Those of the lanes that are owned here. While a group is being buried its blocks take
-        room still: that is waited for.
+        room still: that is waited for before the other members are met, who would wait, too.
 
         Raises:
             As `open_blocks`.
+
+        Args:
+            exchanges: of these blocks; they may come later.
         """
         plan, pool = transfer.plan, self._staging.pool
         specs = [
             BlockSpec(share.names[lane.number], plan.slots, plan.bucket_bytes)
             for lane in share.owned
         ]
-        needed_bytes = sum(spec.slots * spec.slot_bytes for spec in specs)
-        while pool.room_bytes < needed_bytes and self._groups.burials:
+        needed_bytes = sum(spec.size_bytes for spec in specs)
+        while self._groups.burials and pool.room_bytes < needed_bytes:
             clock.left_s()
             await anyio.sleep(GRAVE_POLL_S)
         async with open_blocks(

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanag
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-import anyio
 import anyio.to_thread
 
 from weightbus.bus.blocks import warn_unless_ordered
@@ -22,11 +21,11 @@ from weightbus.bus.endpoint import Endpoint, open_endpoint
 from weightbus.bus.errors import EndpointFailed, EndpointUnavailable
 from weightbus.bus.sweep import sweep_staging
 from weightbus.consumers.config import ConsumerConfig
-from weightbus.consumers.errors import DeadlineExceeded, RouteUnavailable
+from weightbus.consumers.errors import RouteUnavailable
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
 from weightbus.consumers.transfer.copies import Copies, open_copies
 from weightbus.consumers.transfer.fetch import LocalSegments
-from weightbus.consumers.transfer.groups import Groups, open_meeting
+from weightbus.consumers.transfer.groups import FORM_S, Groups, open_meeting
 from weightbus.consumers.transfer.kept import open_kept_copy
 from weightbus.consumers.transfer.local import LocalRoute
 from weightbus.consumers.transfer.p2p import P2pRoute
@@ -34,6 +33,7 @@ from weightbus.consumers.transfer.route import Route
 from weightbus.consumers.transfer.sources import Sources
 from weightbus.consumers.transfer.staged import Staging
 from weightbus.consumers.transfer.staging import BlockPool
+from weightbus.consumers.transfer.together import enter_in_thread
 from weightbus.schemas.base import RouteName
 
 __all__ = ("open_routes",)
@@ -136,7 +136,8 @@ class _Parts:
                 raise
             _logger.warning("left out: %s", error)
             return []
-        groups = Groups(config.address)
+        form_s = FORM_S + config.stall_s  # a member may wait for memory of a group that broke
+        groups = Groups(config.address, form_s=form_s, operation_s=form_s)
         self.stack.callback(groups.close, CLOSE_S)
         sources = Sources(
             self.local,
@@ -173,8 +174,4 @@ class _Parts:
         Raises:
             DeadlineExceeded: one takes too long.
         """
-        with anyio.move_on_after(LOAD_S):
-            return await anyio.to_thread.run_sync(
-                self.stack.enter_context, context, abandon_on_cancel=True
-            )
-        raise DeadlineExceeded("loading of libraries", LOAD_S)
+        return await enter_in_thread(self.stack, context, LOAD_S)

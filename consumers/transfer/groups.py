@@ -5,22 +5,29 @@ The only file that talks to torch.distributed; torch is loaded when the first of
 
 Invariants, and what was measured of gloo:
 - A group whose operation failed, or was left, is never used again: it is dropped, and its members
-  form another one, under keys of their own (a group's id and the epoch of the plan).
-- Nothing ends an operation whose peer stands still but the group's own timeout: `abort` does not,
-  and destroying the group waits for it. So groups are destroyed in daemon threads; memory that an
-  operation may still write to is let go of after that, and nothing else waits for it.
-- Every blocking call has the group's timeout and releases the interpreter.
+  form another one, under keys of their own (a group's id, and the plan that forms it).
+- Nothing ends an operation whose peer stands still but its own timeout: `abort` does not, and
+  destroying the group waits for it. So groups are destroyed in daemon threads; memory that an
+  operation may still write to is let go of after that, and nothing else waits for it. The timeout
+  of an operation is hardly longer than anybody waits for it: graves are soon closed.
+- Operations of different lengths abort the process in C++: no member may ask for another length
+  than the others.
+- Every blocking call has a timeout and releases the interpreter.
+
+Groups are neither encrypted nor authenticated: who reaches the store, and has read the plan on the
+bus, can take a member's place. They belong into a network that only the fleet is in.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -28,7 +35,8 @@ from urllib.parse import urlsplit
 import anyio
 
 from weightbus.consumers.errors import DeadlineExceeded, PeerLost, RouteUnavailable
-from weightbus.consumers.transfer.pipeline import Exchange
+from weightbus.consumers.transfer.exchange import Exchange
+from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.rounds import Group
 
 __all__ = ("GlooExchange", "Groups", "Meeting", "open_meeting")
@@ -40,7 +48,14 @@ FORM_S: Final = 10.0
 """So long the members of a group wait for each other."""
 
 OPERATION_S: Final = 15.0
-"""After so long gloo gives up an operation that stands still: how long a grave may be open."""
+"""After so long gloo gives up a step of forming a group."""
+
+MARGIN_S: Final = 0.5
+"""Gloo gives up an operation so much later than who waits for it: a grave is open no longer."""
+
+CHUNK_BYTES: Final = 16 * 2**20
+"""Broadcast by one operation; all operations of a part are under way together, and each that ends
+is progress."""
 
 GRAVES: Final = 64
 """Groups that are buried at once, at most; before there are more, no group is formed."""
@@ -80,17 +95,31 @@ def open_meeting(address: str) -> Iterator[Meeting]:
     port = listener.getsockname()[1]
     host = f"[{address}]" if ":" in address else address
     try:
-        store = dist.TCPStore(
+        store = _serve_store(dist.TCPStore, address, listener)
+    except RuntimeError as error:
+        raise RouteUnavailable("broadcast", f"no store on {host}:{port}: {error}") from error
+    yield Meeting(store, f"tcp://{host}:{port}")
+
+
+def _serve_store(make: Callable[..., Any], address: str, listener: socket.socket) -> Any:
+    """A store that takes a listening socket over; if it fails, the socket is closed, by it or by
+    us."""
+    port, fd = listener.getsockname()[1], listener.detach()
+    before = os.fstat(fd)
+    try:
+        return make(
             address,
             port,
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=FORM_S),
-            master_listen_fd=listener.detach(),
+            master_listen_fd=fd,
         )
-    except RuntimeError as error:
-        raise RouteUnavailable("broadcast", f"no store on {host}:{port}: {error}") from error
-    yield Meeting(store, f"tcp://{host}:{port}")
+    except BaseException:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(fd), before):
+                os.close(fd)
+        raise
 
 
 class GlooExchange(Exchange):
@@ -110,19 +139,22 @@ class GlooExchange(Exchange):
         """Somebody stopped waiting for an operation before it had ended."""
         self._buried: Callable[[], bool] = _not_yet
 
-    async def agree(self, ready: bool, deadline_s: float) -> bool:
+    async def roll_call(self, answer: bytes, deadline_s: float) -> tuple[bytes, ...]:
         if self.size == 1:
-            return ready
+            return (answer,)
         import torch
         import torch.distributed as dist
 
-        votes = torch.tensor([int(ready)], dtype=torch.uint8)
+        length = len(answer)
+        said = bytearray(self.size * length)
+        said[self.place * length : (self.place + 1) * length] = answer
+        answers = torch.frombuffer(said, dtype=torch.uint8)  # the others' bytes are 0: no answer
         options: Any = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN
-        await self._run("allreduce", votes, options, "a roll call", deadline_s)
-        return bool(votes[0])
+        options.reduceOp = dist.ReduceOp.MAX
+        await self._run("allreduce", [answers], options, "a roll call", deadline_s)
+        return tuple(bytes(said[n * length : (n + 1) * length]) for n in range(self.size))
 
-    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
+    async def broadcast(self, address: int, size_bytes: int, root: int, stall_s: float) -> None:
         if self.size == 1 or not size_bytes:
             return
         import torch
@@ -132,8 +164,8 @@ class GlooExchange(Exchange):
         options: Any = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         what = f"{size_bytes:,} bytes of member {root}"
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        await self._run("broadcast", tensor, options, what, deadline_s)
+        chunks = torch.split(torch.frombuffer(memory, dtype=torch.uint8), CHUNK_BYTES)
+        await self._run("broadcast", chunks, options, what, stall_s)
 
     def writing(self) -> bool:
         return self._left and not self._buried()
@@ -149,29 +181,37 @@ class GlooExchange(Exchange):
         return process_group
 
     async def _run(
-        self, operation: str, tensor: Any, options: Any, what: str, deadline_s: float
+        self, operation: str, tensors: Sequence[Any], options: Any, what: str, stall_s: float
     ) -> None:
-        """One operation of all members, from its beginning to its end."""
+        """Operations of all members, side by side, from their beginning to their end."""
         if self._process_group is None:
             raise self._lost("it was dropped")
-        work = None
+        options.timeout = timedelta(seconds=stall_s + MARGIN_S)
+        works: list[Any] = []
         self._left = True
         try:
-            work = getattr(self._process_group, operation)([tensor], options)
-            pause_s = _POLL_MIN_S
-            with anyio.move_on_after(deadline_s):
-                while not work.is_completed():
-                    await anyio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _POLL_MAX_S)
-            if not work.is_completed():
-                raise self._lost(f"{what} stood still for {deadline_s:g} s")
+            start = getattr(self._process_group, operation)
+            works.extend(start([tensor], options) for tensor in tensors)
+            for number in range(len(works)):
+                await self._until_completed(works, number, what, stall_s)
+                works[number].wait(timedelta(seconds=stall_s))
             self._left = False
-            work.wait(timedelta(seconds=OPERATION_S))
         except RuntimeError as error:
-            self._left = False
+            self._left = not all(work.is_completed() for work in works)
             raise self._lost(_first_line(error)) from error
         finally:
-            del work  # it keeps the group's connections open, and tracebacks keep it
+            works.clear()  # they keep the group's connections open, and tracebacks keep them
+
+    async def _until_completed(
+        self, works: Sequence[Any], number: int, what: str, stall_s: float
+    ) -> None:
+        pause_s = _POLL_MIN_S
+        with anyio.move_on_after(stall_s):
+            while not works[number].is_completed():
+                await anyio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_MAX_S)
+        if not works[number].is_completed():
+            raise self._lost(f"{what} stood still for {stall_s:g} s")
 
     def _lost(self, reason: str) -> PeerLost:
         return PeerLost(self.id, self.others, reason)
@@ -204,28 +244,30 @@ class Groups:
         return len(self._graves)
 
     async def open_all(
-        self, lanes: Sequence[tuple[Group, int]], epoch: int, deadline_s: float
+        self, lanes: Sequence[tuple[Group, int]], plan: str, deadline_s: float
     ) -> tuple[GlooExchange, ...]:
         """The groups of one plan, in its order: those that are ready, and new ones, formed side by
         side.
 
         Args:
             lanes: every group that this process is in, and its place there. All members of a group
-                open it, in plans of the same epoch.
+                open it.
+            plan: what only members of this plan know; the same on all of them.
 
         Raises:
             PeerLost: some member did not come, or a group without a rendezvous is not ready here.
+            RouteUnavailable: there is no gloo (any more).
             DeadlineExceeded: too many groups are still being buried.
         """
         end = anyio.current_time() + deadline_s
         await self._room_for_graves(deadline_s)
-        failures: list[PeerLost] = []
+        failures: list[WeightBusError] = []
 
         async def form(group: Group, place: int) -> None:
             left_s = max(0.0, min(end - anyio.current_time(), self._form_s))
             try:
-                self._ready[group.id] = await self._form(group, place, epoch, left_s)
-            except PeerLost as error:
+                self._ready[group.id] = await self._form(group, place, plan, left_s)
+            except WeightBusError as error:
                 failures.append(error)
 
         async with anyio.create_task_group() as tasks:
@@ -270,23 +312,24 @@ class Groups:
                 raise DeadlineExceeded("burial of dropped groups", deadline_s)
             await anyio.sleep(_POLL_MAX_S)
 
-    async def _form(self, group: Group, place: int, epoch: int, deadline_s: float) -> GlooExchange:
+    async def _form(self, group: Group, place: int, plan: str, deadline_s: float) -> GlooExchange:
         if len(group.members) == 1:
             return GlooExchange(group, place, None)
         exchange = GlooExchange(group, place, None)
         if not group.rendezvous:
             raise PeerLost(group.id, exchange.others, "it is not ready here (any more)")
-        forming = _Forming(
-            lambda: _form_group(self.address, group, place, epoch, self._operation_s)
-        )
+        forming = _Forming(lambda: _form_group(self.address, group, place, plan, self._operation_s))
         try:
             with anyio.fail_after(deadline_s):
                 process_group = await forming.wait()
         except TimeoutError:
             reason = f"its members did not meet at {group.rendezvous} within {deadline_s:g} s"
             raise PeerLost(group.id, exchange.others, reason) from None
-        except (RuntimeError, ValueError) as error:
-            reason = f"it did not form at {group.rendezvous}: {_first_line(error)}"
+        except WeightBusError:
+            raise
+        except Exception as error:  # whatever torch raises, it means that there is no group
+            found = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"it did not form at {group.rendezvous}: {found}"
             raise PeerLost(group.id, exchange.others, reason) from error
         return GlooExchange(group, place, process_group)
 
@@ -298,7 +341,7 @@ class _Forming(Generic[T]):
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
         self._results: list[T] = []
-        self._errors: list[RuntimeError | ValueError] = []
+        self._errors: list[Exception] = []
         self._thread = threading.Thread(target=self._run, name="forming a group", daemon=True)
         self._thread.start()
 
@@ -315,11 +358,11 @@ class _Forming(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._function())
-        except (RuntimeError, ValueError) as error:  # torch's errors are RuntimeErrors
+        except Exception as error:  # noqa: BLE001 - who waits for it raises it
             self._errors.append(error)
 
 
-def _form_group(address: str, group: Group, place: int, epoch: int, operation_s: float) -> Any:
+def _form_group(address: str, group: Group, place: int, plan: str, operation_s: float) -> Any:
     """Meet the other members. Blocking, for no longer than `operation_s` a step."""
     dist = _distributed()
     where = urlsplit(group.rendezvous)
@@ -331,7 +374,7 @@ def _form_group(address: str, group: Group, place: int, epoch: int, operation_s:
     options = kind._Options()
     options._devices = [kind.create_device(hostname=address)]
     options._timeout = timeout
-    keys = dist.PrefixStore(f"{group.id}/{epoch}", store)
+    keys = dist.PrefixStore(f"{group.id}/{plan}", store)
     return kind(keys, place, len(group.members), options)
 
 

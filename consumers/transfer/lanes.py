@@ -46,7 +46,7 @@ from weightbus.schemas.shared_memory import (
 )
 from weightbus.schemas.worker import Stream
 
-__all__ = ("Budget", "Lanes", "StagingBlock", "StagingCache", "wait_for")
+__all__ = ("Budget", "Lanes", "StagingBlock", "StagingCache", "leave_lanes", "wait_for")
 
 OWNER_CHECK_S: Final = 0.25
 """How often somebody who waits looks whether the owners live."""
@@ -212,7 +212,8 @@ class StagingCache:
 
 
 class Lanes:
-    """One transfer through the lanes of a host, as one reader sees it."""
+    """One transfer through the lanes of a host, as one reader sees it. From now on the owners count
+    on this reader: what takes long is done before."""
 
     def __init__(self, blocks: Sequence[StagingBlock], feed: Stream, budget: Budget) -> None:
         self._blocks, self._budget = tuple(blocks), budget
@@ -252,13 +253,15 @@ class Lanes:
                 raise SegmentUnavailable(block.name, found, f"must stay on turn {self._turn}")
         self._set_done(bucket + 1)
 
-    def leave(self) -> None:
-        """Nothing more is read here: nobody waits for this reader any more."""
-        self._set_done(_COUNT_MASK)
-
     def _set_done(self, buckets: int) -> None:
         for block in self._blocks:
             block.set_word(self._word, self._turn << TURN_BITS | buckets)
+
+
+def leave_lanes(blocks: Sequence[StagingBlock], feed: Stream) -> None:
+    """Nothing more is read there, or nothing at all: nobody waits for this reader any more."""
+    for block in blocks:
+        block.set_word(SHM_READERS_OFFSET + 8 * feed.reader, feed.turn << TURN_BITS | _COUNT_MASK)
 
 
 def wait_for(condition: Callable[[], bool], blocks: Sequence[StagingBlock], budget: Budget) -> None:

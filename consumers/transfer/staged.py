@@ -9,6 +9,7 @@ the workers stop at once, and blocks that something may still write to are never
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,9 +29,15 @@ from weightbus.consumers.errors import (
     SegmentUnavailable,
     cause_of,
 )
-from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
+from weightbus.consumers.planning.buckets import BUCKETS_VERSION, BucketPlan, plan_buckets
 from weightbus.consumers.transfer.fetch import Fetcher
-from weightbus.consumers.transfer.pipeline import Lane, Pipeline, Reader, Timing
+from weightbus.consumers.transfer.pipeline import (
+    FINGERPRINT_BYTES,
+    Lane,
+    Pipeline,
+    Reader,
+    Timing,
+)
 from weightbus.consumers.transfer.relay import run_relay
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec, StagingBlock
@@ -50,6 +57,9 @@ __all__ = (
 
 RELEASE_S: Final = 5.0
 """For taking back from the fetcher what it has adopted."""
+
+SERVE_SHARE: Final = 0.95
+"""Of the time that is left: the rest is for telling who was waited for in vain."""
 
 PLANS_KEPT: Final = 4
 """Plans of buckets that are kept: layouts come and go seldom."""
@@ -168,12 +178,14 @@ async def bring_by_stream(
     turn: int,
     stall_s: float,
     deadline_s: float,
+    leave: Callable[[], None] = lambda: None,
 ) -> tuple[Applied, ...]:
     """Every byte once, through lanes of which this consumer owns some or all.
 
     Args:
         names: of the blocks of all lanes of this host, in the lanes' order.
         readers: all workers of this host; the numbers of this engine's ranks are looked up here.
+        leave: see `Pipeline`.
 
     Raises:
         ApplyFailed: with cause `ProofNeeded`: it has to be brought by relay instead.
@@ -192,17 +204,26 @@ async def bring_by_stream(
         )
         for rank in transfer.ranks
     }
-    pipeline = Pipeline(lanes, plan, fetcher, readers, turn=turn, stall_s=stall_s)
+    pipeline = Pipeline(
+        lanes,
+        plan,
+        fetcher,
+        readers,
+        turn=turn,
+        stall_s=stall_s,
+        fingerprint=_fingerprint(transfer.layout_digest, plan),
+        leave=leave,
+    )
 
     async def serve() -> None:
-        await pipeline.run(clock.left_s())
+        await pipeline.run(SERVE_SHARE * clock.left_s())
 
     def go_on(error: WeightBusError) -> bool:
         """Others do not suffer from what only this engine needs."""
         return _needs_proof(error) and pipeline.is_shared
 
     try:
-        applied = await _beside(transfer, feeds, clock, [serve], pipeline.primed, go_on)
+        applied = await _beside(transfer, feeds, clock, [serve], stall_s, pipeline, go_on)
     except ApplyFailed as error:
         raise _first_cause(error, pipeline, names) from error
     await _check(fetcher, clock)
@@ -251,7 +272,7 @@ async def bring_by_relay(
     ]
     for rank in transfer.ranks:
         blocks[rank].begin(turn)
-    applied = await _beside(transfer, feeds, clock, serves, None, lambda _: False)
+    applied = await _beside(transfer, feeds, clock, serves, stall_s)
     await _check(fetcher, clock)
     return _with_stages(
         applied,
@@ -290,13 +311,17 @@ async def _beside(
     feeds: Mapping[int, Feed],
     clock: Clock,
     serves: Sequence[Callable[[], Awaitable[None]]],
-    primed: anyio.Event | None,
-    go_on: Callable[[WeightBusError], bool],
+    stall_s: float,
+    pipeline: Pipeline | None = None,
+    go_on: Callable[[WeightBusError], bool] = lambda _: False,
 ) -> tuple[Applied, ...]:
     """Pause the engine and let its workers read, beside the tasks that serve them.
 
     Args:
-        primed: the engine is not paused before; None: the tasks only end when they are cancelled.
+        stall_s: workers that are not served any more may take so long to say so: who stands still
+            never does.
+        pipeline: the engine is not paused before it is primed; None: the tasks only end when they
+            are cancelled.
         go_on: whether the tasks shall run to their end although the engine failed like this.
 
     Raises:
@@ -305,7 +330,7 @@ async def _beside(
     failures: list[WeightBusError] = []
     applied: tuple[Applied, ...] = ()
     touched = False
-    entering = anyio.CancelScope()
+    entering, applying = anyio.CancelScope(), anyio.CancelScope()
 
     async def run(serve: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -313,31 +338,42 @@ async def _beside(
         except WeightBusError as error:
             failures.append(error)
             entering.cancel()
+            applying.deadline = anyio.current_time() + stall_s
 
     async with anyio.create_task_group() as tasks:
         for serve in serves:
             tasks.start_soon(run, serve)
         try:
             with entering:
-                if primed is not None:
-                    await primed.wait()
+                if pipeline is not None:
+                    await pipeline.primed.wait()
                 await transfer.begin_write()
             if not failures:
                 left_s = clock.left_s()
                 touched = True
-                applied = await apply_checked(transfer, feeds, left_s)
+                if pipeline is not None:
+                    pipeline.tell()
+                with applying:
+                    applied = await apply_checked(transfer, feeds, left_s)
         except WeightBusError as error:
             if isinstance(error, ApplyFailed):
                 touched = error.touched
             failures.append(error)
             ends = go_on(error)
         else:
-            ends = primed is not None and not failures
+            ends = pipeline is not None and not failures
         if not ends:
             tasks.cancel_scope.cancel()
     if failures:
         raise _touching(failures[0]) if touched else failures[0]
     return applied
+
+
+def _fingerprint(layout_digest: str, plan: BucketPlan) -> bytes:
+    """Of all that says which bytes go where: equal on hosts that cut a version alike."""
+    shape = f"{plan.bucket_bytes} {plan.lanes} {plan.buckets}"
+    said = f"{BUCKETS_VERSION} {layout_digest} {shape}"
+    return hashlib.sha256(said.encode()).digest()[:FINGERPRINT_BYTES]
 
 
 async def _check(fetcher: Fetcher, clock: Clock) -> None:

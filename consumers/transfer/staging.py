@@ -52,6 +52,11 @@ class BlockSpec(NamedTuple):
     slots: int
     slot_bytes: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole block, its header included."""
+        return self.slots * self.slot_bytes + SHM_HEADER_BYTES
+
 
 class Request(NamedTuple):
     """What a reader asks for (`Relay`)."""
@@ -176,6 +181,8 @@ class BlockPool:
         self._graves: list[_Grave] = []
         self._versions = 0
         self._turn = 0
+        self._room_bytes = max_bytes
+        """As it was seen last."""
         self._registry: Registry | None = None
         self._registered: dict[str, Registry] = {}
         """Name of a block -> who knows it."""
@@ -193,14 +200,15 @@ class BlockPool:
 
     @property
     def room_bytes(self) -> int:
-        """What could be taken now, if the blocks that are kept for later were given up."""
-        with self._lock:
-            self._reap()
-            idle = [grave.block for grave in self._graves if not grave.writing()]
-            kept = sum(
-                block.size_bytes + SHM_HEADER_BYTES for block in (*self._free.values(), *idle)
-            )
-            return max(0, self._limit_bytes() - self._total_bytes() + kept)
+        """What could be taken now, if the blocks that are kept for later were given up. While
+        blocks are being made, which takes long: what it was before."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._reap()
+                self._room_bytes = self._room()
+            finally:
+                self._lock.release()
+        return self._room_bytes
 
     def name_of(self, part: str) -> str:
         """A name that no other process takes."""
@@ -236,7 +244,7 @@ class BlockPool:
         """They are whole, and nobody writes to them; the next transfer may take them."""
         with self._lock:
             self._versions += 1
-            for block in blocks:
+            for block in self._still_taken(blocks):
                 self._free[block.name] = self._taken.pop(block.name)
                 self._used[block.name] = self._versions
             oldest = self._versions - KEPT_VERSIONS
@@ -251,17 +259,18 @@ class BlockPool:
             writing: whether something may still write to one of them.
         """
         with self._lock:
-            for block in blocks:
+            for block in self._still_taken(blocks):
                 block.give_up()
                 block.close()
                 self._bury(self._taken.pop(block.name), writing)
             self._reap()
 
     def close(self) -> None:
-        """Remove every block. What is still written to keeps its memory."""
+        """Remove every block. What is written to keeps its memory; of a transfer that has not
+        ended nobody can say that it does not write."""
         for name in list(self._free):
             self._close_kept(name)
-        self.condemn(list(self._taken.values()), lambda: False)
+        self.condemn(list(self._taken.values()), lambda: True)
         self._forget()
         self._reap()
         _LEFT.extend(self._graves)
@@ -275,7 +284,7 @@ class BlockPool:
             self._close_kept(spec.name)
             self._forget()
             self._reap()
-        need_bytes = spec.slots * spec.slot_bytes + SHM_HEADER_BYTES
+        need_bytes = spec.size_bytes
         for name in sorted(self._free, key=self._used.__getitem__):
             if self._total_bytes() + need_bytes <= self._limit_bytes():
                 break
@@ -296,9 +305,18 @@ class BlockPool:
         self._used[spec.name] = self._versions
         return block
 
+    def _room(self) -> int:
+        idle = [grave.block for grave in self._graves if not grave.writing()]
+        kept = sum(block.size_bytes + SHM_HEADER_BYTES for block in (*self._free.values(), *idle))
+        return max(0, self._limit_bytes() - self._total_bytes() + kept)
+
     def _all(self) -> list[StagingBlock]:
         graves = (grave.block for grave in self._graves)
         return [*self._free.values(), *self._taken.values(), *graves]
+
+    def _still_taken(self, blocks: Sequence[StagingBlock]) -> list[StagingBlock]:
+        """Those that were not removed when the pool was closed."""
+        return [block for block in blocks if self._taken.get(block.name) is block]
 
     def _total_bytes(self) -> int:
         return sum(block.size_bytes + SHM_HEADER_BYTES for block in self._all())

@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
+from weightbus.consumers.errors import DeadlineExceeded
 from weightbus.schemas.errors import WeightBusError
 
-__all__ = ("Calls", "run_together")
+__all__ = ("Calls", "enter_in_thread", "run_together")
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +44,42 @@ async def run_together(functions: Iterable[Callable[[], Awaitable[None]]]) -> No
             tasks.start_soon(run, function)
     if failures:
         raise failures[0]
+
+
+async def enter_in_thread(
+    stack: AsyncExitStack, context: AbstractContextManager[T], deadline_s: float
+) -> T:
+    """Enter a context whose entering blocks. Nobody waits for it after the deadline, or if it is
+    cancelled: once it is entered, the thread leaves it at once.
+
+    Args:
+        stack: leaves it otherwise.
+
+    Raises:
+        DeadlineExceeded: it takes too long.
+    """
+    lock, left = threading.Lock(), False
+    entered: list[T] = []
+
+    def enter() -> None:
+        value = context.__enter__()
+        with lock:
+            if not left:
+                entered.append(value)
+                return
+        context.__exit__(None, None, None)
+
+    try:
+        with anyio.move_on_after(deadline_s):
+            await anyio.to_thread.run_sync(enter, abandon_on_cancel=True)
+    finally:
+        with lock:
+            left = True
+        if entered:
+            stack.push(context.__exit__)
+    if not entered:
+        raise DeadlineExceeded("loading of libraries", deadline_s)
+    return entered[0]
 
 
 class Calls:

@@ -193,6 +193,7 @@ _CONSUMER: Final[tuple[Message, ...]] = (
         rendezvous="tcp://10.0.0.1:29500",
         groups=("0f1e2d3c4b5a-1",),
         checkpoint_ns=T0,
+        layout_digest=_LAYOUT_DIGEST,
         broken_epoch=1,
         joined_ns=T0,
     ),

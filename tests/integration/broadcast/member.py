@@ -83,14 +83,14 @@ class _Struck(GlooExchange):
         self.others = inner.others
         self._inner, self._signal, self._buckets = inner, signal, 3
 
-    async def agree(self, ready: bool, deadline_s: float) -> bool:
-        return await self._inner.agree(ready, deadline_s)
+    async def roll_call(self, answer: bytes, deadline_s: float) -> tuple[bytes, ...]:
+        return await self._inner.roll_call(answer, deadline_s)
 
-    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
+    async def broadcast(self, address: int, size_bytes: int, root: int, stall_s: float) -> None:
         self._buckets -= 1
         if not self._buckets:
             os.kill(os.getpid(), self._signal)
-        await self._inner.broadcast(address, size_bytes, root, deadline_s)
+        await self._inner.broadcast(address, size_bytes, root, stall_s)
 
     def writing(self) -> bool:
         return self._inner.writing()
@@ -100,9 +100,9 @@ class _Groups(Groups):
     signal = 0
 
     async def open_all(
-        self, lanes: Sequence[tuple[Group, int]], epoch: int, deadline_s: float
+        self, lanes: Sequence[tuple[Group, int]], plan: str, deadline_s: float
     ) -> tuple[GlooExchange, ...]:
-        opened = await super().open_all(lanes, epoch, deadline_s)
+        opened = await super().open_all(lanes, plan, deadline_s)
         return (_Struck(opened[0], self.signal), *opened[1:]) if self.signal else opened
 
 

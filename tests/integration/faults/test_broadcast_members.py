@@ -46,7 +46,7 @@ async def test_survivor_finishes_and_the_lost_one_catches_up_when_a_member_is_ki
                 await doomed.hears("before_apply")
                 await until_filled(fleet.model, 1, after=before)
                 await doomed.kill()
-                assert_in_time(await c.completes(second))
+                assert_in_time(fleet, await c.completes(second))
             ended = await fleet.log.wait(RoundComplete, version=second)
             assert (ended.completed, set(ended.failed)) == (("c",), {"b"})
             async with following(fleet, "b") as (b,):
@@ -64,7 +64,7 @@ async def test_survivor_finishes_and_the_lost_one_catches_up_when_a_member_stand
             await broadcast_begins(fleet, second, "b", "c")
             await sleeper.hears("before_apply")
             with stopped(sleeper.pid):
-                assert_in_time(await c.completes(second))
+                assert_in_time(fleet, await c.completes(second))
                 ended = await fleet.log.wait(RoundComplete, version=second)
                 assert (ended.completed, set(ended.failed)) == (("c",), {"b"})
             sleeper.go_on()
@@ -89,7 +89,7 @@ async def test_survivor_finishes_when_the_worker_of_a_member_is_killed_while_it_
             with stopped(pid):
                 hold.release()
                 kill(pid)
-            assert_in_time(await c.completes(second))
+            assert_in_time(fleet, await c.completes(second))
             await fleet.completes("b", b.client, second)
             third = await publish(trainer)
             for follower in (b, c):
@@ -102,7 +102,7 @@ async def test_newcomer_takes_p2p_and_the_next_broadcast_when_it_joins_during_on
     async with fleet.publisher(p2p=fleet.p2p) as trainer:
         await bring_to_first_version(fleet, trainer, "b", "c")
         async with following(fleet, "b", "c") as (b, c):
-            hold = b.engine.hold("before_apply")
+            hold = b.engine.hold("before_pause")
             second = await publish(trainer)
             await hold.reached.wait()
             async with following(fleet, "d") as (d,):

@@ -60,7 +60,7 @@ async def test_reader_goes_on_with_a_copy_when_the_trainer_is_killed_while_it_is
             b.held.release()
             done = await b.completes(second)
             assert done.routes == P2P
-            assert_in_time(done)
+            assert_in_time(fleet, done)
     assert [failed.reason for failed in fleet.log.said(UpdateFailed)] == []
     async with following(fleet, "b", "c") as followers, fleet.publisher(p2p=fleet.p2p) as other:
         third = await publish(other)

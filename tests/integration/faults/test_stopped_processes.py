@@ -83,7 +83,7 @@ async def test_others_finish_and_the_lost_one_catches_up_when_a_process_stands_s
             with stopped(await pid_of(who, fleet, trainer, member, client)):
                 member.go_on()
                 if who not in NEEDED_BY_ALL:
-                    assert_in_time(await c.completes(second))
+                    assert_in_time(fleet, await c.completes(second))
                     await is_named(fleet, second, "b")
             await c.completes(second)
             await comes_to(fleet, client, second)

@@ -173,3 +173,14 @@ def test_version_is_there_sooner_when_more_hosts_offer_it() -> None:
         for source in (PlanSource(hosts=1, links=Links(network=GB, p2p=GB)), PlanSource(hosts=10))
     ]
     assert seconds[1] < seconds[0] / 2
+
+
+def test_engine_pulls_when_it_was_given_another_layout_than_most() -> None:
+    fleet = [
+        structs.replace(large(f"e{n}", f"h{n}", network=10 * GB, broadcast=5 * GB), layout_digest=d)
+        for n, d in enumerate(("a" * 64, "b" * 64, "a" * 64, "a" * 64))
+    ]
+    decision = decide(*fleet)
+    routes = routes_of(decision)
+    assert routes == {"e0": "broadcast", "e1": "p2p", "e2": "broadcast", "e3": "broadcast"}
+    assert "another layout" in reason_of(decision, "e1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from msgspec import structs
 
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.hosts import host_share, turn_of
@@ -57,8 +58,14 @@ def test_share_is_refused_when_no_group_names_the_engine() -> None:
         host_share(UNEVEN, "e")
 
 
-@pytest.mark.parametrize(
-    ("epoch", "turn"), [(1, 1), (2**32 - 1, 2**32 - 1), (2**32, 1), (2**32 + 5, 5), (0, 1)]
-)
-def test_turn_is_never_zero_and_fits_its_word(epoch: int, turn: int) -> None:
-    assert turn_of(epoch) == turn
+def test_turn_differs_between_plans_and_is_never_zero() -> None:
+    plans = [
+        structs.replace(UNEVEN, epoch=epoch, created_ns=created_ns, round=name)
+        for epoch in (0, 1, 2, 2**32, 2**32 + 1)
+        for created_ns in (0, 1, 2**60)  # epochs begin again on a bus that lost its streams
+        for name in ("v1", "v2")
+    ]
+    turns = [turn_of(plan) for plan in plans]
+    assert len(set(turns)) == len(plans)
+    assert all(0 < turn < 2**32 for turn in turns)
+    assert turns == [turn_of(plan) for plan in plans]

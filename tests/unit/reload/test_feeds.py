@@ -6,11 +6,12 @@ import gc
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,11 +29,18 @@ from tests.unit.reload.test_worker import (
 )
 from tests.unit.transfer.publishing import cut_layout, open_trainer
 from tests.unit.transfer.staging import Owner, open_staging, relaying, streaming
+from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.buckets import plan_buckets
+from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.host import Weights
-from weightbus.consumers.reload.reloader import STREAMS_KEPT
+from weightbus.consumers.reload.reloader import STREAMS_KEPT, Outcome, Reloader
 from weightbus.consumers.reload.worker import ReloadWorker
+from weightbus.schemas.shared_memory import (
+    SHM_FILLED_OFFSET,
+    SHM_READERS_OFFSET,
+    TURN_BITS,
+)
 from weightbus.schemas.worker import (
     Applied,
     Apply,
@@ -480,3 +488,42 @@ def test_worker_unmaps_its_blocks_when_it_closes(tmp_path: Path) -> None:
         before = blocks_mapped()
         worker.close()
         assert blocks_mapped() == before - 1
+
+
+class SlowPlanner:
+    """A reloader that looks at its word while it plans."""
+
+    def __init__(self, owner: Owner, fails: bool) -> None:
+        self._owner, self._fails = owner, fails
+        self.words: list[int] = []
+
+    def can_stream(self) -> bool:
+        return True
+
+    def prepare_stream(self, bucket_bytes: int, lanes: int) -> None:
+        self.look()
+        if self._fails:
+            raise PlanError("buckets", bucket_bytes, "must be larger")
+
+    def stream(self, *_: object) -> Outcome:
+        self.look()
+        return Outcome(digests=np.zeros(0, dtype=np.uint64))
+
+    def look(self) -> None:
+        self.words.append(self._owner.blocks[0].word(SHM_READERS_OFFSET))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_worker_has_planned_before_it_says_that_it_reads(fails: bool) -> None:
+    """From then on a consumer counts on it, and planning takes seconds."""
+    worker = ReloadWorker(ModuleHost(Fused, load_fused), 0, 1)
+    with open_staging(1, 2048) as owner:
+        feed = stream_of(owner, 2048, 1)
+        owner.blocks[0].set_word(SHM_FILLED_OFFSET, feed.turn << TURN_BITS)
+        planner = SlowPlanner(owner, fails)
+        with suppress(PlanError):
+            worker._stream(cast(Reloader, planner), feed, Deadline("test", 5.0))
+        planner.look()
+    begun, left = feed.turn << TURN_BITS, feed.turn << TURN_BITS | 0xFFFFFFFF
+    assert planner.words == ([0, left] if fails else [0, begun, begun])
+    worker.close()

@@ -19,8 +19,9 @@ from weightbus.consumers.errors import (
     WorkerLost,
 )
 from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
+from weightbus.consumers.transfer.exchange import LEAVING, READY, WAITING, Exchange
 from weightbus.consumers.transfer.fetch import Fetcher, Read
-from weightbus.consumers.transfer.pipeline import Exchange, Lane, Pipeline, Reader
+from weightbus.consumers.transfer.pipeline import Lane, Pipeline, Reader
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.shared_memory import SHM_GIVEN_UP_OFFSET
@@ -107,16 +108,22 @@ class StepExchange(Exchange):
         self.id, self.place, self.size, self.others = "g", place, 2, ("other/0",)
         self._steps = steps
         self.other_is_ready = True
-        self.said: list[bool] = []
+        self.other_says: dict[int, bytes] = {}
+        """By length: what it says instead."""
+        self.said: list[bytes] = []
         self.error: PeerLost | None = None
         self._bucket = 0
 
-    async def agree(self, ready: bool, deadline_s: float) -> bool:
+    async def roll_call(self, answer: bytes, deadline_s: float) -> tuple[bytes, ...]:
         await anyio.lowlevel.checkpoint()
-        self.said.append(ready)
-        return ready and self.other_is_ready
+        self.said.append(answer)
+        other = answer
+        if len(answer) == 1:
+            other = READY if self.other_is_ready else WAITING
+        other = self.other_says.get(len(answer), other)
+        return (answer, other) if self.place == 0 else (other, answer)
 
-    async def broadcast(self, address: int, size_bytes: int, root: int, deadline_s: float) -> None:
+    async def broadcast(self, address: int, size_bytes: int, root: int, stall_s: float) -> None:
         bucket, self._bucket = self._bucket, self._bucket + 1
         assert root == bucket % 2
         await self._steps.take(f"broadcast {bucket}")
@@ -232,7 +239,7 @@ async def test_broadcast_waits_for_the_other_member_without_losing_it(pool: Bloc
     pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN], turn=TURN, stall_s=SHORT_S)
     async with running(pipeline):
         with anyio.fail_after(DEADLINE_S):
-            while exchange.said.count(True) < 3:
+            while exchange.said.count(READY) < 3:
                 await anyio.lowlevel.checkpoint()
         assert world.steps.begun == ["fetch 0"]
         exchange.other_is_ready = True
@@ -251,7 +258,7 @@ async def test_member_says_that_it_is_not_ready_while_its_reader_has_not_begun(
         async with running(pipeline):
             await world.steps.until("broadcast 0")
             with anyio.fail_after(DEADLINE_S):
-                while exchange.said.count(False) < 3:
+                while exchange.said.count(WAITING) < 3:
                     await anyio.lowlevel.checkpoint()
             assert "broadcast 1" not in world.steps.begun
             words.say_done(0, TURN, 1)
@@ -351,3 +358,183 @@ async def test_run_ends_at_its_deadline_when_the_engine_never_reads(pool: BlockP
     pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
     with pytest.raises(DeadlineExceeded, match="stream"):
         await pipeline.run(SHORT_S)
+
+
+class Told:
+    """A pipeline of one lane in a group, whose workers are told to read as soon as it is primed."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        readers: Sequence[Reader] = (OWN,),
+        *,
+        buckets: int = 3,
+        lanes: int = 1,
+    ) -> None:
+        self.world = World(pool, slots=1)
+        self.exchange = StepExchange(self.world.steps)
+        self.lane = Lane(number=0, block=self.world.blocks[0], rank=0, exchange=self.exchange)
+        self.left = 0
+        self.pipeline = Pipeline(
+            [self.lane],
+            plan_of(buckets, lanes),
+            StepFetcher(self.world.steps, range(0, buckets, 2)),
+            readers,
+            turn=TURN,
+            stall_s=SHORT_S,
+            leave=self.leave,
+        )
+
+    def leave(self) -> None:
+        self.left += 1
+
+
+async def failure_of(told: Told, *, tell: bool = True, deadline_s: float = DEADLINE_S) -> Exception:
+    """What the pipeline raises; the group's members have been left by then."""
+    errors: list[Exception] = []
+
+    async def tell_it() -> None:
+        await told.pipeline.primed.wait()
+        if tell:
+            told.pipeline.tell()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tell_it)
+        try:
+            await told.pipeline.run(deadline_s)
+        except ConsumerError as error:
+            errors.append(error)
+    assert told.left == 1
+    return errors[0]
+
+
+async def test_own_worker_is_named_when_it_was_told_to_read_and_does_not_begin(
+    pool: BlockPool,
+) -> None:
+    told = Told(pool)
+    with anyio.fail_after(20 * SHORT_S):
+        error = await failure_of(told)
+    assert isinstance(error, WorkerLost)
+    assert "rank 0 is lost: it has not begun to read" in str(error)
+    assert told.exchange.said[-1] == LEAVING, "the other members hear who it is"
+
+
+async def test_member_leaves_when_its_engine_takes_too_long_to_pause(pool: BlockPool) -> None:
+    told = Told(pool)
+    with anyio.fail_after(20 * SHORT_S):
+        error = await failure_of(told, tell=False)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.stage == "pause"
+    assert told.exchange.said.count(WAITING) >= 4
+    assert told.exchange.said[-1] == LEAVING
+
+
+async def test_member_leaves_in_time_for_the_others_when_the_deadline_is_near(
+    pool: BlockPool,
+) -> None:
+    told = Told(pool)
+    error = await failure_of(told, tell=False, deadline_s=2.5 * SHORT_S)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.stage == "pause"
+
+
+async def test_other_consumers_reader_is_named_when_it_does_not_begin(pool: BlockPool) -> None:
+    told = Told(pool, [OWN, FOREIGN], lanes=2)
+    with open_words(told.world.blocks[0].name) as words:
+        words.say_done(0, TURN, 1)
+        with anyio.fail_after(30 * SHORT_S):
+            error = await failure_of(told)
+    assert isinstance(error, PeerLost)
+    assert error.members == ("f/0",)
+
+
+async def test_member_is_named_when_it_says_that_it_leaves(pool: BlockPool) -> None:
+    told = Told(pool)
+    told.exchange.other_says[1] = LEAVING
+    error = await failure_of(told)
+    assert isinstance(error, PeerLost)
+    assert error.members == ("other/0",)
+    assert "cannot go on" in error.reason
+
+
+async def test_member_is_named_when_it_is_never_ready(pool: BlockPool) -> None:
+    told = Told(pool)
+    told.exchange.other_is_ready = False
+    with anyio.fail_after(30 * SHORT_S):
+        error = await failure_of(told)
+    assert isinstance(error, PeerLost)
+    assert error.members == ("other/0",)
+    assert "not ready for bucket 0" in error.reason
+
+
+async def test_member_is_named_when_it_is_waited_for_at_the_deadline(pool: BlockPool) -> None:
+    """Who waits for others has not failed himself: the next plan is for him."""
+    told = Told(pool)
+    told.exchange.other_is_ready = False
+    error = await failure_of(told, deadline_s=2 * SHORT_S)
+    assert isinstance(error, PeerLost)
+    assert error.members == ("other/0",)
+
+
+async def test_nothing_is_broadcast_when_a_member_cuts_the_version_in_another_way(
+    pool: BlockPool,
+) -> None:
+    told = Told(pool)
+    told.exchange.other_says[8] = b"12345678"
+    error = await failure_of(told)
+    assert isinstance(error, PeerLost)
+    assert error.members == ("other/0",)
+    assert "cuts the version in another way" in error.reason
+    assert told.exchange.said == [bytes(8)]
+    assert not [step for step in told.world.steps.begun if step.startswith("broadcast")]
+
+
+async def test_members_hear_it_when_a_fetch_fails(pool: BlockPool) -> None:
+    told = Told(pool)
+    fetcher = StepFetcher(told.world.steps, range(9))
+    fetcher.error = TornRead("s", 2, 4)
+    told.pipeline = Pipeline(
+        [told.lane],
+        plan_of(3),
+        fetcher,
+        [OWN],
+        turn=TURN,
+        stall_s=SHORT_S,
+        leave=told.leave,
+    )
+    assert isinstance(await failure_of(told), TornRead)
+    assert told.exchange.said[-1] == LEAVING
+
+
+async def test_reader_is_named_when_its_words_differ_between_lanes(pool: BlockPool) -> None:
+    """It was stopped between two words."""
+    world = World(pool, slots=1, lanes=2)
+    lanes = [Lane(number=n, block=block, rank=n) for n, block in enumerate(world.blocks)]
+    pipeline = Pipeline(
+        lanes, plan_of(4, 2), StepFetcher(world.steps, range(99)), [OWN], turn=TURN, stall_s=SHORT_S
+    )
+    with open_words(world.blocks[0].name) as first, open_words(world.blocks[1].name) as second:
+        first.say_done(0, TURN, 2)
+        second.say_done(0, TURN, 1)
+        with pytest.raises(WorkerLost, match="stands still at bucket 1"), anyio.fail_after(5):
+            await pipeline.run(DEADLINE_S)
+
+
+async def test_own_worker_is_not_given_up_when_another_consumers_stands_still_at_the_end(
+    pool: BlockPool,
+) -> None:
+    world = World(pool, slots=2)
+    lane = Lane(number=0, block=world.blocks[0], rank=0)
+    fetcher = StepFetcher(world.steps, range(9))
+    pipeline = Pipeline([lane], plan_of(2), fetcher, [OWN, FOREIGN], turn=TURN, stall_s=SHORT_S)
+    with open_words(world.blocks[0].name) as words:
+        words.say_done(1, TURN, 1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pipeline.run, DEADLINE_S)
+            with anyio.fail_after(DEADLINE_S):
+                await pipeline.primed.wait()
+            with anyio.move_on_after(4 * SHORT_S):
+                await anyio.sleep_forever()  # longer than the other reader is waited for
+            assert words.given_up != TURN, "our own worker has yet to read"
+            words.say_done(0, TURN, 2)
+        assert words.given_up == TURN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from weightbus.consumers.errors import (
     ProofNeeded,
     SegmentUnavailable,
     TornRead,
+    WorkerLost,
 )
 from weightbus.consumers.planning.buckets import plan_buckets
 from weightbus.consumers.transfer.alone import bring_alone
@@ -35,7 +36,7 @@ from weightbus.consumers.transfer.staged import (
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec
 from weightbus.schemas.placement import FileSegment, Placement
 from weightbus.schemas.rounds import EngineRoute, RankRoute, RoundPlan
-from weightbus.schemas.worker import InPlace, Relay, Stream
+from weightbus.schemas.worker import Applied, Feed, InPlace, Relay, Stream
 
 pytestmark = pytest.mark.anyio
 
@@ -244,6 +245,47 @@ async def test_engine_failure_is_raised_while_a_fetch_hangs(site: Site, proven: 
         with pytest.raises(ApplyFailed, match="SegmentUnavailable"):
             await bring_alone(site.transfer(proven=proven), broken, site.staging, DEADLINE_S)
     assert not site.names()
+
+
+class Stopped(ThreadEngine):
+    """Its workers stand still: they do not answer, whatever becomes of their lanes."""
+
+    async def apply(
+        self, version: int, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Applied, ...]:
+        self.feeds.append(feeds)
+        await anyio.sleep_forever()
+        raise AssertionError("it was cancelled")
+
+
+@pytest.mark.parametrize("proven", [True, False])
+async def test_failure_is_raised_when_workers_stand_still(site: Site, proven: bool) -> None:
+    site.engine = Stopped(site.world.layout, ranks=2)
+    site.staging = Staging(site.pool, 0.2)
+    async with site.fetcher() as inner:
+        with anyio.fail_after(DEADLINE_S / 2):
+            if proven:
+                with pytest.raises(WorkerLost, match="has not begun to read") as lost:
+                    await bring_alone(site.transfer(slots=1), inner, site.staging, DEADLINE_S)
+                assert lost.value.touched
+            else:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(ask_when_told, site)
+                    with pytest.raises(TornRead):
+                        await bring_alone(
+                            site.transfer(proven=False), Broken(inner, 0), site.staging, DEADLINE_S
+                        )
+    assert not site.names()
+
+
+async def ask_when_told(site: Site) -> None:
+    """Ask for the first window, as a worker does."""
+    while not site.engine.feeds:
+        await anyio.lowlevel.checkpoint()
+    feed = site.engine.feeds[0][0]
+    assert isinstance(feed, Relay)
+    with open_words(feed.block) as words:
+        words.set_word(80, feed.turn << 32 | 1)
 
 
 async def test_blocks_stay_in_the_bound_while_a_left_call_writes_to_them(site: Site) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import threading
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from weightbus.consumers.transfer.staging import BlockPool, BlockSpec, Request
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
 
 KIB = 1024
+DEADLINE_S = 10.0
 
 
 @pytest.fixture
@@ -118,3 +123,31 @@ def test_nothing_is_left_when_pool_is_closed() -> None:
     pool.close()
     assert on_disk(pool) == 0
     assert pool.total_bytes == 0
+
+
+def test_spec_counts_the_header() -> None:
+    assert BlockSpec("x", 3, 4 * KIB).size_bytes == 12 * KIB + SHM_HEADER_BYTES
+
+
+def test_room_is_told_at_once_while_blocks_are_made(pool: BlockPool) -> None:
+    assert pool.room_bytes == 64 * KIB
+    told: list[int] = []
+    with pool._lock:  # as a thread has it that allocates
+        thread = threading.Thread(target=lambda: told.append(pool.room_bytes), daemon=True)
+        thread.start()
+        thread.join(DEADLINE_S)
+    assert told == [64 * KIB]
+
+
+def test_memory_of_a_transfer_that_has_not_ended_stays_when_pool_is_closed() -> None:
+    pool = BlockPool(f"test-{uuid.uuid4().hex[:8]}.e", 64 * KIB)
+    (block,) = pool.take([spec(pool, "a")])
+    memory = weakref.ref(block)
+    address = block.address
+    pool.close()
+    pool.condemn([block], lambda: True)  # its transfer ends now
+    pool.give_back([block])
+    del block
+    gc.collect()
+    assert memory() is not None
+    ctypes.memset(address, 1, 8 * KIB)  # what a call writes that was left

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 
 import anyio
 import pytest
 
-from weightbus.consumers.errors import TornRead, WorkerLost
-from weightbus.consumers.transfer.together import Calls, run_together
+from weightbus.consumers.errors import DeadlineExceeded, TornRead, WorkerLost
+from weightbus.consumers.transfer.together import Calls, enter_in_thread, run_together
 
 pytestmark = pytest.mark.anyio
 
@@ -49,6 +51,25 @@ async def test_call_is_known_until_it_ends_when_it_was_left() -> None:
     assert calls.running == 0
 
 
+async def test_what_follows_a_call_is_told_of_when_it_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls, go_on, ended = Calls(), threading.Event(), threading.Event()
+
+    def fail() -> None:
+        raise OSError("defect")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(calls.run, go_on.wait)
+        while not calls.running:
+            await anyio.lowlevel.checkpoint()
+        calls.when_ended(fail)
+        calls.when_ended(ended.set)
+        go_on.set()
+    assert ended.is_set(), "the others are called nevertheless"
+    assert "OSError: defect" in caplog.text
+
+
 async def test_call_never_begins_when_it_is_left_before() -> None:
     calls, begun, ended = Calls(), threading.Event(), threading.Event()
     with anyio.CancelScope() as scope:
@@ -66,3 +87,26 @@ async def test_call_returns_and_raises_what_it_does() -> None:
     with pytest.raises(ZeroDivisionError):
         await calls.run(divmod, 7, 0)
     assert calls.running == 0
+
+
+async def test_context_that_is_entered_too_late_is_left_by_its_thread() -> None:
+    go_on, left = threading.Event(), threading.Event()
+
+    @contextmanager
+    def slow() -> Iterator[int]:
+        assert go_on.wait(DEADLINE_S)
+        try:
+            yield 7
+        finally:
+            left.set()
+
+    async with AsyncExitStack() as stack:
+        with pytest.raises(DeadlineExceeded):
+            await enter_in_thread(stack, slow(), 0.05)
+    go_on.set()
+    assert await anyio.to_thread.run_sync(left.wait, DEADLINE_S)
+    left.clear()
+    async with AsyncExitStack() as stack:
+        assert await enter_in_thread(stack, slow(), DEADLINE_S) == 7
+        assert not left.is_set()
+    assert left.is_set(), "by the stack"
