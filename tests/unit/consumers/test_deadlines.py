@@ -50,19 +50,21 @@ ALLOWED: Final[Mapping[str, str]] = {
     "service.py:Consumer._start": "each step is a request to the bus with the bus's own deadline",
     "service.py:Consumer._run_lease_renewal": IDLE,
     "service.py:Consumer._run_machine": IDLE,
-    "transfer/copies.py:KeptCopy.begin": SELF,
-    "transfer/copies.py:_catch_up": "each try has the bus's own deadline, and a bus that is gone "
+    "transfer/copies.py:_ask": "each try has the bus's own deadline, and a bus that is gone "
     "ends the service",
     "transfer/copies.py:_listen": IDLE,
+    "transfer/copies.py:_watch": IDLE,
     "transfer/copies.py:open_copies": "a request to the bus, tried again: see `_catch_up`",
     "transfer/compose.py:open_routes": SELF,
     "transfer/groups.py:_Forming.wait": "called by `Groups._form` only, under its deadline",
     "transfer/remote.py:RemoteFetcher._fetch_some.read_share": "called by `fetch` only, under its "
     "deadline",
-    "transfer/remote.py:RemoteFetcher.adopt": SELF,
-    "transfer/remote.py:RemoteFetcher.release": SELF,
+    "transfer/kept.py:KeptCopy.begin": SELF,
+    "transfer/remote.py:RemoteFetcher._until": "called by `contact` under its deadline, and by "
+    "`fetch`, which ends when there is no progress",
     "transfer/pipeline.py:Pipeline._until": "called under the deadline of `run` only",
     "transfer/relay.py:run_relay": "cancelled once the engine has answered, which has a deadline",
+    "transfer/staging.py:BlockPool.room_bytes": "takes the lock only where nobody has it",
     "transfer/staged.py:Staging.plan": SELF,
     "transfer/staged.py:open_blocks": SELF,
     "transfer/staged.py:_beside": "set, or cancelled, by the tasks beside it at their deadline",
