@@ -77,7 +77,7 @@ ALLOWED: Final[Mapping[str, str]] = {
     "update.py:Updater._bind": SELF,
     "update.py:Updater._prove": SELF,
     "pause.py:Pause.begin": "held for commands to the engine, which have their deadlines",
-    "reload/threads.py:Threads.run": "its calls move and add up bytes in memory: they wait for nobody",
+    "reload/threads.py:Threads.run": SELF,
 }
 """File and function -> why it may wait without a deadline in sight."""
 
