@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 MEASURE_S = 0.001
 
-SMALL_BYTES = 3 * 2**20
+SMALL_BYTES = 3 * 2**19
 """Two of the smallest buckets do not fit into what staging may take of it."""
 
 
