@@ -27,6 +27,7 @@ from weightbus.bus.blocks import SHM_DIRECTORY
 from weightbus.bus.server import find_server
 from weightbus.cli.links import LINKS_FILE
 from weightbus.consumers.cards import card_holding, network_cards
+from weightbus.consumers.planning.cost import ASSUMED_LINKS
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.rounds import Links
 from weightbus.tracing.text import format_bytes, format_rate, gigabytes_per_second, printable
@@ -68,6 +69,12 @@ class Finding(Struct, frozen=True):
     what: str
     found: str
     ok: bool = True
+    note: bool = False
+    """Nothing is wrong: it could be known better."""
+
+    @property
+    def mark(self) -> str:
+        return "--" if not self.ok else "note" if self.note else "ok"
 
 
 def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -135,7 +142,8 @@ def command(
     """Check this host, and measure the rates that routes are chosen by; about a second each.
 
     What crosses the network is measured on one address of this host: between hosts the network may
-    be slower, and --network-gbit then says so. Exits with 1 if something is missing.
+    be slower, and --network-gbit then says so. For a rate that is not known the planner takes an
+    assumption. Exits with 1 if a check failed: the last line names which.
     """
     options = Options(
         directory=directory,
@@ -149,12 +157,13 @@ def command(
         findings, links = anyio.run(examine, options)
         table = Table("", "what", "found", box=None, pad_edge=False)
         for finding in findings:
-            table.add_row("ok" if finding.ok else "--", finding.what, printable(finding.found))
+            table.add_row(finding.mark, finding.what, printable(finding.found))
         Console().print(table, markup=False)
         if output is not None:
             write(msgspec.json.format(msgspec.json.encode(links), indent=2) + b"\n")
             click.echo(f"rates written to {output}")
-    if not all(finding.ok for finding in findings):
+    if failed := [finding.what for finding in findings if not finding.ok]:
+        click.echo(f"failed: {', '.join(failed)}")
         click.get_current_context().exit(EXIT_MISSING)
 
 
@@ -196,12 +205,17 @@ async def examine(options: Options) -> tuple[list[Finding], Links]:
     for name, measure in _measurements(options).items():
         finding, rates[name] = await _measured(name, measure)
         findings.append(finding)
+    if options.directory is None:
+        told = f"not measured: --dir; {_assumed('disk')}"
+        findings.append(Finding("rate: disk", told, note=True))
     network, cards = options.network, options.cards
     if not (network and cards):
         found, count = await anyio.to_thread.run_sync(_cards, options)
         network, cards = network or found, cards or count
-    told = f"{cards} x {_rate(network)}" if network else "the system does not say: --network-gbit"
-    findings.append(Finding("network cards", told, bool(network)))
+    told = f"{cards} x {_rate(network)}"
+    if not network:
+        told = f"the system does not say: --network-gbit; {_assumed('network')}"
+    findings.append(Finding("network cards", told, note=not network))
     return findings, Links(**rates, network=network, cards=cards)
 
 
@@ -244,10 +258,19 @@ async def _measured(name: str, measure: Callable[[], Awaitable[int]]) -> tuple[F
         known, others = group.split((WeightBusError, ImportError, OSError))
         if known is None or others is not None:
             raise
-        return Finding(what, _why(next(_leaves(known))), False), 0
+        return _unmeasured(name, next(_leaves(known))), 0
     except (WeightBusError, ImportError, OSError) as error:
-        return Finding(what, _why(error), False), 0
+        return _unmeasured(name, error), 0
     return Finding(what, _rate(rate)), rate
+
+
+def _unmeasured(name: str, error: BaseException) -> Finding:
+    return Finding(f"rate: {name}", f"{_why(error)}; {_assumed(name)}", False)
+
+
+def _assumed(name: str) -> str:
+    """What stands in for a rate that is 0."""
+    return f"the planner takes {_rate(getattr(ASSUMED_LINKS, name))}"
 
 
 def _why(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import anyio
 import click.testing
 import pytest
 
+from weightbus.cli import doctor
 from weightbus.cli.doctor import command
 from weightbus.cli.links import read_links
 from weightbus.consumers.cards import card_holding, network_cards
@@ -72,7 +73,29 @@ def test_file_stays_as_it_was_when_measuring_is_interrupted(
 def test_what_cannot_be_measured_is_a_line_of_the_table() -> None:
     done = invoke("--address", "192.0.2.1", "--network-gbit", "10")
     assert done.exit_code == 1
-    assert "--  rate: broadcast  route broadcast is not available" in done.output
+    assert "-- rate: broadcast route broadcast is not available" in " ".join(done.output.split())
+
+
+def test_failed_checks_are_named_in_the_last_line() -> None:
+    done = invoke("--address", "192.0.2.1", "--network-gbit", "10")
+    last = done.output.splitlines()[-1]
+    assert last.startswith("failed: ") and "rate: broadcast, rate: p2p" in last
+
+
+def test_nothing_has_failed_when_only_notes_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def measured(name: str, measure: object) -> tuple[doctor.Finding, int]:
+        return doctor.Finding(f"rate: {name}", "fast"), 10**9
+
+    monkeypatch.setattr(doctor, "_measured", measured)
+    monkeypatch.setattr(doctor, "_cards", lambda options: (0, 1))
+    monkeypatch.setattr(doctor, "_server", lambda: doctor.Finding("nats-server", "here"))
+    monkeypatch.setattr(doctor, "_package", lambda name: doctor.Finding(name, "1"))
+    done = invoke()
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "note network cards the system does not say: --network-gbit" in words
+    assert words.count("the planner takes") == 2
+    assert "failed" not in words
 
 
 def test_what_is_missing_is_a_line_of_the_table() -> None:
@@ -106,7 +129,7 @@ def test_broken_package_is_a_line_of_the_table() -> None:
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
-    assert "--  rate: broadcast  OSError: libtorch_cpu.so" in done.stdout
+    assert "-- rate: broadcast OSError: libtorch_cpu.so" in " ".join(done.stdout.split())
 
 
 def card(
