@@ -79,7 +79,8 @@ def test_what_cannot_be_measured_is_a_line_of_the_table() -> None:
 def test_failed_checks_are_named_in_the_last_line() -> None:
     done = invoke("--address", "192.0.2.1", "--network-gbit", "10")
     last = done.output.splitlines()[-1]
-    assert last.startswith("failed: ") and "rate: broadcast, rate: p2p" in last
+    assert last.startswith("failed: ")
+    assert "rate: broadcast, rate: p2p" in last
 
 
 def test_nothing_has_failed_when_only_notes_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
