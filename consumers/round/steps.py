@@ -61,7 +61,8 @@ class Steps:
         self._versions = Versions(config)
         self._work: Work | None = None
         self._doubtful: Work | None = None
-        """Whole and proven, but the last `Resume` failed: the engine may serve it all the same."""
+        """Whole and proven, but the last `Resume` failed: the engine may serve it all the same. A
+        transfer that begins says nothing about that: it may fail before it touches anything."""
         self._stopping = False
         self._replaced = 0
         """Versions put down for a better one since the last transfer began."""
@@ -171,7 +172,6 @@ class Steps:
         self._replaced = 0
         work.plan = plan
         work.runs += 1
-        self._doubtful = None
         work.token = self._effects.token()
         self.phase = Phase.TRANSFERRING
         deadline_ns = self._effects.at_ns(plan.budgets.transfer_s)
@@ -186,6 +186,7 @@ class Steps:
         work = self._in_hand()
         self._effects.cancel_timers(*WAITS)
         self.floor = max(self.floor, work.version)
+        self._doubtful = None
         work.token = self._effects.token()
         self.phase = Phase.RESUMING
         deadline_ns = self._effects.at_ns(work.running.budgets.commit_s)

@@ -155,7 +155,22 @@ def test_newer_version_is_gone_for_when_the_engine_is_found_meanwhile() -> None:
     assert driver.orders[-1] == do.SetState("updating", 1, 2)
 
 
-def test_only_the_second_attempt_is_complete_when_it_has_begun_to_move() -> None:
+def test_version_is_complete_when_a_next_attempt_touched_nothing() -> None:
+    for version in (1, 2):
+        driver = doubtful()
+        if version == 1:
+            driver.fire("retry")
+            driver.prepared("local")
+        else:
+            driver.joined(2).planned(plan_of(2, {"a": "local"}))
+        driver.failed("SegmentUnavailable", touched=False)
+        assert driver.member.phase is Phase.QUARANTINED, version
+        driver.feed(ev.EngineServes(1))
+        assert [one.version for one in driver.said(UpdateComplete)] == [1], version
+        assert driver.member.served == 1, version
+
+
+def test_only_the_second_attempt_is_complete_when_it_is_resumed_first() -> None:
     driver = doubtful()
     driver.fire("retry")
     driver.prepared("local").transferred().resumed()
