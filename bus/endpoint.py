@@ -46,7 +46,7 @@ from weightbus.bus.errors import (
     HostUnknown,
     RemoteReadFailed,
 )
-from weightbus.bus.host import address_towards
+from weightbus.bus.host import address_towards, why_not_own_address
 from weightbus.bus.quiet import quietly
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
 
@@ -54,6 +54,7 @@ __all__ = (
     "MAX_BATCH_BYTES",
     "MAX_ENTRIES",
     "PROGRESS_S",
+    "PROTOCOLS",
     "SETTLE_S",
     "Endpoint",
     "P2pOptions",
@@ -65,6 +66,9 @@ __all__ = (
 )
 
 _logger = logging.getLogger(__name__)
+
+PROTOCOLS: Final = ("tcp", "rdma", "efa", "barex")
+"""What mooncake moves bytes between hosts by; an installed one may lack some, and says so itself."""
 
 MAX_ENTRIES: Final = 256
 """Reads in one batch; 2,000 still work in mooncake 0.3.13, 4,000 do not."""
@@ -151,7 +155,7 @@ class Endpoint:
         self.session = f"{address}:{engine.get_rpc_port()}"
         self._answering: set[str] = set()
         self._registered: dict[int, tuple[int, int]] = {}
-        """Address -> (bytes, how often it was registered)."""
+        """Address -> (bytes, how often it was registered; 0: the engine would not forget it)."""
         self._registering = threading.Lock()
         self._scratch = mmap.mmap(-1, 8 * _WORDS)
         self._words = memoryview(self._scratch).cast("Q")
@@ -165,15 +169,17 @@ class Endpoint:
         The same memory may be registered several times: until it is unregistered as often.
 
         Raises:
-            EndpointFailed: it overlaps other registered memory, or the device refuses it.
+            EndpointFailed: it overlaps other registered memory, which is named, or the device
+                refuses it.
         """
         with self._registering:
             known_bytes, times = self._registered.get(address, (size_bytes, 0))
             if not times or known_bytes != size_bytes:
                 code = self._engine.batch_register_memory([address], [size_bytes])
                 if code != 0:
-                    value = f"{size_bytes:,} bytes"
-                    raise EndpointFailed("registering memory", value, f"code {code}")
+                    value = f"{size_bytes:,} bytes at {address:#x}"
+                    reason = f"code {code}{self._overlapped(address, size_bytes)}"
+                    raise EndpointFailed("registering memory", value, reason)
             self._registered[address] = size_bytes, times + 1
 
     def unregister(self, address: int) -> None:
@@ -189,6 +195,8 @@ class Endpoint:
                 return
             code = self._engine.batch_unregister_memory([address])
             if code != 0:
+                if size_bytes:
+                    self._registered[address] = size_bytes, 0
                 value = f"address {address:#x}"
                 raise EndpointFailed("unregistering memory", value, f"code {code}")
 
@@ -265,6 +273,16 @@ class Endpoint:
         except (OSError, ValueError, OverflowError) as error:
             raise RemoteReadFailed(session, 0, str(error) or type(error).__name__) from error
 
+    def _overlapped(self, address: int, size_bytes: int) -> str:
+        """What is registered here already, for messages. Two live mappings never overlap: unless
+        the caller asks for a part of what is registered, that was unmapped too early."""
+        found = [
+            f"{known_bytes:,} bytes at {known:#x}, " + (f"{times} times" if times else "for good")
+            for known, (known_bytes, times) in sorted(self._registered.items())
+            if known < address + size_bytes and address < known + known_bytes
+        ]
+        return f"; registered there, and never unregistered: {'; '.join(found)}" if found else ""
+
     def _contact(self, session: str, size_bytes: int) -> None:
         if session in self._answering:
             return
@@ -287,7 +305,7 @@ def open_endpoint(address: str, protocol: str = "tcp", device: str = "") -> Iter
     unregistered by whoever registered it.
 
     Args:
-        protocol: `tcp`, `rdma`, ... as the installed mooncake knows them.
+        protocol: one of `PROTOCOLS`, if the installed mooncake has it.
         device: which network devices to use, comma-separated; empty: all of them.
 
     Raises:
@@ -378,11 +396,7 @@ def _is_loadable(library: str) -> bool:
 
 def _check_address(address: str) -> None:
     """mooncake would offer an address under which nobody reaches it."""
-    try:
-        kind, _, _, _, where = socket.getaddrinfo(address or "?", 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(kind, socket.SOCK_STREAM) as probe:
-            probe.bind(where)
-    except OSError as error:
+    if reason := why_not_own_address(address):
         raise EndpointFailed(
-            "starting", f"address {address!r}", f"must be one of this host: {error}"
-        ) from error
+            "starting", f"address {address!r}", f"must be one of this host: {reason}"
+        )

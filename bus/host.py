@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from weightbus.bus.errors import HostUnknown
 
-__all__ = ("address_towards", "host_id")
+__all__ = ("address_towards", "host_id", "why_not_own_address")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SHARED_MEMORY = "/dev/shm"
@@ -60,3 +60,17 @@ def address_towards(url: str) -> str:
     except (OSError, ValueError) as error:
         where_to = first.rpartition("@")[-1]  # credentials are nobody's business
         raise HostUnknown(f"no address of this host towards {where_to!r}: {error}") from error
+
+
+def why_not_own_address(address: str) -> str:
+    """Why nothing can listen on an address of this host; empty: something can.
+
+    Resolves a name.
+    """
+    try:
+        kind, _, _, _, where = socket.getaddrinfo(address or "?", 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as probe:
+            probe.bind(where)
+    except (OSError, UnicodeError) as error:
+        return str(error)
+    return ""

@@ -17,7 +17,8 @@ from msgspec import Struct
 
 from weightbus.bus.background import open_background
 from weightbus.bus.connection import Bus, open_bus
-from weightbus.bus.host import address_towards, host_id
+from weightbus.bus.endpoint import PROTOCOLS
+from weightbus.bus.host import address_towards, host_id, why_not_own_address
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.links import LINKS_FILE, read_links
@@ -26,9 +27,11 @@ from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
+from weightbus.consumers.planning.staging import MIB, StagingLimits
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.compose import open_routes
 from weightbus.schemas.base import RouteName
+from weightbus.schemas.placement import HostId
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import CommitPolicy
 from weightbus.tracing.narration import narrate
@@ -52,6 +55,30 @@ class Options(Struct, frozen=True, kw_only=True):
     otlp: OtlpSettings | None
     engine_dir: Path | None
     spawn: TorchEngineSpec | None
+
+
+def _own_address(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and (reason := why_not_own_address(value)):
+        raise click.BadParameter(f"{value!r} must be an address of this host: {reason}")
+    return value
+
+
+def _host_id(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        return msgspec.convert(value, HostId | None)
+    except msgspec.ValidationError:
+        raise click.BadParameter(
+            f"{value!r} is not 1 to 128 of the characters A-Z a-z 0-9 _ . : -"
+        ) from None
+
+
+def _staging(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    size, least = read_size(context, parameter, value), StagingLimits().min_bucket_bytes
+    if 0 < size < least:
+        raise click.BadParameter(f"{value} must be {least // MIB}MiB at least: one slot takes it")
+    return size
 
 
 @click.command()
@@ -97,16 +124,18 @@ class Options(Struct, frozen=True, kw_only=True):
 )
 @click.option(
     "--address",
+    callback=_own_address,
     envvar="WEIGHTBUS_ADDRESS",
     help="Where other hosts reach this one, for broadcast and p2p.  [default: the address of this "
     "host towards NATS]",
 )
 @click.option(
     "--p2p-protocol",
+    type=click.Choice(PROTOCOLS),
     default="tcp",
     envvar="WEIGHTBUS_P2P_PROTOCOL",
     show_default=True,
-    help="Of the transfer engine: tcp or rdma.",
+    help="Of the transfer engine.",
 )
 @click.option(
     "--p2p-device",
@@ -124,7 +153,7 @@ class Options(Struct, frozen=True, kw_only=True):
     "--staging-bytes",
     default="0",
     metavar="SIZE",
-    callback=read_size,
+    callback=_staging,
     envvar="WEIGHTBUS_STAGING_BYTES",
     help="Most memory for staging, such as 512MiB.  [default: a share of what is free]",
 )
@@ -146,7 +175,12 @@ class Options(Struct, frozen=True, kw_only=True):
     show_default=True,
     help="Seconds that a leader waits for the others.",
 )
-@click.option("--host-id", "host", help="Instead of this host's: hosts of one id share memory.")
+@click.option(
+    "--host-id",
+    "host",
+    callback=_host_id,
+    help="Instead of this host's: hosts of one id share memory.",
+)
 def command(
     model: str,
     engine_id: str,
@@ -194,7 +228,7 @@ def command(
         consumer=ConsumerConfig(
             model=model,
             engine=engine_id,
-            host_id=host or host_id(),
+            host_id=host if host is not None else host_id(),
             file_roots=tuple(roots),
             routes=tuple(routes) or ("local", "broadcast", "p2p"),
             address=address or (address_towards(url) if url else LOOPBACK),
@@ -222,7 +256,8 @@ def _spec(kind: str, architecture: str | None, config: str, tp: int) -> TorchEng
             architecture=architecture, config=msgspec.json.decode(config, type=dict), tp=tp
         )
     except msgspec.MsgspecError as error:
-        raise click.BadParameter(f"{config!r} of the {kind} engine: {error}") from None
+        reason = f"{config!r} of the {kind} engine: {error}"
+        raise click.BadParameter(reason, param_hint="--config") from None
 
 
 async def run_consumer(options: Options) -> None:
@@ -233,6 +268,11 @@ async def run_consumer(options: Options) -> None:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="weightbus-engine-"))
         )
         bus = await stack.enter_async_context(open_bus(options.bus))
+        if options.bus.url is None:
+            click.echo(
+                "no --nats and no WEIGHTBUS_NATS_URL: this bus is private to this process, others "
+                f"join it by {bus.url}"
+            )
         telemetry = stack.enter_context(
             open_telemetry(
                 "weightbus-consumer",

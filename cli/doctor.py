@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from weightbus.bus.blocks import SHM_DIRECTORY
+from weightbus.bus.endpoint import PROTOCOLS
 from weightbus.bus.server import find_server
 from weightbus.cli.links import LINKS_FILE
 from weightbus.consumers.cards import card_holding, network_cards
@@ -99,10 +100,11 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 )
 @click.option(
     "--p2p-protocol",
+    type=click.Choice(PROTOCOLS),
     default="tcp",
     envvar="WEIGHTBUS_P2P_PROTOCOL",
     show_default=True,
-    help="Of the transfer engine: tcp or rdma.",
+    help="Of the transfer engine.",
 )
 @click.option(
     "--p2p-device",
@@ -255,11 +257,11 @@ async def _measured(name: str, measure: Callable[[], Awaitable[int]]) -> tuple[F
         with _quiet(), anyio.fail_after(MEASURE_TIMEOUT_S):
             rate = await measure()
     except BaseExceptionGroup as group:
-        known, others = group.split((WeightBusError, ImportError, OSError))
+        known, others = group.split((WeightBusError, ImportError, OSError, UnicodeError))
         if known is None or others is not None:
             raise
         return _unmeasured(name, next(_leaves(known))), 0
-    except (WeightBusError, ImportError, OSError) as error:
+    except (WeightBusError, ImportError, OSError, UnicodeError) as error:
         return _unmeasured(name, error), 0
     return Finding(what, _rate(rate)), rate
 

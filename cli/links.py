@@ -34,4 +34,5 @@ def read_links(path: Path | None) -> Links:
     try:
         return msgspec.json.decode(path.read_bytes(), type=HostLinks).links
     except (OSError, msgspec.MsgspecError) as error:
-        raise click.BadParameter(f"{path} holds no rates of a host: {error}") from None
+        reason = f"{path} holds no rates of a host: {error}"
+        raise click.BadParameter(reason, param_hint="--links") from None

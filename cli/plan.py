@@ -66,10 +66,10 @@ def command(
     if layout_file is not None:
         families = _families_of_file(layout_file)
     elif families_file is not None:
-        families = _decoded(families_file, Families)
+        families = _decoded("--families", families_file, Families)
     else:
         families = MODELS[str(model)]()
-    explanation = explain(families, _decoded(fleet_file, Fleet))
+    explanation = explain(families, _decoded("--fleet", fleet_file, Fleet))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(explanation), indent=2))
     else:
@@ -78,7 +78,7 @@ def command(
         click.get_current_context().exit(EXIT_REFUSED)
 
 
-def _decoded(path: Path, kind: type[T]) -> T:
+def _decoded(option: str, path: Path, kind: type[T]) -> T:
     """A JSON file.
 
     Raises:
@@ -87,7 +87,7 @@ def _decoded(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except msgspec.MsgspecError as error:
-        raise click.BadParameter(f"{path}: {error}") from None
+        raise click.BadParameter(f"{path}: {error}", param_hint=option) from None
 
 
 def _families_of_file(path: Path) -> tuple[Family, ...]:

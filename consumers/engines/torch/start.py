@@ -92,5 +92,8 @@ def _create(log: Path) -> BinaryIO:
 
 
 def _tail(log: Path) -> str:
-    """What the log says last."""
-    return log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+    """What the log says last; what a later line says again is left out."""
+    text = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+    lines = text.splitlines()
+    kept = [line for n, line in enumerate(lines) if not any(line in one for one in lines[n + 1 :])]
+    return "\n".join(kept)

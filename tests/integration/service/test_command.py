@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,3 +59,20 @@ async def test_consumer_takes_its_engine_along_and_catches_up_when_it_is_started
                 await anyio.to_thread.run_sync(assert_ends, pid)
     assert await fleet.present("own") is None
     assert os.listdir(directory) == ["engine.log"]
+
+
+def test_bus_of_its_own_is_told_of_and_one_mistake_is_said_once() -> None:
+    command = ["weightbus", "consume", "--model", "m", "--engine-id", "e", "--tp", "3"]
+    environment = {name: os.environ[name] for name in os.environ if name != "WEIGHTBUS_NATS_URL"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--architecture", "decoder"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "no --nats and no WEIGHTBUS_NATS_URL: this bus is private to this process" in done.stdout
+    assert "others join it by nats://" in done.stdout
+    assert done.stderr.count("must be a multiple of 3 ranks") == 1, done.stderr

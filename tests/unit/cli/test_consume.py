@@ -40,7 +40,7 @@ def invoke(*arguments: str) -> click.testing.Result:
     [
         (("--nats", "nats://127.0.0.1:4222"), "127.0.0.1"),
         (("--nats", "nats://127.9.9.9:4222"), "127.0.0.1"),
-        (("--nats", "nats://127.0.0.1:4222", "--address", "10.0.0.7"), "10.0.0.7"),
+        (("--nats", "nats://127.0.0.1:4222", "--address", "127.0.0.7"), "127.0.0.7"),
         ((), "127.0.0.1"),
     ],
 )
@@ -49,6 +49,37 @@ def test_address_is_the_one_towards_nats_when_none_is_given(
 ) -> None:
     assert invoke(*arguments).exit_code == 0
     assert [options.consumer.address for options in asked] == [address]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--p2p-protocol", "foo"), "'foo' is not one of"),
+        (("--host-id", ""), "'' is not 1 to 128 of the characters"),
+        (("--host-id", "a b"), "'a b' is not 1 to 128 of the characters"),
+        (("--address", "nonsense..host"), "'nonsense..host' must be an address of this host"),
+        (("--address", "192.0.2.1"), "'192.0.2.1' must be an address of this host"),
+        (("--address", ""), "'' must be an address of this host"),
+        (("--staging-bytes", "1000"), "1000 must be 1MiB at least"),
+        (("--config", "junk"), "Invalid value for --config: 'junk' of the torch engine"),
+        (("--links", "/dev/null"), "--links"),
+    ],
+)
+def test_option_is_refused_by_its_name_when_it_can_never_work(
+    asked: list[consume.Options], arguments: tuple[str, str], reason: str
+) -> None:
+    done = invoke(*arguments, "--architecture", "decoder")
+    assert done.exit_code == 2, done.output
+    said = " ".join(done.output.replace("│", " ").split())
+    assert reason in said
+    assert arguments[0] in said
+    assert asked == []
+
+
+def test_least_staging_is_accepted(asked: list[consume.Options]) -> None:
+    assert invoke("--staging-bytes", "1MiB", "--p2p-protocol", "rdma").exit_code == 0
+    assert invoke("--staging-bytes", "0").exit_code == 0
+    assert [options.consumer.staging_bytes for options in asked] == [2**20, 0]
 
 
 def test_broadcast_alone_is_refused_because_no_first_version_comes_by_it(

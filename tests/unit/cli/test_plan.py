@@ -271,3 +271,14 @@ def test_model_must_be_given_once() -> None:
     done = click.testing.CliRunner().invoke(command, ["--fleet", str(FLEET)])
     assert done.exit_code == 2
     assert "give one of --model" in done.output
+
+
+@pytest.mark.parametrize("option", ["--fleet", "--families"])
+def test_option_is_named_when_its_file_is_refused(tmp_path: Path, option: str) -> None:
+    (tmp_path / "bad.json").write_text("junk")
+    (tmp_path / "fleet.json").write_text('{"engines": [{"id": "e"}]}')
+    files = {"--fleet": tmp_path / "fleet.json", option: tmp_path / "bad.json"}
+    model = () if "--families" in files else KIMI
+    done = invoke(*model, *(word for pair in files.items() for word in pair))
+    assert done.exit_code == 2
+    assert f"Invalid value for {option}" in done.output
