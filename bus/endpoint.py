@@ -68,7 +68,7 @@ __all__ = (
 _logger = logging.getLogger(__name__)
 
 PROTOCOLS: Final = ("tcp", "rdma", "efa", "barex")
-"""What mooncake moves bytes between hosts by; an installed one may lack some, and says so itself."""
+"""What mooncake moves bytes between hosts by; an installed one may lack some, and says so."""
 
 MAX_ENTRIES: Final = 256
 """Reads in one batch; 2,000 still work in mooncake 0.3.13, 4,000 do not."""

@@ -12,8 +12,10 @@ forgotten. On ranks other than 0, who announce nothing, it is what they have hea
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
+from typing import Final
 
 import anyio
 import anyio.to_thread
@@ -36,6 +38,12 @@ SLOTS = 2
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.25
 """Between two looks at the leases: each pause is twice the one before, up to this."""
+
+
+_logger = logging.getLogger(__name__)
+
+_LEFT: Final[list[memoryview]] = []
+"""Memory that stays registered, and so stays mapped as long as this process."""
 
 
 class Slot:
@@ -161,7 +169,11 @@ class Slots:
             return
         block, slot.held = slot.held, None
         if self._endpoint is not None:
-            unregister_block(self._endpoint, block)
+            try:
+                unregister_block(self._endpoint, block)
+            except EndpointFailed as error:
+                _logger.warning("%s stays registered: %s", block.name, error)
+                _LEFT.append(block.data)
         block.close()
 
     async def _retire(self, version: int, reason: str, active_readers: int = 0) -> None:

@@ -84,7 +84,8 @@ class Fetcher(ABC):
 
     @abstractmethod
     def writing(self) -> bool:
-        """Whether a call that was left may still write to the addresses it was given."""
+        """Whether a call that was left may still write to the addresses it was given, or has to
+        forget them yet: until then they stay mapped."""
 
     @abstractmethod
     async def adopt(self, address: int, size_bytes: int) -> None:
@@ -96,7 +97,7 @@ class Fetcher(ABC):
 
     @abstractmethod
     async def release(self, address: int) -> None:
-        """Undo `adopt`. Never raises."""
+        """Undo `adopt`, if it was done. Never raises."""
 
 
 OpenRemote = Callable[

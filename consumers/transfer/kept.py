@@ -52,6 +52,10 @@ _LEFT: Final[list[_Grave]] = []
 """Graves that nobody could wait for: their memory stays as long as this process."""
 
 
+def _nobody() -> bool:
+    return False
+
+
 class KeptCopy:
     """This consumer's copy of one version at a time; of `open_kept_copy`."""
 
@@ -65,6 +69,9 @@ class KeptCopy:
         """What was begun last is filled."""
         self._offered: CopyReady | None = None
         self._graves: list[_Grave] = []
+        self._writing = _nobody
+        """Whether who filled the blocks last has them registered yet."""
+        self._is_closed = False
 
     @property
     def total_bytes(self) -> int:
@@ -90,8 +97,13 @@ class KeptCopy:
             block.begin_write()
         return self._blocks
 
-    def end(self) -> tuple[SharedMemorySegment, ...]:
-        """Every block is filled: where the engine's workers find them."""
+    def end(self, writing: Callable[[], bool] = _nobody) -> tuple[SharedMemorySegment, ...]:
+        """Every block is filled: where the engine's workers find them.
+
+        Args:
+            writing: while it says so, their memory stays mapped.
+        """
+        self._writing = writing
         for block in self._blocks:
             block.end_write()
         self._is_whole = True
@@ -135,7 +147,8 @@ class KeptCopy:
         except BusError as error:
             _logger.warning("a copy ends unannounced: %s", error)
         finally:
-            self.spoil(lambda: False)
+            self._is_closed = True
+            self.spoil(self._writing)
             with anyio.move_on_after(CLOSE_S, shield=True):
                 await anyio.to_thread.run_sync(self._reap, abandon_on_cancel=True)
             _LEFT.extend(self._graves)
@@ -166,7 +179,7 @@ class KeptCopy:
         """Blocking. The old blocks go first, so that there is never room needed for two copies."""
         fits = [block.size_bytes for block in self._blocks] == sizes
         if not fits:
-            self.spoil(lambda: False)
+            self.spoil(self._writing)
         self._reap()
         if fits:
             return
@@ -175,7 +188,7 @@ class KeptCopy:
             for number, size_bytes in enumerate(sizes):
                 made.append(self._make(number, size_bytes))
         except BaseException:
-            self._bury(made, lambda: False)
+            self._bury(made, _nobody)
             raise
         self._blocks = tuple(made)
 
@@ -203,7 +216,7 @@ class KeptCopy:
         graves, self._graves = self._graves, []
         for grave in graves:
             if grave.writing():
-                self._graves.append(grave)
+                (_LEFT if self._is_closed else self._graves).append(grave)
             elif grave.registered and self._endpoint is not None:
                 try:
                     self._endpoint.unregister(grave.registered)

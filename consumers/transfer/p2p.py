@@ -135,7 +135,7 @@ class P2pRoute(Route):
         except BaseException:
             kept.spoil(fetcher.writing)
             raise
-        sources = kept.end()
+        sources = kept.end(fetcher.writing)
         size_bytes = sum(block.size_bytes for block in blocks)
         fetched = StageTiming("fetch", start_ns, time.time_ns(), size_bytes)
         await transfer.begin_write()
@@ -150,8 +150,8 @@ class P2pRoute(Route):
         try:
             with anyio.fail_after(deadline_s):
                 for block in blocks if adopt else ():
-                    await fetcher.adopt(block.address, block.size_bytes)
                     adopted.append(block.address)
+                    await fetcher.adopt(block.address, block.size_bytes)
                 for read in _whole(blocks):
                     await fetcher.fetch([read], self._staging.stall_s)
         except TimeoutError as error:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import count
 
@@ -119,6 +120,11 @@ class RemoteFetcher(Fetcher):
         self._turns = count(turn)
         self._calls, self._looks, self._memory = Calls(), Calls(), Calls()
         """Of reads, of looks at sources, and of changes to what is registered."""
+        self._lock = threading.Lock()
+        self._adopted: Counter[int] = Counter()
+        """Address -> how often it is to be released yet."""
+        self._releasing = 0
+        """Releases that were asked for, and are not done."""
         self._torn: TornRead | None = None
         """The publisher has changed the version."""
         self._readers = anyio.Semaphore(readers_at_once())
@@ -172,7 +178,10 @@ class RemoteFetcher(Fetcher):
             raise self._torn
 
     def writing(self) -> bool:
-        return self._calls.running > 0
+        """Also while memory that was released, or whose adoption was left, is registered: whoever
+        unmaps it then leaves the transfer engine with addresses that come again."""
+        changing = self._memory.running > 0 or self._releasing > 0
+        return self._calls.running > 0 or changing
 
     async def adopt(self, address: int, size_bytes: int) -> None:
         registered: list[int] = []
@@ -181,29 +190,63 @@ class RemoteFetcher(Fetcher):
             self._endpoint.register(address, size_bytes)
             registered.append(address)
 
+        def undo() -> None:
+            try:
+                for one in registered:
+                    self._unregister(one)
+            finally:
+                self._end_release()
+
         well = False
         try:
             await self._memory.run(register)
+            with self._lock:
+                self._adopted[address] += 1
             well = True
         except EndpointFailed as error:
             limit = "must be registered with the transfer engine"
             raise SegmentUnavailable(f"staging at {address:#x}", str(error), limit) from error
         finally:
             if not well:  # the call may have been left: what it does yet is undone after it
-                self._memory.when_ended(lambda: self._unregister(registered))
+                with self._lock:
+                    self._releasing += 1
+                self._memory.when_ended(undo)
 
     async def release(self, address: int) -> None:
-        """What a read that was left may still write to stays registered until it has ended."""
-        if self.writing():
-            self._calls.when_ended(partial(self._unregister, [address]))
+        """What a read that was left may still write to stays registered until it has ended; what
+        was not adopted, or is released already, is left alone."""
+        with self._lock:
+            if not self._adopted[address]:
+                return
+            self._adopted[address] -= 1
+            self._releasing += 1
+        begun = threading.Lock()
+
+        def forget() -> None:
+            if not begun.acquire(blocking=False):
+                return
+            try:
+                self._unregister(address)
+            finally:
+                self._end_release()
+
+        if self._calls.running:
+            self._calls.when_ended(forget)
             return
         with anyio.move_on_after(RELEASE_S, shield=True):
-            await self._memory.run(self._unregister, [address])
+            await self._memory.run(forget)
+        if not begun.locked():  # all threads were taken, and nobody else would do it
+            threading.Thread(target=forget, name="weightbus-release", daemon=True).start()
 
-    def _unregister(self, addresses: Sequence[int]) -> None:
-        for address in addresses:
-            with suppress(EndpointFailed):  # it is not known: that is what is wanted
-                self._endpoint.unregister(address)
+    def _end_release(self) -> None:
+        with self._lock:
+            self._releasing -= 1
+
+    def _unregister(self, address: int) -> None:
+        try:
+            self._endpoint.unregister(address)
+        except EndpointFailed as error:
+            _logger.warning("memory that was read into stays registered: %s", error)
 
     async def _until_answered(self, segments: Iterable[int]) -> None:
         """Somebody can be read from, for each of the segments that somebody may have.

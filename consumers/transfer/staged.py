@@ -140,7 +140,7 @@ async def open_blocks(
         with anyio.move_on_after(RELEASE_S, shield=True):
             for block in blocks:
                 await fetcher.release(block.address)
-        if well:
+        if well and not fetcher.writing():
             pool.give_back(blocks)
         else:
             pool.condemn(blocks, lambda: fetcher.writing() or writing())

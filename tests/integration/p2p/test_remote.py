@@ -225,6 +225,9 @@ async def test_fetch_says_torn_when_the_publisher_writes(
 ) -> None:
     publisher, copy = (stack.enter_context(running_source(SIZES)) for _ in range(2))
     async with opened(endpoint, publisher, [as_copy(copy)]) as (fetcher, target):
+        assert isinstance(fetcher, RemoteFetcher)
+        sources = fetcher._sources
+        await until(lambda: all(one.has_answered for one in sources))  # else the copy is enough
         publisher.tell(command)
         with pytest.raises(TornRead, match=r"of the publisher has generation [34]"):
             await fetcher.fetch(target.reads(), DEADLINE_S)
