@@ -28,7 +28,8 @@ def main(versions: int) -> None:
     if settings.url is None:
         sys.exit("set WEIGHTBUS_NATS_URL to what `weightbus serve` printed")
     with BlockingPublisher(settings, model="tiny", otlp=otlp) as publisher:
-        for version in range(1, versions + 1):
+        first = max(publisher.newest_version(), 0) + 1  # a trainer started again goes on
+        for version in range(first, first + versions):
             for _ in range(10):
                 tokens = torch.randint(0, 500, (32,))
                 loss = torch.nn.functional.cross_entropy(model(tokens[:-1]), tokens[1:])

@@ -94,6 +94,10 @@ class BlockingPublisher:
         self._open = True
         atexit.register(self._abandon)
 
+    def newest_version(self) -> int:
+        """As `Publisher.newest_version`."""
+        return self._call(self._publisher.newest_version)
+
     def publish(
         self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}
     ) -> CheckpointReady:

@@ -127,6 +127,14 @@ class Publisher:
         self._closed = False
         self._tried = -1
 
+    async def newest_version(self) -> int:
+        """The greatest version of the model so far, -1: none. What comes next must be greater.
+
+        Raises:
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        return await self._announcer.newest()
+
     async def publish(
         self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}
     ) -> CheckpointReady:

@@ -115,9 +115,14 @@ async def _last_round(bus: Bus, story: Story) -> Waterfall:
 
 
 def _show(console: Console, story: Story, waterfall: Waterfall, result: Result) -> None:
-    table = Table(title="Every version in every engine", title_justify="left")
+    table = Table(title="Every version in every engine", title_justify="left", show_edge=False)
     for heading in ("model", "version", "engine", "ranks", "route", "update", "paused", "bits"):
-        table.add_column(heading, justify="right" if heading in ("update", "paused") else "left")
+        table.add_column(
+            heading,
+            justify="right" if heading in ("update", "paused") else "left",
+            no_wrap=heading in ("engine", "route", "update", "paused"),
+            min_width=len("broadcast") if heading == "route" else None,
+        )
     for checked in sorted(story.checked, key=_by_model):
         update = checked.update
         table.add_row(

@@ -44,6 +44,12 @@ def block_of(ready: CheckpointReady) -> str:
     return segment.name
 
 
+async def test_newest_version_is_the_last_that_was_announced(publisher: Publisher) -> None:
+    assert await publisher.newest_version() == -1
+    await publisher.publish(weights(1), 7)
+    assert await publisher.newest_version() == 7
+
+
 @pytest.mark.parametrize("step", ["put", "CheckpointReady"])
 @pytest.mark.parametrize("failures", [1, 2, 3])
 async def test_publisher_goes_on_when_a_version_is_tried_again(
