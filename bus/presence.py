@@ -60,6 +60,10 @@ class Presence:
         """Take leave at once."""
         await self._bucket.delete(f"{model}.{engine}")
 
+    async def get(self, model: str, engine: str) -> EngineState | None:
+        """The last heartbeat of an engine; None: it is not there."""
+        return (await self._bucket.get(f"{model}.{engine}")).message
+
     async def list(self, model: str | None) -> tuple[EngineState, ...]:
         """The engines of a model that are there; None: of all models."""
         found = {

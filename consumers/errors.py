@@ -13,6 +13,7 @@ __all__ = (
     "ConsumerError",
     "DeadlineExceeded",
     "DigestMismatch",
+    "EngineTaken",
     "EngineUnavailable",
     "MeasuringFailed",
     "NotAttached",
@@ -151,6 +152,17 @@ class EngineUnavailable(ConsumerError):
     def __init__(self, engine: str, reason: str) -> None:
         self.engine, self.reason = engine, reason
         super().__init__(f"engine {engine} is not available: {reason}")
+
+
+class EngineTaken(ConsumerError):
+    """Another consumer, which is alive, keeps an engine of this id."""
+
+    def __init__(self, model: str, engine: str, consumer: str, host_id: str) -> None:
+        self.model, self.engine, self.consumer, self.host_id = model, engine, consumer, host_id
+        super().__init__(
+            f"engine {engine} of model {model} has a consumer that is alive, instance {consumer} "
+            f"on host {host_id}: stop it, or take another engine id"
+        )
 
 
 class ProofFailed(ConsumerError):

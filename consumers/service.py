@@ -34,6 +34,7 @@ from weightbus.consumers.journal import Journal
 from weightbus.consumers.listener import Listener
 from weightbus.consumers.outbox import Outbox
 from weightbus.consumers.planner import plan_request
+from weightbus.consumers.rival import wait_for_rival
 from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.config import RoundConfig
@@ -73,6 +74,7 @@ async def open_consumer(
         BusUnavailable: the bus is gone for longer than its reconnect time.
         SubscriptionOverflow: this process is too slow for what is said on the bus.
         EngineUnavailable: the engine is gone.
+        EngineTaken: another consumer, which is alive, keeps an engine of this id.
     """
     async with anyio.create_task_group() as group:
         consumer = Consumer(config, bus, engine, routes, telemetry, group)
@@ -156,6 +158,8 @@ class Consumer:
     async def _start(self) -> None:
         """The others know of this engine, and it of them, before it hears of any version: a round
         that began otherwise would leave somebody out."""
+        config = self._config
+        await wait_for_rival(self._bus.presence, config.model, config.engine, config.stop_s)
         served, touched = await self._take_over()
         self._feed(ev.Started(served_version=served, touched=touched))
         self._group.start_soon(self._run_machine)

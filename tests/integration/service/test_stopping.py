@@ -8,8 +8,11 @@ from tests.integration.fleet.fleet import Fleet
 from tests.integration.fleet.processes import consumer_process
 from tests.integration.fleet.signals import stopped
 from weightbus.consumers.engines.torch.client import open_torch_client
+from weightbus.consumers.errors import EngineTaken
+from weightbus.consumers.service import open_consumer
 from weightbus.schemas.progress import UpdateFailed
 from weightbus.schemas.rounds import RoundComplete
+from weightbus.tracing.telemetry import Telemetry
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +35,23 @@ async def test_engine_goes_on_serving_when_its_consumer_is_stopped_at_rest(fleet
         second = (await trainer.publish()).version
         async with fleet.follow("a") as a:
             await a.completes(second)
+
+
+async def test_second_consumer_of_an_engine_gives_way_to_the_one_that_lives(fleet: Fleet) -> None:
+    async with fleet.publisher() as trainer, fleet.follow("a") as a:
+        await a.completes((await trainer.publish()).version)
+        before = await fleet.present("a")
+        with pytest.raises(BaseExceptionGroup) as raised:
+            async with open_consumer(
+                fleet.config("a"), bus=fleet.bus, engine=a.engine, routes=(), telemetry=Telemetry()
+            ):
+                raise AssertionError("it has started")
+        assert raised.group_contains(EngineTaken)
+        after = await fleet.present("a")
+        assert before is not None
+        assert after is not None
+        assert after.consumer == before.consumer
+        await a.completes((await trainer.publish()).version)
 
 
 async def test_engine_serves_what_it_served_when_its_consumer_is_stopped_before_it_wrote(

@@ -429,6 +429,14 @@ class FakePresence:
         self._calls = calls
         self.states: list[EngineState] = []
         """Everything that was put."""
+        self.rival: list[EngineState | None] = []
+        """What the next looks at an engine find; the last of them stays."""
+        self.ttl_s = 0
+
+    async def get(self, model: str, engine: str) -> EngineState | None:
+        if len(self.rival) > 1:
+            return self.rival.pop(0)
+        return self.rival[0] if self.rival else None
 
     async def put(self, state: EngineState) -> None:
         self._calls.append(f"put {state.status}")

@@ -13,10 +13,20 @@ from msgspec import structs
 
 from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
 from weightbus.bus.received import Reconnected
-from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable, TornRead
+from weightbus.consumers.errors import (
+    DeadlineExceeded,
+    EngineTaken,
+    EngineUnavailable,
+    TornRead,
+)
 from weightbus.consumers.service import Consumer, open_consumer
 from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.schemas.progress import UpdateComplete, UpdateFailed
+from weightbus.schemas.progress import (
+    EngineState,
+    EngineStatus,
+    UpdateComplete,
+    UpdateFailed,
+)
 from weightbus.schemas.rounds import Join
 from weightbus.tracing.telemetry import Telemetry
 
@@ -61,6 +71,46 @@ class World:
 
 
 # ---------------------------------------------------------------- start
+
+
+def rival(beats: int, status: EngineStatus = "serving") -> EngineState:
+    return EngineState(
+        model=CONFIG.model,
+        engine=CONFIG.engine,
+        consumer="other",
+        host_id="h",
+        status=status,
+        updated_ns=beats,
+    )
+
+
+@pytest.mark.parametrize("left_s", [DEADLINE_S, 0.0])
+async def test_consumer_gives_way_when_another_one_beats(left_s: float) -> None:
+    world = World()
+    world.bus.presence.rival = [rival(1), rival(1), rival(2, "serving" if left_s else "stopping")]
+    with pytest.raises(BaseExceptionGroup) as raised:
+        async with world.following(stop_s=left_s):
+            raise AssertionError("it has started")
+    assert raised.group_contains(EngineTaken, match=f"{CONFIG.engine} .* instance other on host h")
+    assert world.bus.calls == []
+    assert world.engine.calls == []
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [rival(1), rival(1), None],
+        [rival(1), rival(2, "stopping"), rival(3, "stopping"), None],
+        [rival(1)],
+    ],
+)
+async def test_consumer_starts_when_another_one_is_dead_or_leaves(
+    seen: list[EngineState | None],
+) -> None:
+    world = World()
+    world.bus.presence.rival = seen
+    async with world.following():
+        assert world.bus.presence.states
 
 
 async def test_engine_is_present_before_its_consumer_hears_of_versions() -> None:
