@@ -135,6 +135,9 @@ async def test_fetch_asks_every_source_when_there_are_many(
     publisher, *others = (stack.enter_context(running_source(SIZES)) for _ in range(3))
     meddling = Meddling(endpoint)
     async with opened(meddling, publisher, [as_copy(one) for one in others]) as (fetcher, target):
+        assert isinstance(fetcher, RemoteFetcher)
+        sources = fetcher._sources
+        await until(lambda: all(one.has_answered for one in sources))  # else the first is enough
         await fetcher.fetch(target.reads(), DEADLINE_S)
     target.check()
     assert set(meddling.batches) == {one.ways[0].session for one in (publisher, *others)}

@@ -78,6 +78,7 @@ ALLOWED: Final[Mapping[str, str]] = {
     "update.py:Updater._prove": SELF,
     "pause.py:Pause.begin": "held for commands to the engine, which have their deadlines",
     "reload/threads.py:Threads.run": SELF,
+    "transfer/remote.py:RemoteFetcher.release.forget": "takes the lock only where nobody has it",
 }
 """File and function -> why it may wait without a deadline in sight."""
 
