@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 import anyio
-from anyio.abc import ByteStream
+from anyio.abc import ByteReceiveStream, ByteStream, SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from weightbus.schemas.codec import encode
@@ -34,7 +34,7 @@ class FrameStream:
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
-        self._received = BufferedByteReceiveStream(stream)
+        self._received = BufferedByteReceiveStream(_Readable(stream))
         self._sending = anyio.Lock()
 
     async def send(self, message: WorkerMessage) -> None:
@@ -52,7 +52,7 @@ class FrameStream:
                 sent = True
             finally:
                 if not sent:
-                    await anyio.aclose_forcefully(self._stream)
+                    await self.aclose()
 
     async def receive(self) -> bytes:
         """The next payload.
@@ -67,4 +67,20 @@ class FrameStream:
         return await self._received.receive_exactly(size_bytes)
 
     async def aclose(self) -> None:
+        anyio.notify_closing(self._stream.extra(SocketAttribute.raw_socket))
         await anyio.aclose_forcefully(self._stream)
+
+
+class _Readable(ByteReceiveStream):
+    """Waits for bytes before it receives: a stream of anyio that is cancelled while it waits, in
+    the very moment in which bytes come, lets `InvalidStateError` out of the event loop."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        await anyio.wait_readable(self._stream.extra(SocketAttribute.raw_socket))
+        return await self._stream.receive(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
