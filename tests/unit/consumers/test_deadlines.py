@@ -28,6 +28,7 @@ ALLOWED: Final[Mapping[str, str]] = {
     "own connection, and ends with it",
     "engines/torch/frames.py:FrameStream.receive": IDLE,
     "engines/torch/frames.py:_Readable.receive": IDLE,
+    "engines/torch/frames.py:_Readable.aclose": "part of the interface; nobody calls it",
     "engines/torch/front.py:Front.run_ranks": IDLE,
     "engines/torch/front.py:Front._restart": "called by `_control` only, under its deadline",
     "engines/torch/gate.py:Gate.close": "called by `Front._control` only, under its deadline",
