@@ -91,7 +91,7 @@ class BroadcastRoute(Route):
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
         clock = Clock("broadcast", transfer.deadline_s)
         share = host_share(transfer.plan, self._engine)
-        ways = await self._sources.reach_in_time(self.name, transfer, clock.left_s())
+        ways = await self.reach_in_time(transfer, "fetch", clock.left_s())
 
         async with self._sources.open(transfer, ways, clock.left_s()) as fetcher:
 

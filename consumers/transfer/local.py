@@ -12,22 +12,16 @@ import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
-import anyio
-import anyio.to_thread
-
 from weightbus.bus.errors import SharedMemoryFull
 from weightbus.consumers.errors import (
     ApplyFailed,
-    DeadlineExceeded,
     ProofNeeded,
     RouteUnavailable,
-    SegmentUnavailable,
-    TornRead,
 )
 from weightbus.consumers.transfer.alone import stream_alone
 from weightbus.consumers.transfer.fetch import LocalSegments, open_fetcher
 from weightbus.consumers.transfer.route import Route, Transfer
-from weightbus.consumers.transfer.segments import probe_segment
+from weightbus.consumers.transfer.segments import nearest_way, probe_segment
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.layout import Layout
@@ -67,7 +61,7 @@ class LocalRoute(Route):
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
         clock = Clock("reload", transfer.deadline_s)
-        sources = await self._reach_in_time(transfer)
+        sources = await self.reach_in_time(transfer, "reload", transfer.deadline_s)
         has_files = any(isinstance(source, FileSegment) for source in sources)
         if self._staging is not None and transfer.proven and has_files:
             try:
@@ -88,26 +82,14 @@ class LocalRoute(Route):
         async with fetcher as opened:
             return await stream_alone(transfer, opened, staging, clock.left_s())
 
-    async def _reach_in_time(self, transfer: Transfer) -> Sequence[Segment]:
-        """A file server that hangs keeps a thread, but nobody who waits for it."""
-        with anyio.move_on_after(transfer.deadline_s):
-            return await anyio.to_thread.run_sync(
-                self.reach, transfer.layout, transfer.placement, abandon_on_cancel=True
-            )
-        raise DeadlineExceeded("reload", transfer.deadline_s)
-
     def _nearest(self, number: int, ways: Sequence[Segment], size_bytes: int) -> Segment:
         """The nearest way to one segment that can be opened now."""
-        reasons = []
-        for kind in _NEAREST_FIRST:
-            for way in ways:
-                if not isinstance(way, kind):
-                    continue
-                try:
-                    probe_segment(way, size_bytes, self._host_id, self._roots)
-                except (SegmentUnavailable, TornRead) as error:
-                    reasons.append(str(error))
-                else:
-                    return way
+
+        def probe(way: Segment) -> None:
+            probe_segment(way, size_bytes, self._host_id, self._roots)
+
+        way, reasons = nearest_way(ways, _NEAREST_FIRST, probe)
+        if way is not None:
+            return way
         reason = "; ".join(reasons) or "it is offered neither as shared memory nor as a file"
         raise RouteUnavailable(self.name, f"segment {number}: {reason}")

@@ -96,7 +96,7 @@ class P2pRoute(Route):
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
         clock = Clock("fetch", transfer.deadline_s)
-        ways = await self._sources.reach_in_time(self.name, transfer, clock.left_s())
+        ways = await self.reach_in_time(transfer, "fetch", clock.left_s())
         async with self._sources.open(transfer, ways, clock.left_s()) as fetcher:
             if self._kept is not None and (blocks := await self._begin(transfer, self._kept)):
                 return await self._through_copy(transfer, fetcher, self._kept, blocks, clock)

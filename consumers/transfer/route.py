@@ -1,6 +1,6 @@
 """The contract of a route: one way for bytes to reach the live parameters of some ranks.
 
-Does no I/O. `local` reads in place; `broadcast` and `p2p` go through staging. A route decides
+`local` reads in place; `broadcast` and `p2p` go through staging. A route decides
 nothing: the plan has chosen it, its ranks and its deadlines.
 """
 
@@ -11,8 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import anyio
+import anyio.to_thread
+
 from weightbus.consumers.engines.engine import Engine
-from weightbus.schemas.base import RouteName
+from weightbus.consumers.errors import DeadlineExceeded
+from weightbus.schemas.base import RouteName, Stage
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import Placement, Segment
@@ -77,6 +81,21 @@ class Route(ABC):
         Raises:
             RouteUnavailable: some segment cannot be reached by this route from this host.
         """
+
+    async def reach_in_time(
+        self, transfer: Transfer, stage: Stage, deadline_s: float
+    ) -> Sequence[Segment]:
+        """As `reach`. A file server that hangs keeps a thread, but nobody who waits for it.
+
+        Raises:
+            RouteUnavailable
+            DeadlineExceeded: of `stage`.
+        """
+        with anyio.move_on_after(deadline_s):
+            return await anyio.to_thread.run_sync(
+                self.reach, transfer.layout, transfer.placement, abandon_on_cancel=True
+            )
+        raise DeadlineExceeded(stage, deadline_s)
 
     @abstractmethod
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:

@@ -17,7 +17,7 @@ import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -41,6 +41,7 @@ __all__ = (
     "SegmentCache",
     "file_identity",
     "open_own_block",
+    "nearest_way",
     "probe_segment",
     "stamped",
     "too_short",
@@ -212,6 +213,25 @@ def probe_segment(segment: Segment, size_bytes: int, host_id: str, roots: Sequen
         SegmentUnavailable, TornRead: as `SegmentCache.open_all`.
     """
     os.close(_open_checked(segment, size_bytes, host_id, roots))
+
+
+def nearest_way(
+    ways: Iterable[Segment], kinds: Iterable[type[Segment]], probe: Callable[[Segment], None]
+) -> tuple[Segment | None, list[str]]:
+    """The first way that can be probed, kind by kind; None: there is none. And why others cannot.
+
+    Args:
+        probe: raises `SegmentUnavailable` or `TornRead` for a way that cannot be read now.
+    """
+    offered, reasons = tuple(ways), []
+    for way in (way for kind in kinds for way in offered if isinstance(way, kind)):
+        try:
+            probe(way)
+        except (SegmentUnavailable, TornRead) as error:
+            reasons.append(str(error))
+        else:
+            return way, reasons
+    return None, reasons
 
 
 def stamped(segment: FileSegment) -> FileSegment:

@@ -21,7 +21,6 @@ import anyio.to_thread
 from weightbus.bus.endpoint import Endpoint
 from weightbus.bus.errors import RemoteReadFailed
 from weightbus.consumers.errors import (
-    DeadlineExceeded,
     RouteUnavailable,
     SegmentUnavailable,
     TornRead,
@@ -36,7 +35,7 @@ from weightbus.consumers.transfer.fetch import (
 )
 from weightbus.consumers.transfer.remote import open_remote_fetcher, read_generations
 from weightbus.consumers.transfer.route import Transfer
-from weightbus.consumers.transfer.segments import probe_segment
+from weightbus.consumers.transfer.segments import nearest_way, probe_segment
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
@@ -105,20 +104,6 @@ class Sources:
                 raise RouteUnavailable(route, str(error)) from error
         return tuple(ways)
 
-    async def reach_in_time(
-        self, route: RouteName, transfer: Transfer, deadline_s: float
-    ) -> tuple[Segment, ...]:
-        """As `reach`. A file server that hangs keeps a thread, but nobody who waits for it.
-
-        Raises:
-            RouteUnavailable, DeadlineExceeded
-        """
-        with anyio.move_on_after(deadline_s):
-            return await anyio.to_thread.run_sync(
-                self.reach, route, transfer.layout, transfer.placement, abandon_on_cancel=True
-            )
-        raise DeadlineExceeded("fetch", deadline_s)
-
     def open(
         self, transfer: Transfer, ways: Sequence[Segment], deadline_s: float
     ) -> AbstractAsyncContextManager[Fetcher]:
@@ -168,20 +153,15 @@ class Sources:
     def _nearest(
         self, number: int, ways: Sequence[Segment], size_bytes: int, probe: _RemoteProbe
     ) -> Segment:
-        reasons = []
-        for kind in _NEAREST_FIRST:
-            for way in ways:
-                if not isinstance(way, kind):
-                    continue
-                try:
-                    if isinstance(way, RemoteSegment):
-                        probe.look_at(number, way)
-                    else:
-                        probe_segment(way, size_bytes, self._host_id, self._roots)
-                except (SegmentUnavailable, TornRead) as error:
-                    reasons.append(str(error))
-                else:
-                    return way
+        def look(way: Segment) -> None:
+            if isinstance(way, RemoteSegment):
+                probe.look_at(number, way)
+            else:
+                probe_segment(way, size_bytes, self._host_id, self._roots)
+
+        way, reasons = nearest_way(ways, _NEAREST_FIRST, look)
+        if way is not None:
+            return way
         found = "; ".join(reasons) or "offered neither to this host nor to others"
         raise SegmentUnavailable(str(number), found, "must be readable from here")
 
