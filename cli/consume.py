@@ -17,11 +17,11 @@ from msgspec import Struct
 
 from weightbus.bus.background import open_background
 from weightbus.bus.connection import Bus, open_bus
-from weightbus.bus.endpoint import PROTOCOLS
 from weightbus.bus.host import address_towards, host_id, why_not_own_address
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.links import LINKS_FILE, read_links
+from weightbus.cli.options import p2p_options
 from weightbus.cli.sizes import read_size
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
@@ -129,20 +129,7 @@ def _staging(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Where other hosts reach this one, for broadcast and p2p.  [default: the address of this "
     "host towards NATS]",
 )
-@click.option(
-    "--p2p-protocol",
-    type=click.Choice(PROTOCOLS),
-    default="tcp",
-    envvar="WEIGHTBUS_P2P_PROTOCOL",
-    show_default=True,
-    help="Of the transfer engine.",
-)
-@click.option(
-    "--p2p-device",
-    default="",
-    envvar="WEIGHTBUS_P2P_DEVICE",
-    help="Network card of the transfer engine, such as mlx5_0.  [default: its choice]",
-)
+@p2p_options
 @click.option(
     "--keep-copy",
     is_flag=True,

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from weightbus.bus.blocks import SHM_DIRECTORY
-from weightbus.bus.endpoint import PROTOCOLS
 from weightbus.bus.server import find_server
 from weightbus.cli.links import LINKS_FILE
+from weightbus.cli.options import p2p_options
 from weightbus.consumers.cards import card_holding, network_cards
 from weightbus.consumers.planning.cost import ASSUMED_LINKS
 from weightbus.schemas.errors import WeightBusError
@@ -98,20 +98,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     show_default=True,
     help="Of this host, over which groups and the transfer engine are measured.",
 )
-@click.option(
-    "--p2p-protocol",
-    type=click.Choice(PROTOCOLS),
-    default="tcp",
-    envvar="WEIGHTBUS_P2P_PROTOCOL",
-    show_default=True,
-    help="Of the transfer engine.",
-)
-@click.option(
-    "--p2p-device",
-    default="",
-    envvar="WEIGHTBUS_P2P_DEVICE",
-    help="Network card of the transfer engine, such as mlx5_0.  [default: its choice]",
-)
+@p2p_options
 @click.option(
     "--network-gbit",
     type=click.FloatRange(min=0, max=MAX_GBIT),
