@@ -54,6 +54,9 @@ _logger = logging.getLogger(__name__)
 EVENTS_KEPT: Final = 100_000
 """Events that wait for the machine; more mean that this process is stuck."""
 
+LEAVE_S: Final = 2.0
+"""To tell the others that this engine goes."""
+
 
 @asynccontextmanager
 async def open_consumer(
@@ -68,7 +71,8 @@ async def open_consumer(
 
     The collaborators are the caller's: they outlive the service. A consumer that is left says so on
     the bus, ends what it can within `config.stop_s` (if it was cancelled, or failed, there is
-    nothing left to end), and leaves the engine paused if its parameters may be a mix.
+    nothing left to end), takes leave within `LEAVE_S`, and leaves the engine paused if its
+    parameters may be a mix.
 
     Raises, in an exception group:
         BusUnavailable: the bus is gone for longer than its reconnect time.
@@ -83,8 +87,10 @@ async def open_consumer(
             yield consumer
         finally:
             cancelled = anyio.current_effective_deadline() == -math.inf
-            with anyio.CancelScope(shield=True), anyio.move_on_after(config.stop_s):
-                await (consumer._take_leave() if cancelled else consumer._stop())
+            with anyio.CancelScope(shield=True):
+                if not cancelled:
+                    await consumer._stop()
+                await consumer._take_leave()
             group.cancel_scope.cancel()
 
 
@@ -195,12 +201,12 @@ class Consumer:
             await self._stopped.wait()
             await self._errands.wait_done(self._config.stop_s)
             await self._outbox.drain(self._config.stop_s)
-            await self._take_leave()
 
     async def _take_leave(self) -> None:
-        """No heartbeat comes after this."""
+        """No heartbeat comes after this. It has time of its own: what could not be ended in time
+        must not keep the others waiting for this engine."""
         self._heartbeats.cancel()
-        with suppress(BusError):  # the key will expire
+        with suppress(BusError), anyio.move_on_after(LEAVE_S):  # else the key will expire
             await self._bus.presence.drop(self._config.model, self._config.engine)
 
     def _feed(self, event: ev.Event) -> None:

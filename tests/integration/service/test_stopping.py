@@ -103,7 +103,10 @@ async def test_engine_stays_paused_when_its_consumer_is_stopped_after_it_wrote(
             await a.completes(second)
 
 
-async def test_consumer_ends_in_order_when_it_is_stopped_while_a_rank_hangs(fleet: Fleet) -> None:
+@pytest.mark.parametrize("stop_s", [10.0, 0.5], ids=["in time", "given up"])
+async def test_consumer_ends_in_order_when_it_is_stopped_while_a_rank_hangs(
+    fleet: Fleet, stop_s: float
+) -> None:
     engine = await fleet.engine("t", ranks=2)
     async with (
         fleet.publisher() as trainer,
@@ -112,7 +115,9 @@ async def test_consumer_ends_in_order_when_it_is_stopped_while_a_rank_hangs(flee
     ):
         async with fleet.follow("t", ranks=2) as t:
             await t.completes((await trainer.publish()).version)
-        async with consumer_process(fleet, "t", ranks=2, hold="before_apply") as consumer:
+        async with consumer_process(
+            fleet, "t", ranks=2, hold="before_apply", stop_s=stop_s
+        ) as consumer:
             second = (await trainer.publish()).version
             await consumer.hears("before_apply")
             with stopped((await client.state(STATE_S)).pids[1]):
