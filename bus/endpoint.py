@@ -10,6 +10,8 @@ What mooncake does, and what is done about it here:
 - A peer that stops in the middle fails a read after `PROGRESS_S`. Its own default is 30 s.
 - A batch of several reads fails with the first of them, while others may be under way: it is given
   `SETTLE_S` to end. A read by itself has ended when it fails at once.
+- A peer that is started anew at the address of an earlier one is taken for that one, once:
+  `Endpoint.read_words`.
 - What trickles in for longer than `TRANSFER_S` is given up while it is under way: it, and whatever
   else has failed after a while, is given `SETTLE_S`, too, so that nothing of it falls into bytes
   that are read again from somebody else.
@@ -224,17 +226,12 @@ class Endpoint:
             reason = f"code {code}: it is gone, or silent, or has this memory not registered"
             raise RemoteReadFailed(session, size_bytes, reason)
 
-    def read_word(self, session: str, address: int) -> int:
-        """The 8-byte little-endian word at an address of a peer. Blocking.
-
-        Raises:
-            RemoteReadFailed
-        """
-        (word,) = self.read_words(session, [address])
-        return word
-
     def read_words(self, session: str, addresses: Sequence[int]) -> list[int]:
         """The 8-byte little-endian words at addresses of a peer, many at a time. Blocking.
+
+        It is how a peer is looked at before its bytes are read, so it is what finds out that the
+        peer is a new process at the address of an old one: mooncake, which goes on with what it
+        knew of the old one, fails once, and the words are read again.
 
         Raises:
             RemoteReadFailed: one of them cannot be read.
@@ -243,13 +240,17 @@ class Endpoint:
         for first in range(0, len(addresses), MAX_ENTRIES):
             some = addresses[first : first + MAX_ENTRIES]
             places = [next(self._turns) % _WORDS for _ in some]
-            self.read(
-                session,
-                [
-                    RemoteRead(self._words_address + 8 * place, address, 8)
-                    for place, address in zip(places, some, strict=True)
-                ],
-            )
+            reads = [
+                RemoteRead(self._words_address + 8 * place, address, 8)
+                for place, address in zip(places, some, strict=True)
+            ]
+            known, since_s = session in self._answering, self._time.monotonic()
+            try:
+                self.read(session, reads)
+            except RemoteReadFailed:
+                if not known or self._time.monotonic() - since_s >= PROGRESS_S:
+                    raise
+                self.read(session, reads)
             words += [self._words[place] for place in places]
         return words
 

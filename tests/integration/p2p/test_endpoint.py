@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_read_brings_what_is_registered(endpoint: Endpoint) -> None:
     with running_source([3 * MIB + 5]) as source:
         (way,) = source.ways
         endpoint.read(way.session, [RemoteRead(target.address, way.address, 3 * MIB + 5)])
-        word = endpoint.read_word(way.session, way.address + 8)
+        (word,) = endpoint.read_words(way.session, [way.address + 8])
     endpoint.unregister(target.address)
 
     target.check()
@@ -61,24 +62,24 @@ def test_read_brings_what_is_registered(endpoint: Endpoint) -> None:
 def test_read_fails_when_the_memory_is_not_registered(endpoint: Endpoint) -> None:
     with running_source([4096]) as source:
         (way,) = source.ways
-        endpoint.read_word(way.session, way.address)
+        endpoint.read_words(way.session, [way.address])
         with pytest.raises(RemoteReadFailed, match=way.session):
-            endpoint.read_word(way.session, way.address + 4096)
-        endpoint.read_word(way.session, way.address)
+            endpoint.read_words(way.session, [way.address + 4096])
+        endpoint.read_words(way.session, [way.address])
         source.tell("unregister")
         with pytest.raises(RemoteReadFailed):
-            endpoint.read_word(way.session, way.address)
+            endpoint.read_words(way.session, [way.address])
 
 
 def test_read_fails_at_once_when_the_peer_is_gone(endpoint: Endpoint) -> None:
     with running_source([4096]) as source:
         (way,) = source.ways
-        endpoint.read_word(way.session, way.address)
+        endpoint.read_words(way.session, [way.address])
         source.kill()
         since = time.monotonic()
         for _ in range(2):
             with pytest.raises(RemoteReadFailed, match=way.session):
-                endpoint.read_word(way.session, way.address)
+                endpoint.read_words(way.session, [way.address])
         assert time.monotonic() - since < PROGRESS_S
 
 
@@ -89,14 +90,14 @@ def test_read_fails_in_time_and_holds_up_nobody_when_the_peer_is_stopped(
     with running_source([4096]) as stopped, running_source([4096]) as other:
         (way,), (other_way,) = stopped.ways, other.ways
         if known:
-            endpoint.read_word(way.session, way.address)
+            endpoint.read_words(way.session, [way.address])
         stopped.stop()
         since = time.monotonic()
         with pytest.raises(RemoteReadFailed, match=way.session):
-            endpoint.read_word(way.session, way.address)
+            endpoint.read_words(way.session, [way.address])
         assert time.monotonic() - since < PROGRESS_S + SETTLE_S + 2
         since = time.monotonic()
-        endpoint.read_word(other_way.session, other_way.address)
+        endpoint.read_words(other_way.session, [other_way.address])
         assert time.monotonic() - since < PROGRESS_S
 
 
@@ -195,10 +196,10 @@ def test_start_says_nothing_on_the_terminal() -> None:
 
 
 class FakeEngine:
-    """mooncake's, whose reads fail after a while."""
+    """mooncake's, whose first reads fail after a while."""
 
-    def __init__(self, clock: FakeClock, takes_s: float) -> None:
-        self.clock, self.takes_s = clock, takes_s
+    def __init__(self, clock: FakeClock, takes_s: float, failures: int = 1000) -> None:
+        self.clock, self.takes_s, self.failures = clock, takes_s, failures
 
     def get_rpc_port(self) -> int:
         return 1
@@ -208,7 +209,8 @@ class FakeEngine:
 
     def batch_transfer_sync_read(self, *batch: object) -> int:
         self.clock.now_s += self.takes_s
-        return -1
+        self.failures -= 1
+        return -1 if self.failures >= 0 else 0
 
 
 class FakeClock:
@@ -237,13 +239,34 @@ def test_failed_read_is_given_time_to_end_unless_it_has_for_certain(
     assert clock.slept_s == settles_s
 
 
+@pytest.mark.parametrize(
+    ("takes_s", "failures", "known", "succeeds"),
+    [
+        pytest.param(0.01, 1, True, True, id="a new process"),
+        pytest.param(0.01, 2, True, False, id="not registered"),
+        pytest.param(0.01, 1, False, False, id="never seen"),
+        pytest.param(PROGRESS_S, 1, True, False, id="silent"),
+    ],
+)
+def test_words_are_read_again_when_a_known_address_may_have_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, takes_s: float, failures: int, known: bool, succeeds: bool
+) -> None:
+    clock = FakeClock()
+    endpoint = Endpoint(FakeEngine(clock, takes_s, failures), "127.0.0.1", "tcp", clock)
+    monkeypatch.setattr(endpoint, "probe", lambda session: None)
+    if known:
+        endpoint._answering.add("h:1")
+    with nullcontext() if succeeds else pytest.raises(RemoteReadFailed):
+        assert endpoint.read_words("h:1", [4096]) == [0]
+
+
 @pytest.mark.parametrize("address", [-8, 2**63])
 def test_read_fails_when_a_peer_offers_what_is_no_address(endpoint: Endpoint, address: int) -> None:
     with pytest.raises(RemoteReadFailed, match="no address"):
-        endpoint.read_word(endpoint.session, address)
+        endpoint.read_words(endpoint.session, [address])
 
 
 @pytest.mark.parametrize("session", ["h", "h:", "127.0.0.1:99999999", "a" * 200 + ":1"])
 def test_read_fails_when_a_peer_offers_what_is_no_session(endpoint: Endpoint, session: str) -> None:
     with pytest.raises(RemoteReadFailed):
-        endpoint.read_word(session, 4096)
+        endpoint.read_words(session, [4096])
