@@ -39,6 +39,7 @@ from weightbus.schemas.progress import EngineState
 __all__ = ("Copies", "CopyHere", "open_copies", "with_copies")
 
 T = TypeVar("T")
+Way = TypeVar("Way", RemoteSegment, SharedMemorySegment)
 
 _logger = logging.getLogger(__name__)
 
@@ -104,12 +105,7 @@ class Copies:
         """Those that can be read from another host by `protocol`."""
         sources = []
         for copy in offered[:MAX_SOURCES]:
-            ways = {
-                number: way
-                for number, ways in enumerate(copy.placement)
-                for way in ways
-                if isinstance(way, RemoteSegment) and way.protocol == protocol
-            }
+            ways = _ways(copy, RemoteSegment, lambda way: way.protocol == protocol)
             if ways:
                 is_offered = partial(self._is_offered, copy)
                 sources.append(Source(_name(copy), ways, own=False, is_offered=is_offered))
@@ -119,12 +115,7 @@ class Copies:
         """Those of which every segment lies in shared memory of this host."""
         here = []
         for copy in offered[:MAX_SOURCES]:
-            ways = {
-                number: way
-                for number, ways in enumerate(copy.placement)
-                for way in ways
-                if isinstance(way, SharedMemorySegment) and way.host_id == host_id
-            }
+            ways = _ways(copy, SharedMemorySegment, lambda way: way.host_id == host_id)
             if len(ways) == len(copy.placement):
                 here.append(CopyHere(_name(copy), ways, partial(self._is_offered, copy)))
         return here
@@ -236,6 +227,16 @@ async def _kept(bus: Bus, model: str) -> list[Message]:
 
 def _name(copy: CopyReady) -> str:
     return f"the copy of engine {copy.engine}"
+
+
+def _ways(copy: CopyReady, kind: type[Way], is_wanted: Callable[[Way], bool]) -> dict[int, Way]:
+    """Number of a segment -> its way of one kind that is wanted, if there is one."""
+    return {
+        number: way
+        for number, ways in enumerate(copy.placement)
+        for way in ways
+        if isinstance(way, kind) and is_wanted(way)
+    }
 
 
 def with_copies(placement: Placement, copies: Sequence[CopyReady]) -> Placement:
