@@ -24,7 +24,7 @@ from weightbus.schemas.rounds import Budgets, EngineRoute, Group, Member, RankRo
 
 __all__ = ("STALL_S", "Fleet", "Host", "MemberProcess", "open_fleet")
 
-STALL_S = 4.0
+STALL_S = 6.0
 OPERATION_S = 4.0
 START_S = 60.0
 UPDATE_S = 30.0

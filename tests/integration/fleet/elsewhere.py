@@ -16,7 +16,7 @@ __all__ = ("ADDRESS", "BUDGETS", "STAGING_BYTES", "elsewhere", "filler", "routes
 
 ADDRESS = "127.0.0.1"
 
-STALL_S = 3.0
+STALL_S = 4.0
 """So soon somebody who stands still is given up."""
 
 STAGING_BYTES = 16 * 2**20
