@@ -54,6 +54,8 @@ class DecoderConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     num_experts: Annotated[int, Meta(ge=0)] = 0
     """0: one SwiGLU MLP per layer; else a mixture of experts."""
     num_experts_per_tok: Size = 2
+    expert_parallel: bool = False
+    """Every rank holds some experts whole, instead of a slice of each."""
     dtype: Literal["F32", "BF16"] = "F32"
     repacked_down_proj: bool = False
     """Keep `down_proj` repacked after loading, as some kernels do."""
@@ -167,6 +169,7 @@ class SparseMLP(nn.Module):
             config.intermediate_size,
             dtype=dtype,
             parallel=parallel,
+            expert_parallel=config.expert_parallel,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,7 +179,7 @@ class SparseMLP(nn.Module):
     def checkpoint_parts(self, prefix: str) -> Iterator[CheckpointPart]:
         yield CheckpointPart(f"{prefix}.gate.weight", self.gate.weight)
         experts = self.experts
-        for n in range(experts.experts):
+        for n in experts.held:
             expert = f"{prefix}.experts.{n}"
             yield CheckpointPart(f"{expert}.gate_proj.weight", experts.w13_weight, ("w1", n))
             yield CheckpointPart(f"{expert}.up_proj.weight", experts.w13_weight, ("w3", n))
