@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -42,7 +43,7 @@ CUDA_ALIGNMENT_BYTES: Final = 2 * 2**20
 """Of exported allocations: smaller ones share their page with others, which the handle would give
 away, too (CUDA programming guide, "Interprocess Communication")."""
 
-_PROC_GPUS: Final = Path("/proc/driver/nvidia/gpus")
+PROC_GPUS: Final = Path("/proc/driver/nvidia/gpus")
 
 
 class CudaRuntime(ABC):
@@ -86,6 +87,10 @@ class CudaRuntime(ABC):
     @abstractmethod
     def free(self, device: int, address: int) -> None:
         """Of `allocate`. Nobody may have it open: see `CudaBlock`."""
+
+    @abstractmethod
+    def size_bytes(self, device: int, address: int) -> int:
+        """From an address to the end of its allocation: of `allocate`, or of `open_handle`."""
 
     @abstractmethod
     def export(self, address: int) -> bytes:
@@ -307,14 +312,15 @@ def open_cuda() -> CudaRuntime:
         return _opened[0]
 
 
-def host_device_uuids() -> frozenset[str]:
+@cache
+def host_device_uuids(directory: Path = PROC_GPUS) -> frozenset[str]:
     """UUIDs of the GPUs that this host, or container, has, as the kernel driver lists them.
 
     Whether this process may use them is another question, and CUDA is not asked. Empty: the system
-    does not tell, or there are none. Instances of MIG are not listed.
+    does not tell, or there are none. Instances of MIG are not listed. Looks once per process.
     """
     found = set()
-    for path in _PROC_GPUS.glob("*/information"):
+    for path in directory.glob("*/information"):
         try:
             lines = path.read_text("ascii", "replace").splitlines()
         except OSError:

@@ -82,6 +82,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuMemAlloc_v2": (POINTER(_Address), c_size_t),
     "cuMemFree_v2": (_Address,),
+    "cuMemGetAddressRange_v2": (POINTER(_Address), POINTER(c_size_t), _Address),
     "cuIpcGetMemHandle": (POINTER(_Handle), _Address),
     "cuIpcOpenMemHandle_v2": (POINTER(_Address), _Handle, c_uint),
     "cuIpcCloseMemHandle": (_Address,),
@@ -149,6 +150,8 @@ class Driver(CudaRuntime):
         """Device -> stream for small copies."""
         self._owners: dict[int, int] = {}
         """Address that was allocated -> device."""
+        self._exported: dict[bytes, int] = {}
+        """Handle -> address."""
         self._registered: dict[int, int] = {}
         """Host address -> device in whose context it was registered."""
         self._late: list[object] = []
@@ -200,6 +203,15 @@ class Driver(CudaRuntime):
         with self._on(device):
             self._call("cuMemFree_v2", _place(device, address), address)
         self._owners.pop(address, None)
+        for handle in [key for key, value in self._exported.items() if value == address]:
+            del self._exported[handle]
+
+    def size_bytes(self, device: int, address: int) -> int:
+        begin, size = _Address(), c_size_t()
+        with self._on(device):
+            value = _place(device, address)
+            self._call("cuMemGetAddressRange_v2", value, begin, size, address)
+        return begin.value + size.value - address
 
     def export(self, address: int) -> bytes:
         device = self._owners.get(address)
@@ -208,12 +220,17 @@ class Driver(CudaRuntime):
         handle = _Handle()
         with self._on(device):
             self._call("cuIpcGetMemHandle", _place(device, address), handle, address)
+        self._exported[bytes(handle)] = address
         return bytes(handle)
 
     def open_handle(self, device: int, handle: bytes) -> int:
         value = f"a handle of {len(handle)} bytes, on device {device}"
         if len(handle) != CUDA_HANDLE_BYTES:
-            raise CudaFailed("cuIpcOpenMemHandle_v2", value, f"must have {CUDA_HANDLE_BYTES} bytes")
+            reason = f"must have {CUDA_HANDLE_BYTES} bytes"
+            raise CudaFailed("cuIpcOpenMemHandle_v2", value, reason)
+        if handle in self._exported:
+            reason = "this process exported it itself, and cannot open it"
+            raise CudaFailed("cuIpcOpenMemHandle_v2", value, reason)
         address = _Address()
         with self._on(device):
             self._call(
@@ -381,7 +398,8 @@ class Driver(CudaRuntime):
 
     def _any_device(self) -> int:
         """One that has a context already, if any has: another context costs memory."""
-        for device in [*self._contexts, *range(self.device_count())]:
+        devices: list[int] = [*self._contexts, *range(self.device_count())]
+        for device in devices:
             flags, active = c_uint(), c_int()
             number = self._number(device)
             self._call("cuDevicePrimaryCtxGetState", f"device {device}", number, flags, active)

@@ -193,6 +193,14 @@ class FakeCuda(CudaRuntime):
         if found.open_by:
             self.undefined.append(f"{address:#x} was freed while open {found.open_by} times")
 
+    def size_bytes(self, device: int, address: int) -> int:
+        self._enter("size_bytes", device)
+        self._check(device, address, 1)
+        for found in self._machine.allocations.values():
+            if found.address <= address < found.address + found.size_bytes:
+                return found.address + found.size_bytes - address
+        raise AssertionError("it was checked")
+
     def export(self, address: int) -> bytes:
         self._enter("export")
         return self._own(address).handle
@@ -203,7 +211,8 @@ class FakeCuda(CudaRuntime):
         if not found or found[0].freed:
             raise CudaFailed("open_handle", handle.hex()[:16], "CUDA_ERROR_INVALID_VALUE")
         if found[0].owner is self:
-            raise CudaFailed("open_handle", handle.hex()[:16], "CUDA_ERROR_INVALID_CONTEXT")
+            reason = "this process exported it itself, and cannot open it"
+            raise CudaFailed("open_handle", handle.hex()[:16], reason)
         found[0].open_by += 1
         self.opened[device, found[0].address] += 1
         return found[0].address
