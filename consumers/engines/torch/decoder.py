@@ -69,10 +69,13 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, positions: int, theta: float) -> None:
         super().__init__()
-        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        # Computed on a CPU and then moved: the tables have the same bits on every device.
+        step = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        position = torch.arange(positions, dtype=torch.float32, device="cpu")
+        angle = torch.outer(position, theta ** (-step / head_dim))
+        device = torch.get_default_device()
+        self.register_buffer("cos", angle.cos().to(device), persistent=False)
+        self.register_buffer("sin", angle.sin().to(device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, heads, head], at positions 0, 1, ..."""

@@ -23,6 +23,11 @@ from safetensors.torch import load_file
 from weightbus.consumers.engines.channel import WorkerEndpoint
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.errors import RequestRefused
+from weightbus.consumers.engines.torch.device import (
+    GROUP_BACKENDS,
+    computing_on,
+    open_device,
+)
 from weightbus.consumers.engines.torch.fingerprint import fingerprint
 from weightbus.consumers.engines.torch.host import TorchModelHost, process_weights_after_loading
 from weightbus.consumers.engines.torch.messages import (
@@ -68,23 +73,27 @@ def run_rank(
     """Serve until the parent process is gone.
 
     Raises:
-        PlanError: the model cannot be built as specified, or its weights not be read.
+        PlanError: there is no such device, the model cannot be built as specified, or its weights
+            not be read.
     """
     torch.set_num_threads(spec.threads)
+    device = open_device(spec.device_of(rank))
     build = partial(build_model, spec.architecture, spec.config, rank, spec.tp)
-    model = build()
+    with computing_on(device):
+        model = build()
     model.requires_grad_(False)
     if spec.weights:
         _load(model, Path(spec.weights))
     if spec.tp > 1:
         dist.init_process_group(
-            "gloo",
+            GROUP_BACKENDS[device.type],
             store=dist.FileStore(str(directory.rendezvous), spec.tp),  # type: ignore[attr-defined]
             rank=rank,
             world_size=spec.tp,
             timeout=timedelta(seconds=spec.step_timeout_s),
+            device_id=None if device.type == "cpu" else device,  # NCCL meets now, not in a request
         )
-    host = TorchModelHost(spec.architecture, build, model)
+    host = TorchModelHost(spec.architecture, build, model, device)
     host.warm_up()
     _Rank(directory, host, ReloadWorker(host, rank, spec.tp), words).run(parent)
 
@@ -100,6 +109,7 @@ class _Rank:
         words: RankWords,
     ) -> None:
         self._name = host.name
+        self._device = torch.device(host.device)
         self._model = host.live_model()
         self._reload = reload
         self._words = words
@@ -153,7 +163,7 @@ class _Rank:
                 )
             case Infer():
                 try:
-                    with torch.no_grad():
+                    with torch.no_grad(), computing_on(self._device):
                         outputs = self._model.infer(request.inputs)
                 except RequestRefused as error:
                     return _refused(request.request, error)
