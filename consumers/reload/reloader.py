@@ -240,11 +240,17 @@ class Reloader:
         """Made once for a split, and bytes and lanes of the buckets."""
         kept = self._streams.pop(buckets, None)
         if kept is None or kept[0] is not split:
-            undecided = split.proof.undecided
-            needs = split.whole.needs
             kept = (
                 split,
-                plan_stream(self.layout, needs, self._cells, undecided, buckets, self._threads),
+                plan_stream(
+                    self.layout,
+                    split.whole.needs,
+                    self._cells,
+                    split.proof.undecided,
+                    buckets,
+                    threads=self._threads,
+                    device=self._host.device,
+                ),
             )
         self._streams[buckets] = kept
         if len(self._streams) > STREAMS_KEPT:
@@ -252,7 +258,14 @@ class Reloader:
         return kept[1]
 
     def _split_by(self, plan: TilePlan, proof: Proof) -> Split:
-        return split_update(self.layout, plan, proof, self._cells, threads=self._threads)
+        return split_update(
+            self.layout,
+            plan,
+            proof,
+            self._cells,
+            threads=self._threads,
+            device=self._host.device,
+        )
 
     # -- through the engine's own loader
 

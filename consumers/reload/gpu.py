@@ -1,0 +1,444 @@
+"""Moves bytes into parameters on a GPU, and digests what was moved in the same pass.
+
+Reads and writes raw addresses: sources are memory of the host that is registered with CUDA, another
+GPU's, or the device's own. Owns the tables of its plans on the device and, if anything transforms,
+one block of `BLOCK_BYTES`. A plan's table is made once; per version only addresses are uploaded.
+
+Copies that transform are gathered into the block, digested on the way, and from there are
+transformed and written by torch. What no copy holds is digested by the CPU, from main memory.
+
+Invariants: a cell's digest is of the very bytes that were written, or cast and written; nothing is
+read or written any more once a method has returned or raised.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weightbus.bus.digest import MULTIPLIER
+from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.gathers import Block, part_of_copy, plan_gathers
+from weightbus.consumers.planning.pieces import MAX_UNIT_BYTES, IndexedPieces, chosen_pieces
+from weightbus.consumers.planning.tables import Integers
+from weightbus.consumers.planning.tiles import BoundTiles, TilePlan
+from weightbus.consumers.reload.accelerator import Accelerator
+from weightbus.consumers.reload.cpu import CpuExecutor
+from weightbus.consumers.reload.executor import Executor, Sums
+from weightbus.consumers.reload.table import Launch, compile_table
+from weightbus.consumers.reload.threads import Threads
+from weightbus.consumers.reload.transforms import filled_bytes, transformed
+from weightbus.schemas.dtypes import DTYPE_BYTES
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Copy, Fill, Needs
+from weightbus.schemas.worker import Cell
+
+__all__ = ("BLOCK_BYTES", "GpuExecutor")
+
+BLOCK_BYTES: Final = 4 * 2**20
+"""Of device memory that copies which transform are gathered into."""
+
+Mask = npt.NDArray[np.bool_]
+
+_BLOCK_ALIGNMENT: Final = 256
+
+_TABLES_KEPT: Final = 2
+"""Of one plan, for segments and parameters that are aligned in different ways."""
+
+_INEXACT: Final = frozenset({"exp"})
+"""Operations whose last bit is another one on a GPU than on the host, where the loader that was
+traced did them: they are done on the host. The others are exact, or round to nearest."""
+
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element -> a dtype that keeps its bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Blocks that are gathered at once."""
+
+    launches: tuple[Launch, ...]
+    blocks: tuple[tuple[int, Block], ...]
+    """With the byte of the device's block where each begins."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """A plan on the device: what the kernel runs, for one alignment of segments and parameters.
+
+    Its bases are the segments, the parameters and the blocks.
+    """
+
+    tiles: torch.Tensor
+    pieces: torch.Tensor
+    plain: tuple[Launch, ...]
+    """What goes to parameters as it is."""
+    batches: tuple[_Batch, ...]
+    block_offsets: Integers
+    cells: Integers
+    """Numbers of the cells that it digests, by the place of their sums."""
+    is_whole: Mask
+    """For every cell of the executor: whether all of it is digested."""
+    segment_ends: Integers
+    """One past the last byte that is read of every segment; 0: none is."""
+    parameter_ends: Integers
+    """One past the last byte that is written of every parameter; 0: none is."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A program at the addresses of one version."""
+
+    program: _Program
+    bases: torch.Tensor
+    sums: torch.Tensor
+    width: int
+    """Most blocks of threads of a launch."""
+
+
+class GpuExecutor(Executor):
+    """Runs bound plans on one GPU.
+
+    Args:
+        threads: digest what no copy holds; None: the caller's own.
+        accelerator: the parameters' device.
+    """
+
+    portion_bytes = 2**30
+
+    def __init__(
+        self,
+        layout: Layout,
+        needs: Needs,
+        cells: Sequence[Cell],
+        threads: Threads | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self._layout, self._needs, self._cells = layout, needs, tuple(cells)
+        self._accelerator = accelerator
+        self._host = CpuExecutor(layout, needs, cells, threads)
+        self._gathers = plan_gathers(layout, needs, cells, BLOCK_BYTES)
+        self._cell_bytes = _cell_bytes(self._gathers.pieces, len(self._cells))
+        copies = np.array([cell.copy for cell in self._cells], dtype=np.int64)
+        transforms = np.array([copy.transform for copy in needs.copies] + [-1], dtype=np.int64)
+        self._is_unheld = copies < 0
+        self._is_transformed = transforms[copies] >= 0
+        self._digests = np.zeros(len(self._cells), dtype=np.uint64)
+        self._programs: WeakKeyDictionary[TilePlan, dict[bytes, _Program]] = WeakKeyDictionary()
+        self._scratch: torch.Tensor | None = None
+
+    def prepare(self, plan: TilePlan) -> None:
+        with self._accelerator.work("preparing a plan"):
+            aligned = np.zeros_like(plan.segment_ends), np.zeros_like(plan.parameter_ends)
+            program = self._program(plan, *aligned)
+            nothing = self._accelerator.uploaded(np.zeros(1, dtype=np.int64))
+            run = _Run(program, nothing, nothing, 1)
+            for launches in (program.plain, *(batch.launches for batch in program.batches)):
+                none = [launch._replace(tiles=0) for launch in launches]
+                self._launch(run, none, kernels().MOVE, is_digested=True)  # compiled by this
+
+    def move(self, bound: BoundTiles) -> int:
+        self.update(bound, ())
+        return bound.plan.source_bytes
+
+    def update(self, bound: BoundTiles, numbers: Iterable[int]) -> Sums:
+        chosen = np.array(list(numbers), dtype=np.int64)
+        moved = chosen[~(self._is_unheld | self._is_transformed)[chosen]]
+        program = self._program(bound.plan, *_residues(bound))
+        with self._accelerator.work("moving a plan"):
+            run = self._run(program, bound)
+            self._launch(run, program.plain, kernels().MOVE, is_digested=moved.size > 0)
+            for batch in program.batches:
+                for block, made in self._made(run, batch, is_digested=True):
+                    window, backwards = self._window(bound, self._part(block))
+                    window.copy_(made.flip(backwards))
+            for fill in bound.plan.needs.fills:
+                self._fill(bound, fill)
+            sums = self._accelerator.downloaded(run.sums)
+            self._digest_unheld(bound, chosen)
+        self._keep(program, sums, moved.size > 0)
+        self._digest_elsewhere(program, bound, moved)
+        return self._digests[chosen]
+
+    def changed_parameter(self, bound: BoundTiles) -> int | None:
+        program = self._program(bound.plan, *_residues(bound))
+        with self._accelerator.work("comparing a plan"):
+            run = self._run(program, bound)
+            self._launch(run, program.plain, kernels().COMPARE, is_digested=False)
+            found = self._accelerator.downloaded(run.sums[:1])
+        if found.any():
+            return int(found[0]) - 1 - len(self._layout.segments)
+        with self._accelerator.work("comparing a plan"):
+            for batch in program.batches:
+                for block, made in self._made(run, batch, is_digested=False):
+                    window, backwards = self._window(bound, self._part(block))
+                    if not torch.equal(made.flip(backwards), window):
+                        return self._needs.copies[block.copy].parameter
+        return None
+
+    def digest_cells(self, bound: BoundTiles, numbers: Iterable[int] | None = None) -> Sums:
+        everything = range(len(self._cells)) if numbers is None else numbers
+        chosen = np.array(list(everything), dtype=np.int64)
+        moved = chosen[~(self._is_unheld | self._is_transformed)[chosen]]
+        program = self._program(bound.plan, *_residues(bound))
+        self._read(program, bound)
+        self._digest_elsewhere(program, bound, moved)
+        self._digest_unheld(bound, chosen)
+        return self._digests[chosen]
+
+    def read_back(self, bound: BoundTiles) -> tuple[Sums, tuple[int, ...]]:
+        is_unreadable = self._is_unheld | self._is_transformed
+        readable = np.flatnonzero(~is_unreadable)
+        digests = np.zeros(len(self._cells), dtype=np.uint64)
+        digests[readable] = self.digest_cells(bound, readable.tolist())
+        return digests, tuple(np.flatnonzero(is_unreadable).tolist())
+
+    # -- the kernel
+
+    def _run(self, program: _Program, bound: BoundTiles, *, reads_segments: bool = True) -> _Run:
+        """Checks that no tile leaves its segment or its parameter."""
+        _check_inside("parameter", program.parameter_ends, bound.parameter_sizes)
+        sources: list[int] = []
+        if reads_segments:
+            _check_inside("segment", program.segment_ends, bound.segment_sizes)
+            sources = bound.segment_addresses[program.segment_ends > 0].tolist()
+        blocks = program.block_offsets
+        if blocks.size:
+            blocks = blocks + self._block_memory().data_ptr()
+        bases = np.concatenate([bound.segment_addresses, bound.parameter_addresses, blocks])
+        return _Run(
+            program=program,
+            bases=self._accelerator.uploaded(bases),
+            sums=torch.zeros(
+                max(1, program.cells.size), dtype=torch.int64, device=self._accelerator.device
+            ),
+            width=self._accelerator.programs(sources),
+        )
+
+    def _launch(
+        self, run: _Run, launches: Iterable[Launch], mode: int, *, is_digested: bool
+    ) -> None:
+        for unit_bytes, has_cells, first, count in launches:
+            grid = (max(1, min(run.width, count)),)
+            kernels().gather[grid](
+                run.program.tiles,
+                run.program.pieces,
+                run.bases,
+                run.sums,
+                first,
+                count,
+                width=unit_bytes,
+                mode=mode,
+                digest=is_digested and has_cells,
+                block=kernels().BLOCK_UNITS[unit_bytes],
+                num_warps=kernels().WARPS,
+            )
+
+    def _read(self, program: _Program, bound: BoundTiles) -> None:
+        """Digest what parameters hold of the cells of a program."""
+        with self._accelerator.work("reading parameters back"):
+            run = self._run(program, bound, reads_segments=False)
+            digested = [launch for launch in program.plain if launch.is_digested]
+            self._launch(run, digested, kernels().READ, is_digested=True)
+            sums = self._accelerator.downloaded(run.sums)
+        is_plain = ~self._is_transformed[program.cells]
+        self._digests[program.cells[is_plain]] = _finished(sums)[: program.cells.size][is_plain]
+
+    def _keep(self, program: _Program, sums: torch.Tensor, is_digested: bool) -> None:
+        """Sums of what was moved; only blocks are digested always."""
+        kept = np.ones(program.cells.size, dtype=np.bool_)
+        if not is_digested:
+            kept = self._is_transformed[program.cells]
+        self._digests[program.cells[kept]] = _finished(sums)[: program.cells.size][kept]
+
+    def _digest_elsewhere(self, program: _Program, bound: BoundTiles, numbers: Integers) -> None:
+        """Read back those of some cells that the program does not hold whole."""
+        missing = numbers[~program.is_whole[numbers]]
+        if missing.size:
+            pieces = self._gathers.pieces
+            chosen = chosen_pieces(pieces, np.isin(pieces.cell, missing))
+            self._read(self._compiled(chosen, *_residues(bound)), bound)
+
+    def _digest_unheld(self, bound: BoundTiles, numbers: Integers) -> None:
+        unheld = numbers[self._is_unheld[numbers]]
+        if unheld.size:
+            self._digests[unheld] = self._host.digest_cells(bound, unheld.tolist())
+
+    # -- what a plan is compiled to
+
+    def _program(
+        self, plan: TilePlan, segment_residues: Integers, parameter_residues: Integers
+    ) -> _Program:
+        """A plan for addresses that leave such residues; compiled if it has not been yet."""
+        kept = self._programs.setdefault(plan, {})
+        residues = (
+            np.where(plan.segment_ends > 0, segment_residues, 0),
+            np.where(plan.parameter_ends > 0, parameter_residues, 0),
+        )
+        key = np.concatenate(residues).astype(np.uint8).tobytes()
+        if key not in kept:
+            pieces, segments = self._gathers.pieces, len(self._layout.segments)
+            wanted = np.isin(
+                pieces.copy * segments + pieces.segment,
+                plan.pieces.copy * segments + plan.pieces.segment,
+            )
+            while len(kept) >= _TABLES_KEPT:
+                del kept[next(iter(kept))]
+            kept[key] = self._compiled(chosen_pieces(pieces, wanted), *residues)
+        return kept[key]
+
+    def _compiled(
+        self, pieces: IndexedPieces, segment_residues: Integers, parameter_residues: Integers
+    ) -> _Program:
+        segments, parameters = len(self._layout.segments), len(self._needs.parameters)
+        is_block = pieces.parameter >= parameters
+        numbers, block = np.unique(pieces.parameter[is_block], return_inverse=True)
+        blocks = [self._gathers.blocks[number - parameters] for number in numbers.tolist()]
+        batches, offsets = _batches(blocks)
+        groups, targets = np.zeros(len(pieces), dtype=np.int64), segments + pieces.parameter
+        groups[is_block] = 1 + batches[block]
+        targets[is_block] = segments + parameters + block
+        residues = segment_residues[pieces.segment]
+        residues[~is_block] |= parameter_residues[pieces.parameter[~is_block]]
+        cells = np.unique(pieces.cell[pieces.cell >= 0])
+        slots = np.searchsorted(cells, pieces.cell)
+        table = compile_table(pieces, (pieces.segment, targets), slots, residues, groups)
+        plain, *launches = table.groups or ((),)
+        ends = _ends(pieces.source, pieces, pieces.source_strides)
+        segment_ends = np.zeros(segments, dtype=np.int64)
+        np.maximum.at(segment_ends, pieces.segment, ends)
+        ends = _ends(pieces.destination, pieces, pieces.destination_strides)
+        parameter_ends = np.zeros(parameters, dtype=np.int64)
+        np.maximum.at(parameter_ends, pieces.parameter[~is_block], ends[~is_block])
+        return _Program(
+            tiles=self._accelerator.uploaded(table.tiles),
+            pieces=self._accelerator.uploaded(table.pieces),
+            plain=plain,
+            batches=tuple(
+                _Batch(
+                    launches[number],
+                    tuple((int(offsets[n]), blocks[n]) for n in np.flatnonzero(batches == number)),
+                )
+                for number in range(len(launches))
+            ),
+            block_offsets=offsets,
+            cells=cells,
+            is_whole=_cell_bytes(pieces, len(self._cells)) == self._cell_bytes,
+            segment_ends=segment_ends,
+            parameter_ends=parameter_ends,
+        )
+
+    # -- transforms and fills
+
+    def _made(
+        self, run: _Run, batch: _Batch, *, is_digested: bool
+    ) -> Iterator[tuple[Block, torch.Tensor]]:
+        """Gather blocks; give what each becomes, in the bits of its parameter's elements."""
+        self._launch(run, batch.launches, kernels().MOVE, is_digested=is_digested)
+        memory = self._block_memory()
+        for offset, block in batch.blocks:
+            copy = self._needs.copies[block.copy]
+            dtype = self._layout.tensors[copy.tensor].dtype
+            transform = self._needs.transforms[copy.transform]
+            data = memory[offset : offset + block.size_bytes]
+            if any(op in _INEXACT for op, _ in transform.ops):
+                data = data.cpu()
+            made = transformed(data, dtype, transform).to(self._accelerator.device)
+            yield block, made.view(_BITS[made.itemsize]).view(block.box.sizes)
+
+    def _window(self, bound: BoundTiles, copy: Copy | Fill) -> tuple[torch.Tensor, list[int]]:
+        """What a copy or fill writes, as bits, and the dimensions of it that run backwards.
+
+        A window of torch's only runs forwards.
+        """
+        item_bytes = DTYPE_BYTES[self._needs.parameters[copy.parameter].dtype]
+        reaches = [(size - 1) * step for size, step in zip(copy.sizes, copy.strides, strict=True)]
+        first = copy.offset + sum(min(reach, 0) for reach in reaches)
+        span = 1 + sum(map(abs, reaches))
+        address = int(bound.parameter_addresses[copy.parameter]) + first * item_bytes
+        memory = self._accelerator.memory(address, span * item_bytes).view(_BITS[item_bytes])
+        window = memory.as_strided(copy.sizes, list(map(abs, copy.strides)))
+        return window, [dim for dim, step in enumerate(copy.strides) if step < 0]
+
+    def _part(self, block: Block) -> Copy:
+        return part_of_copy(self._needs.copies[block.copy], block.box)
+
+    def _fill(self, bound: BoundTiles, fill: Fill) -> None:
+        if not all(fill.sizes):
+            return
+        element = filled_bytes(self._needs.parameters[fill.parameter].dtype, fill.value)
+        window, _ = self._window(bound, fill)
+        window.fill_(torch.from_numpy(element).view(window.dtype).item())
+
+    def _block_memory(self) -> torch.Tensor:
+        if self._scratch is None:
+            device = self._accelerator.device
+            self._scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=device)
+        return self._scratch
+
+
+@cache
+def kernels() -> ModuleType:
+    """Triton, and what is written in it; imported by the first that runs it."""
+    return importlib.import_module("weightbus.consumers.reload.kernels")
+
+
+def _batches(blocks: Sequence[Block]) -> tuple[Integers, Integers]:
+    """For every block: which batch it is gathered with, and where it begins in the memory."""
+    batches, offsets = np.zeros((2, len(blocks)), dtype=np.int64)
+    number = used = 0
+    for place, block in enumerate(blocks):
+        if used + block.size_bytes > BLOCK_BYTES:
+            number, used = number + 1, 0
+        batches[place], offsets[place] = number, used
+        used += -(-block.size_bytes // _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
+    return batches, offsets
+
+
+def _residues(bound: BoundTiles) -> tuple[Integers, Integers]:
+    """What is left of the addresses of segments and parameters, divided by the widest unit."""
+    return (
+        bound.segment_addresses % MAX_UNIT_BYTES,
+        bound.parameter_addresses % MAX_UNIT_BYTES,
+    )
+
+
+def _cell_bytes(pieces: IndexedPieces, count: int) -> Integers:
+    """[count]: how many bytes of every cell pieces hold."""
+    held = np.zeros(count, dtype=np.int64)
+    is_digested = pieces.cell >= 0
+    sizes = pieces.sizes.prod(axis=1) * pieces.unit_bytes
+    np.add.at(held, pieces.cell[is_digested], sizes[is_digested])
+    return held
+
+
+def _ends(first: Integers, pieces: IndexedPieces, strides: Integers) -> Integers:
+    """One past the last byte of every piece, on the side of `first`."""
+    reaches = (pieces.sizes - 1) * strides
+    assert np.all(first + np.minimum(reaches, 0).sum(axis=1) >= 0), "checked when it was planned"
+    ends: Integers = first + np.maximum(reaches, 0).sum(axis=1) + pieces.unit_bytes
+    return ends
+
+
+def _check_inside(thing: str, ends: Integers, sizes: Sequence[int]) -> None:
+    outside = np.flatnonzero(ends > np.array(sizes, dtype=np.int64))
+    if outside.size:
+        number = int(outside[0])
+        limit = f"the kernel takes bytes up to {ends[number]} of it"
+        raise PlanError(f"{thing} {number}", f"{sizes[number]} bytes long", limit)
+
+
+def _finished(sums: torch.Tensor) -> Sums:
+    """Digests, by the factor that all words have in common."""
+    with np.errstate(over="ignore"):
+        digests: Sums = sums.numpy().view(np.uint64) * np.uint64(MULTIPLIER)
+    return digests
