@@ -56,7 +56,7 @@ def filled_bytes(dtype: str, value: float) -> Bytes:
         PlanError: torch does not know the dtype, or it cannot hold the value.
     """
     try:
-        element = torch.empty(1, dtype=_torch_dtype(dtype)).fill_(value)
+        element = torch.empty(1, dtype=_torch_dtype(dtype), device="cpu").fill_(value)
     except (NotImplementedError, RuntimeError) as error:
         raise PlanError(f"fill with {value}", f"of {dtype}", str(error)) from error
     result: Bytes = element.view(torch.uint8).numpy()

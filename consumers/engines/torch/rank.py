@@ -73,6 +73,7 @@ def run_rank(
     """Serve until the parent process is gone.
 
     Raises:
+        DeviceLost: a GPU does nothing for this process any more.
         PlanError: there is no such device, the model cannot be built as specified, or its weights
             not be read.
     """
@@ -129,9 +130,17 @@ class _Rank:
             instruction = self._consumer.receive_nowait()
             if instruction is not None:
                 self._consumer.reply(self._carry_out(instruction))
+                if self._reload.lost is not None:
+                    self._leave()
+                    raise self._reload.lost
             request = self._front.receive_nowait()
             if request is not None:
                 self._front.reply(self._answer(request))
+
+    def _leave(self) -> None:
+        """Hand over the last replies."""
+        self._consumer.close()
+        self._front.close()
 
     def _carry_out(self, request: WorkerRequest) -> WorkerReply:
         """An instruction of the consumer."""
