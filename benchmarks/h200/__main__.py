@@ -53,7 +53,7 @@ class Bench:
             versions={"python": platform.python_version(), **versions_of(PACKAGES)},
             command=f"python -m benchmarks.h200 {' '.join(sys.argv[1:])}".strip(),
             checkpoint={
-                "model": arguments.model,
+                "model": setup.model,
                 "tensors": len(sources),
                 "bytes": self._size_bytes,
                 "needed_by_each_of_tp": [setup.devices, self._need_bytes],

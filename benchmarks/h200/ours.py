@@ -63,10 +63,10 @@ OURS: Final[Mapping[str, OurRun]] = {
 
 
 def engines_of(run: OurRun, devices: int) -> tuple[EngineSetup, ...]:
-    """The engines share the devices evenly."""
+    """The engines share the devices evenly; if there are too few, some have the same."""
     tp = max(1, devices // run.engines)
     return tuple(
-        EngineSetup(name=f"tp{tp}-{number}", tp=tp, first_device=number * tp)
+        EngineSetup(name=f"tp{tp}-{number}", tp=tp, first_device=number * tp % devices)
         for number in range(run.engines)
     )
 
