@@ -60,7 +60,7 @@ from weightbus.schemas.worker import (
     WorkerRequest,
 )
 
-__all__ = ("run_rank",)
+__all__ = ("Rank", "run_rank")
 
 _PARENT_CHECK_MS = 1000
 _CONTROL_REQUESTS = (Describe, Attach, Apply, Inspect, Detach)
@@ -96,10 +96,10 @@ def run_rank(
         )
     host = TorchModelHost(spec.architecture, build, model, device)
     host.warm_up()
-    _Rank(directory, host, ReloadWorker(host, rank, spec.tp), words).run(parent)
+    Rank(directory, host, ReloadWorker(host, rank, spec.tp), words).run(parent)
 
 
-class _Rank:
+class Rank:
     """The loop over both sockets."""
 
     def __init__(
