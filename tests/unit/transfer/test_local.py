@@ -98,7 +98,7 @@ def test_nearest_way_is_memory_of_gpus_when_all_ranks_are_on_gpus(tmp_path: Path
     with open_block(bytes(8), "host") as block:
         file = FileSegment(path=str(tmp_path / "a"))
         placement = ((file, block.segment(), ON_GPU),)
-        taken = []
+        taken: list[Segment] = []
         for devices in ([], ["cuda:0", "cuda:1"], ["cpu", "cuda:0"], ["cpu"]):
             route.know_devices(devices)
             taken += route.reach(LAYOUT, placement)
