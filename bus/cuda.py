@@ -29,6 +29,7 @@ from weightbus.schemas.shared_memory import (
 )
 
 __all__ = (
+    "CUDA_ALIGNMENT_BYTES",
     "CUDA_HANDLE_BYTES",
     "CudaBlock",
     "CudaRuntime",
