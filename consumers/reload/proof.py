@@ -24,8 +24,10 @@ from torch import nn
 
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.memory import (
+    Place,
     StateTensor,
     module_of,
+    places_of,
     plain_tensors,
     state_tensors,
 )
@@ -49,7 +51,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Made = Iterator[tuple[int, torch.Tensor]]
 """Parameters by number as the plan makes them: new tensors in main memory."""
 
-Memory = frozenset[tuple[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
+Memory = frozenset[Place]
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,7 @@ class Proof:
 
 def memory_of(model: nn.Module) -> Memory:
     """Where every parameter and buffer of a model is."""
-    return frozenset(
-        (item.name, t.data_ptr(), t.dtype, tuple(t.shape), tuple(t.stride()))
-        for item in state_tensors(model)
-        for t in (item.tensor,)
-    )
+    return places_of(model)
 
 
 def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) -> Proof:
