@@ -58,8 +58,10 @@ __all__ = (
 )
 
 KEPT_UPDATES: Final = 2
-"""Mappings and handles that so many updates did not use are closed: a publisher takes two slots in
-turn."""
+"""Mappings that so many updates did not use are closed: a publisher takes two slots in turn."""
+
+KEPT_HANDLES_UPDATES: Final = KEPT_UPDATES
+"""The same of handles of GPU memory. 0 would close all with every update, before its lease ends."""
 
 COPY_BYTES: Final = 16 * 2**20
 """Of a GPU's memory, copied at a time."""
@@ -309,7 +311,7 @@ class SegmentCache:
             if mapping.used <= self._update - KEPT_UPDATES:
                 self._mappings.pop(name).close()
         if self._gpu is not None:
-            self._gpu.close_handles(used_before=self._update - KEPT_UPDATES + 1)
+            self._gpu.close_handles(used_before=self._update - KEPT_HANDLES_UPDATES + 1)
 
 
 def probe_segment(segment: Segment, size_bytes: int, host_id: str, roots: Sequence[str]) -> None:

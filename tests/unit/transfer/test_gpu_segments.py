@@ -18,6 +18,7 @@ from weightbus.bus.errors import CudaUnavailable
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
 from weightbus.consumers.transfer.gpu import check_cuda_segment, is_gpu
 from weightbus.consumers.transfer.segments import (
+    KEPT_HANDLES_UPDATES,
     KEPT_UPDATES,
     OpenDevice,
     OpenMemory,
@@ -125,7 +126,7 @@ def test_handle_is_opened_once_and_closed_once_when_slots_take_turns(trainer: Tr
             with cache.open_all([segment, segment], [200, 100]) as opened:
                 assert len(opened) == 2
         assert worker.calls["open_handle"] == 2
-        for _ in range(KEPT_UPDATES):
+        for _ in range(KEPT_HANDLES_UPDATES):
             with cache.open_all([segment_of(blocks[1])], [200]):
                 pass
         assert +worker.opened == {(0, blocks[1].address - SHM_HEADER_BYTES): 1}
