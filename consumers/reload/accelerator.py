@@ -54,7 +54,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def programs(self, sources: Iterable[int]) -> int:
-        """How many programs of a kernel read from such addresses at the speed of the link.
+        """How many programs of a kernel read at such addresses at the speed of the link.
 
         Raises:
             PlanError: the device cannot read one of them.
@@ -103,7 +103,7 @@ class CudaAccelerator(Accelerator):
         return torch.as_tensor(_Raw(address, size_bytes), device=self.device)
 
     def downloaded(self, tensor: torch.Tensor) -> torch.Tensor:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return copy.copy_(tensor, non_blocking=True)
 
     def programs(self, sources: Iterable[int]) -> int:

@@ -88,6 +88,10 @@ class _Program:
     """Numbers of the cells that it digests, by the place of their sums."""
     is_whole: Mask
     """For every cell of the executor: whether all of it is digested."""
+    segments: Integers
+    """Numbers of those that are read."""
+    segment_starts: Integers
+    """The first byte that is read of each of these."""
     segment_ends: Integers
     """One past the last byte that is read of every segment; 0: none is."""
     parameter_ends: Integers
@@ -144,7 +148,11 @@ class GpuExecutor(Executor):
             run = _Run(program, nothing, nothing, 1)
             for launches in (program.plain, *(batch.launches for batch in program.batches)):
                 none = [launch._replace(tiles=0) for launch in launches]
-                self._launch(run, none, kernels().MOVE, is_digested=True)  # compiled by this
+                self._launch(run, none, kernels().MOVE, is_digested=True)  # compiles
+                self._launch(run, none, kernels().MOVE, is_digested=False)
+            none = [launch._replace(tiles=0) for launch in program.plain]
+            self._launch(run, none, kernels().READ, is_digested=True)
+            self._launch(run, none, kernels().COMPARE, is_digested=False)
 
     def move(self, bound: BoundTiles) -> int:
         self.update(bound, ())
@@ -210,7 +218,8 @@ class GpuExecutor(Executor):
         sources: list[int] = []
         if reads_segments:
             _check_inside("segment", program.segment_ends, bound.segment_sizes)
-            sources = bound.segment_addresses[program.segment_ends > 0].tolist()
+            starts = bound.segment_addresses[program.segments] + program.segment_starts
+            sources = starts.tolist()
         blocks = program.block_offsets
         if blocks.size:
             blocks = blocks + self._block_memory().data_ptr()
@@ -316,6 +325,9 @@ class GpuExecutor(Executor):
         ends = _ends(pieces.source, pieces, pieces.source_strides)
         segment_ends = np.zeros(segments, dtype=np.int64)
         np.maximum.at(segment_ends, pieces.segment, ends)
+        segment_starts = segment_ends.copy()
+        np.minimum.at(segment_starts, pieces.segment, pieces.source)
+        read = np.flatnonzero(segment_ends)
         ends = _ends(pieces.destination, pieces, pieces.destination_strides)
         parameter_ends = np.zeros(parameters, dtype=np.int64)
         np.maximum.at(parameter_ends, pieces.parameter[~is_block], ends[~is_block])
@@ -333,6 +345,8 @@ class GpuExecutor(Executor):
             block_offsets=offsets,
             cells=cells,
             is_whole=_cell_bytes(pieces, len(self._cells)) == self._cell_bytes,
+            segments=read,
+            segment_starts=segment_starts[read],
             segment_ends=segment_ends,
             parameter_ends=parameter_ends,
         )

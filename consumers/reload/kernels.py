@@ -17,17 +17,21 @@ from weightbus.bus.digest import SHIFT, STEP
 
 __all__ = ("BLOCK_UNITS", "COMPARE", "MOVE", "READ", "WARPS", "gather")
 
-MOVE = tl.constexpr(0)
+MOVE = 0
 """From the source to the destination, digested on the way."""
-READ = tl.constexpr(1)
+READ = 1
 """The destination is digested; nothing is written, and the source is not touched."""
-COMPARE = tl.constexpr(2)
+COMPARE = 2
 """Instead of digests: one more than the parameter of a tile whose two sides differ, if any."""
 
 WARPS = 8
 BLOCK_UNITS = {1: 2048, 2: 2048, 4: 2048, 8: 1024}
 """Units that a program has in flight, by their bytes: 8 KiB at the width that matters, as measured
 (lab/RESULTS.md); fewer registers than that would take are left for narrow ones."""
+
+_MOVE = tl.constexpr(MOVE)
+_READ = tl.constexpr(READ)
+_COMPARE = tl.constexpr(COMPARE)
 
 _TILE_COLUMNS = tl.constexpr(5)
 _PIECE_COLUMNS = tl.constexpr(9)
@@ -80,7 +84,7 @@ def gather(
         target_row = tl.load(piece + 4)
         target_col = tl.load(piece + 5)
         source, source_row, source_col = target, target_row, target_col
-        if mode != READ:
+        if mode != _READ:
             source = (tl.load(bases + tl.load(piece)) + tl.load(tile + 1)).to(tl.pointer_type(unit))
             source_row = tl.load(piece + 2)
             source_col = tl.load(piece + 3)
@@ -100,11 +104,11 @@ def gather(
             row = tl.where(cols == 1, at, row)
             col = at - row * cols
             found = tl.load(source + row * source_row + col * source_col, mask=mask, other=0)
-            if mode != READ:
+            if mode != _READ:
                 there = target + row * target_row + col * target_col
-            if mode == MOVE:
+            if mode == _MOVE:
                 tl.store(there, found, mask=mask)
-            if mode == COMPARE:
+            if mode == _COMPARE:
                 held = tl.load(there, mask=mask, other=0)
                 total += (found != held).to(tl.uint64)
             if digest:
@@ -123,6 +127,6 @@ def gather(
         if digest:
             cell = tl.load(piece + 6)
             tl.atomic_add(sums + cell, tl.sum(total).to(tl.int64, bitcast=True), sem="relaxed")
-        if mode == COMPARE:
+        if mode == _COMPARE:
             differs = tl.where(tl.sum(total) == 0, 0, parameter + 1)
             tl.atomic_max(sums, differs, sem="relaxed")
