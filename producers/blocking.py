@@ -22,6 +22,7 @@ from anyio.from_thread import start_blocking_portal
 
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
+from weightbus.producers.devices import Devices
 from weightbus.producers.errors import PublisherClosed
 from weightbus.producers.files import Files
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
@@ -78,6 +79,7 @@ class BlockingPublisher:
         telemetry: Telemetry | None = None,
         otlp: OtlpSettings | None = None,
         options: PublisherOptions | None = None,
+        devices: Devices | None = None,
     ) -> None:
         """Connect to the bus of `settings` and open a publisher; see `open_publisher`.
 
@@ -105,6 +107,7 @@ class BlockingPublisher:
                     world_size=world_size,
                     telemetry=telemetry,
                     options=options,
+                    devices=devices,
                 ) as publisher,
             ):
                 yield bus.url, publisher

@@ -75,8 +75,15 @@ class Digest(Protocol):
 class SlotCopy(Protocol):
     """Copies parts of one layout into slots of one device; `producers.gpu_copy.GpuCopy`."""
 
+    def prepare(self, part: Part) -> None:
+        """Learn where its tensors are. May wait for the current stream."""
+
     def start(self, data: torch.Tensor, part: Part) -> None:
-        """Queue it on the current stream; `data` are the slot's bytes."""
+        """Queue the copies of the part that was prepared on the current stream.
+
+        Args:
+            data: the slot's bytes.
+        """
 
 
 class Device(ABC):
@@ -106,11 +113,11 @@ class Device(ABC):
 
     @abstractmethod
     def open_copy(self, layout: Layout) -> SlotCopy:
-        """For parts of this layout, which have one segment."""
+        """For parts of this layout, which have one segment. May wait for the current stream."""
 
     @abstractmethod
     def open_digest(self, layout: Layout) -> Digest:
-        """For parts of this layout, which have one segment."""
+        """As `open_copy`."""
 
     @abstractmethod
     def give_back_unused(self) -> None:

@@ -104,11 +104,13 @@ class GpuCopy:
         self._known: Integers | None = None
         self._addresses = torch.zeros(0, dtype=torch.int64, device=device)
 
-    def start(self, data: torch.Tensor, part: Part) -> None:
-        """Queue it on the current stream. Cheapest for the part that was given the last time.
+    def prepare(self, part: Part) -> None:
+        """Learn where the tensors are; cheapest for the part that was given the last time.
+
+        What is new is taken to the device, and the current stream waited for: it should have
+        nothing else to do.
 
         Args:
-            data: the slot's bytes, on this device, aligned to 16 bytes.
             part: of this layout; its tensors lie on this device or in host memory.
         """
         sources, count = part.sources, len(part.sources)
@@ -117,6 +119,15 @@ class GpuCopy:
             self._part = weakref.ref(part)
         addresses = np.fromiter((source.data_ptr() for source in sources), np.int64, count)
         self._learn(addresses, _lanes(addresses) * self._plain)
+
+    def start(self, data: torch.Tensor, part: Part) -> None:
+        """Queue the copies of the part that was prepared on the current stream.
+
+        Args:
+            data: the slot's bytes, on this device, aligned to 16 bytes.
+        """
+        assert self._part is not None
+        assert self._part() is part
         for lane, pieces in self._by_lane.items():
             _copy_pieces[(len(pieces),)](
                 data,
@@ -128,7 +139,7 @@ class GpuCopy:
             )
         with torch.no_grad():
             for number in np.flatnonzero(~self._plain).tolist():
-                source = sources[number]
+                source = part.sources[number]
                 place = place_of(data, self._shards[number], source)
                 place.copy_(source, non_blocking=source.device == self._device)
 

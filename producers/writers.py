@@ -171,7 +171,9 @@ class _DeviceWriter(Writer):
     ) -> Sums:
         block = slot.blocks[self._memory]
         assert isinstance(block, CudaBlock)
-        copy = self._copy_of(part.layout)
+        with self._stream.use():  # before it waits for the trainer's work
+            copy = self._copy_of(part.layout)
+            copy.prepare(part)
         data = self._device.bytes_at(block.begin_write(), block.size_bytes)
         trainer = handover.streams[self._device.number]
         try:
@@ -183,8 +185,8 @@ class _DeviceWriter(Writer):
             handover.copied()
             if self._host is not None:
                 self._copy_to_host(data, slot)
-            digest = self._digest_of(part.layout)
             with self._stream.use():
+                digest = self._digest_of(part.layout)
                 started = digest.start(data)
             self._stream.wait()
             with self._stream.use():

@@ -123,9 +123,15 @@ class FakeDevices(Devices):
 class _Copy:
     def __init__(self, layout: Layout, device: FakeDevice) -> None:
         self._layout, self._device = layout, device
+        self._prepared: Part | None = None
+
+    def prepare(self, part: Part) -> None:
+        assert part.layout == self._layout
+        assert self._device.current is not self._device.trainer
+        self._prepared = part
 
     def start(self, data: torch.Tensor, part: Part) -> None:
-        assert part.layout == self._layout
+        assert part is self._prepared
         self._device.before_copy()
         self._device.note(f"copied on {self._device.current.name}")
         for shard, source in zip(self._layout.shards, part.sources, strict=True):

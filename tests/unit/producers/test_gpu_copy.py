@@ -49,7 +49,9 @@ def test_copy_keeps_every_bit_when_sources_begin_anywhere(gpu: ModuleType, seed:
         tensors[f"t{number}"] = memory[begin:end]
     part = plan_part(tensors)
     data = blank(part)
-    gpu.GpuCopy(part.layout, torch.device("cpu")).start(data, part)
+    copy = gpu.GpuCopy(part.layout, torch.device("cpu"))
+    copy.prepare(part)
+    copy.start(data, part)
     assert_copied(part, data)
 
 
@@ -64,7 +66,9 @@ def test_copy_keeps_every_nan_when_tensors_are_of_any_dtype(gpu: ModuleType) -> 
     tensors |= {"half": every.view(torch.float16), "brain": every.view(torch.bfloat16)}
     part = plan_part(tensors)
     data = blank(part)
-    gpu.GpuCopy(part.layout, torch.device("cpu")).start(data, part)
+    copy = gpu.GpuCopy(part.layout, torch.device("cpu"))
+    copy.prepare(part)
+    copy.start(data, part)
     assert_copied(part, data)
 
 
@@ -84,7 +88,9 @@ def test_copy_follows_strides_when_a_tensor_has_gaps(gpu: ModuleType) -> None:
         }
     )
     data = blank(part)
-    gpu.GpuCopy(part.layout, torch.device("cpu")).start(data, part)
+    copy = gpu.GpuCopy(part.layout, torch.device("cpu"))
+    copy.prepare(part)
+    copy.start(data, part)
     assert_copied(part, data)
 
 
@@ -96,9 +102,11 @@ def test_copy_finds_tensors_where_they_are_now_when_they_have_moved(gpu: ModuleT
         part = plan_part({"a": memory[a : a + 100], "b": memory[b : b + 1000]})
         assert part.layout == first.layout
         data = blank(part)
+        copy.prepare(part)
         copy.start(data, part)
         assert_copied(part, data)
     memory.random_(0, 256)
+    copy.prepare(part)
     copy.start(data, part)
     assert_copied(part, data)
 
