@@ -210,11 +210,11 @@ class CudaBlock:
     Who may close it, and when: its owner only, and only when no reader has the handle open. To free
     memory that another process has open is undefined in CUDA: it may read whatever comes there
     next, or fault. The leases keep this: a reader takes one before it opens the handle; the
-    publisher retires the version, then waits until all leases are gone. Readers keep handles open
-    across versions, without a lease: they close them once `CheckpointRetired` tells that the
-    publisher ends, or two updates did not use them. What remains is a reader that reads nothing:
-    an open handle alone touches no memory, and the generation word it would look at first has
-    another value, or cannot be read at all: that is an error of the reader, and no wrong bytes.
+    publisher retires the version, then waits until all leases are gone. That keeps everybody from
+    *reading* what is freed. Readers may have the handle open still, which takes long to open, until
+    two updates did not use it or their consumer tells them to close it: an open handle alone
+    touches no memory, and whoever comes back to it looks at the generation word first, which has
+    another value or cannot be read: an error of that reader's update, and no wrong bytes.
     """
 
     device: int

@@ -85,8 +85,12 @@ class OpenHandle:
     """Address of its first byte."""
     size_bytes: int | None
     """As the driver says; None: it does not."""
+    since: int
+    """Number of the update that opened it."""
     used: int = 0
-    """Number of the update that used it last."""
+    """Number of the update that asked for it last."""
+    read: int = 0
+    """Number of the update that last found what it wanted in it, and may be reading it."""
 
 
 class Gpu:
@@ -94,11 +98,17 @@ class Gpu:
 
     Args:
         number: of the device in this process.
+        uuids: of the GPUs of this host, also of those that this process was not given.
     """
 
-    def __init__(self, number: int, cuda: OpenCuda) -> None:
+    def __init__(
+        self,
+        number: int,
+        cuda: OpenCuda,
+        uuids: Callable[[], Collection[str]] = host_device_uuids,
+    ) -> None:
         self.number = number
-        self._open_cuda = cuda
+        self._open_cuda, self._uuids = cuda, uuids
         self._cuda: CudaRuntime | None = None
         self._handles: dict[bytes, OpenHandle] = {}
         self._read_only: bool | None = None
@@ -122,7 +132,9 @@ class Gpu:
             except CudaFailed as error:
                 limit = f"must be opened on device {self.number}, by another process than its own"
                 raise SegmentUnavailable(name, f"not readable ({error})", limit) from error
-            kept = self._handles[segment.handle] = OpenHandle(base, self._size_bytes(base))
+            kept = self._handles[segment.handle] = OpenHandle(
+                base, self._size_bytes(base), since=update
+            )
         kept.used = update
         return kept
 
@@ -147,20 +159,26 @@ class Gpu:
         word = self.read(name, handle.base + SHM_GENERATION_OFFSET, 8)
         return int.from_bytes(word, "little")
 
+    def close_stale(self, segment: CudaSegment, update: int) -> bool:
+        """What an earlier update has opened does not hold the segment: close it, since the
+        allocation may be another one now, whose handle is the same.
+
+        Returns: False: it is not that: it was opened just now, or the update reads from it.
+        """
+        kept = self._handles.get(segment.handle)
+        if kept is None or update in (kept.since, kept.read):
+            return False
+        self._close(segment.handle)
+        return True
+
     def close_handles(self, used_before: int) -> None:
         """Close what no update of this number or later has used. Nothing on the device reads there.
 
         What cannot be closed is forgotten, with a warning: the driver closes it with the process.
         """
         for key, handle in list(self._handles.items()):
-            if handle.used >= used_before:
-                continue
-            del self._handles[key]
-            assert self._cuda is not None, "it has opened the handle"
-            try:
-                self._cuda.close_handle(self.number, handle.base)
-            except CudaFailed as error:
-                _logger.warning("memory of another process stays open: %s", error)
+            if handle.used < used_before:
+                self._close(key)
 
     # -- memory of this host
 
@@ -219,6 +237,14 @@ class Gpu:
             return False
         return True
 
+    def _close(self, key: bytes) -> None:
+        handle = self._handles.pop(key)
+        assert self._cuda is not None, "it has opened the handle"
+        try:
+            self._cuda.close_handle(self.number, handle.base)
+        except CudaFailed as error:
+            _logger.warning("memory of another process stays open: %s", error)
+
     def _runtime(self, name: str) -> CudaRuntime:
         if self._cuda is None:
             try:
@@ -241,9 +267,9 @@ class Gpu:
         except CudaFailed as error:
             limit = "must be on a GPU of this host"
             raise SegmentUnavailable(name_of(segment), f"out of reach ({error})", limit) from error
-        known = host_device_uuids()
+        known = mine.union(self._uuids())
         if segment.device_uuid not in known:
-            limit = f"must be on {_listed(mine | known)}"
+            limit = f"must be on {_listed(known)}"
             raise SegmentUnavailable(name_of(segment), "on no GPU of this host", limit)
 
     def _size_bytes(self, base: int) -> int | None:

@@ -296,15 +296,25 @@ class SegmentCache:
             limit = f"must be read by a worker on a GPU, and this one is on {self._device}"
             raise SegmentUnavailable(name, "memory of a GPU", limit)
         check_cuda_segment(segment, self._host_id, ())
-        handle = self._gpu.opened(segment, self._update)
+        try:
+            return self._look_into(self._gpu, segment, size_bytes)
+        except (SegmentUnavailable, TornRead):
+            if not self._gpu.close_stale(segment, self._update):
+                raise
+        return self._look_into(self._gpu, segment, size_bytes)
+
+    def _look_into(self, gpu: Gpu, segment: CudaSegment, size_bytes: int) -> OpenDevice:
+        name = name_of(segment)
+        handle = gpu.opened(segment, self._update)
         have_bytes = handle.size_bytes
         if have_bytes is not None and have_bytes < SHM_HEADER_BYTES:
             raise too_short(name, have_bytes, SHM_HEADER_BYTES + size_bytes)
-        found, generation = read_header(name, self._gpu.read(name, handle.base, SHM_HEADER_BYTES))
+        found, generation = read_header(name, gpu.read(name, handle.base, SHM_HEADER_BYTES))
         if have_bytes is not None:
             found = min(found, have_bytes - SHM_HEADER_BYTES)
         check_promise(name, found, size_bytes, generation, segment.generation)
-        return OpenDevice(name, self._gpu, handle, size_bytes, segment.generation)
+        handle.read = self._update
+        return OpenDevice(name, gpu, handle, size_bytes, segment.generation)
 
     def _close_unused(self) -> None:
         for name, mapping in list(self._mappings.items()):

@@ -16,7 +16,7 @@ from tests.unit.transfer.blocks import Block, open_block
 from weightbus.bus.cuda import CudaBlock
 from weightbus.bus.errors import CudaUnavailable
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
-from weightbus.consumers.transfer.gpu import check_cuda_segment, is_gpu
+from weightbus.consumers.transfer.gpu import Gpu, check_cuda_segment, is_gpu
 from weightbus.consumers.transfer.segments import (
     KEPT_HANDLES_UPDATES,
     KEPT_UPDATES,
@@ -118,6 +118,19 @@ def test_device_memory_of_a_gpu_that_the_worker_was_not_given_is_refused_when_un
         pytest.fail("opened")
 
 
+def test_device_memory_of_a_gpu_that_the_worker_was_not_given_is_opened_when_the_host_has_it(
+    trainer: Trainer,
+) -> None:
+    block, worker = trainer.slot(), trainer.cuda.other_process(visible=(0,))
+    gpu = Gpu(0, lambda: worker, lambda: {fake_uuid(0), fake_uuid(1)})
+    handle = gpu.opened(segment_of(block), update=1)
+    assert gpu.read("slot", handle.base + SHM_HEADER_BYTES, 200) == DATA
+    gpu.close_handles(used_before=1)
+    assert +worker.opened
+    gpu.close_handles(used_before=2)
+    assert not +worker.opened
+
+
 def test_handle_is_opened_once_and_closed_once_when_slots_take_turns(trainer: Trainer) -> None:
     blocks, worker = [trainer.slot(), trainer.slot()], trainer.cuda.other_process()
     with reading(worker) as cache:
@@ -173,7 +186,28 @@ def test_torn_read_is_noticed_when_a_slot_is_written_again(trainer: Trainer) -> 
             pytest.fail("opened")
         with cache.open_all([segment_of(block)], [200]) as (opened,):
             opened.check()
-        assert worker.calls["open_handle"] == 1
+
+
+def test_handle_is_opened_anew_when_its_memory_became_another_allocation(trainer: Trainer) -> None:
+    """As when a publisher frees a slot and is given the same place again."""
+    block, worker = trainer.slot(), trainer.cuda.other_process()
+    segment = segment_of(block)
+    with reading(worker) as cache:
+        with cache.open_all([segment], [200]):
+            pass
+        ctypes.memmove(block.begin_write(), DATA[::-1], 200)
+        block.end_write()
+        with cache.open_all([segment_of(block)], [200]):
+            assert worker.calls["open_handle"] == 1, "another version needs no other handle"
+        with (
+            pytest.raises(TornRead),
+            cache.open_all([segment_of(block), segment], [200, 200]),
+        ):
+            pytest.fail("opened")
+        assert worker.calls["open_handle"] == 1, "what is read is not closed"
+        with pytest.raises(TornRead), cache.open_all([segment], [200]):
+            pytest.fail("opened")
+        assert worker.calls["open_handle"] == worker.calls["close_handle"] + 1 == 2
 
 
 def test_worker_refuses_what_is_not_what_was_promised(trainer: Trainer) -> None:
