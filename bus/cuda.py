@@ -140,6 +140,10 @@ class CudaRuntime(ABC):
         """
 
     @abstractmethod
+    def read_into(self, device: int, address: int, buffer: memoryview) -> None:
+        """As `read`, into memory that need not be registered: at most some MiB at a time."""
+
+    @abstractmethod
     def write(self, device: int, address: int, data: bytes) -> None:
         """Few bytes into device memory, on a stream of our own; they are there when it returns.
 

@@ -279,9 +279,14 @@ class Driver(CudaRuntime):
     # -- copies
 
     def read(self, device: int, address: int, size_bytes: int) -> bytes:
-        buffer = ctypes.create_string_buffer(size_bytes)
-        self._copy_small("cuMemcpyDtoHAsync_v2", device, address, buffer, (buffer, address))
-        return buffer.raw
+        buffer = bytearray(size_bytes)
+        self.read_into(device, address, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, device: int, address: int, buffer: memoryview) -> None:
+        if buffer.nbytes:
+            memory = (ctypes.c_char * buffer.nbytes).from_buffer(buffer)
+            self._copy_small("cuMemcpyDtoHAsync_v2", device, address, memory, (memory, address))
 
     def write(self, device: int, address: int, data: bytes) -> None:
         buffer = ctypes.create_string_buffer(data, len(data))

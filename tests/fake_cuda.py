@@ -258,6 +258,9 @@ class FakeCuda(CudaRuntime):
         self._check(device, address, size_bytes)
         return ctypes.string_at(address, size_bytes)
 
+    def read_into(self, device: int, address: int, buffer: memoryview) -> None:
+        buffer.cast("B")[:] = self.read(device, address, buffer.nbytes)
+
     def write(self, device: int, address: int, data: bytes) -> None:
         self._enter("write", device)
         self._check(device, address, len(data))

@@ -144,8 +144,18 @@ class Gpu:
         Raises:
             SegmentUnavailable: the device cannot read them (any more).
         """
+        buffer = bytearray(size_bytes)
+        self.read_into(name, address, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, name: str, address: int, buffer: memoryview) -> None:
+        """As `read`, into the caller's memory.
+
+        Raises:
+            SegmentUnavailable
+        """
         try:
-            return self._runtime(name).read(self.number, address, size_bytes)
+            self._runtime(name).read_into(self.number, address, buffer)
         except CudaFailed as error:
             found = f"not readable ({error})"
             raise SegmentUnavailable(name, found, "must be readable while it is open") from error

@@ -149,7 +149,8 @@ class OpenDevice(OpenSegment):
             raise too_short(self.name, self.size_bytes, end)
         while rest.nbytes:
             count = min(COPY_BYTES, rest.nbytes)
-            rest[:count] = self._gpu.read(self.name, self.address + end - rest.nbytes, count)
+            address = self.address + end - rest.nbytes
+            self._gpu.read_into(self.name, address, rest[:count])
             rest = rest[count:]
 
 
