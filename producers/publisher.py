@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from typing import get_args
 
 import anyio
 import anyio.from_thread
@@ -104,7 +105,7 @@ async def open_publisher(
 
     Raises:
         RankInvalid: there is no such rank.
-        SettingInvalid: `options.p2p` is given, but there are no slots that other hosts could read.
+        SettingInvalid: there are no such slots, or none that `options.p2p` could let others read.
         MessageInvalid: `model` or `producer` is no subject token.
         HostUnknown: the system does not tell which host this is.
         EndpointUnavailable, EndpointFailed: `options.p2p` requires a transfer engine.
@@ -114,6 +115,9 @@ async def open_publisher(
         raise RankInvalid(rank, f"must be from 0 to {world_size - 1}")
     announcer = Announcer(bus, model, producer)
     telemetry, options = telemetry or Telemetry(), options or PublisherOptions()
+    if options.slots not in get_args(SlotsIn):
+        known = ", ".join(get_args(SlotsIn))
+        raise SettingInvalid("slots", options.slots, f"must be one of {known}")
     if options.slots == "device" and options.p2p is not None:
         raise SettingInvalid("slots", options.slots, "p2p needs slots in host memory: say 'both'")
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -293,3 +294,32 @@ async def test_slots_lie_on_the_second_gpu_when_the_tensors_do(
             expected = (segment.generation, sha_of(tensors["w"]))
             assert reader.read(segment, 400_012, 0) == expected
             assert ready.weights_digest == digest_of(tensors)
+
+
+def test_trainer_is_blocked_for_30_ms_at_most_when_slots_lie_on_its_gpu(
+    gpu_server: NatsServer, model: str
+) -> None:
+    """Its thread while the copy is queued, and its stream while it is copied: 4 GiB, 4,000 tensors.
+
+    At the speed of HBM the target of 15 GB in 18,867 tensors follows.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(0)
+    if free_bytes < 14 * 2**30:
+        pytest.skip(f"needs 14 GiB of GPU memory: {free_bytes:,} bytes are free")
+    part = plan_part(
+        {f"t{n}": torch.ones(2**19, dtype=torch.bfloat16, device="cuda") for n in range(4000)}
+    )
+    options = PublisherOptions(slots="device", linger_s=0.0, close_wait_s=0.0)
+    blocked_s = []
+    with BlockingPublisher(gpu_server.settings, model, options=options) as publisher:
+        for version in range(8):
+            torch.cuda.synchronize()
+            begin_s = time.perf_counter()
+            publication = publisher.start(part, version)
+            queued_s = time.perf_counter() - begin_s
+            torch.cuda.current_stream().synchronize()
+            blocked_s.append(time.perf_counter() - begin_s)
+            publication.result(60)
+            done_s = time.perf_counter() - begin_s
+            print(f"queued {queued_s:.4f} s, copied {blocked_s[-1]:.4f} s, said {done_s:.4f} s")
+    assert min(blocked_s[2:]) <= 0.03, blocked_s

@@ -412,3 +412,10 @@ async def test_publisher_is_refused_when_other_hosts_could_read_nothing(fake: Fa
     with pytest.raises(SettingInvalid, match="say 'both'"):
         async with open_publisher(fake.as_bus(), MODEL, options=options):
             raise AssertionError("opened")
+
+
+async def test_publisher_is_refused_when_there_are_no_such_slots(fake: FakeBus) -> None:
+    options = PublisherOptions(slots="gpu")  # type: ignore[arg-type]
+    with pytest.raises(SettingInvalid, match="one of host, device, both, auto"):
+        async with open_publisher(fake.as_bus(), MODEL, options=options):
+            raise AssertionError("opened")
