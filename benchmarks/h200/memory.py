@@ -28,10 +28,7 @@ class Samples:
     def over(self, rest: Sequence[int], since_ns: int = 0) -> int:
         """By how much the most that was in use exceeds what was at rest, where it does so most."""
         counted = [used for at_ns, used in self.taken if at_ns >= since_ns]
-        return max(
-            most - before
-            for most, before in zip(map(max, zip(*counted, strict=True)), rest, strict=True)
-        )
+        return max(max(used[gpu] for used in counted) - before for gpu, before in enumerate(rest))
 
 
 class Memory:

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from benchmarks.h200.fleet import Engines, Fleet
 from benchmarks.h200.processes import BenchFailed
+from benchmarks.h200.progress import say
 from benchmarks.h200.report import Run, run_of
 from benchmarks.h200.setup import EngineSetup
 from benchmarks.h200.slots import SlotKind
@@ -131,9 +132,12 @@ async def measure_ours(
             await _measure(_Bench(OURS[name], fleet), repetitions, measured, tell)
         if limit.cancelled_caught:
             note = f"ended after its {deadline_s:.0f} s"
-    except* (BenchFailed, WeightBusError) as failed:
+    except* (BenchFailed, WeightBusError, OSError) as failed:
         note = f"ended early: {first_of(failed)}"
     tell()
+    if note:
+        say(note)
+        await fleet.end_engines()  # nobody knows what they are doing
 
 
 async def _measure(
@@ -193,6 +197,7 @@ class _Bench:
             ready = await self._fleet.announce(model, ready, hosts=self.run.hosts)
             heard = await self._hear(engines, model, ready)
         engines.proven = True
+        say("the first version is in, and the plan is proven")
         return times_of(ready, heard).seconds
 
     def following(
@@ -220,7 +225,9 @@ class _Bench:
         heard = await self._hear(engines, model, ready)
         for one in heard:
             self._see_that_it_went_well(one, digest)
-        return Update(ready=ready, published_s=published_s, times=times_of(ready, heard))
+        times = times_of(ready, heard)
+        say(f"version {ready.version} of {model}: {times.seconds:.4f} s")
+        return Update(ready=ready, published_s=published_s, times=times)
 
     async def check(self, engines: Engines) -> int:
         return await self._fleet.check(engines, self._fleet.version)

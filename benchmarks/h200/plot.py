@@ -10,7 +10,7 @@ from benchmarks.h200.report import Report, Run
 __all__ = ("plot_report",)
 
 SHOWN: Final = {
-    "ce_broadcast": "checkpoint-engine 0.4.2\ngather_metas + broadcast update",
+    "ce_broadcast": "checkpoint-engine\ngather_metas + broadcast update",
     "staged_2hosts": "Weight bus, two hosts x 2 GPUs\nstaged broadcast",
     "host_tp2dp2": "Weight bus, host memory\nto two TP2 engines",
     "host_tp4": "Weight bus, host memory\nto one TP4 engine",

@@ -45,6 +45,8 @@ class Commanded:
         assert process.stdout is not None
         self._name, self._process, self._log = name, process, log
         self._lines = BufferedByteReceiveStream(process.stdout)
+        self._owed = 0
+        """Answers that nobody waited for to the end."""
 
     @property
     def pid(self) -> int:
@@ -58,14 +60,22 @@ class Commanded:
         assert self._process.stdin is not None
         try:
             with anyio.fail_after(deadline_s):
+                while self._owed:
+                    await self._answer()
                 await self._process.stdin.send(msgspec.json.encode(command) + b"\n")
-                line = await self._lines.receive_until(b"\n", MAX_LINE_BYTES)
+                self._owed += 1
+                line = await self._answer()
         except TimeoutError:
             reason = f"{self._name} did not answer within {deadline_s:g} s"
             raise BenchFailed(f"{reason}: {tail(self._log)}") from None
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.IncompleteRead):
             raise BenchFailed(f"{self._name} is gone: {tail(self._log)}") from None
         return msgspec.json.decode(line, type=answer)
+
+    async def _answer(self) -> bytes:
+        line = await self._lines.receive_until(b"\n", MAX_LINE_BYTES)
+        self._owed -= 1
+        return line
 
 
 class Processes:
@@ -88,8 +98,10 @@ class Processes:
         await self._start(name, argv, None)
 
     async def end(self, name: str) -> None:
-        """Returns when it is gone, in whatever way."""
-        process = self._running.pop(name)
+        """Returns when it is gone, in whatever way; nothing is done if it was never started."""
+        process = self._running.pop(name, None)
+        if process is None:
+            return
         if process.stdin is not None:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
                 await process.stdin.aclose()

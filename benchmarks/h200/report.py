@@ -7,7 +7,7 @@ it has.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -17,7 +17,12 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ("Report", "Run", "print_table", "read_report", "run_of", "write_report")
+__all__ = ("Report", "Run", "print_table", "read_report", "run_of", "verdicts", "write_report")
+
+MOST_S: Final = {"gpu_tp4": 0.06, "host_tp2dp2": 0.42}
+DIGEST_SHARES: Final = {"host_tp4": 0.05, "gpu_tp4": 0.25}
+EXTRA_MIB: Final = {"host_tp4": 16, "gpu_tp4": 16, "host_tp2dp2": 16, "staged_2hosts": 768}
+"""Targets."""
 
 SHOWN_PARTS: Final = ("event_to_plan_s", "pause_s", "transfer_s", "resume_s", "publish_s")
 
@@ -95,8 +100,12 @@ def read_report(path: Path) -> Report:
     return msgspec.json.decode(path.read_bytes(), type=Report)
 
 
-def print_table(runs: Sequence[Run]) -> None:
-    """With every run's rate and, of ours, the parts that are asked for most."""
+def print_table(runs: Sequence[Run], *, judged: bool) -> None:
+    """With every run's rate and, of ours, the parts that are asked for most.
+
+    Args:
+        judged: whether they are held against the targets.
+    """
     table = Table("run", "median s", "min", "max", "GB", "GB/s", "extra MiB", *SHOWN_PARTS)
     for run in runs:
         extra = "" if run.extra_gpu_bytes is None else f"{run.extra_gpu_bytes / 2**20:.0f}"
@@ -109,3 +118,38 @@ def print_table(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.note:
             console.print(f"{run.name}: {run.note}", highlight=False)
+    for said, met in verdicts(runs) if judged else ():
+        console.print(said, style=None if met else "red", highlight=False)
+
+
+def verdicts(runs: Sequence[Run]) -> Iterator[tuple[str, bool]]:
+    """What the whole model on four GPUs is to reach, as far as it was measured; whether it does."""
+    by_name = {run.name: run for run in runs if run.median_s is not None}
+
+    def seconds(name: str) -> float | None:
+        return by_name[name].median_s if name in by_name else None
+
+    for name, run in by_name.items():
+        for what, found, limit in _figures(name, run, seconds("link_h2d"), seconds("ce_broadcast")):
+            met = found <= limit
+            yield f"{name}: {what} {found:.4g}, at most {limit:g}{'' if met else ': missed'}", met
+
+
+def _figures(
+    name: str, run: Run, link_s: float | None, theirs_s: float | None
+) -> Iterator[tuple[str, float, float]]:
+    """(what, figure, target) of one of our runs."""
+    if name not in EXTRA_MIB or run.median_s is None:
+        return
+    if name == "host_tp4" and link_s:
+        yield "times link_h2d", run.median_s / link_s, 1.15
+    if name == "host_tp4" and theirs_s:
+        yield "of checkpoint-engine's time", run.median_s / theirs_s, 0.2
+    if name in MOST_S:
+        yield "seconds", run.median_s, MOST_S[name]
+    if name in DIGEST_SHARES and "undigested_transfer_s" in run.parts:
+        cost = run.parts["transfer_s"] / run.parts["undigested_transfer_s"] - 1
+        yield "share of the transfer that the digest adds", cost, DIGEST_SHARES[name]
+    if run.extra_gpu_bytes is not None:
+        yield "MiB of extra GPU memory", run.extra_gpu_bytes / 2**20, EXTRA_MIB[name]
+    yield "seconds from the event to the plan", run.parts["event_to_plan_s"], 0.010

@@ -20,6 +20,7 @@ from benchmarks.h200 import theirs_rank
 from benchmarks.h200.memory import Memory
 from benchmarks.h200.ours import first_of
 from benchmarks.h200.processes import BenchFailed, Commanded, Processes
+from benchmarks.h200.progress import say
 from benchmarks.h200.report import Run, run_of
 from benchmarks.h200.setup import Setup
 from benchmarks.h200.theirs_rank import Arguments, Command, Done
@@ -61,12 +62,14 @@ async def measure_theirs(
                 await theirs.measure(setup, memory, repetitions, tell)
             if limit.cancelled_caught:
                 note = f"ended after its {deadline_s:.0f} s"
-        except* BenchFailed as failed:
+        except* (BenchFailed, OSError) as failed:
             note = f"ended early: {first_of(failed)}"
         finally:
             with anyio.CancelScope(shield=True):
                 await theirs.end()
     tell()
+    if note:
+        say(note)
 
 
 class _Theirs:
@@ -104,6 +107,7 @@ class _Theirs:
             )
         registered = await self._ask("register", START_S)
         self._registered_s.append(_seconds(registered))
+        say(f"checkpoint-engine has registered its tensors, in {self._registered_s[0]:.1f} s")
         rest = [] if memory is None else memory.used()
         await self._update()
         for _ in range(repetitions):
@@ -115,6 +119,7 @@ class _Theirs:
             )
             self._parts["update_s"].append((max(one.end_ns for one in done) - gathered_ns) / 1e9)
             await self._check()
+            say(f"update by checkpoint-engine: {self._seconds[-1]:.4f} s")
         on_timed()
         if memory is not None:
             with memory.sampled() as samples:

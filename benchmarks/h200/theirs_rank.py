@@ -7,6 +7,7 @@ Answers each line of JSON on stdin (`Command`) with one on stdout (`Done`).
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -63,7 +64,7 @@ class Server:
 
         logger.remove()
         self._arguments, self._group = arguments, group
-        self._server: Any = ParameterServer(auto_pg=True)
+        self._server: Any = ParameterServer(auto_pg=True, gpu_count=arguments.setup.devices)
         spawn = mp.get_context("spawn")
         self._orders, self._answers = spawn.Queue(), spawn.Queue()
         self._engine = spawn.Process(
@@ -144,6 +145,7 @@ def serve(arguments: Arguments, uuid: str, orders: Any, answers: Any) -> None:
     for parameter in model.parameters():
         parameter.zero_()
     holding(model)  # its kernels are part of the engine at rest
+    gc.freeze()  # an update collects garbage: it need not look at tens of thousands of views
     torch.cuda.empty_cache()
     answers.put("ready")
     while (order := orders.get()) is not None:
@@ -170,6 +172,7 @@ def main(arguments: Arguments) -> None:
     )
     torch.cuda.set_device(arguments.rank)
     server = Server(arguments)
+    gc.freeze()
     for command, answer in commands:
         answer(server.carry_out(command.what))
 

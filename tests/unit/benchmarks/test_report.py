@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.h200.memory import Samples
-from benchmarks.h200.report import Report, read_report, run_of, write_report
+from benchmarks.h200.report import Report, read_report, run_of, verdicts, write_report
 from benchmarks.h200.setup import MODELS, sources_of
 from benchmarks.h200.trainer import owned_by, slice_of
 
@@ -64,3 +64,19 @@ def test_slices_hold_every_row_once_when_they_cannot_be_even() -> None:
     source = sources_of(MODELS["qwen3-32b"])[0]
     rows = [row for rank in range(5) for row in slice_of(source, rank, 5)]
     assert rows == list(range(source.shape[0]))
+
+
+def test_targets_are_held_against_what_was_measured_in_the_same_run() -> None:
+    parts = {"event_to_plan_s": [0.004], "transfer_s": [0.35], "undigested_transfer_s": [0.34]}
+    runs = [
+        run_of("link_h2d", [0.33], 61 * 10**9, {}),
+        run_of("ce_broadcast", [2.5], 61 * 10**9, {}),
+        run_of("host_tp4", [0.36], 61 * 10**9, parts, extra_gpu_bytes=20 * 2**20),
+    ]
+    assert list(verdicts(runs)) == [
+        ("host_tp4: times link_h2d 1.091, at most 1.15", True),
+        ("host_tp4: of checkpoint-engine's time 0.144, at most 0.2", True),
+        ("host_tp4: share of the transfer that the digest adds 0.02941, at most 0.05", True),
+        ("host_tp4: MiB of extra GPU memory 20, at most 16: missed", False),
+        ("host_tp4: seconds from the event to the plan 0.004, at most 0.01", True),
+    ]
