@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from tests.gpu.machine import gpu_count
 from tests.nats_server import NatsServer
 from tests.unit.producers.fakes import FakeBus
+from weightbus.bus.connection import open_bus
 from weightbus.bus.digest import combine, digest_hex, digest_tensor
 from weightbus.producers.blocking import BlockingPublisher
 from weightbus.producers.devices import Devices
@@ -27,7 +28,7 @@ from weightbus.producers.errors import DeviceMemoryFull, SlotsUnsuitable
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import Shard, plan_part
 from weightbus.producers.writers import SlotsIn
-from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.dtypes import TORCH_NAMES
 from weightbus.schemas.placement import CudaSegment, Segment, SharedMemorySegment
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
@@ -57,19 +58,25 @@ class Reader:
         return answer["generation"], answer["sha256"]
 
 
-@pytest.fixture(scope="module")
-def reader() -> Iterator[Reader]:
+@contextmanager
+def running(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.gpu.slot_reader"],
+        [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            yield Reader(process)
+            yield process
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    with running("tests.gpu.slot_reader") as process:
+        yield Reader(process)
 
 
 @pytest.fixture
@@ -266,6 +273,24 @@ async def test_gpu_memory_is_free_again_when_the_publisher_ends(model: str) -> N
             await publisher.publish(tensors, version)
         assert before - cuda.free_bytes(0) >= 2 * 2**28
     assert before - cuda.free_bytes(0) < 2**28
+
+
+async def test_gpu_memory_is_free_and_the_version_retired_when_a_trainer_was_killed(
+    gpu_server: NatsServer, model: str
+) -> None:
+    size_bytes, cuda = 2**30, Devices().runtime()
+    before = cuda.free_bytes(0)
+    with running("tests.gpu.slot_trainer", gpu_server.url, model, str(size_bytes)) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "published\n"
+        assert before - cuda.free_bytes(0) >= 2 * size_bytes, "its tensor, and a slot"
+        trainer.kill()
+    options = PublisherOptions(slots="device", linger_s=0.0, close_wait_s=0.0)
+    async with open_bus(gpu_server.settings) as bus, open_publisher(bus, model, options=options):
+        retired = await bus.last(CheckpointRetired, model=model)
+        assert retired is not None
+        assert (retired.message.version, retired.message.reason) == (1, "its publisher died")
+    assert before - cuda.free_bytes(0) < size_bytes
 
 
 async def test_publish_refuses_device_slots_when_tensors_lie_on_two_gpus(
