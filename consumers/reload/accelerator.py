@@ -7,11 +7,13 @@ error: only then may the memory that it touches go away.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -59,6 +61,10 @@ class Accelerator(ABC):
         Raises:
             PlanError: the device cannot read one of them.
         """
+
+    def kernels(self) -> ModuleType:
+        """What is written in Triton, which is loaded when it is first asked for."""
+        return importlib.import_module("weightbus.consumers.reload.kernels")
 
     def uploaded(self, integers: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy on the device; `integers` may change at once."""

@@ -13,11 +13,8 @@ read or written any more once a method has returned or raised.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -34,7 +31,7 @@ from weightbus.consumers.planning.tiles import BoundTiles, TilePlan
 from weightbus.consumers.reload.accelerator import Accelerator
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.executor import Executor, Sums
-from weightbus.consumers.reload.table import Launch, compile_table
+from weightbus.consumers.reload.table import COMPARE, MOVE, READ, Launch, compile_table
 from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.reload.transforms import filled_bytes, transformed
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -148,11 +145,11 @@ class GpuExecutor(Executor):
             run = _Run(program, nothing, nothing, 1)
             for launches in (program.plain, *(batch.launches for batch in program.batches)):
                 none = [launch._replace(tiles=0) for launch in launches]
-                self._launch(run, none, kernels().MOVE, is_digested=True)  # compiles
-                self._launch(run, none, kernels().MOVE, is_digested=False)
+                self._launch(run, none, MOVE, is_digested=True)  # compiles
+                self._launch(run, none, MOVE, is_digested=False)
             none = [launch._replace(tiles=0) for launch in program.plain]
-            self._launch(run, none, kernels().READ, is_digested=True)
-            self._launch(run, none, kernels().COMPARE, is_digested=False)
+            self._launch(run, none, READ, is_digested=True)
+            self._launch(run, none, COMPARE, is_digested=False)
 
     def move(self, bound: BoundTiles) -> int:
         self.update(bound, ())
@@ -164,7 +161,7 @@ class GpuExecutor(Executor):
         program = self._program(bound.plan, *_residues(bound))
         with self._accelerator.work("moving a plan"):
             run = self._run(program, bound)
-            self._launch(run, program.plain, kernels().MOVE, is_digested=moved.size > 0)
+            self._launch(run, program.plain, MOVE, is_digested=moved.size > 0)
             for batch in program.batches:
                 for block, made in self._made(run, batch, is_digested=True):
                     window, backwards = self._window(bound, self._part(block))
@@ -181,7 +178,7 @@ class GpuExecutor(Executor):
         program = self._program(bound.plan, *_residues(bound))
         with self._accelerator.work("comparing a plan"):
             run = self._run(program, bound)
-            self._launch(run, program.plain, kernels().COMPARE, is_digested=False)
+            self._launch(run, program.plain, COMPARE, is_digested=False)
             found = self._accelerator.downloaded(run.sums[:1])
         if found.any():
             return int(found[0]) - 1 - len(self._layout.segments)
@@ -236,9 +233,10 @@ class GpuExecutor(Executor):
     def _launch(
         self, run: _Run, launches: Iterable[Launch], mode: int, *, is_digested: bool
     ) -> None:
+        kernels = self._accelerator.kernels()
         for unit_bytes, has_cells, first, count in launches:
             grid = (max(1, min(run.width, count)),)
-            kernels().gather[grid](
+            kernels.gather[grid](
                 run.program.tiles,
                 run.program.pieces,
                 run.bases,
@@ -248,8 +246,8 @@ class GpuExecutor(Executor):
                 width=unit_bytes,
                 mode=mode,
                 digest=is_digested and has_cells,
-                block=kernels().BLOCK_UNITS[unit_bytes],
-                num_warps=kernels().WARPS,
+                block=kernels.BLOCK_UNITS[unit_bytes],
+                num_warps=kernels.WARPS,
             )
 
     def _read(self, program: _Program, bound: BoundTiles) -> None:
@@ -257,7 +255,7 @@ class GpuExecutor(Executor):
         with self._accelerator.work("reading parameters back"):
             run = self._run(program, bound, reads_segments=False)
             digested = [launch for launch in program.plain if launch.is_digested]
-            self._launch(run, digested, kernels().READ, is_digested=True)
+            self._launch(run, digested, READ, is_digested=True)
             sums = self._accelerator.downloaded(run.sums)
         is_plain = ~self._is_transformed[program.cells]
         self._digests[program.cells[is_plain]] = _finished(sums)[: program.cells.size][is_plain]
@@ -357,7 +355,7 @@ class GpuExecutor(Executor):
         self, run: _Run, batch: _Batch, *, is_digested: bool
     ) -> Iterator[tuple[Block, torch.Tensor]]:
         """Gather blocks; give what each becomes, in the bits of its parameter's elements."""
-        self._launch(run, batch.launches, kernels().MOVE, is_digested=is_digested)
+        self._launch(run, batch.launches, MOVE, is_digested=is_digested)
         memory = self._block_memory()
         for offset, block in batch.blocks:
             copy = self._needs.copies[block.copy]
@@ -398,12 +396,6 @@ class GpuExecutor(Executor):
             device = self._accelerator.device
             self._scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=device)
         return self._scratch
-
-
-@cache
-def kernels() -> ModuleType:
-    """Triton, and what is written in it; imported by the first that runs it."""
-    return importlib.import_module("weightbus.consumers.reload.kernels")
 
 
 def _batches(blocks: Sequence[Block]) -> tuple[Integers, Integers]:

@@ -14,15 +14,9 @@ import triton
 import triton.language as tl
 
 from weightbus.bus.digest import SHIFT, STEP
+from weightbus.consumers.reload.table import COMPARE, MOVE, READ
 
-__all__ = ("BLOCK_UNITS", "COMPARE", "MOVE", "READ", "WARPS", "gather")
-
-MOVE = 0
-"""From the source to the destination, digested on the way."""
-READ = 1
-"""The destination is digested; nothing is written, and the source is not touched."""
-COMPARE = 2
-"""Instead of digests: one more than the parameter of a tile whose two sides differ, if any."""
+__all__ = ("BLOCK_UNITS", "WARPS", "gather")
 
 WARPS = 8
 BLOCK_UNITS = {1: 2048, 2: 2048, 4: 2048, 8: 1024}

@@ -18,7 +18,17 @@ from weightbus.consumers.planning.pieces import IndexedPieces, narrowed_pieces
 from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import cut_tiles
 
-__all__ = ("TILE_UNITS", "Launch", "TileTable", "compile_table")
+__all__ = ("COMPARE", "MOVE", "READ", "TILE_UNITS", "Launch", "TileTable", "compile_table")
+
+MOVE: Final = 0
+"""What the kernel does with tiles: moves them, and digests them on the way."""
+
+READ: Final = 1
+"""Digests their destinations; nothing is written, and no source is touched."""
+
+COMPARE: Final = 2
+"""Instead of digests: one more than the base of a destination that differs from its source, if one
+does; nothing is written."""
 
 TILE_UNITS: Final = 1 << 16
 """Most units of a tile: then `unit * (2^32 // cols + 1) >> 32` is the row of any unit, exactly. It

@@ -1,21 +1,18 @@
-"""The kernels without a GPU: Triton's interpreter, and an accelerator that is main memory.
-
-Import it before anything runs a kernel. Where there is a GPU kernels are compiled, and `tests/gpu`
-has the tests.
-"""
+"""An executor for GPUs that works in main memory: its kernels are run by Triton's interpreter."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from tests.interpreted import interpreted
 from weightbus.consumers.reload.accelerator import Accelerator
 from weightbus.consumers.reload.gpu import GpuExecutor
 from weightbus.consumers.reload.threads import Threads
@@ -23,23 +20,22 @@ from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 from weightbus.schemas.worker import Cell
 
-__all__ = ("HostAccelerator", "interpreted_executor", "why_not_interpreted")
+__all__ = ("HostAccelerator", "interpreted_executor", "interpreting")
 
 PROGRAMS = 3
 """Of a launch: the interpreter runs them one after the other."""
 
-
-def why_not_interpreted() -> str:
-    """Why kernels cannot be interpreted here; empty: they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton: pip install triton"
-    if torch.cuda.is_available():
-        return "kernels are compiled where there is a GPU: see tests/gpu"
-    return ""
+_loaded: list[ModuleType] = []
 
 
-if not why_not_interpreted():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Executors work within. Skips the test where there is no Triton."""
+    with interpreted("weightbus.consumers.reload.kernels") as module:
+        _mend_interpreter()
+        _loaded.append(module)
+        yield
+        _loaded.pop()
 
 
 class HostAccelerator(Accelerator):
@@ -70,6 +66,9 @@ class HostAccelerator(Accelerator):
         assert self.is_working
         return tensor.clone()
 
+    def kernels(self) -> ModuleType:
+        return _loaded[-1]
+
     def programs(self, sources: Iterable[int]) -> int:
         self.sources.update(sources)
         return PROGRAMS
@@ -79,7 +78,6 @@ def interpreted_executor(
     layout: Layout, needs: Needs, cells: Sequence[Cell], threads: Threads | None = None
 ) -> GpuExecutor:
     """An executor for GPUs whose parameters are in main memory."""
-    _mend_interpreter()
     return GpuExecutor(layout, needs, cells, threads, HostAccelerator())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +18,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from tests.unit.planning.worlds import UNWRITTEN, Bytes, World, make_world, memory_bytes
-from tests.unit.reload.interpreted import (
-    HostAccelerator,
-    interpreted_executor,
-    why_not_interpreted,
-)
+from tests.unit.reload.interpreted import HostAccelerator, interpreted_executor, interpreting
 from tests.unit.reload.test_cpu import (
     address_of,
     bind,
@@ -45,8 +41,12 @@ from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.needs import Copy, Fill, Needs, ParameterSpec, Transform, UnaryOp
 from weightbus.schemas.worker import Cell
 
-_WHY_NOT = why_not_interpreted()
-pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> Iterator[None]:
+    with interpreting():
+        yield
+
 
 Make = Callable[[Layout, Needs, Sequence[Cell]], Executor]
 
@@ -313,7 +313,6 @@ def test_addresses_that_are_read_are_those_that_the_device_is_asked_about() -> N
     needs = structs.replace(needs, copies=(copy,))
     (memory,) = new_memories(needs)
     accelerator = HostAccelerator()
-    interpreted_executor(layout, needs, [])
     executor = GpuExecutor(layout, needs, [], None, accelerator)
     executor.move(bind(layout, needs, [data], [memory]))
     assert accelerator.sources == {address_of(data) + 240}

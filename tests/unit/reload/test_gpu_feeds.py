@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.reload.interpreted import interpreted_executor, why_not_interpreted
+from tests.unit.reload.interpreted import interpreted_executor, interpreting
 from tests.unit.reload.models import ModuleHost, same_bits
 from tests.unit.reload.test_feeds import Wide, load_wide, open_feeder, wide_tensors
 from tests.unit.reload.test_random_models import RandomModel
@@ -17,8 +18,11 @@ from tests.unit.transfer.publishing import cut_layout, open_trainer
 from weightbus.consumers.reload import split, streams
 from weightbus.consumers.reload.executor import Executor
 
-_WHY_NOT = why_not_interpreted()
-pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> Iterator[None]:
+    with interpreting():
+        yield
 
 
 @pytest.fixture(autouse=True)
