@@ -144,7 +144,7 @@ def same_bytes(live: torch.Tensor, made: torch.Tensor) -> bool:
         return same_bytes_elsewhere(live, made)
     left, right = _bytes(live), _bytes(made)
     return all(
-        torch.equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
+        _equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
         for start in range(0, left.numel(), COMPARED_BYTES)
     )
 
@@ -161,9 +161,19 @@ def same_bytes_elsewhere(live: torch.Tensor, made: torch.Tensor) -> bool:
     for some, expected in _parts(left, right, part_bytes):
         found = copied[: some.nbytes]
         found.copy_(_bytes(some))
-        if not torch.equal(found, _bytes(expected)):
+        if not _equal(found, _bytes(expected)):
             return False
     return True
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Of bytes; by words of 8 where they are aligned, which takes a third of the time."""
+    end = left.numel() // 8 * 8
+    if end and not (left.storage_offset() % 8 or right.storage_offset() % 8):
+        if not torch.equal(left[:end].view(torch.int64), right[:end].view(torch.int64)):
+            return False
+        left, right = left[end:], right[end:]
+    return torch.equal(left, right)
 
 
 def _parts(

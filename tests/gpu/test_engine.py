@@ -63,7 +63,8 @@ def test_worker_whose_device_is_lost_says_so_and_ends_in_order() -> None:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines() == [
+    said = [line for line in done.stdout.splitlines() if line[1:2] == ":"]  # kernels say more
+    assert said == [
         "1: Applied",
         "2: DeviceLost, touched",
         "3: DeviceLost, touched",
