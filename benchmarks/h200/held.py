@@ -7,14 +7,22 @@ parameters is read off the windows of the engine's own loader, what it must hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from benchmarks.h200.weights import BITS, bits_of, box_bits, row_blocks, seed_of
+from benchmarks.h200.weights import (
+    BITS,
+    CHUNK_ELEMENTS,
+    bits_of,
+    box_bits,
+    row_blocks,
+    seed_of,
+)
 from weightbus.consumers.engines.torch.model import CheckpointPart, ServedModel
-from weightbus.consumers.engines.torch.parameter import ShardedParameter
+from weightbus.consumers.engines.torch.parameter import ShardedParameter, Window
 
 __all__ = ("differences", "held_version", "holding")
 
@@ -40,9 +48,11 @@ def holding(model: ServedModel) -> str:
 def held_version(model: ServedModel) -> int | None:
     """The version that the first elements of the first tensor are of."""
     part = next(iter(model.checkpoint_parts()))
-    view, window = _held(part), part.parameter.windows[part.shard]
+    window = part.parameter.windows[part.shard]
     if window.dim:
         raise AssertionError(f"{part.name} is cut by columns")
+    view = part.parameter.checkpoint_view(part.shard).detach()
+    view = view.view(BITS[view.element_size()])
     first = view.reshape(view.shape[0], -1)[0, :PROBED].cpu()
     row_elements = view.shape[1] if view.dim() > 1 else 1
     seeds = torch.tensor([seed_of(part.name, v) for v in range(VERSIONS)], dtype=torch.int32)
@@ -56,57 +66,107 @@ def held_version(model: ServedModel) -> int | None:
 def differences(model: ServedModel, version: int) -> list[str]:
     """What of a model differs from a version, or belongs to no checkpoint tensor; empty: nothing.
 
-    Padding must hold 0. Blocks until the device is done, and gives back the memory it took.
+    Padding must hold 0. Blocks until the device is done.
     """
     names: list[str] = []
     counts: list[torch.Tensor] = []
     covered: dict[ShardedParameter, int] = {}
     with torch.no_grad():
-        for part in model.checkpoint_parts():
-            names.append(part.name)
-            counts.append(_count(part, version))
-            covered[part.parameter] = covered.get(part.parameter, 0) + _elements(part)
-        wrong: list[int] = torch.stack(counts).cpu().tolist()
+        for boxes in _boxes(model):
+            names += boxes.names
+            counts.append(_count(boxes, version))
+            covered[boxes.parameter] = covered.get(boxes.parameter, 0) + boxes.elements
+        wrong: list[int] = torch.cat(counts).cpu().tolist()
     found = [f"{count} elements of {n}" for n, count in zip(names, wrong, strict=True) if count]
     return [*found, *_uncovered(model, covered)]
 
 
-def _held(part: CheckpointPart) -> torch.Tensor:
-    """The bits that a rank holds of a checkpoint tensor."""
-    view = part.parameter.checkpoint_view(part.shard)
-    return view.detach().view(BITS[view.element_size()])
+@dataclass(frozen=True)
+class _Boxes:
+    """What a rank holds of several checkpoint tensors of one shape, which lie one after the other.
+
+    Experts are stacked; compared one by one they would take longer than their bytes do.
+    """
+
+    names: list[str]
+    parameter: ShardedParameter
+    window: Window
+    """Of the first."""
+    bits: torch.Tensor
+    """[tensors, rows, columns]"""
+    padding: torch.Tensor
+    """Of the same tensors; empty if there is none."""
+
+    @property
+    def elements(self) -> int:
+        return self.bits.numel() + self.padding.numel()
 
 
-def _count(part: CheckpointPart, version: int) -> torch.Tensor:
-    """How many elements of a checkpoint tensor differ; stays on the device."""
-    view, window = _held(part), part.parameter.windows[part.shard]
-    if view.dim() > 2:
-        raise AssertionError(f"{part.name} has {view.dim()} dimensions")
-    matrix = view if view.dim() == 2 else view.unsqueeze(1)
-    row, columns, row_elements = window.source, range(matrix.shape[1]), matrix.shape[1]
+def _boxes(model: ServedModel) -> Iterator[_Boxes]:
+    stacks: dict[tuple[ShardedParameter, Window], list[CheckpointPart]] = {}
+    for part in model.checkpoint_parts():
+        anywhere = part.parameter.windows[part.shard]._replace(place=None)
+        stacks.setdefault((part.parameter, anywhere), []).append(part)
+    for parts in stacks.values():
+        group: list[CheckpointPart] = []
+        for part in parts:
+            if group and not _follows(part, group):
+                yield _boxes_of(group)
+                group = []
+            group.append(part)
+        yield _boxes_of(group)
+
+
+def _follows(part: CheckpointPart, group: list[CheckpointPart]) -> bool:
+    """Whether a part is the next of a stack, and small enough to be compared with those before."""
+    place = part.parameter.windows[part.shard].place
+    before = group[-1].parameter.windows[group[-1].shard].place
+    elements = part.parameter[0].numel() * (len(group) + 1)
+    return (
+        place is not None
+        and before is not None
+        and place == before + 1
+        and elements <= CHUNK_ELEMENTS[part.parameter.device.type]
+    )
+
+
+def _boxes_of(group: list[CheckpointPart]) -> _Boxes:
+    first = group[0]
+    window = first.parameter.windows[first.shard]
+    held = first.parameter.detach().view(BITS[first.parameter.element_size()])
+    if window.place is None:
+        stack = held.unsqueeze(0)
+    else:
+        stack = held[window.place : window.place + len(group)]
+    if stack.dim() == 2:
+        stack = stack.unsqueeze(2)
+    if stack.dim() != 3:
+        raise AssertionError(f"{first.name} has {stack.dim() - 1} dimensions")
+    end = window.start + window.size
+    return _Boxes(
+        names=[part.name for part in group],
+        parameter=first.parameter,
+        window=window,
+        bits=stack.narrow(1 + window.dim, window.start, window.size),
+        padding=stack.narrow(1 + window.dim, end, window.padding),
+    )
+
+
+def _count(boxes: _Boxes, version: int) -> torch.Tensor:
+    """How many elements of each tensor differ; stays on the device."""
+    window, bits = boxes.window, boxes.bits
+    row, columns, row_elements = window.source, range(bits.shape[2]), bits.shape[2]
     if window.dim == 1:
         row, row_elements = 0, window.total
         columns = range(window.source, window.source + window.size)
-    wrong = torch.zeros((), dtype=torch.int64, device=view.device)
-    for begin, end in row_blocks(matrix.shape[0], matrix.shape[1], view.device):
+    wrong = boxes.padding.ne(0).sum(dim=(1, 2))
+    for begin, end in row_blocks(bits.shape[1], len(boxes.names) * bits.shape[2], bits.device):
         rows = range(row + begin, row + end)
         expected = box_bits(
-            part.name, version, view.element_size(), rows, columns, row_elements, view.device
+            boxes.names, version, bits.element_size(), rows, columns, row_elements, bits.device
         )
-        wrong += (matrix[begin:end] != expected).sum()
-    if window.padding:
-        parameter = part.parameter.detach()
-        padded = parameter if window.place is None else parameter[window.place]
-        wrong += padded.narrow(window.dim, window.start + window.size, window.padding).ne(0).sum()
+        wrong += (bits[:, begin:end] != expected).sum(dim=(1, 2))
     return wrong
-
-
-def _elements(part: CheckpointPart) -> int:
-    view, window = part.parameter.checkpoint_view(part.shard), part.parameter.windows[part.shard]
-    padding = window.padding
-    for dim, extent in enumerate(view.shape):
-        padding *= 1 if dim == window.dim else extent
-    return view.numel() + padding
 
 
 def _uncovered(model: ServedModel, covered: dict[ShardedParameter, int]) -> Sequence[str]:

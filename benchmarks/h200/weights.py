@@ -7,12 +7,12 @@ alone: a hash, without two equal rows or versions. Floats are finite: a bit of t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
 
-__all__ = ("bits_of", "box_bits", "fill", "row_blocks", "seed_of")
+__all__ = ("BITS", "CHUNK_ELEMENTS", "bits_of", "box_bits", "fill", "row_blocks", "seed_of")
 
 BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Bytes of an element -> the dtype its bits are compared in."""
@@ -42,7 +42,7 @@ def bits_of(index: torch.Tensor, seed: torch.Tensor | int, itemsize: int) -> tor
 
 
 def box_bits(
-    name: str,
+    names: Sequence[str],
     version: int,
     itemsize: int,
     rows: range,
@@ -50,11 +50,18 @@ def box_bits(
     row_elements: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """The bits of a box of a matrix whose rows are `row_elements` long: [rows, columns]."""
+    """The bits of one box of each of several matrices whose rows are `row_elements` long.
+
+    Returns: of [names, rows, columns].
+    """
     down = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
     across = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=device)
     index = down.mul_(row_elements).unsqueeze(1) + across
-    return bits_of(index, seed_of(name, version), itemsize)
+    if len(names) == 1:
+        return bits_of(index, seed_of(names[0], version), itemsize).unsqueeze(0)
+    seeds = torch.tensor([seed_of(name, version) for name in names], dtype=torch.int32)
+    repeated = index.expand(len(names), -1, -1).contiguous()
+    return bits_of(repeated, seeds.to(device).view(-1, 1, 1), itemsize)
 
 
 def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -70,6 +77,6 @@ def fill(box: torch.Tensor, name: str, version: int, first_row: int = 0) -> None
     columns = flat.shape[1]
     for begin, end in row_blocks(flat.shape[0], columns, box.device):
         rows = range(first_row + begin, first_row + end)
-        flat[begin:end] = box_bits(
-            name, version, box.element_size(), rows, range(columns), columns, box.device
+        (flat[begin:end],) = box_bits(
+            (name,), version, box.element_size(), rows, range(columns), columns, box.device
         )

@@ -37,8 +37,13 @@ def test_bits_are_those_of_the_formula_for_every_width(dtype: torch.dtype, code:
 def test_box_is_a_part_of_the_whole_when_it_is_cut_by_rows_and_by_columns() -> None:
     whole = torch.zeros((64, 48), dtype=torch.bfloat16)
     fill(whole, "a", 1)
-    box = box_bits("a", 1, 2, range(10, 20), range(7, 31), 48, CPU)
-    assert torch.equal(whole.view(torch.int16)[10:20, 7:31], box)
+    other = torch.zeros((64, 48), dtype=torch.bfloat16)
+    fill(other, "b", 1)
+    alone = box_bits(("a",), 1, 2, range(10, 20), range(7, 31), 48, CPU)
+    both = box_bits(("a", "b"), 1, 2, range(10, 20), range(7, 31), 48, CPU)
+    assert torch.equal(whole.view(torch.int16)[10:20, 7:31], alone[0])
+    assert torch.equal(alone[0], both[0])
+    assert torch.equal(other.view(torch.int16)[10:20, 7:31], both[1])
 
 
 def test_rows_are_a_part_of_the_whole_when_they_are_filled_alone() -> None:
@@ -50,7 +55,7 @@ def test_rows_are_a_part_of_the_whole_when_they_are_filled_alone() -> None:
 
 def test_versions_and_tensors_differ_nearly_everywhere() -> None:
     def bits(name: str, version: int) -> torch.Tensor:
-        return box_bits(name, version, 2, range(100), range(100), 100, CPU)
+        return box_bits((name,), version, 2, range(100), range(100), 100, CPU)
 
     for other in (bits("a", 2), bits("b", 1)):
         assert (bits("a", 1) == other).float().mean() < 0.01
