@@ -250,8 +250,8 @@ async def test_host_tensors_go_to_the_gpu_slot_with_the_others(model: str) -> No
 
 
 async def test_publish_names_need_and_have_when_the_gpu_is_full(model: str, reader: Reader) -> None:
-    free_bytes, _ = torch.cuda.mem_get_info(0)
-    huge = torch.zeros(1, dtype=torch.uint8, device="cuda").expand(2 * free_bytes)
+    _, total_bytes = torch.cuda.mem_get_info(0)
+    huge = torch.zeros(1, dtype=torch.uint8, device="cuda").expand(2 * total_bytes)
     tensors = {"w": torch.arange(100_000, device="cuda")}
     async with publishing(model, "device", FakeBus()) as publisher:
         first = await publisher.publish(tensors, 1)
