@@ -10,8 +10,9 @@ none moves more than `TILE_BYTES`; none lies outside its segment or its paramete
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -125,17 +126,35 @@ class BoundTiles:
     """
 
     plan: TilePlan
-    sources: Integers
-    """[N]: address where every tile begins to read."""
-    destinations: Integers
-    """[N]: address where every tile begins to write."""
-    piece_sources: Integers
-    """[P]: address where every piece begins to read."""
-    piece_destinations: Integers
     segment_addresses: Integers
     segment_sizes: tuple[int, ...]
     parameter_addresses: Integers
     parameter_sizes: tuple[int, ...]
+
+    @cached_property
+    def sources(self) -> Integers:
+        """[N]: address where every tile begins to read."""
+        tiles = self.plan.tiles
+        begins: Integers = self.segment_addresses[tiles["segment"]] + tiles["source"]
+        return begins
+
+    @cached_property
+    def destinations(self) -> Integers:
+        """[N]: address where every tile begins to write."""
+        tiles = self.plan.tiles
+        begins: Integers = self.parameter_addresses[tiles["parameter"]] + tiles["destination"]
+        return begins
+
+    @cached_property
+    def piece_sources(self) -> Integers:
+        """[P]: address where every piece begins to read."""
+        return self.segment_addresses[self.plan.pieces.segment] + self.plan.pieces.source
+
+    @cached_property
+    def piece_destinations(self) -> Integers:
+        """[P]: address where every piece begins to write."""
+        pieces = self.plan.pieces
+        return self.parameter_addresses[pieces.parameter] + pieces.destination
 
 
 def plan_tiles(layout: Layout, needs: Needs) -> TilePlan:
@@ -181,27 +200,14 @@ def bind_tiles(
         PlanError: there are not as many segments or parameters as in the plan, or a tile would lie
             outside its own.
     """
-    _check_ends(
-        plan.segment_ends,
-        segment_sizes,
-        [f"segment {number}" for number in range(plan.segment_ends.size)],
-    )
-    _check_ends(
-        plan.parameter_ends,
-        parameter_sizes,
-        [f"parameter {parameter.name}" for parameter in plan.needs.parameters],
-    )
-    segments = np.array(segment_addresses, dtype=np.int64)
-    parameters = np.array(parameter_addresses, dtype=np.int64)
+    _check_ends(plan.segment_ends, segment_sizes, "segment {}".format)
+    names = plan.needs.parameters
+    _check_ends(plan.parameter_ends, parameter_sizes, lambda n: f"parameter {names[n].name}")
     return BoundTiles(
         plan=plan,
-        sources=segments[plan.tiles["segment"]] + plan.tiles["source"],
-        destinations=parameters[plan.tiles["parameter"]] + plan.tiles["destination"],
-        piece_sources=segments[plan.pieces.segment] + plan.pieces.source,
-        piece_destinations=parameters[plan.pieces.parameter] + plan.pieces.destination,
-        segment_addresses=segments,
+        segment_addresses=np.array(segment_addresses, dtype=np.int64),
         segment_sizes=tuple(segment_sizes),
-        parameter_addresses=parameters,
+        parameter_addresses=np.array(parameter_addresses, dtype=np.int64),
         parameter_sizes=tuple(parameter_sizes),
     )
 
@@ -223,7 +229,7 @@ def _segment_ends(layout: Layout, needs: Needs, pieces: Pieces) -> Integers:
     return segment_ends
 
 
-def _check_ends(ends: Integers, sizes: Sequence[int], names: Sequence[str]) -> None:
+def _check_ends(ends: Integers, sizes: Sequence[int], name: Callable[[int], str]) -> None:
     """Check that what is read or written of each thing ends inside it."""
     if len(sizes) != ends.size:
         raise PlanError("plan", f"bound to {len(sizes)} sizes", f"must be bound to {ends.size}")
@@ -231,7 +237,7 @@ def _check_ends(ends: Integers, sizes: Sequence[int], names: Sequence[str]) -> N
     if outside.size:
         number = int(outside[0])
         limit = f"the plan takes bytes up to {ends[number]} of it"
-        raise PlanError(names[number], f"{sizes[number]} bytes long", limit)
+        raise PlanError(name(number), f"{sizes[number]} bytes long", limit)
 
 
 def cut_tiles(pieces: Pieces, most_units: int = TILE_BYTES) -> npt.NDArray[np.void]:

@@ -14,7 +14,7 @@ read or written any more once a method has returned or raised.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -69,6 +69,17 @@ class _Batch:
 
 
 @dataclass(frozen=True, eq=False)
+class _Extents:
+    """What is used of some segments or parameters."""
+
+    numbers: Integers
+    starts: Integers
+    """First byte of each."""
+    ends: Integers
+    """One past the last."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Program:
     """A plan on the device: what the kernel runs, for one alignment of segments and parameters.
 
@@ -83,16 +94,12 @@ class _Program:
     block_offsets: Integers
     cells: Integers
     """Numbers of the cells that it digests, by the place of their sums."""
-    is_whole: Mask
-    """For every cell of the executor: whether all of it is digested."""
-    segments: Integers
-    """Numbers of those that are read."""
-    segment_starts: Integers
-    """The first byte that is read of each of these."""
-    segment_ends: Integers
-    """One past the last byte that is read of every segment; 0: none is."""
-    parameter_ends: Integers
-    """One past the last byte that is written of every parameter; 0: none is."""
+    whole_cells: Integers
+    """Those of them that it digests whole."""
+    read: _Extents
+    """Of segments."""
+    written: _Extents
+    """Of parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +121,7 @@ class GpuExecutor(Executor):
         accelerator: the parameters' device.
     """
 
-    portion_bytes = 2**30
+    portion_bytes = 4 * 2**30
 
     def __init__(
         self,
@@ -127,7 +134,12 @@ class GpuExecutor(Executor):
         self._layout, self._needs, self._cells = layout, needs, tuple(cells)
         self._accelerator = accelerator
         self._host = CpuExecutor(layout, needs, cells, threads)
-        self._gathers = plan_gathers(layout, needs, cells, BLOCK_BYTES)
+        gathers = plan_gathers(layout, needs, cells, BLOCK_BYTES)
+        keys = gathers.pieces.copy * len(layout.segments) + gathers.pieces.segment
+        order = np.argsort(keys, kind="stable")
+        self._keys: Integers = keys[order]
+        """Of every piece: its copy and its segment, ascending."""
+        self._gathers = replace(gathers, pieces=chosen_pieces(gathers.pieces, order))
         self._cell_bytes = _cell_bytes(self._gathers.pieces, len(self._cells))
         copies = np.array([cell.copy for cell in self._cells], dtype=np.int64)
         transforms = np.array([copy.transform for copy in needs.copies] + [-1], dtype=np.int64)
@@ -211,11 +223,11 @@ class GpuExecutor(Executor):
 
     def _run(self, program: _Program, bound: BoundTiles, *, reads_segments: bool = True) -> _Run:
         """Checks that no tile leaves its segment or its parameter."""
-        _check_inside("parameter", program.parameter_ends, bound.parameter_sizes)
+        _check_inside("parameter", program.written, bound.parameter_sizes)
         sources: list[int] = []
         if reads_segments:
-            _check_inside("segment", program.segment_ends, bound.segment_sizes)
-            starts = bound.segment_addresses[program.segments] + program.segment_starts
+            _check_inside("segment", program.read, bound.segment_sizes)
+            starts = bound.segment_addresses[program.read.numbers] + program.read.starts
             sources = starts.tolist()
         blocks = program.block_offsets
         if blocks.size:
@@ -269,7 +281,7 @@ class GpuExecutor(Executor):
 
     def _digest_elsewhere(self, program: _Program, bound: BoundTiles, numbers: Integers) -> None:
         """Read back those of some cells that the program does not hold whole."""
-        missing = numbers[~program.is_whole[numbers]]
+        missing = np.setdiff1d(numbers[self._cell_bytes[numbers] > 0], program.whole_cells)
         if missing.size:
             pieces = self._gathers.pieces
             chosen = chosen_pieces(pieces, np.isin(pieces.cell, missing))
@@ -291,17 +303,22 @@ class GpuExecutor(Executor):
             np.where(plan.segment_ends > 0, segment_residues, 0),
             np.where(plan.parameter_ends > 0, parameter_residues, 0),
         )
-        key = np.concatenate(residues).astype(np.uint8).tobytes()
+        odd = np.concatenate(residues)
+        key = np.stack([np.flatnonzero(odd), odd[odd > 0]]).tobytes()
         if key not in kept:
-            pieces, segments = self._gathers.pieces, len(self._layout.segments)
-            wanted = np.isin(
-                pieces.copy * segments + pieces.segment,
-                plan.pieces.copy * segments + plan.pieces.segment,
-            )
             while len(kept) >= _TABLES_KEPT:
                 del kept[next(iter(kept))]
-            kept[key] = self._compiled(chosen_pieces(pieces, wanted), *residues)
+            kept[key] = self._compiled(self._pieces_of(plan), *residues)
         return kept[key]
+
+    def _pieces_of(self, plan: TilePlan) -> IndexedPieces:
+        """A plan has all that a copy takes of a segment, or nothing."""
+        segments = len(self._layout.segments)
+        keys = np.unique(plan.pieces.copy * segments + plan.pieces.segment)
+        first = np.searchsorted(self._keys, keys, side="left")
+        counts = np.searchsorted(self._keys, keys, side="right") - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return chosen_pieces(self._gathers.pieces, np.repeat(first, counts) + within)
 
     def _compiled(
         self, pieces: IndexedPieces, segment_residues: Integers, parameter_residues: Integers
@@ -320,15 +337,8 @@ class GpuExecutor(Executor):
         slots = np.searchsorted(cells, pieces.cell)
         table = compile_table(pieces, (pieces.segment, targets), slots, residues, groups)
         plain, *launches = table.groups or ((),)
-        ends = _ends(pieces.source, pieces, pieces.source_strides)
-        segment_ends = np.zeros(segments, dtype=np.int64)
-        np.maximum.at(segment_ends, pieces.segment, ends)
-        segment_starts = segment_ends.copy()
-        np.minimum.at(segment_starts, pieces.segment, pieces.source)
-        read = np.flatnonzero(segment_ends)
-        ends = _ends(pieces.destination, pieces, pieces.destination_strides)
-        parameter_ends = np.zeros(parameters, dtype=np.int64)
-        np.maximum.at(parameter_ends, pieces.parameter[~is_block], ends[~is_block])
+        held = _cell_bytes(pieces, len(self._cells))[cells]
+        direct = chosen_pieces(pieces, ~is_block)
         return _Program(
             tiles=self._accelerator.uploaded(table.tiles),
             pieces=self._accelerator.uploaded(table.pieces),
@@ -342,11 +352,11 @@ class GpuExecutor(Executor):
             ),
             block_offsets=offsets,
             cells=cells,
-            is_whole=_cell_bytes(pieces, len(self._cells)) == self._cell_bytes,
-            segments=read,
-            segment_starts=segment_starts[read],
-            segment_ends=segment_ends,
-            parameter_ends=parameter_ends,
+            whole_cells=cells[held == self._cell_bytes[cells]],
+            read=_extents(pieces.segment, pieces.source, pieces.source_strides, pieces),
+            written=_extents(
+                direct.parameter, direct.destination, direct.destination_strides, direct
+            ),
         )
 
     # -- transforms and fills
@@ -427,19 +437,26 @@ def _cell_bytes(pieces: IndexedPieces, count: int) -> Integers:
     return held
 
 
-def _ends(first: Integers, pieces: IndexedPieces, strides: Integers) -> Integers:
-    """One past the last byte of every piece, on the side of `first`."""
+def _extents(
+    numbers: Integers, firsts: Integers, strides: Integers, pieces: IndexedPieces
+) -> _Extents:
+    """What pieces use of segments, or of parameters."""
     reaches = (pieces.sizes - 1) * strides
-    assert np.all(first + np.minimum(reaches, 0).sum(axis=1) >= 0), "checked when it was planned"
-    ends: Integers = first + np.maximum(reaches, 0).sum(axis=1) + pieces.unit_bytes
-    return ends
+    lows = firsts + np.minimum(reaches, 0).sum(axis=1)
+    highs = firsts + np.maximum(reaches, 0).sum(axis=1) + pieces.unit_bytes
+    assert np.all(lows >= 0), "checked when it was planned"
+    used, place = np.unique(numbers, return_inverse=True)
+    starts, ends = np.full(used.size, np.iinfo(np.int64).max), np.zeros(used.size, dtype=np.int64)
+    np.minimum.at(starts, place, lows)
+    np.maximum.at(ends, place, highs)
+    return _Extents(used, starts, ends)
 
 
-def _check_inside(thing: str, ends: Integers, sizes: Sequence[int]) -> None:
-    outside = np.flatnonzero(ends > np.array(sizes, dtype=np.int64))
+def _check_inside(thing: str, used: _Extents, sizes: Sequence[int]) -> None:
+    outside = np.flatnonzero(used.ends > np.array(sizes, dtype=np.int64)[used.numbers])
     if outside.size:
-        number = int(outside[0])
-        limit = f"the kernel takes bytes up to {ends[number]} of it"
+        number, end = int(used.numbers[outside[0]]), int(used.ends[outside[0]])
+        limit = f"the kernel takes bytes up to {end} of it"
         raise PlanError(f"{thing} {number}", f"{sizes[number]} bytes long", limit)
 
 

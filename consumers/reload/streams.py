@@ -43,31 +43,13 @@ Chosen = slice | Integers
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Some of the pieces of a stream's plan."""
-
-    plan: TilePlan
-    pieces: Chosen
-    """Which ones they are of the whole plan's."""
-
-    def of(self, bound: BoundTiles) -> BoundTiles:
-        """The part of the bound plan."""
-        return replace(
-            bound,
-            plan=self.plan,
-            piece_sources=bound.piece_sources[self.pieces],
-            piece_destinations=bound.piece_destinations[self.pieces],
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class Step:
     """What is done with one bucket."""
 
-    moved: Part
+    moved: TilePlan
     cells: tuple[int, ...]
     """Numbers of the cut cells that are digested with it."""
-    undecided: Part | None
+    undecided: TilePlan | None
     """What of it goes to undecided parameters."""
 
 
@@ -81,7 +63,7 @@ class StreamPlan:
     of their own when a part is prepared."""
     steps: tuple[Step, ...]
     """For every bucket."""
-    fills: Part
+    fills: TilePlan
     """What needs no bucket."""
     executor: Executor
     """For the plan and the cut cells, on the parameters' device; every part is prepared."""
@@ -149,7 +131,7 @@ def plan_stream(
     executor = make_executor(device, staged.layout, cut.needs, cut.cells, threads)
     for part in (fills, *(part for step in steps for part in (step.moved, step.undecided))):
         if part is not None:
-            executor.prepare(part.plan)
+            executor.prepare(part)
     return StreamPlan(
         buckets=staged,
         plan=plan,
@@ -193,17 +175,17 @@ def move_stream(
         lanes.wait_filled(bucket)
         deadline.check()
         if step.undecided is not None:
-            _check_unchanged(plan, step.undecided.of(bound))
+            _check_unchanged(plan, replace(bound, plan=step.undecided))
         if not bucket:
             begin()
-        here = step.moved.of(bound)
+        here = replace(bound, plan=step.moved)
         sums = plan.executor.update(here, step.cells)
         lanes.done(bucket)
         np.add.at(digests, plan.origins[list(step.cells)], sums)
         source_bytes += here.plan.source_bytes
     if not plan.steps:
         begin()
-    plan.executor.move(plan.fills.of(bound))
+    plan.executor.move(replace(bound, plan=plan.fills))
     return Streamed(digests, source_bytes)
 
 
@@ -266,14 +248,14 @@ def _cut_at_parts(staged: BucketPlan, needs: Needs, cells: Sequence[Cell]) -> _C
     return replace(cut, needs=msgspec.structs.replace(needs, copies=tuple(copies)))
 
 
-def _part(plan: TilePlan, needs: Needs, chosen: Chosen) -> Part:
+def _part(plan: TilePlan, needs: Needs, chosen: Chosen) -> TilePlan:
+    """Some of the pieces of a plan."""
     pieces = chosen_pieces(plan.pieces, chosen)
     units = pieces.sizes.prod(axis=1)
-    part = replace(
+    return replace(
         plan,
         needs=needs,
         pieces=pieces,
         source_bytes=int((units * pieces.unit_bytes).sum()),
         destination_bytes=int((units * pieces.destination_unit_bytes).sum()),
     )
-    return Part(part, chosen)
