@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Sequence
@@ -28,6 +29,7 @@ from benchmarks.h200.report import Report, Run, print_table, read_report, write_
 from benchmarks.h200.setup import MODELS, TINY, Setup, need_bytes_of, sources_of
 from benchmarks.h200.theirs import THEIRS, measure_theirs
 from benchmarks.planning import RESULTS, machine
+from weightbus.bus.background import open_background
 
 RUNS: Final = (*LINKS, "host_tp4", THEIRS, "gpu_tp4", "host_tp2dp2", "staged_2hosts")
 """In this order: what a run that is cut short should rather have comes first."""
@@ -77,7 +79,13 @@ class Bench:
             )
 
     async def run(self) -> None:
-        """Everything that was asked for, one after the other."""
+        """Everything that was asked for, one after the other, until SIGINT or SIGTERM."""
+        async with open_background() as tasks:
+            with anyio.CancelScope() as running:
+                tasks.start_soon(cancel_at_signal, running)
+                await self._run()
+
+    async def _run(self) -> None:
         arguments = self._arguments
         memory = None if self._setup.cpu else open_memory(self._setup.devices)
         async with open_fleet(self._setup, memory) as fleet:
@@ -147,6 +155,13 @@ class Bench:
 
     def print(self) -> None:
         print_table(self._report.runs, judged=not self._setup.cpu)
+
+
+async def cancel_at_signal(running: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            say(f"stopped by {number.name}")
+            running.cancel()
 
 
 def machine_of(setup: Setup) -> dict[str, Any]:

@@ -32,6 +32,9 @@ __all__ = ("OURS", "OurRun", "engines_of", "first_of", "measure_ours")
 WARM_UPS: Final = 2
 """After the first version: one in each slot."""
 
+KEPT_BACK: Final = 3
+"""Times that a repetition takes: so much must be left of the run's time for another one."""
+
 UNDIGESTED: Final = 3
 """Repetitions without the digest."""
 
@@ -150,11 +153,15 @@ async def _measure(
         for _ in range(WARM_UPS):
             await bench.update(engines)
         for _ in range(repetitions):
+            start = anyio.current_time()
             update = await bench.update(engines)
             measured.checked_bytes += await bench.check(engines)
             measured.timed.append(update.times)
             measured.published_s.append(update.published_s)
-        on_timed()
+            on_timed()
+            left_s = anyio.current_effective_deadline() - anyio.current_time()
+            if left_s < KEPT_BACK * (anyio.current_time() - start):
+                break  # what is slow is measured less often
         await bench.sample_memory(engines, measured)
     if bench.run.undigested:
         async with bench.following(engines, digest=False):
