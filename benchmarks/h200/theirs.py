@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Final
 
 import anyio
-import torch
 
 from benchmarks.h200 import theirs_rank
 from benchmarks.h200.memory import Memory
@@ -32,9 +31,9 @@ START_S: Final = 180.0
 UPDATE_S: Final = 60.0
 
 
-def missing() -> str:
+def missing(setup: Setup) -> str:
     """Why it cannot be measured here; empty: it can."""
-    if not torch.cuda.is_available():
+    if setup.cpu:
         return "checkpoint-engine needs GPUs, and here are none"
     if importlib.util.find_spec("checkpoint_engine") is None:
         return "checkpoint-engine is not installed: pip install 'weightbus[bench]'"
@@ -51,7 +50,7 @@ async def measure_theirs(
     on_run: Callable[[Run], None],
 ) -> None:
     """Never raises because of it: the row says why it has no figures."""
-    theirs, note = _Theirs(processes, setup.devices), missing()
+    theirs, note = _Theirs(processes, setup.devices), missing(setup)
 
     def tell() -> None:
         on_run(theirs.run(size_bytes, note))

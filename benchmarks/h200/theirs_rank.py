@@ -91,25 +91,31 @@ class Server:
         setup, rank = self._arguments.setup, self._arguments.rank
         tensors = {}
         for source in owned_by(sources_of(setup.config), rank, setup.devices):
-            tensor = torch.empty(source.shape, dtype=source.dtype, device="cuda")
+            tensor = torch.empty(source.shape, dtype=source.dtype, device=setup.device(rank))
             fill(tensor, source.name, VERSION)
             tensors[source.name] = tensor.cpu()
-        torch.cuda.empty_cache()
-        assert self._answers.get(timeout=ENGINE_S) == "ready"
+        if not setup.cpu:
+            torch.cuda.empty_cache()
+        self._expect("ready")
         start_ns = time.time_ns()
         self._server.register_checkpoint(CHECKPOINT, named_tensors=tensors)
         return Done(start_ns=start_ns, end_ns=time.time_ns())
 
     def _update(self) -> Done:
         self._meet()
-        torch.cuda.synchronize()
+        _synchronize(self._arguments.setup)
         start_ns = time.time_ns()
         self._server.gather_metas(CHECKPOINT)
         gathered_ns = time.time_ns()
         self._server.update(CHECKPOINT, self._orders.put, ranks=[])
         end_ns = time.time_ns()
-        assert self._answers.get(timeout=ENGINE_S) == "updated"
+        self._expect("updated")
         return Done(start_ns=start_ns, gathered_ns=gathered_ns, end_ns=end_ns)
+
+    def _expect(self, wanted: str) -> None:
+        said = self._answers.get(timeout=ENGINE_S)
+        if said != wanted:
+            raise SystemExit(f"the engine said {said!r}, not {wanted!r}")
 
     def _meet(self) -> None:
         """Forming the group is not counted."""
@@ -124,8 +130,9 @@ def serve(arguments: Arguments, uuid: str, orders: Any, answers: Any) -> None:
     from checkpoint_engine import update_weights_from_ipc
 
     setup, rank = arguments.setup, arguments.rank
-    torch.cuda.set_device(rank)
-    with torch.device("cuda", rank):
+    if not setup.cpu:
+        torch.cuda.set_device(rank)
+    with setup.device(rank):
         model = build_model(ARCHITECTURE, setup.config, rank, setup.devices)
     model.requires_grad_(False)
     slices = {
@@ -146,20 +153,28 @@ def serve(arguments: Arguments, uuid: str, orders: Any, answers: Any) -> None:
         parameter.zero_()
     holding(model)  # its kernels are part of the engine at rest
     gc.freeze()  # an update collects garbage: it need not look at tens of thousands of views
-    torch.cuda.empty_cache()
+    _synchronize(setup)
     answers.put("ready")
     while (order := orders.get()) is not None:
         if order == "clear":
             for parameter in model.parameters():
                 parameter.zero_()
-            torch.cuda.synchronize()
+            _synchronize(setup)
             answers.put("")
         elif order == "check":
-            answers.put(holding(model))
-            torch.cuda.empty_cache()
+            held = holding(model)
+            _synchronize(setup)
+            answers.put(held)
         else:
             update_weights_from_ipc(context, dict(order)[uuid], device_id=rank, run=load)
             answers.put("updated")
+
+
+def _synchronize(setup: Setup) -> None:
+    """Nothing is under way on the GPU, and none of its memory is held for later."""
+    if not setup.cpu:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def main(arguments: Arguments) -> None:
@@ -170,7 +185,8 @@ def main(arguments: Arguments) -> None:
         RANK=str(arguments.rank),
         WORLD_SIZE=str(arguments.setup.devices),
     )
-    torch.cuda.set_device(arguments.rank)
+    if not arguments.setup.cpu:
+        torch.cuda.set_device(arguments.rank)
     server = Server(arguments)
     gc.freeze()
     for command, answer in commands:
