@@ -63,7 +63,7 @@ def main() -> None:
     plan = plan_tiles(layout, needs)
     start = time.perf_counter()
     accelerator = SizedAccelerator(torch.device(options.device))
-    executor = GpuExecutor(layout, needs, cells, None, accelerator)
+    executor = GpuExecutor(layout, needs, cells, accelerator)
     executor.prepare(plan)
     prepared_s = time.perf_counter() - start
 

@@ -1,9 +1,10 @@
 """What a kernel that digests has to gather: copies, cut where cells end. Pure: does no I/O.
 
 A tile of it belongs to one cell or to none, so that one sum per tile will do. Copies that transform
-are gathered into blocks of memory of the kernel's own, to be transformed from there.
+are gathered into blocks of memory of the kernel's own, to be transformed from there. Cells of no
+copy are only read.
 
-Invariant: the pieces hold every byte that the copies take, once; each is of one cell or of none.
+Invariants: the pieces hold every byte that the copies take, once; each is of one cell or of none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import numpy as np
 from weightbus.consumers.planning.boxes import Box, blocks_of
 from weightbus.consumers.planning.destinations import tabulate_writes
 from weightbus.consumers.planning.pieces import IndexedPieces, cut_indexed_pieces
-from weightbus.consumers.planning.tables import tabulate_copies, tabulate_layout, tabulate_shards
+from weightbus.consumers.planning.tables import (
+    LayoutTable,
+    tabulate_copies,
+    tabulate_layout,
+    tabulate_shards,
+)
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Copy, Needs, ParameterSpec
@@ -45,6 +51,8 @@ class Gathers:
     """None transforms. A parameter that the needs do not have is a block, in the order of
     `blocks`."""
     blocks: tuple[Block, ...]
+    unheld: IndexedPieces
+    """Of cells of no copy: their destinations are their sources, and their parameters segments."""
 
 
 def plan_gathers(layout: Layout, needs: Needs, cells: Sequence[Cell], block_bytes: int) -> Gathers:
@@ -52,7 +60,7 @@ def plan_gathers(layout: Layout, needs: Needs, cells: Sequence[Cell], block_byte
 
     Args:
         needs: have been planned by `plan_tiles`.
-        cells: have been checked by `check_cells`. Those of no copy are left out.
+        cells: have been checked by `check_cells`.
         block_bytes: largest block.
 
     Raises:
@@ -79,23 +87,46 @@ def plan_gathers(layout: Layout, needs: Needs, cells: Sequence[Cell], block_byte
             dtype = layout.tensors[copy.tensor].dtype
             box = Box.of(part.starts, part.sizes)
             for inner in blocks_of(box, max(1, block_bytes // DTYPE_BYTES[dtype])):
-                copies.append(_gathered(copy, inner, len(needs.parameters) + len(blocks)))
+                copies.append(_gathered(copy.tensor, inner, len(needs.parameters) + len(blocks)))
                 origins.append(number)
                 owners.append(owner)
                 blocks.append(Block(number, inner, inner.elements * DTYPE_BYTES[dtype]))
                 scratch.append(ParameterSpec("", dtype, (inner.elements,), (1,)))
-    cut = Needs((*needs.parameters, *scratch), tuple(copies))
-    table = tabulate_layout(layout)
-    tabulated = tabulate_copies(table, cut.copies)
-    pieces = cut_indexed_pieces(
-        table,
-        tabulated,
-        tabulate_shards(table),
-        tabulate_writes(table, cut, tabulated),
-        np.array(owners, dtype=np.int64),
+    table, origin = tabulate_layout(layout), np.array(origins, dtype=np.int64)
+    pieces = _cut(table, Needs((*needs.parameters, *scratch), tuple(copies)), owners)
+    return Gathers(replace(pieces, copy=origin[pieces.copy]), tuple(blocks), _unheld(table, cells))
+
+
+def _unheld(table: LayoutTable, cells: Sequence[Cell]) -> IndexedPieces:
+    """Pieces of the cells of no copy."""
+    numbers = [n for n, cell in enumerate(cells) if cell.copy < 0 and all(cell.sizes)]
+    copies = []
+    for place, number in enumerate(numbers):
+        cell = cells[number]
+        box = Box.of(cell.starts, cell.sizes)
+        copies.append(_gathered(cell.tensor, box, place))
+    parameters = [
+        ParameterSpec("", table.layout.tensors[copy.tensor].dtype, copy.sizes, copy.strides)
+        for copy in copies
+    ]
+    pieces = _cut(table, Needs(tuple(parameters), tuple(copies)), numbers)
+    return replace(
+        pieces,
+        parameter=pieces.segment,
+        destination=pieces.source,
+        destination_strides=pieces.source_strides,
     )
-    origin = np.array(origins, dtype=np.int64)
-    return Gathers(replace(pieces, copy=origin[pieces.copy]), tuple(blocks))
+
+
+def _cut(table: LayoutTable, needs: Needs, cells: Sequence[int]) -> IndexedPieces:
+    copies = tabulate_copies(table, needs.copies)
+    return cut_indexed_pieces(
+        table,
+        copies,
+        tabulate_shards(table),
+        tabulate_writes(table, needs, copies),
+        np.array(cells, dtype=np.int64),
+    )
 
 
 def part_of_copy(copy: Copy, box: Box) -> Copy:
@@ -117,7 +148,7 @@ def _parts(copy: Copy, cells: Sequence[Cell], numbers: Sequence[int]) -> Iterato
         yield -1, copy if box == whole else part_of_copy(copy, box)
 
 
-def _gathered(copy: Copy, box: Box, parameter: int) -> Copy:
-    """A part of a copy, gathered into memory of its own."""
+def _gathered(tensor: int, box: Box, parameter: int) -> Copy:
+    """A box of a tensor, gathered into memory of its own."""
     strides = tuple(math.prod(box.sizes[dim + 1 :]) for dim in range(len(box.sizes)))
-    return Copy(copy.tensor, box.starts, box.sizes, parameter, 0, strides)
+    return Copy(tensor, box.starts, box.sizes, parameter, 0, strides)

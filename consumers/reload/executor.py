@@ -124,5 +124,5 @@ def make_executor(
     if place.type == "cpu":
         return CpuExecutor(layout, needs, cells, threads)
     if place.type == "cuda":
-        return GpuExecutor(layout, needs, cells, threads, open_accelerator(place))
+        return GpuExecutor(layout, needs, cells, open_accelerator(place))
     raise PlanError("device of the parameters", device, "nothing writes there yet")

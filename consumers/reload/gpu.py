@@ -5,7 +5,7 @@ GPU's, or the device's own. Owns the tables of its plans on the device and, if a
 one block of `BLOCK_BYTES`. A plan's table is made once; per version only addresses are uploaded.
 
 Copies that transform are gathered into the block, digested on the way, and from there are
-transformed and written by torch. What no copy holds is digested by the CPU, from main memory.
+transformed and written by torch. What no copy holds is only digested, from its segments.
 
 Invariants: a cell's digest is of the very bytes that were written, or cast and written; nothing is
 read or written any more once a method has returned or raised.
@@ -29,10 +29,8 @@ from weightbus.consumers.planning.pieces import MAX_UNIT_BYTES, IndexedPieces, c
 from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan
 from weightbus.consumers.reload.accelerator import Accelerator
-from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.executor import Executor, Sums
 from weightbus.consumers.reload.table import COMPARE, MOVE, READ, Launch, compile_table
-from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.reload.transforms import filled_bytes, transformed
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
@@ -117,7 +115,6 @@ class GpuExecutor(Executor):
     """Runs bound plans on one GPU.
 
     Args:
-        threads: digest what no copy holds; None: the caller's own.
         accelerator: the parameters' device.
     """
 
@@ -128,12 +125,10 @@ class GpuExecutor(Executor):
         layout: Layout,
         needs: Needs,
         cells: Sequence[Cell],
-        threads: Threads | None,
         accelerator: Accelerator,
     ) -> None:
         self._layout, self._needs, self._cells = layout, needs, tuple(cells)
         self._accelerator = accelerator
-        self._host = CpuExecutor(layout, needs, cells, threads)
         gathers = plan_gathers(layout, needs, cells, BLOCK_BYTES)
         keys = gathers.pieces.copy * len(layout.segments) + gathers.pieces.segment
         order = np.argsort(keys, kind="stable")
@@ -181,8 +176,8 @@ class GpuExecutor(Executor):
             for fill in bound.plan.needs.fills:
                 self._fill(bound, fill)
             sums = self._accelerator.downloaded(run.sums)
-            self._digest_unheld(bound, chosen)
         self._keep(program, sums, moved.size > 0)
+        self._digest_unheld(bound, chosen)
         self._digest_elsewhere(program, bound, moved)
         return self._digests[chosen]
 
@@ -207,7 +202,7 @@ class GpuExecutor(Executor):
         chosen = np.array(list(everything), dtype=np.int64)
         moved = chosen[~(self._is_unheld | self._is_transformed)[chosen]]
         program = self._program(bound.plan, *_residues(bound))
-        self._read(program, bound)
+        self._read(program, bound, reads_segments=False)
         self._digest_elsewhere(program, bound, moved)
         self._digest_unheld(bound, chosen)
         return self._digests[chosen]
@@ -262,10 +257,10 @@ class GpuExecutor(Executor):
                 num_warps=kernels.WARPS,
             )
 
-    def _read(self, program: _Program, bound: BoundTiles) -> None:
-        """Digest what parameters hold of the cells of a program."""
-        with self._accelerator.work("reading parameters back"):
-            run = self._run(program, bound, reads_segments=False)
+    def _read(self, program: _Program, bound: BoundTiles, *, reads_segments: bool) -> None:
+        """Digest what is held, where it is written to, of the cells of a program."""
+        with self._accelerator.work("digesting a plan"):
+            run = self._run(program, bound, reads_segments=reads_segments)
             digested = [launch for launch in program.plain if launch.is_digested]
             self._launch(run, digested, READ, is_digested=True)
             sums = self._accelerator.downloaded(run.sums)
@@ -285,12 +280,17 @@ class GpuExecutor(Executor):
         if missing.size:
             pieces = self._gathers.pieces
             chosen = chosen_pieces(pieces, np.isin(pieces.cell, missing))
-            self._read(self._compiled(chosen, *_residues(bound)), bound)
+            program = self._compiled(chosen, *_residues(bound))
+            self._read(program, bound, reads_segments=False)
 
     def _digest_unheld(self, bound: BoundTiles, numbers: Integers) -> None:
         unheld = numbers[self._is_unheld[numbers]]
-        if unheld.size:
-            self._digests[unheld] = self._host.digest_cells(bound, unheld.tolist())
+        if not unheld.size:
+            return
+        self._digests[unheld] = 0
+        pieces = self._gathers.unheld
+        chosen = chosen_pieces(pieces, np.isin(pieces.cell, unheld))
+        self._read(self._compiled_unheld(chosen, *_residues(bound)), bound, reads_segments=True)
 
     # -- what a plan is compiled to
 
@@ -357,6 +357,32 @@ class GpuExecutor(Executor):
             written=_extents(
                 direct.parameter, direct.destination, direct.destination_strides, direct
             ),
+        )
+
+    def _compiled_unheld(
+        self, pieces: IndexedPieces, segment_residues: Integers, _: Integers
+    ) -> _Program:
+        """What is read from segments where others write."""
+        cells = np.unique(pieces.cell)
+        table = compile_table(
+            pieces,
+            (pieces.segment, pieces.segment),
+            np.searchsorted(cells, pieces.cell),
+            segment_residues[pieces.segment],
+            groups=np.zeros(len(pieces), dtype=np.int64),
+        )
+        (plain,) = table.groups or ((),)
+        none = chosen_pieces(pieces, slice(0, 0))
+        return _Program(
+            tiles=self._accelerator.uploaded(table.tiles),
+            pieces=self._accelerator.uploaded(table.pieces),
+            plain=plain,
+            batches=(),
+            block_offsets=np.zeros(0, dtype=np.int64),
+            cells=cells,
+            whole_cells=cells,
+            read=_extents(pieces.segment, pieces.source, pieces.source_strides, pieces),
+            written=_extents(none.parameter, none.destination, none.destination_strides, none),
         )
 
     # -- transforms and fills

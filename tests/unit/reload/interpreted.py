@@ -77,8 +77,8 @@ class HostAccelerator(Accelerator):
 def interpreted_executor(
     layout: Layout, needs: Needs, cells: Sequence[Cell], threads: Threads | None = None
 ) -> GpuExecutor:
-    """An executor for GPUs whose parameters are in main memory."""
-    return GpuExecutor(layout, needs, cells, threads, HostAccelerator())
+    """An executor for GPUs whose parameters are in main memory; it has no use for threads."""
+    return GpuExecutor(layout, needs, cells, HostAccelerator())
 
 
 @cache

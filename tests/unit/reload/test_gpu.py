@@ -313,7 +313,7 @@ def test_addresses_that_are_read_are_those_that_the_device_is_asked_about() -> N
     needs = structs.replace(needs, copies=(copy,))
     (memory,) = new_memories(needs)
     accelerator = HostAccelerator()
-    executor = GpuExecutor(layout, needs, [], None, accelerator)
+    executor = GpuExecutor(layout, needs, [], accelerator)
     executor.move(bind(layout, needs, [data], [memory]))
     assert accelerator.sources == {address_of(data) + 240}
 
