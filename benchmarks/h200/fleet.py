@@ -205,6 +205,17 @@ class Fleet:
             await anyio.to_thread.run_sync(sweep_blocks, model)
             await anyio.to_thread.run_sync(sweep_staging, model)
 
+    async def recover(self) -> None:
+        """After a run that ended early: nobody knows what engines are doing, and trainers of which
+        one has died are of no use."""
+        await self.end_engines()
+        names = [_trainer(rank) for rank in range(len(self._trainers))]
+        if any(self.processes.has_ended(name) for name in names):
+            self._trainers, self._published = [], {}
+            async with anyio.create_task_group() as tasks:
+                for name in names:
+                    tasks.start_soon(self.processes.end, name)
+
     async def end_engines(self) -> None:
         """Also those that were not started to the end."""
         self._engines = None
@@ -228,7 +239,7 @@ class Fleet:
         for rank in range(self.setup.devices):
             arguments = trainer.Arguments(url=self._bus.url, setup=self.setup, rank=rank)
             started = await self.processes.start_commanded(
-                f"trainer-{rank}", trainer.__name__, arguments
+                _trainer(rank), trainer.__name__, arguments
             )
             self._trainers.append(started)
         if self.memory is not None:
@@ -284,6 +295,11 @@ class Fleet:
 
     def _used(self) -> list[int]:
         return [] if self.memory is None else self.memory.used()
+
+
+def _trainer(rank: int) -> str:
+    """The name of its process."""
+    return f"trainer-{rank}"
 
 
 def _mapped_by(placement: Placement, hosts: Sequence[str]) -> Placement:

@@ -140,7 +140,7 @@ async def measure_ours(
     tell()
     if note:
         say(note)
-        await fleet.end_engines()  # nobody knows what they are doing
+        await fleet.recover()
 
 
 async def _measure(

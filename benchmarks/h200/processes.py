@@ -111,6 +111,10 @@ class Processes:
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
+    def has_ended(self, name: str) -> bool:
+        """By itself."""
+        return self._running[name].returncode is not None
+
     def check(self) -> None:
         """
         Raises:
