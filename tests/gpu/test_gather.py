@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
 import random
@@ -21,8 +22,9 @@ from tests.unit.reload.test_cpu import address_of, cells_of, one_copy
 from tests.unit.reload.test_gpu import cut_cells
 from weightbus.bus.cuda import open_cuda
 from weightbus.bus.digest import digest_tensor
-from weightbus.consumers.errors import PlanError
+from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles, plan_tiles
+from weightbus.consumers.reload.accelerator import open_accelerator
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.executor import Executor, make_executor
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -287,15 +289,32 @@ def test_large_copy_is_whole_and_one_flipped_bit_is_seen(place: Place) -> None:
     assert gpu.changed_parameter(bound) == 0
 
 
-def test_memory_that_the_gpu_cannot_read_is_refused_and_the_gpu_goes_on() -> None:
+@pytest.mark.parametrize("where", ["pinned", "registered", "local"])
+def test_launch_is_sized_by_where_the_source_is(where: str, holding: ExitStack) -> None:
+    data = np.zeros(1000, dtype=np.uint8)
+    accelerator = open_accelerator(torch.device(DEVICE))
+    address = (
+        registered(holding, data, 3)
+        if where == "registered"
+        else copied(holding, data, 3, DEVICE if where == "local" else where)
+    )
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    assert accelerator.programs([address]) == processors * (8 if where == "local" else 1)
+    assert accelerator.programs([]) == processors * 8
+
+
+def test_kernel_that_cannot_be_built_is_an_error_of_ours_and_the_gpu_goes_on(
+    holding: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout, needs, data = one_copy("F32", (1000,), "F32", (1,))
     plan, parameters = plan_tiles(layout, needs), Parameters(needs, [0])
     gpu = make_executor(DEVICE, layout, needs, cells_of(needs))
-    bound = bind_tiles(plan, [address_of(data)], [4000], parameters.addresses, parameters.sizes)
-    with pytest.raises(PlanError, match="must be registered"):
-        gpu.update(bound, [0])
+    address = copied(holding, data, 0, "pinned")
+    bound = bind_tiles(plan, [address], [4000], parameters.addresses, parameters.sizes)
+    kernels = importlib.import_module("weightbus.consumers.reload.kernels")
+    with monkeypatch.context() as patch:
+        patch.setitem(kernels.BLOCK_UNITS, 8, 1000)  # not a power of two
+        with pytest.raises(CudaFailed, match=r"moving a plan \(cuda:0\) failed"):
+            gpu.update(bound, [0])
     assert (parameters.bytes()[0] == UNWRITTEN).all()
-    with ExitStack() as holding:
-        address = copied(holding, data, 0, "pinned")
-        bound = bind_tiles(plan, [address], [4000], parameters.addresses, parameters.sizes)
-        assert gpu.update(bound, [0]).tolist() == [digest_tensor(data)]
+    assert gpu.update(bound, [0]).tolist() == [digest_tensor(data)]
