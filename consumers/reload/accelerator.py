@@ -63,7 +63,11 @@ class Accelerator(ABC):
         return importlib.import_module("weightbus.consumers.reload.kernels")
 
     def uploaded(self, integers: npt.NDArray[np.int64]) -> torch.Tensor:
-        """A copy on the device; `integers` may change at once."""
+        """A copy on the device; `integers` may change at once. Also outside of `work`.
+
+        Raises:
+            CudaFailed: the device has no room for it.
+        """
         return torch.from_numpy(np.ascontiguousarray(integers)).to(self.device, copy=True)
 
 
@@ -98,6 +102,10 @@ class CudaAccelerator(Accelerator):
                     yield
                 finally:
                     self._wait()
+
+    def uploaded(self, integers: npt.NDArray[np.int64]) -> torch.Tensor:
+        with _as_ours(f"{integers.nbytes:,} bytes of a table", self.device):
+            return super().uploaded(integers)
 
     def memory(self, address: int, size_bytes: int) -> torch.Tensor:
         return torch.as_tensor(_Raw(address, size_bytes), device=self.device)

@@ -14,40 +14,28 @@ read or written any more once a method has returned or raised.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from weightbus.bus.digest import MULTIPLIER
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.gathers import Block, part_of_copy, plan_gathers
-from weightbus.consumers.planning.pieces import MAX_UNIT_BYTES, IndexedPieces, chosen_pieces
+from weightbus.consumers.planning.gathers import Block, part_of_copy
 from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan
 from weightbus.consumers.reload.accelerator import Accelerator
 from weightbus.consumers.reload.executor import Executor, Sums
-from weightbus.consumers.reload.table import COMPARE, MOVE, READ, Launch, compile_table
+from weightbus.consumers.reload.programs import BLOCK_BYTES, Batch, Extents, Program, Programs
+from weightbus.consumers.reload.table import COMPARE, MOVE, READ, Launch
 from weightbus.consumers.reload.transforms import filled_bytes, transformed
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Copy, Fill, Needs
 from weightbus.schemas.worker import Cell
 
-__all__ = ("BLOCK_BYTES", "GpuExecutor")
-
-BLOCK_BYTES: Final = 4 * 2**20
-"""Of device memory that copies which transform are gathered into."""
-
-Mask = npt.NDArray[np.bool_]
-
-_BLOCK_ALIGNMENT: Final = 256
-
-_TABLES_KEPT: Final = 2
-"""Of one plan, for segments and parameters that are aligned in different ways."""
+__all__ = ("GpuExecutor",)
 
 _INEXACT: Final = frozenset({"exp"})
 """Operations whose last bit is another one on a GPU than on the host, where the loader that was
@@ -58,53 +46,10 @@ _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """Blocks that are gathered at once."""
-
-    launches: tuple[Launch, ...]
-    blocks: tuple[tuple[int, Block], ...]
-    """With the byte of the device's block where each begins."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Extents:
-    """What is used of some segments or parameters."""
-
-    numbers: Integers
-    starts: Integers
-    """First byte of each."""
-    ends: Integers
-    """One past the last."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Program:
-    """A plan on the device: what the kernel runs, for one alignment of segments and parameters.
-
-    Its bases are the segments, the parameters and the blocks.
-    """
-
-    tiles: torch.Tensor
-    pieces: torch.Tensor
-    plain: tuple[Launch, ...]
-    """What goes to parameters as it is."""
-    batches: tuple[_Batch, ...]
-    block_offsets: Integers
-    cells: Integers
-    """Numbers of the cells that it digests, by the place of their sums."""
-    whole_cells: Integers
-    """Those of them that it digests whole."""
-    read: _Extents
-    """Of segments."""
-    written: _Extents
-    """Of parameters."""
-
-
-@dataclass(frozen=True, eq=False)
 class _Run:
     """A program at the addresses of one version."""
 
-    program: _Program
+    program: Program
     bases: torch.Tensor
     sums: torch.Tensor
     width: int
@@ -119,6 +64,7 @@ class GpuExecutor(Executor):
     """
 
     portion_bytes = 4 * 2**30
+    """Few and long: every launch runs out slowly, and is waited for."""
 
     def __init__(
         self,
@@ -129,25 +75,19 @@ class GpuExecutor(Executor):
     ) -> None:
         self._layout, self._needs, self._cells = layout, needs, tuple(cells)
         self._accelerator = accelerator
-        gathers = plan_gathers(layout, needs, cells, BLOCK_BYTES)
-        keys = gathers.pieces.copy * len(layout.segments) + gathers.pieces.segment
-        order = np.argsort(keys, kind="stable")
-        self._keys: Integers = keys[order]
-        """Of every piece: its copy and its segment, ascending."""
-        self._gathers = replace(gathers, pieces=chosen_pieces(gathers.pieces, order))
-        self._cell_bytes = _cell_bytes(self._gathers.pieces, len(self._cells))
+        self._programs = Programs(layout, needs, cells, accelerator)
         copies = np.array([cell.copy for cell in self._cells], dtype=np.int64)
         transforms = np.array([copy.transform for copy in needs.copies] + [-1], dtype=np.int64)
         self._is_unheld = copies < 0
         self._is_transformed = transforms[copies] >= 0
+        is_empty = np.array([not all(cell.sizes) for cell in self._cells], dtype=np.bool_)
+        self._is_moved = ~(self._is_unheld | self._is_transformed | is_empty)
         self._digests = np.zeros(len(self._cells), dtype=np.uint64)
-        self._programs: WeakKeyDictionary[TilePlan, dict[bytes, _Program]] = WeakKeyDictionary()
         self._scratch: torch.Tensor | None = None
 
     def prepare(self, plan: TilePlan) -> None:
         with self._accelerator.work("preparing a plan"):
-            aligned = np.zeros_like(plan.segment_ends), np.zeros_like(plan.parameter_ends)
-            program = self._program(plan, *aligned)
+            program = self._programs.of_plan(plan)
             nothing = self._accelerator.uploaded(np.zeros(1, dtype=np.int64))
             run = _Run(program, nothing, nothing, 1)
             for launches in (program.plain, *(batch.launches for batch in program.batches)):
@@ -164,8 +104,8 @@ class GpuExecutor(Executor):
 
     def update(self, bound: BoundTiles, numbers: Iterable[int]) -> Sums:
         chosen = np.array(list(numbers), dtype=np.int64)
-        moved = chosen[~(self._is_unheld | self._is_transformed)[chosen]]
-        program = self._program(bound.plan, *_residues(bound))
+        moved = chosen[self._is_moved[chosen]]
+        program = self._programs.of(bound)
         with self._accelerator.work("moving a plan"):
             run = self._run(program, bound)
             self._launch(run, program.plain, MOVE, is_digested=moved.size > 0)
@@ -182,7 +122,7 @@ class GpuExecutor(Executor):
         return self._digests[chosen]
 
     def changed_parameter(self, bound: BoundTiles) -> int | None:
-        program = self._program(bound.plan, *_residues(bound))
+        program = self._programs.of(bound)
         with self._accelerator.work("comparing a plan"):
             run = self._run(program, bound)
             self._launch(run, program.plain, COMPARE, is_digested=False)
@@ -200,8 +140,8 @@ class GpuExecutor(Executor):
     def digest_cells(self, bound: BoundTiles, numbers: Iterable[int] | None = None) -> Sums:
         everything = range(len(self._cells)) if numbers is None else numbers
         chosen = np.array(list(everything), dtype=np.int64)
-        moved = chosen[~(self._is_unheld | self._is_transformed)[chosen]]
-        program = self._program(bound.plan, *_residues(bound))
+        moved = chosen[self._is_moved[chosen]]
+        program = self._programs.of(bound)
         self._read(program, bound, reads_segments=False)
         self._digest_elsewhere(program, bound, moved)
         self._digest_unheld(bound, chosen)
@@ -216,7 +156,7 @@ class GpuExecutor(Executor):
 
     # -- the kernel
 
-    def _run(self, program: _Program, bound: BoundTiles, *, reads_segments: bool = True) -> _Run:
+    def _run(self, program: Program, bound: BoundTiles, *, reads_segments: bool = True) -> _Run:
         """Checks that no tile leaves its segment or its parameter."""
         _check_inside("parameter", program.written, bound.parameter_sizes)
         sources: list[int] = []
@@ -257,7 +197,7 @@ class GpuExecutor(Executor):
                 num_warps=kernels.WARPS,
             )
 
-    def _read(self, program: _Program, bound: BoundTiles, *, reads_segments: bool) -> None:
+    def _read(self, program: Program, bound: BoundTiles, *, reads_segments: bool) -> None:
         """Digest what is held, where it is written to, of the cells of a program."""
         with self._accelerator.work("digesting a plan"):
             run = self._run(program, bound, reads_segments=reads_segments)
@@ -267,128 +207,29 @@ class GpuExecutor(Executor):
         is_plain = ~self._is_transformed[program.cells]
         self._digests[program.cells[is_plain]] = _finished(sums)[: program.cells.size][is_plain]
 
-    def _keep(self, program: _Program, sums: torch.Tensor, is_digested: bool) -> None:
+    def _keep(self, program: Program, sums: torch.Tensor, is_digested: bool) -> None:
         """Sums of what was moved; only blocks are digested always."""
         kept = np.ones(program.cells.size, dtype=np.bool_)
         if not is_digested:
             kept = self._is_transformed[program.cells]
         self._digests[program.cells[kept]] = _finished(sums)[: program.cells.size][kept]
 
-    def _digest_elsewhere(self, program: _Program, bound: BoundTiles, numbers: Integers) -> None:
+    def _digest_elsewhere(self, program: Program, bound: BoundTiles, numbers: Integers) -> None:
         """Read back those of some cells that the program does not hold whole."""
-        missing = np.setdiff1d(numbers[self._cell_bytes[numbers] > 0], program.whole_cells)
+        missing = np.setdiff1d(numbers, program.whole_cells)
         if missing.size:
-            pieces = self._gathers.pieces
-            chosen = chosen_pieces(pieces, np.isin(pieces.cell, missing))
-            program = self._compiled(chosen, *_residues(bound))
-            self._read(program, bound, reads_segments=False)
+            self._read(self._programs.of_cells(missing, bound), bound, reads_segments=False)
 
     def _digest_unheld(self, bound: BoundTiles, numbers: Integers) -> None:
+        """Digest what no copy holds of some cells, in its segments."""
         unheld = numbers[self._is_unheld[numbers]]
-        if not unheld.size:
-            return
-        self._digests[unheld] = 0
-        pieces = self._gathers.unheld
-        chosen = chosen_pieces(pieces, np.isin(pieces.cell, unheld))
-        self._read(self._compiled_unheld(chosen, *_residues(bound)), bound, reads_segments=True)
-
-    # -- what a plan is compiled to
-
-    def _program(
-        self, plan: TilePlan, segment_residues: Integers, parameter_residues: Integers
-    ) -> _Program:
-        """A plan for addresses that leave such residues; compiled if it has not been yet."""
-        kept = self._programs.setdefault(plan, {})
-        residues = (
-            np.where(plan.segment_ends > 0, segment_residues, 0),
-            np.where(plan.parameter_ends > 0, parameter_residues, 0),
-        )
-        odd = np.concatenate(residues)
-        key = np.stack([np.flatnonzero(odd), odd[odd > 0]]).tobytes()
-        if key not in kept:
-            while len(kept) >= _TABLES_KEPT:
-                del kept[next(iter(kept))]
-            kept[key] = self._compiled(self._pieces_of(plan), *residues)
-        return kept[key]
-
-    def _pieces_of(self, plan: TilePlan) -> IndexedPieces:
-        """A plan has all that a copy takes of a segment, or nothing."""
-        segments = len(self._layout.segments)
-        keys = np.unique(plan.pieces.copy * segments + plan.pieces.segment)
-        first = np.searchsorted(self._keys, keys, side="left")
-        counts = np.searchsorted(self._keys, keys, side="right") - first
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return chosen_pieces(self._gathers.pieces, np.repeat(first, counts) + within)
-
-    def _compiled(
-        self, pieces: IndexedPieces, segment_residues: Integers, parameter_residues: Integers
-    ) -> _Program:
-        segments, parameters = len(self._layout.segments), len(self._needs.parameters)
-        is_block = pieces.parameter >= parameters
-        numbers, block = np.unique(pieces.parameter[is_block], return_inverse=True)
-        blocks = [self._gathers.blocks[number - parameters] for number in numbers.tolist()]
-        batches, offsets = _batches(blocks)
-        groups, targets = np.zeros(len(pieces), dtype=np.int64), segments + pieces.parameter
-        groups[is_block] = 1 + batches[block]
-        targets[is_block] = segments + parameters + block
-        residues = segment_residues[pieces.segment]
-        residues[~is_block] |= parameter_residues[pieces.parameter[~is_block]]
-        cells = np.unique(pieces.cell[pieces.cell >= 0])
-        slots = np.searchsorted(cells, pieces.cell)
-        table = compile_table(pieces, (pieces.segment, targets), slots, residues, groups)
-        plain, *launches = table.groups or ((),)
-        held = _cell_bytes(pieces, len(self._cells))[cells]
-        direct = chosen_pieces(pieces, ~is_block)
-        return _Program(
-            tiles=self._accelerator.uploaded(table.tiles),
-            pieces=self._accelerator.uploaded(table.pieces),
-            plain=plain,
-            batches=tuple(
-                _Batch(
-                    launches[number],
-                    tuple((int(offsets[n]), blocks[n]) for n in np.flatnonzero(batches == number)),
-                )
-                for number in range(len(launches))
-            ),
-            block_offsets=offsets,
-            cells=cells,
-            whole_cells=cells[held == self._cell_bytes[cells]],
-            read=_extents(pieces.segment, pieces.source, pieces.source_strides, pieces),
-            written=_extents(
-                direct.parameter, direct.destination, direct.destination_strides, direct
-            ),
-        )
-
-    def _compiled_unheld(
-        self, pieces: IndexedPieces, segment_residues: Integers, _: Integers
-    ) -> _Program:
-        """What is read from segments where others write."""
-        cells = np.unique(pieces.cell)
-        table = compile_table(
-            pieces,
-            (pieces.segment, pieces.segment),
-            np.searchsorted(cells, pieces.cell),
-            segment_residues[pieces.segment],
-            groups=np.zeros(len(pieces), dtype=np.int64),
-        )
-        (plain,) = table.groups or ((),)
-        none = chosen_pieces(pieces, slice(0, 0))
-        return _Program(
-            tiles=self._accelerator.uploaded(table.tiles),
-            pieces=self._accelerator.uploaded(table.pieces),
-            plain=plain,
-            batches=(),
-            block_offsets=np.zeros(0, dtype=np.int64),
-            cells=cells,
-            whole_cells=cells,
-            read=_extents(pieces.segment, pieces.source, pieces.source_strides, pieces),
-            written=_extents(none.parameter, none.destination, none.destination_strides, none),
-        )
+        if unheld.size:
+            self._read(self._programs.of_unheld(unheld, bound), bound, reads_segments=True)
 
     # -- transforms and fills
 
     def _made(
-        self, run: _Run, batch: _Batch, *, is_digested: bool
+        self, run: _Run, batch: Batch, *, is_digested: bool
     ) -> Iterator[tuple[Block, torch.Tensor]]:
         """Gather blocks; give what each becomes, in the bits of its parameter's elements."""
         self._launch(run, batch.launches, MOVE, is_digested=is_digested)
@@ -434,51 +275,7 @@ class GpuExecutor(Executor):
         return self._scratch
 
 
-def _batches(blocks: Sequence[Block]) -> tuple[Integers, Integers]:
-    """For every block: which batch it is gathered with, and where it begins in the memory."""
-    batches, offsets = np.zeros((2, len(blocks)), dtype=np.int64)
-    number = used = 0
-    for place, block in enumerate(blocks):
-        if used + block.size_bytes > BLOCK_BYTES:
-            number, used = number + 1, 0
-        batches[place], offsets[place] = number, used
-        used += -(-block.size_bytes // _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
-    return batches, offsets
-
-
-def _residues(bound: BoundTiles) -> tuple[Integers, Integers]:
-    """What is left of the addresses of segments and parameters, divided by the widest unit."""
-    return (
-        bound.segment_addresses % MAX_UNIT_BYTES,
-        bound.parameter_addresses % MAX_UNIT_BYTES,
-    )
-
-
-def _cell_bytes(pieces: IndexedPieces, count: int) -> Integers:
-    """[count]: how many bytes of every cell pieces hold."""
-    held = np.zeros(count, dtype=np.int64)
-    is_digested = pieces.cell >= 0
-    sizes = pieces.sizes.prod(axis=1) * pieces.unit_bytes
-    np.add.at(held, pieces.cell[is_digested], sizes[is_digested])
-    return held
-
-
-def _extents(
-    numbers: Integers, firsts: Integers, strides: Integers, pieces: IndexedPieces
-) -> _Extents:
-    """What pieces use of segments, or of parameters."""
-    reaches = (pieces.sizes - 1) * strides
-    lows = firsts + np.minimum(reaches, 0).sum(axis=1)
-    highs = firsts + np.maximum(reaches, 0).sum(axis=1) + pieces.unit_bytes
-    assert np.all(lows >= 0), "checked when it was planned"
-    used, place = np.unique(numbers, return_inverse=True)
-    starts, ends = np.full(used.size, np.iinfo(np.int64).max), np.zeros(used.size, dtype=np.int64)
-    np.minimum.at(starts, place, lows)
-    np.maximum.at(ends, place, highs)
-    return _Extents(used, starts, ends)
-
-
-def _check_inside(thing: str, used: _Extents, sizes: Sequence[int]) -> None:
+def _check_inside(thing: str, used: Extents, sizes: Sequence[int]) -> None:
     outside = np.flatnonzero(used.ends > np.array(sizes, dtype=np.int64)[used.numbers])
     if outside.size:
         number, end = int(used.numbers[outside[0]]), int(used.ends[outside[0]])

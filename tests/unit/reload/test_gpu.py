@@ -34,8 +34,9 @@ from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles,
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.executor import Executor
-from weightbus.consumers.reload.gpu import BLOCK_BYTES, GpuExecutor
+from weightbus.consumers.reload.gpu import GpuExecutor
 from weightbus.consumers.reload.portions import cut_portions
+from weightbus.consumers.reload.programs import BLOCK_BYTES
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.needs import Copy, Fill, Needs, ParameterSpec, Transform, UnaryOp
