@@ -29,22 +29,35 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-__all__ = ("combine", "digest_box", "digest_hex", "digest_tensor", "digest_tensors", "mix")
+__all__ = (
+    "MULTIPLIER",
+    "SHIFT",
+    "STEP",
+    "WORD_BYTES",
+    "combine",
+    "digest_box",
+    "digest_hex",
+    "digest_tensor",
+    "digest_tensors",
+    "mix",
+    "offsets_of_runs",
+    "runs_of_box",
+)
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
 Sums = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
 
-_WORD_BYTES = 4
+WORD_BYTES = 4
 _MASK = 2**64 - 1
 
 # The finaliser of splitmix64 (Steele, Lea, Flood 2014), cut to one round: an odd step of the golden
 # ratio, one xor-shift, one odd multiplier; and the lowest bit set in between, which keeps the
 # product odd.
-_STEP = 0x9E3779B97F4A7C15
-_SHIFT = 29
-_MULTIPLIER = 0xBF58476D1CE4E5B9
+STEP = 0x9E3779B97F4A7C15
+SHIFT = 29
+MULTIPLIER = 0xBF58476D1CE4E5B9
 
 _BLOCK_WORDS = 1 << 16
 """Words per inner step: the calls of a step cost little beside its loops, and its words (256 KiB)
@@ -59,13 +72,13 @@ _NARROW_COLUMNS = 64
 
 def mix(index: int) -> int:
     """The 64-bit coefficient of word (or tensor) number `index`: odd."""
-    step = (index + 1) * _STEP & _MASK
-    return ((step ^ (step >> _SHIFT)) | 1) * _MULTIPLIER & _MASK
+    step = (index + 1) * STEP & _MASK
+    return ((step ^ (step >> SHIFT)) | 1) * MULTIPLIER & _MASK
 
 
 def digest_tensor(data: Bytes) -> int:
     """The digest of a whole tensor: `data` is its bytes, one dimension, C-contiguous."""
-    return _digest_run(data, 0) * _MULTIPLIER & _MASK
+    return _digest_run(data, 0) * MULTIPLIER & _MASK
 
 
 def digest_tensors(tensors: Sequence[Bytes]) -> Sums:
@@ -101,24 +114,26 @@ def digest_box(
         raise ValueError(f"box {tuple(starts)} + {tuple(sizes)} is not in shape {tuple(shape)}")
     if data.size == 0:
         return 0
-    outer, first_byte, run_bytes = _runs(shape, itemsize, starts, sizes)
-    if not outer or run_bytes >= _BLOCK_WORDS * _WORD_BYTES:
+    outer, first_byte, run_bytes = runs_of_box(shape, itemsize, starts, sizes)
+    if not outer or run_bytes >= _BLOCK_WORDS * WORD_BYTES:
         total = sum(
             _digest_run(data[row * run_bytes : (row + 1) * run_bytes], offset)
-            for row, offset in enumerate(_offsets(outer, first_byte, 0, data.size // run_bytes))
+            for row, offset in enumerate(
+                offsets_of_runs(outer, first_byte, 0, data.size // run_bytes)
+            )
         )
     else:
         total = _digest_rows(data.reshape(-1, run_bytes), outer, first_byte)
-    return total * _MULTIPLIER & _MASK
+    return total * MULTIPLIER & _MASK
 
 
 def combine(tensor_digests: Sums) -> int:
     """The digest of a model from the digests of its tensors, in layout order."""
     numbers = np.arange(1, tensor_digests.size + 1, dtype=np.uint64)
-    step = numbers * np.uint64(_STEP)
-    step ^= step >> np.uint64(_SHIFT)
+    step = numbers * np.uint64(STEP)
+    step ^= step >> np.uint64(SHIFT)
     step |= np.uint64(1)
-    return int(np.add.reduce(tensor_digests * step)) * _MULTIPLIER & _MASK
+    return int(np.add.reduce(tensor_digests * step)) * MULTIPLIER & _MASK
 
 
 def digest_hex(digest: int) -> str:
@@ -130,13 +145,14 @@ def digest_hex(digest: int) -> str:
 # to all words, is applied to the sum.
 
 
-def _runs(
+def runs_of_box(
     shape: Sequence[int], itemsize: int, starts: Sequence[int], sizes: Sequence[int]
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Cut a box into runs of bytes that are contiguous in the tensor.
 
     Returns (extent, step in bytes) of every outer dimension, the outermost first; the byte of the
-    tensor where the first run begins; the length of a run in bytes.
+    tensor where the first run begins; the length of a run in bytes. In the box's own order the runs
+    follow each other without gaps.
     """
     outer: list[tuple[int, int]] = []
     run_bytes = step = itemsize
@@ -153,7 +169,9 @@ def _runs(
     return outer[::-1], first_byte, run_bytes
 
 
-def _offsets(outer: Sequence[tuple[int, int]], first_byte: int, begin: int, end: int) -> Indices:
+def offsets_of_runs(
+    outer: Sequence[tuple[int, int]], first_byte: int, begin: int, end: int
+) -> Indices:
     """Where, in the tensor, runs number `begin` to `end` of a box start, in bytes."""
     numbers = np.arange(begin, end, dtype=np.int64)
     offsets = np.full(end - begin, first_byte, dtype=np.int64)
@@ -166,12 +184,12 @@ def _offsets(outer: Sequence[tuple[int, int]], first_byte: int, begin: int, end:
 def _digest_run(data: Bytes, first_byte: int) -> int:
     """Sum over one contiguous run that begins at any byte of the tensor."""
     first_byte = int(first_byte)
-    head = min(-first_byte % _WORD_BYTES, data.size)
-    body = (data.size - head) // _WORD_BYTES * _WORD_BYTES
+    head = min(-first_byte % WORD_BYTES, data.size)
+    body = (data.size - head) // WORD_BYTES * WORD_BYTES
     total = _digest_edge(data[:head], first_byte)
     total += _digest_edge(data[head + body :], first_byte + head + body)
     words = data[head : head + body].view("<u4")
-    first_word = (first_byte + head) // _WORD_BYTES
+    first_word = (first_byte + head) // WORD_BYTES
     for begin in range(0, words.size, _BLOCK_WORDS):
         block = words[begin : begin + _BLOCK_WORDS]
         total += int(np.einsum("i,i->", block, _coefficients(first_word + begin, block.size)))
@@ -182,30 +200,30 @@ def _digest_edge(data: Bytes, first_byte: int) -> int:
     """Sum over at most three bytes that lie in one word of the tensor."""
     if not data.size:
         return 0
-    word = int.from_bytes(data.tobytes(), "little") << 8 * (first_byte % _WORD_BYTES)
-    step = (first_byte // _WORD_BYTES + 1) * _STEP & _MASK
-    return word * ((step ^ (step >> _SHIFT)) | 1)
+    word = int.from_bytes(data.tobytes(), "little") << 8 * (first_byte % WORD_BYTES)
+    step = (first_byte // WORD_BYTES + 1) * STEP & _MASK
+    return word * ((step ^ (step >> SHIFT)) | 1)
 
 
 def _digest_rows(rows: Bytes, outer: Sequence[tuple[int, int]], first_byte: int) -> int:
     """Sum over many short runs, the rows of `rows`, block by block."""
     run_bytes = rows.shape[1]
-    block_rows = max(1, _BLOCK_WORDS // (run_bytes // _WORD_BYTES + 2))
+    block_rows = max(1, _BLOCK_WORDS // (run_bytes // WORD_BYTES + 2))
     total = 0
     for begin in range(0, len(rows), block_rows):
         block = rows[begin : begin + block_rows]
-        offsets = _offsets(outer, first_byte, begin, begin + len(block))
-        phases = offsets % _WORD_BYTES
+        offsets = offsets_of_runs(outer, first_byte, begin, begin + len(block))
+        phases = offsets % WORD_BYTES
         for phase in np.unique(phases).tolist():
             chosen = phases == phase
             part = block if chosen.all() else block[chosen]
-            if phase or run_bytes % _WORD_BYTES:
-                word_count = -(-(phase + run_bytes) // _WORD_BYTES)
-                padded = np.zeros((len(part), word_count * _WORD_BYTES), dtype=np.uint8)
+            if phase or run_bytes % WORD_BYTES:
+                word_count = -(-(phase + run_bytes) // WORD_BYTES)
+                padded = np.zeros((len(part), word_count * WORD_BYTES), dtype=np.uint8)
                 padded[:, phase : phase + run_bytes] = part
                 part = padded
             words = part.view("<u4")
-            total += _digest_grid(words, offsets[chosen] // _WORD_BYTES)
+            total += _digest_grid(words, offsets[chosen] // WORD_BYTES)
     return total
 
 
@@ -223,7 +241,7 @@ _scratch = _Scratch()
 @cache
 def _multiples() -> Sums:
     """The multiples 0, 1, 2, ... of the step, one block of them."""
-    return np.arange(_BLOCK_WORDS, dtype=np.uint64) * np.uint64(_STEP)
+    return np.arange(_BLOCK_WORDS, dtype=np.uint64) * np.uint64(STEP)
 
 
 class _Table:
@@ -262,8 +280,8 @@ def _coefficients(first_word: int, count: int) -> Sums:
 def _made_coefficients(first_word: int, count: int) -> Sums:
     """The same, without the table."""
     steps = _scratch.steps[:count]
-    np.add(_multiples()[:count], np.uint64((first_word + 1) * _STEP & _MASK), out=steps)
-    steps ^= np.right_shift(steps, np.uint64(_SHIFT), out=_scratch.products[:count])
+    np.add(_multiples()[:count], np.uint64((first_word + 1) * STEP & _MASK), out=steps)
+    steps ^= np.right_shift(steps, np.uint64(SHIFT), out=_scratch.products[:count])
     steps |= np.uint64(1)
     return steps
 
@@ -287,7 +305,7 @@ def _grid_coefficients(first_words: Indices, columns: int) -> Sums:
     if end <= _TABLE_WORDS and bool(np.all(np.diff(first_words) == pitch)):
         table = _table().words(int(first_words[0]), end)
         return as_strided(table, (rows, columns), (8 * pitch, 8), writeable=False)
-    along_rows = (first_words + 1).astype(np.uint64) * np.uint64(_STEP)
+    along_rows = (first_words + 1).astype(np.uint64) * np.uint64(STEP)
     along_columns = _multiples()[:columns]
     narrow = _is_narrow(rows, columns)
     steps = _scratch.steps[: rows * columns].reshape((columns, rows) if narrow else (rows, columns))
@@ -296,7 +314,7 @@ def _grid_coefficients(first_words: Indices, columns: int) -> Sums:
     else:
         np.add(along_rows[:, None], along_columns, out=steps)
     shifted = _scratch.products[: steps.size].reshape(steps.shape)
-    steps ^= np.right_shift(steps, np.uint64(_SHIFT), out=shifted)
+    steps ^= np.right_shift(steps, np.uint64(SHIFT), out=shifted)
     steps |= np.uint64(1)
     return steps.T if narrow else steps
 

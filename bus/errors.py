@@ -13,6 +13,9 @@ __all__ = (
     "BusError",
     "BusTimeout",
     "BusUnavailable",
+    "CudaFailed",
+    "CudaTimeout",
+    "CudaUnavailable",
     "DataDirectoryBusy",
     "EndpointFailed",
     "EndpointUnavailable",
@@ -229,3 +232,27 @@ class RemoteReadFailed(BusError):
     def __init__(self, session: str, size_bytes: int, reason: str) -> None:
         self.session, self.size_bytes, self.reason = session, size_bytes, reason
         super().__init__(f"reading {size_bytes:,} bytes from {session} failed: {reason}")
+
+
+class CudaUnavailable(BusError):
+    """There is no CUDA to be had here: what is missing, and how to get it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+        super().__init__(f"no CUDA: {reason}. To get it: {remedy}")
+
+
+class CudaFailed(BusError):
+    """The CUDA driver refused something, or something that was queued has failed."""
+
+    def __init__(self, what: str, value: str, reason: str) -> None:
+        self.what, self.value, self.reason = what, value, reason
+        super().__init__(f"CUDA: {what} ({value}) failed: {reason}")
+
+
+class CudaTimeout(CudaFailed):
+    """A device did not get done in time; what was queued goes on, and keeps its memory in use."""
+
+    def __init__(self, what: str, value: str, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        super().__init__(what, value, f"not done within {timeout_s:g} s")

@@ -21,7 +21,7 @@ from weightbus.bus.host import address_towards, host_id, why_not_own_address
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.links import LINKS_FILE, read_links
-from weightbus.cli.options import p2p_options
+from weightbus.cli.options import device_option, p2p_options
 from weightbus.cli.sizes import read_size
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
@@ -95,7 +95,7 @@ def _staging(context: click.Context, parameter: click.Parameter, value: str) -> 
 )
 @click.option(
     "--architecture",
-    type=click.Choice(["decoder", "minilm"]),
+    type=click.Choice(["decoder", "minilm", "shapes"]),
     help="Start a torch engine of this architecture, and own it.",
 )
 @click.option("--config", default="{}", help="Configuration of the architecture, as JSON.")
@@ -106,6 +106,7 @@ def _staging(context: click.Context, parameter: click.Parameter, value: str) -> 
     show_default=True,
     help="Ranks of the engine that is started.",
 )
+@device_option
 @click.option(
     "--root",
     "roots",
@@ -177,6 +178,7 @@ def command(
     architecture: str | None,
     config: str,
     tp: int,
+    device: str,
     roots: Sequence[str],
     routes: Sequence[Any],
     address: str | None,
@@ -230,17 +232,22 @@ def command(
         required=tuple(routes),
         otlp=OtlpSettings.from_env(os.environ),
         engine_dir=engine_dir,
-        spawn=_spec(kind, architecture, config, tp),
+        spawn=_spec(kind, architecture, config, tp, device),
     )
     anyio.run(run_consumer, options)
 
 
-def _spec(kind: str, architecture: str | None, config: str, tp: int) -> TorchEngineSpec | None:
+def _spec(
+    kind: str, architecture: str | None, config: str, tp: int, device: str
+) -> TorchEngineSpec | None:
     if architecture is None:
         return None
     try:
         return TorchEngineSpec(
-            architecture=architecture, config=msgspec.json.decode(config, type=dict), tp=tp
+            architecture=architecture,
+            config=msgspec.json.decode(config, type=dict),
+            tp=tp,
+            device=device,
         )
     except msgspec.MsgspecError as error:
         reason = f"{config!r} of the {kind} engine: {error}"

@@ -9,6 +9,7 @@ import anyio
 import click
 import msgspec
 
+from weightbus.cli.options import device_option
 from weightbus.consumers.engines.torch.server import run_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 
@@ -17,12 +18,16 @@ __all__ = ("command",)
 
 @click.command()
 @click.option(
-    "--architecture", required=True, type=click.Choice(["minilm", "decoder"]), help="Its model."
+    "--architecture",
+    required=True,
+    type=click.Choice(["minilm", "decoder", "shapes"]),
+    help="Its model; one of shapes only holds the parameters of a large one.",
 )
 @click.option(
     "--config", default="{}", help="Configuration of the architecture, as JSON; else its default."
 )
 @click.option("--tp", default=1, show_default=True, help="Ranks, each a process.")
+@device_option
 @click.option(
     "--dir",
     "directory",
@@ -37,7 +42,13 @@ __all__ = ("command",)
 )
 @click.option("--threads", default=1, show_default=True, help="Threads of torch in each rank.")
 def command(
-    architecture: str, config: str, tp: int, directory: Path, weights: str | None, threads: int
+    architecture: str,
+    config: str,
+    tp: int,
+    device: str,
+    directory: Path,
+    weights: str | None,
+    threads: int,
 ) -> None:
     """Run a torch engine of one process per rank, until SIGINT or SIGTERM.
 
@@ -49,6 +60,7 @@ def command(
             "architecture": architecture,
             "config": msgspec.json.decode(config),
             "tp": tp,
+            "device": device,
             "weights": weights or "",
             "threads": threads,
         }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 from weightbus.bus.endpoint import PROTOCOLS
+from weightbus.consumers.engines.torch.spec import DEVICE_PATTERN
 
-__all__ = ("p2p_options",)
+__all__ = ("device_option", "p2p_options")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,3 +33,22 @@ def p2p_options(command: F) -> F:
         help="Network card of the transfer engine, such as mlx5_0.  [default: its choice]",
     )
     return protocol(device(command))
+
+
+def device_option(command: F) -> F:
+    """`--device`: where the parameters of an engine that is started are."""
+    option = click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="cpu|cuda|cuda:N",
+        callback=_device,
+        help="Where its parameters are; with cuda:N rank r has GPU N + r.",
+    )
+    return option(command)
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.search(DEVICE_PATTERN, value):
+        raise click.BadParameter(f"{value!r} must be cpu, cuda, or cuda: and a number")
+    return value

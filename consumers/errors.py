@@ -12,6 +12,8 @@ __all__ = (
     "CheckpointRefused",
     "ConsumerError",
     "DeadlineExceeded",
+    "DeviceFailed",
+    "DeviceLost",
     "DigestMismatch",
     "EngineTaken",
     "EngineUnavailable",
@@ -110,6 +112,22 @@ class DeadlineExceeded(ConsumerError):
     def __init__(self, stage: str, deadline_s: float) -> None:
         self.stage, self.deadline_s = stage, deadline_s
         super().__init__(f"{stage} did not end within its deadline of {deadline_s:g} s")
+
+
+class DeviceFailed(ConsumerError):
+    """A device refused something, and goes on; `cause` is the class that its library raised."""
+
+    def __init__(self, device: str, cause: str, reason: str) -> None:
+        self.device, self.cause, self.reason = device, cause, reason
+        super().__init__(f"device {device} failed: {cause}: {reason}")
+
+
+class DeviceLost(ConsumerError):
+    """A device does nothing for this process any more: only a new process can use it again."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        self.device, self.reason = device, reason
+        super().__init__(f"device {device} is lost to this process: {reason}")
 
 
 class PeerLost(ConsumerError):

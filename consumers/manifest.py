@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from weightbus.bus.files import expand_index_files, read_layout_of_files
 from weightbus.consumers.errors import SegmentUnavailable
-from weightbus.consumers.transfer.segments import stamped
+from weightbus.consumers.transfer.opening import stamped
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.layout_codec import encode_layout, layout_digest
 from weightbus.schemas.placement import (
+    CudaSegment,
     FileSegment,
     Placement,
     RemoteSegment,
@@ -34,7 +35,9 @@ class Manifest:
         """How many hosts it can be read from, copies included. A host that offers its memory both
         to itself and to others counts once."""
         ways = [way for offered in self.placement for way in offered]
-        memories = {way.host_id for way in ways if isinstance(way, SharedMemorySegment)}
+        memories = {
+            way.host_id for way in ways if isinstance(way, SharedMemorySegment | CudaSegment)
+        }
         remotes = {way.session.rpartition(":")[0] for way in ways if isinstance(way, RemoteSegment)}
         return max(1, len(memories), len(remotes))
 

@@ -165,6 +165,8 @@ class Updater:
                 async with self._engine_turn:
                     inspected = await self._engine.inspect(None, deadline_s)
                     binding = await self._bind(manifest, inspected, deadline_s)
+                for route in self._routes.values():
+                    route.know_devices([rank.device for rank in binding.described])
                 routes = await self._reachable(manifest, ready)
         except TimeoutError as error:
             raise DeadlineExceeded("prepare", deadline_s) from error

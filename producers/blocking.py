@@ -8,8 +8,11 @@ exits, and one that is killed when the next publisher on its host starts.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -19,6 +22,7 @@ from anyio.from_thread import start_blocking_portal
 
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
+from weightbus.producers.devices import Devices
 from weightbus.producers.errors import PublisherClosed
 from weightbus.producers.files import Files
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
@@ -27,9 +31,32 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import Telemetry, open_telemetry
 
-__all__ = ("BlockingPublisher",)
+__all__ = ("BlockingPublisher", "Publication")
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Publication:
+    """A version that is being published in the background; of `BlockingPublisher.start`."""
+
+    def __init__(self, version: int, future: Future[CheckpointReady]) -> None:
+        self.version, self._future = version, future
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was announced, or has failed."""
+        return self._future.done()
+
+    def result(self, timeout_s: float | None = None) -> CheckpointReady:
+        """What was announced, once it is.
+
+        Raises:
+            TimeoutError: it was not within `timeout_s`, and goes on.
+            What `BlockingPublisher.publish` raises.
+        """
+        return self._future.result(timeout_s)
 
 
 class BlockingPublisher:
@@ -52,6 +79,7 @@ class BlockingPublisher:
         telemetry: Telemetry | None = None,
         otlp: OtlpSettings | None = None,
         options: PublisherOptions | None = None,
+        devices: Devices | None = None,
     ) -> None:
         """Connect to the bus of `settings` and open a publisher; see `open_publisher`.
 
@@ -79,6 +107,7 @@ class BlockingPublisher:
                     world_size=world_size,
                     telemetry=telemetry,
                     options=options,
+                    devices=devices,
                 ) as publisher,
             ):
                 yield bus.url, publisher
@@ -103,7 +132,37 @@ class BlockingPublisher:
     ) -> CheckpointReady:
         """As `Publisher.publish`."""
         part = tensors if isinstance(tensors, Part) else plan_part(tensors)
-        return self._call(partial(self._publisher.publish, part, version, metadata))
+        handover = self._publisher.hand_over(part)
+        publish_part = self._publisher.publish_part
+        return self._call(partial(publish_part, part, version, metadata, handover))
+
+    def start(
+        self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}
+    ) -> Publication:
+        """As `publish`, but returns once the trainer may touch its tensors again.
+
+        The rest is done in the background: digests, sealing, the announcement. What is published
+        next waits for it. If it fails, that is logged, and `Publication.result` raises it.
+
+        Raises:
+            What `publish` raises, if it fails before the tensors are copied.
+        """
+        self._check_open()
+        part = tensors if isinstance(tensors, Part) else plan_part(tensors)
+        copied = threading.Event()
+        handover = self._publisher.hand_over(part, copied.set)
+        publish_part = self._publisher.publish_part
+        future = self._portal.start_task_soon(publish_part, part, version, metadata, handover)
+        future.add_done_callback(lambda _: copied.set())
+        try:
+            copied.wait()
+        except BaseException:
+            future.cancel()  # Ctrl-C: the work must not go on
+            raise
+        if future.done():
+            future.result()
+        future.add_done_callback(partial(_log_failure, version))
+        return Publication(version, future)
 
     def publish_files(
         self,
@@ -144,12 +203,23 @@ class BlockingPublisher:
         """At the interpreter's exit: end without lingering."""
         self.__exit__(SystemExit, SystemExit(), None)
 
-    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+    def _check_open(self) -> None:
         if not self._open or os.getpid() != self._process:
             raise PublisherClosed(self._model)
+
+    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+        self._check_open()
         future = self._portal.start_task_soon(function)
         try:
             return future.result()
         except BaseException:
             future.cancel()  # the wait was interrupted, by Ctrl-C: the work must not go on
             raise
+
+
+def _log_failure(version: int, future: Future[CheckpointReady]) -> None:
+    """Nobody may ask for the result."""
+    if future.cancelled():
+        _logger.error("version %d was not published: the publisher has ended", version)
+    elif (error := future.exception()) is not None:
+        _logger.error("version %d was not published: %s", version, error)

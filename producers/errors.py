@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
+    "DeviceMemoryFull",
     "ProducerError",
     "PublisherClosed",
     "RankInvalid",
     "SealFailed",
     "SlotBusy",
+    "SlotsUnsuitable",
     "TensorInvalid",
     "VersionNotNew",
 )
@@ -52,6 +54,26 @@ class SlotBusy(ProducerError):
         super().__init__(
             f"the slot of version {version} cannot be written: after {waited_s:g} s there are "
             "readers left: " + ", ".join(self.readers)
+        )
+
+
+class SlotsUnsuitable(ProducerError):
+    """What is published cannot lie in slots of the wanted kind. Nothing has happened."""
+
+    def __init__(self, slots: str, reason: str) -> None:
+        self.slots, self.reason = slots, reason
+        super().__init__(f"slots are {slots!r}: {reason}")
+
+
+class DeviceMemoryFull(ProducerError):
+    """There is no room for a slot on a GPU."""
+
+    def __init__(self, device: int, uuid: str, need_bytes: int, have_bytes: int) -> None:
+        self.device, self.uuid = device, uuid
+        self.need_bytes, self.have_bytes = need_bytes, have_bytes
+        super().__init__(
+            f"GPU {device} ({uuid}) has {have_bytes:,} bytes free: a slot needs {need_bytes:,} "
+            "(a publisher keeps two slots of its part's size; slots='host' needs none)"
         )
 
 

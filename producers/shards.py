@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -56,12 +57,27 @@ Tensors = Mapping[str, torch.Tensor] | Iterable[Shard]
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank publishes."""
+    """What one rank publishes.
+
+    A trainer whose tensors stay what they are, but for their values, plans its part once, and gives
+    it to `publish` each time: that saves the time to plan it. Their memory may be another then, but
+    not their shapes, strides and devices.
+    """
 
     layout: Layout
     """Specs of whole tensors, this rank's shards, one segment; not empty even without shards."""
     sources: tuple[torch.Tensor, ...]
     """For every shard of the layout the tensor that holds its elements, in the shard's shape."""
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(source.nbytes for source in self.sources)
+
+    @cached_property
+    def devices(self) -> frozenset[torch.device]:
+        """That hold the tensors."""
+        return frozenset(source.device for source in self.sources)
 
 
 class _Box(NamedTuple):

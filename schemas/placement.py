@@ -55,11 +55,13 @@ class SharedMemorySegment(Struct, frozen=True, kw_only=True, tag_field="kind", t
 
 
 class CudaSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="cuda"):
-    """A GPU allocation exported by CUDA IPC."""
+    """A GPU allocation exported by CUDA IPC: a block's header and data, as in shared memory."""
 
     handle: Handle
+    """`cudaIpcMemHandle_t` of the whole allocation: 64 bytes."""
     host_id: HostId
     device_uuid: Annotated[str, Meta(min_length=1, max_length=64)]
+    """Of the GPU that holds it, as nvidia-smi prints it; readers open it on their own."""
     generation: Generation
 
 

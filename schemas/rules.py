@@ -14,7 +14,12 @@ from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CopyRe
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.limits import Limits
 from weightbus.schemas.needs_codec import check_needs, needs_digest
-from weightbus.schemas.placement import FileSegment, Placement, SharedMemorySegment
+from weightbus.schemas.placement import (
+    CudaSegment,
+    FileSegment,
+    Placement,
+    SharedMemorySegment,
+)
 from weightbus.schemas.progress import UpdateComplete
 from weightbus.schemas.rounds import Abort, Join, RoundComplete, RoundPlan
 from weightbus.schemas.worker import Applied, Apply, Attach, Described, InPlace, Inspected, Stream
@@ -59,7 +64,7 @@ def check_ways(kind: str, field: str, placement: Placement) -> None:
             place = f"{field}[{number}][{n}]"
             if isinstance(way, FileSegment):
                 check_path(kind, f"{place}.path", way.path)
-            if isinstance(way, SharedMemorySegment) and way.generation % 2:
+            if isinstance(way, SharedMemorySegment | CudaSegment) and way.generation % 2:
                 limit = "must be even: odd means that the segment is being written"
                 raise MessageInvalid(kind, f"{place}.generation", way.generation, limit)
             if way in ways[:n]:

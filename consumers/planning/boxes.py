@@ -37,6 +37,20 @@ class Box(NamedTuple):
         )
         return common if all(map(int.__lt__, common.starts, common.ends)) else None
 
+    def without(self, other: Box) -> list[Box]:
+        """The elements that are not in `other`, as at most two boxes per dimension."""
+        common = self.intersection(other)
+        if common is None:
+            return [self]
+        rest, starts, ends = [], list(self.starts), list(self.ends)
+        for dim, (start, end) in enumerate(zip(common.starts, common.ends, strict=True)):
+            for low, high in ((starts[dim], start), (end, ends[dim])):
+                if low < high:
+                    part = Box(tuple(starts), tuple(ends))
+                    rest.append(part.replaced(dim, low, high))
+            starts[dim], ends[dim] = start, end
+        return rest
+
     def replaced(self, dim: int, start: int, end: int) -> Box:
         """The same box but for one dimension."""
         starts = (*self.starts[:dim], start, *self.starts[dim + 1 :])

@@ -10,15 +10,16 @@ none moves more than `TILE_BYTES`; none lies outside its segment or its paramete
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.destinations import check_destinations, tabulate_writes
-from weightbus.consumers.planning.pieces import Pieces, cut_pieces
+from weightbus.consumers.planning.pieces import IndexedPieces, Pieces, cut_pieces
 from weightbus.consumers.planning.tables import (
     Integers,
     tabulate_copies,
@@ -29,12 +30,14 @@ from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 
 __all__ = (
+    "INDEXED_TILE",
     "MAX_TILES",
     "TILE",
     "TILE_BYTES",
     "BoundTiles",
     "TilePlan",
     "bind_tiles",
+    "cut_tiles",
     "plan_tiles",
 )
 
@@ -64,6 +67,18 @@ TILE = np.dtype(
     ]
 )
 """One tile, in 8-byte integers, so that the table is also an [N, 14] array of int64."""
+
+INDEXED_TILE = np.dtype(
+    [
+        *((name, TILE[name]) for name in TILE.names or ()),
+        ("piece", "<i8"),  # by number
+        ("cell", "<i8"),  # -1: not digested, and has no index
+        ("index", "<i8"),  # byte of the tensor
+        ("index_row", "<i8"),
+        ("index_col", "<i8"),
+    ]
+)
+"""A tile of an indexed piece."""
 
 _COMMON_COLUMNS = (
     "segment",
@@ -111,17 +126,35 @@ class BoundTiles:
     """
 
     plan: TilePlan
-    sources: Integers
-    """[N]: address where every tile begins to read."""
-    destinations: Integers
-    """[N]: address where every tile begins to write."""
-    piece_sources: Integers
-    """[P]: address where every piece begins to read."""
-    piece_destinations: Integers
     segment_addresses: Integers
     segment_sizes: tuple[int, ...]
     parameter_addresses: Integers
     parameter_sizes: tuple[int, ...]
+
+    @cached_property
+    def sources(self) -> Integers:
+        """[N]: address where every tile begins to read."""
+        tiles = self.plan.tiles
+        begins: Integers = self.segment_addresses[tiles["segment"]] + tiles["source"]
+        return begins
+
+    @cached_property
+    def destinations(self) -> Integers:
+        """[N]: address where every tile begins to write."""
+        tiles = self.plan.tiles
+        begins: Integers = self.parameter_addresses[tiles["parameter"]] + tiles["destination"]
+        return begins
+
+    @cached_property
+    def piece_sources(self) -> Integers:
+        """[P]: address where every piece begins to read."""
+        return self.segment_addresses[self.plan.pieces.segment] + self.plan.pieces.source
+
+    @cached_property
+    def piece_destinations(self) -> Integers:
+        """[P]: address where every piece begins to write."""
+        pieces = self.plan.pieces
+        return self.parameter_addresses[pieces.parameter] + pieces.destination
 
 
 def plan_tiles(layout: Layout, needs: Needs) -> TilePlan:
@@ -142,7 +175,7 @@ def plan_tiles(layout: Layout, needs: Needs) -> TilePlan:
     units = pieces.sizes.prod(axis=1)
     return TilePlan(
         needs=needs,
-        tiles=_tiles(pieces),
+        tiles=cut_tiles(pieces),
         pieces=pieces,
         segment_ends=_segment_ends(layout, needs, pieces),
         parameter_ends=parameter_ends,
@@ -167,27 +200,14 @@ def bind_tiles(
         PlanError: there are not as many segments or parameters as in the plan, or a tile would lie
             outside its own.
     """
-    _check_ends(
-        plan.segment_ends,
-        segment_sizes,
-        [f"segment {number}" for number in range(plan.segment_ends.size)],
-    )
-    _check_ends(
-        plan.parameter_ends,
-        parameter_sizes,
-        [f"parameter {parameter.name}" for parameter in plan.needs.parameters],
-    )
-    segments = np.array(segment_addresses, dtype=np.int64)
-    parameters = np.array(parameter_addresses, dtype=np.int64)
+    _check_ends(plan.segment_ends, segment_sizes, "segment {}".format)
+    names = plan.needs.parameters
+    _check_ends(plan.parameter_ends, parameter_sizes, lambda n: f"parameter {names[n].name}")
     return BoundTiles(
         plan=plan,
-        sources=segments[plan.tiles["segment"]] + plan.tiles["source"],
-        destinations=parameters[plan.tiles["parameter"]] + plan.tiles["destination"],
-        piece_sources=segments[plan.pieces.segment] + plan.pieces.source,
-        piece_destinations=parameters[plan.pieces.parameter] + plan.pieces.destination,
-        segment_addresses=segments,
+        segment_addresses=np.array(segment_addresses, dtype=np.int64),
         segment_sizes=tuple(segment_sizes),
-        parameter_addresses=parameters,
+        parameter_addresses=np.array(parameter_addresses, dtype=np.int64),
         parameter_sizes=tuple(parameter_sizes),
     )
 
@@ -209,7 +229,7 @@ def _segment_ends(layout: Layout, needs: Needs, pieces: Pieces) -> Integers:
     return segment_ends
 
 
-def _check_ends(ends: Integers, sizes: Sequence[int], names: Sequence[str]) -> None:
+def _check_ends(ends: Integers, sizes: Sequence[int], name: Callable[[int], str]) -> None:
     """Check that what is read or written of each thing ends inside it."""
     if len(sizes) != ends.size:
         raise PlanError("plan", f"bound to {len(sizes)} sizes", f"must be bound to {ends.size}")
@@ -217,14 +237,22 @@ def _check_ends(ends: Integers, sizes: Sequence[int], names: Sequence[str]) -> N
     if outside.size:
         number = int(outside[0])
         limit = f"the plan takes bytes up to {ends[number]} of it"
-        raise PlanError(names[number], f"{sizes[number]} bytes long", limit)
+        raise PlanError(name(number), f"{sizes[number]} bytes long", limit)
 
 
-def _tiles(pieces: Pieces) -> npt.NDArray[np.void]:
-    """Cut pieces into tiles: chunks of two of their dimensions, every index of the others."""
-    sizes, sources, destinations = _with_rows(pieces)
+def cut_tiles(pieces: Pieces, most_units: int = TILE_BYTES) -> npt.NDArray[np.void]:
+    """Cut pieces into tiles: chunks of two of their dimensions, every index of the others.
+
+    Returns [N] of `TILE`, or of `INDEXED_TILE` if the pieces are indexed, in shuffled order; none
+    has more than `most_units`.
+
+    Raises:
+        PlanError: there are more than `MAX_TILES`.
+    """
+    sizes, sources, destinations, indices = _with_rows(pieces)
     cols, rows = sizes[:, 0], sizes[:, 1]
     room = TILE_BYTES // np.maximum(pieces.unit_bytes, pieces.destination_unit_bytes)
+    room = np.minimum(room, most_units)
     adjacent = sources[:, 0] == pieces.unit_bytes
     adjacent &= destinations[:, 0] == pieces.destination_unit_bytes
     cols_at_once = np.minimum(cols, room)
@@ -241,8 +269,10 @@ def _tiles(pieces: Pieces) -> npt.NDArray[np.void]:
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(total)
     piece = np.repeat(np.arange(len(pieces)), counts)[order]
     left = order - (np.cumsum(counts) - counts)[piece]  # number of the tile in its piece
-    tiles = np.empty(total, dtype=TILE)
+    indexed = pieces if isinstance(pieces, IndexedPieces) else None
+    tiles = np.empty(total, dtype=INDEXED_TILE if indexed is not None else TILE)
     source, destination = pieces.source[piece], pieces.destination[piece]
+    place = indexed.index[piece] if indexed is not None else np.zeros_like(piece)
     for dim in range(sizes.shape[1]):
         index = left % radices[piece, dim]
         left //= radices[piece, dim]
@@ -254,23 +284,29 @@ def _tiles(pieces: Pieces) -> npt.NDArray[np.void]:
             tiles["rows"] = np.minimum(rows_at_once[piece], rows[piece] - index)
         source += index * sources[piece, dim]
         destination += index * destinations[piece, dim]
+        place += index * indices[piece, dim]
     tiles["source"], tiles["destination"] = source, destination
     tiles["source_col"], tiles["source_row"] = sources[piece, 0], sources[piece, 1]
     tiles["destination_col"] = destinations[piece, 0]
     tiles["destination_row"] = destinations[piece, 1]
     for name in _COMMON_COLUMNS:
         tiles[name] = getattr(pieces, name)[piece]
+    if indexed is not None:
+        tiles["piece"], tiles["cell"], tiles["index"] = piece, indexed.cell[piece], place
+        tiles["index_col"], tiles["index_row"] = indices[piece, 0], indices[piece, 1]
     return tiles
 
 
-def _with_rows(pieces: Pieces) -> tuple[Integers, Integers, Integers]:
-    """Sizes and strides with at least two dimensions, the widest but the innermost second."""
+def _with_rows(pieces: Pieces) -> tuple[Integers, Integers, Integers, Integers]:
+    """Sizes and the three sides' strides with at least two dimensions, the widest but the innermost
+    second. Without an index, its strides are the source's."""
     missing = max(0, 2 - pieces.sizes.shape[1])
     edges = ((0, 0), (0, missing))
     tables = (
         np.pad(pieces.sizes, edges, constant_values=1),
         np.pad(pieces.source_strides, edges),
         np.pad(pieces.destination_strides, edges),
+        np.pad(getattr(pieces, "index_strides", pieces.source_strides), edges),
     )
     everyone = np.arange(len(pieces))
     widest = 1 + tables[0][:, 1:].argmax(axis=1)

@@ -46,7 +46,7 @@ class Checkpoint:
         spec = self._layout.tensors[number]
         if spec.dtype not in TORCH_DTYPES:
             raise PlanError(f"dtype of {spec.name}", spec.dtype, "this torch does not know it")
-        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="cpu")
         if tensor.numel():
             whole = bytes_of(tensor).reshape(*spec.shape, tensor.itemsize)
             for shard in self._shards_of[number]:

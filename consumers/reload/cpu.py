@@ -28,7 +28,8 @@ from weightbus.bus.digest import digest_box, digest_tensor
 from weightbus.consumers.planning.boxes import Box, blocks_of
 from weightbus.consumers.planning.pieces import Pieces
 from weightbus.consumers.planning.tables import Integers
-from weightbus.consumers.planning.tiles import BoundTiles
+from weightbus.consumers.planning.tiles import BoundTiles, TilePlan
+from weightbus.consumers.reload.executor import Executor, Sums
 from weightbus.consumers.reload.jobs import JOB_BYTES, PieceJobs, cut_run, plan_jobs
 from weightbus.consumers.reload.shards import ShardIndex
 from weightbus.consumers.reload.threads import Threads
@@ -44,21 +45,18 @@ BLOCK_BYTES = 4 * 2**20
 """Largest block that is staged or gathered at once, or that one thread digests."""
 
 Bytes = npt.NDArray[np.uint8]
-Sums = npt.NDArray[np.uint64]
 Window = npt.NDArray[np.unsignedinteger]
 """A strided view of raw memory, an unsigned integer per element or unit."""
 
 _MASK = 2**64 - 1
 
 
-class CpuExecutor:
-    """Runs bound plans of one layout and one rank's needs, and digests the rank's cells.
-
-    Not for several threads at once. Torn reads are the caller's to look for, after `move`.
+class CpuExecutor(Executor):
+    """Runs bound plans on parameters in main memory.
 
     Args:
         layout: has been checked by `check_layout`.
-        needs: the plan's; the numbers of copies and parameters are the same.
+        needs: the plans'; the numbers of copies and parameters are the same.
         cells: what shall be digested; if a copy that transforms has any, they hold all of its box.
         threads: None: the caller's own.
     """
@@ -82,24 +80,14 @@ class CpuExecutor:
         self._shards = ShardIndex(layout, staged)
         self._digests = np.zeros(len(self._cells), dtype=np.uint64)
 
-    def move(self, bound: BoundTiles) -> int:
-        """Write everything that the plan holds into the parameters. Returns the bytes it read.
+    def prepare(self, plan: TilePlan) -> None:
+        """Nothing: pieces are run as they are."""
 
-        Raises:
-            PlanError: torch cannot do a transform or a fill; parameters may have been written.
-        """
+    def move(self, bound: BoundTiles) -> int:
         self.update(bound, ())
         return bound.plan.source_bytes
 
     def update(self, bound: BoundTiles, numbers: Iterable[int]) -> Sums:
-        """Move, and return the digests of cells, in order, of what was written.
-
-        `bound` may be a portion of the plan: then the numbers are of cells that are whole once it
-        has been moved.
-
-        Raises:
-            PlanError: torch cannot do a transform or a fill; parameters may have been written.
-        """
         memories = _Memories(bound)
         chosen = list(numbers)
         cells_of: dict[int, list[int]] = {}
@@ -125,10 +113,6 @@ class CpuExecutor:
         return self._digests[chosen]
 
     def changed_parameter(self, bound: BoundTiles) -> int | None:
-        """A parameter that `move(bound)` would make another one of; None: it changes no byte.
-
-        Looks at what is copied, not at fills: they are the same in every version.
-        """
         memories = _Memories(bound)
         pieces = bound.plan.pieces
         for number in np.flatnonzero(pieces.transform < 0).tolist():
@@ -143,20 +127,12 @@ class CpuExecutor:
         return None
 
     def digest_cells(self, bound: BoundTiles, numbers: Iterable[int] | None = None) -> Sums:
-        """The digests of cells, in order, of what `move(bound)` has just written; None: of all.
-
-        `bound` may be a portion of the plan: then the numbers are of cells of its copies.
-        """
         chosen = list(range(len(self._cells)) if numbers is None else numbers)
         plain = [n for n in chosen if not self._is_transformed(self._cells[n].copy)]
         self._digest_cells(plain, _Memories(bound))
         return self._digests[chosen]
 
     def read_back(self, bound: BoundTiles) -> tuple[Sums, tuple[int, ...]]:
-        """The digest of every cell as the parameters hold it now; no segment need be there.
-
-        Cells that cannot be read back (transformed, or of no copy) are 0; their numbers follow.
-        """
         cells = enumerate(self._cells)
         unreadable = {n for n, cell in cells if cell.copy < 0 or self._is_transformed(cell.copy)}
         readable = [n for n in range(len(self._cells)) if n not in unreadable]

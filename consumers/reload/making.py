@@ -41,7 +41,9 @@ def made_parameters(
     specs = plan.needs.parameters
     for batch in _batches(specs, sorted(numbers)):
         memory = {
-            number: torch.zeros(_extent(specs[number]), dtype=TORCH_DTYPES[specs[number].dtype])
+            number: torch.zeros(
+                _extent(specs[number]), dtype=TORCH_DTYPES[specs[number].dtype], device="cpu"
+            )
             for number in batch
         }
         addresses, sizes = [0] * len(specs), [0] * len(specs)

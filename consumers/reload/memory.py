@@ -15,7 +15,9 @@ from torch import nn
 __all__ = (
     "ByteWindow",
     "StateTensor",
+    "Place",
     "module_of",
+    "places_of",
     "plain_tensors",
     "state_tensors",
     "storage_id",
@@ -52,6 +54,10 @@ class StateTensor:
     """Would be in a `state_dict`; true for every parameter."""
 
 
+Place = tuple[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""Name, address, dtype, shape and strides of a tensor."""
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of a tensor's storage, also on `meta`; valid while the storage lives."""
     return int(tensor.untyped_storage()._cdata)
@@ -75,20 +81,47 @@ def module_of(name: str) -> str:
 
 def state_tensors(model: nn.Module) -> tuple[StateTensor, ...]:
     """Every parameter and buffer under every name it has, parameters first."""
-    transient = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name in module._non_persistent_buffers_set
-    }
-    parameters = (
-        StateTensor(name, tensor, parameter=True, persistent=True)
-        for name, tensor in model.named_parameters(remove_duplicate=False)
-    )
-    buffers = (
-        StateTensor(name, tensor, parameter=False, persistent=name not in transient)
-        for name, tensor in model.named_buffers(remove_duplicate=False)
-    )
+    parameters: list[StateTensor] = []
+    buffers: list[StateTensor] = []
+    for prefix, module in _modules(model):
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                parameters.append(
+                    StateTensor(prefix + name, tensor, parameter=True, persistent=True)
+                )
+        transient = module._non_persistent_buffers_set
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = name not in transient
+                buffers.append(
+                    StateTensor(prefix + name, buffer, parameter=False, persistent=persistent)
+                )
     return (*parameters, *buffers)
+
+
+def places_of(model: nn.Module) -> frozenset[Place]:
+    """Where every parameter and buffer of a model is: looked at in every update, hence quick."""
+    return frozenset(
+        (prefix + name, t.data_ptr(), t.dtype, tuple(t.shape), t.stride())
+        for prefix, module in _modules(model)
+        for held in (module._parameters, module._buffers)
+        for name, t in held.items()
+        if t is not None
+    )
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name it has, with the prefix of what it holds; the outer first.
+
+    As `named_modules(remove_duplicate=False)`, in a third of the time.
+    """
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        yield prefix, module
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}{name}.", child))
 
 
 def plain_tensors(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:

@@ -16,16 +16,14 @@ import numpy.typing as npt
 
 from weightbus.consumers.planning.pieces import Pieces
 from weightbus.consumers.planning.tiles import TilePlan
+from weightbus.consumers.reload.executor import PORTION_BYTES
 from weightbus.consumers.reload.staging import ByteRange
 from weightbus.schemas.needs import Needs
 
-__all__ = ("PORTION_BYTES", "Portion", "cut_portions", "part_of_plan")
+__all__ = ("Portion", "cut_portions", "part_of_plan")
 
 Mask = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
-
-PORTION_BYTES: Final = 256 * 2**20
-"""Of segments that one portion spans, unless a single copy spans more."""
 
 _GAP_BYTES: Final = 64 * 1024
 """Ranges of a file that are closer than this are read as one: it costs less than another call."""

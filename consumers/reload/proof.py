@@ -24,26 +24,34 @@ from torch import nn
 
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.memory import (
+    Place,
     StateTensor,
     module_of,
+    places_of,
     plain_tensors,
     state_tensors,
 )
 from weightbus.consumers.reload.tracer import Trace
 from weightbus.schemas.needs import ParameterSpec
 
-__all__ = ("Made", "Proof", "memory_of", "prove", "same_bytes")
+__all__ = ("Made", "Proof", "memory_of", "prove", "same_bytes", "same_bytes_elsewhere")
 
 COMPARED_BYTES = 64 * 2**20
-"""Compared at a time: on a GPU a comparison makes a temporary of as many bytes."""
+"""Compared at a time."""
+
+COPIED_BYTES = 8 * 2**20
+"""Of a parameter on a device, copied to main memory at a time: no memory of the device is taken."""
+
+GATHERED_BYTES = 2**20
+"""The same of one with gaps between its elements: as much memory of the device is taken."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> a dtype in which equal bits are equal, NaNs included."""
 
 Made = Iterator[tuple[int, torch.Tensor]]
-"""Parameters by number as the plan makes them: new tensors on the live ones' device."""
+"""Parameters by number as the plan makes them: new tensors in main memory."""
 
-Memory = frozenset[tuple[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
+Memory = frozenset[Place]
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,7 @@ class Proof:
 
 def memory_of(model: nn.Module) -> Memory:
     """Where every parameter and buffer of a model is."""
-    return frozenset(
-        (item.name, t.data_ptr(), t.dtype, tuple(t.shape), tuple(t.stride()))
-        for item in state_tensors(model)
-        for t in (item.tensor,)
-    )
+    return places_of(model)
 
 
 def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) -> Proof:
@@ -127,12 +131,66 @@ def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) 
 
 
 def same_bytes(live: torch.Tensor, made: torch.Tensor) -> bool:
-    """Equal bits, NaNs and signs of zero included; shapes and dtypes are equal already."""
+    """Equal bits, NaNs and signs of zero included; shapes, strides and dtypes are equal already.
+
+    Args:
+        live: on whatever device.
+        made: in main memory.
+
+    Raises:
+        Exception: whatever torch raises of the device.
+    """
+    if live.device.type != "cpu":
+        return same_bytes_elsewhere(live, made)
     left, right = _bytes(live), _bytes(made)
     return all(
-        torch.equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
+        _equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
         for start in range(0, left.numel(), COMPARED_BYTES)
     )
+
+
+def same_bytes_elsewhere(live: torch.Tensor, made: torch.Tensor) -> bool:
+    """The same, of a live tensor that is copied to main memory part by part."""
+    steps = live.stride()
+    order = sorted(range(live.dim()), key=lambda dim: (-steps[dim], live.shape[dim]))
+    left, right = live.detach().permute(order), made.detach().permute(order)
+    part_bytes = COPIED_BYTES if left.is_contiguous() else GATHERED_BYTES
+    copied = torch.empty(
+        min(part_bytes, left.nbytes), dtype=torch.uint8, device="cpu", pin_memory=live.is_cuda
+    )
+    for some, expected in _parts(left, right, part_bytes):
+        found = copied[: some.nbytes]
+        found.copy_(_bytes(some))
+        if not _equal(found, _bytes(expected)):
+            return False
+    return True
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Of bytes; by words of 8 where they are aligned, which takes a third of the time."""
+    end = left.numel() // 8 * 8
+    if end and not (left.storage_offset() % 8 or right.storage_offset() % 8):
+        if not torch.equal(left[:end].view(torch.int64), right[:end].view(torch.int64)):
+            return False
+        left, right = left[end:], right[end:]
+    return torch.equal(left, right)
+
+
+def _parts(
+    left: torch.Tensor, right: torch.Tensor, part_bytes: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors in equal parts, in the order of their memory."""
+    if left.nbytes <= part_bytes:
+        if left.nbytes:
+            yield left, right
+        return
+    rows = max(1, part_bytes * left.shape[0] // left.nbytes)
+    for first in range(0, left.shape[0], rows):
+        some = slice(first, first + rows)
+        if rows == 1:
+            yield from _parts(left[first], right[first], part_bytes)
+        else:
+            yield left[some], right[some]
 
 
 def _note(reasons: dict[str, list[str]], name: str, reason: str) -> None:

@@ -319,7 +319,9 @@ def _dense_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[object]:
-    """The arguments that an operation writes to."""
+    """The arguments that an operation writes to; most write to none."""
+    if not _written_arguments(func):
+        return []
     return [
         args[position] if position < len(args) else kwargs.get(name)
         for position, name in _written_arguments(func)
@@ -338,10 +340,14 @@ def _written_arguments(func: OpOverload) -> tuple[tuple[int, str], ...]:
 
 def _tensors(tree: object) -> list[torch.Tensor]:
     """The tensors in what an operation takes or gives: lists, tuples and dicts, nested."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        return []
-    return [tensor for branch in tree for tensor in _tensors(branch)]
+    found: list[torch.Tensor] = []
+    waiting = [tree]
+    while waiting:
+        branch = waiting.pop()
+        if isinstance(branch, torch.Tensor):
+            found.append(branch)
+        elif isinstance(branch, list | tuple):
+            waiting.extend(reversed(branch))
+        elif isinstance(branch, dict):
+            waiting.extend(reversed(branch.values()))
+    return found

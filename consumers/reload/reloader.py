@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from weightbus.bus.cuda import open_cuda
 from weightbus.bus.digest import digest_box
 from weightbus.consumers.errors import (
     DeadlineExceeded,
@@ -30,6 +31,7 @@ from weightbus.consumers.errors import (
     TraceRefused,
 )
 from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
+from weightbus.consumers.reload.accelerator import open_accelerator
 from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
 from weightbus.consumers.reload.cpu import CpuExecutor
@@ -43,6 +45,7 @@ from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.streams import StreamPlan, move_stream, plan_stream
 from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
+from weightbus.consumers.transfer.gpu import OpenCuda, gpu_of
 from weightbus.consumers.transfer.lanes import Lanes
 from weightbus.consumers.transfer.segments import OpenSegment
 from weightbus.schemas.layout import Layout
@@ -93,10 +96,17 @@ class Reloader:
     needs: Needs
     """Whole tensors with no destination if untraced."""
 
-    def __init__(self, host: ModelHost, layout: Layout, threads: Threads | None = None) -> None:
+    def __init__(
+        self,
+        host: ModelHost,
+        layout: Layout,
+        threads: Threads | None = None,
+        cuda: OpenCuda = open_cuda,
+    ) -> None:
         """
         Args:
             threads: what moves and digests; the caller's to close. None: the caller's own thread.
+            cuda: asked for when a GPU first needs it.
 
         Raises:
             CheckpointRefused: the layout does not make the model.
@@ -110,9 +120,10 @@ class Reloader:
         self._streams: dict[tuple[int, int], tuple[Split, StreamPlan]] = {}
         """By bytes and lanes of the buckets, the longest unused first."""
         self._traced: tuple[Trace, TilePlan] | None = None
+        self._gpu = gpu_of(host.device, cuda)
+        """Where the parameters are; None: in main memory."""
         try:
-            if torch.device(host.device).type != "cpu":
-                raise PlanError("device of the parameters", host.device, "nothing writes there yet")
+            _check_executor(host.device)
             trace = trace_needs(host, layout)
             self._traced = trace, plan_tiles(layout, trace.needs)
             self.needs = trace.needs
@@ -139,7 +150,8 @@ class Reloader:
     def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
         """Write one version into the live model, which is touched from here on.
 
-        Returns with the device synchronised and the segments found whole.
+        Returns with the device synchronised and the segments found whole. If it raises, the device
+        may still be at work: the caller waits for it (`settling`) before anything else.
 
         Raises:
             SegmentUnavailable, TornRead: a segment was cut short, or written while it was read.
@@ -186,7 +198,8 @@ class Reloader:
     def stream(self, lanes: Lanes, deadline: Deadline, begin: Callable[[], None]) -> Outcome:
         """Write one version that comes by once into the live model; only if `can_stream`.
 
-        Returns with the device synchronised. `begin` is called before the first byte is written.
+        Returns with the device synchronised, and raises as `apply` does. `begin` is called before
+        the first byte is written.
 
         Raises:
             ProofNeeded: an undecided parameter would change.
@@ -240,11 +253,17 @@ class Reloader:
         """Made once for a split, and bytes and lanes of the buckets."""
         kept = self._streams.pop(buckets, None)
         if kept is None or kept[0] is not split:
-            undecided = split.proof.undecided
-            needs = split.whole.needs
             kept = (
                 split,
-                plan_stream(self.layout, needs, self._cells, undecided, buckets, self._threads),
+                plan_stream(
+                    self.layout,
+                    split.whole.needs,
+                    self._cells,
+                    split.proof.undecided,
+                    buckets,
+                    threads=self._threads,
+                    device=self._host.device,
+                ),
             )
         self._streams[buckets] = kept
         if len(self._streams) > STREAMS_KEPT:
@@ -252,7 +271,14 @@ class Reloader:
         return kept[1]
 
     def _split_by(self, plan: TilePlan, proof: Proof) -> Split:
-        return split_update(self.layout, plan, proof, self._cells, threads=self._threads)
+        return split_update(
+            self.layout,
+            plan,
+            proof,
+            self._cells,
+            threads=self._threads,
+            device=self._host.device,
+        )
 
     # -- through the engine's own loader
 
@@ -289,7 +315,7 @@ class Reloader:
     def _making(
         self, version: _Version, trace: Trace, plan: TilePlan
     ) -> Iterator[Callable[[Iterable[int]], Made]]:
-        """Makes parameters of a version beside the live ones."""
+        """Makes parameters of a version in main memory, wherever the live ones are."""
         executor = CpuExecutor(self.layout, trace.needs, (), self._threads)
         with StagedSources(version.segments) as sources:
             yield lambda numbers: made_parameters(
@@ -359,7 +385,7 @@ class Reloader:
 
     def _move(self, version: _Version, split: Split) -> None:
         memory = self._live_memory(split)
-        with StagedSources(version.segments) as sources:
+        with StagedSources(version.segments, self._gpu) as sources:
             for portion, cells in split.steps:
                 version.deadline.check()
                 with sources.fetched(portion.ranges):
@@ -382,6 +408,19 @@ class Reloader:
             addresses[number] = tensor.data_ptr()
             sizes[number] = tensor.untyped_storage().nbytes() - skipped
         return addresses, sizes
+
+
+def _check_executor(device: str) -> None:
+    """
+    Raises:
+        PlanError: nothing writes to such a device, or not here: says what is missing.
+        CudaFailed: the device cannot be used.
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        open_accelerator(place)
+    elif place.type != "cpu":
+        raise PlanError("device of the parameters", device, "nothing writes there yet")
 
 
 def _summary(proof: Proof) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from weightbus.consumers.planning.tiles import TilePlan
-from weightbus.consumers.reload.cpu import CpuExecutor
-from weightbus.consumers.reload.portions import PORTION_BYTES, Portion, cut_portions, part_of_plan
+from weightbus.consumers.reload.executor import Executor, make_executor
+from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
 from weightbus.consumers.reload.proof import Proof
 from weightbus.consumers.reload.threads import Threads
 from weightbus.schemas.layout import Layout
@@ -39,8 +39,8 @@ class Split:
     """The same, step by step: what is moved, and the `moved_cells` (by place) digested after it."""
     moved_cells: npt.NDArray[np.int64]
     """Numbers of the cells that the plan moves."""
-    executor: CpuExecutor
-    """For the plan and those cells."""
+    executor: Executor
+    """For the plan and those cells, on the parameters' device."""
     loaded: tuple[int, ...]
     """Tensors that processed modules are made of, in the layout's order."""
     loose_cells: CellsOf
@@ -52,13 +52,21 @@ def split_update(
     plan: TilePlan,
     proof: Proof,
     cells: Sequence[Cell],
-    portion_bytes: int = PORTION_BYTES,
+    portion_bytes: int | None = None,
     threads: Threads | None = None,
+    device: str = "cpu",
 ) -> Split:
-    """Split a plan and its cells into what is direct and the rest.
+    """Split a plan and its cells into what is direct and the rest, and prepare all steps.
 
-    A deadline is looked at between steps: each moves and digests about `portion_bytes`. The
-    executor works on the caller's own thread if it is given no others.
+    A deadline is looked at between steps: each moves and digests about `portion_bytes`; None: as
+    the executor likes it. The executor works on the caller's own thread if it is given no others.
+
+    Args:
+        device: the parameters'.
+
+    Raises:
+        PlanError: nothing writes to the device.
+        CudaFailed: the device cannot be used.
     """
     part = part_of_plan(plan, proof.direct)
     copies = plan.needs.copies
@@ -69,15 +77,19 @@ def split_update(
             moved.append(number)
         else:
             loose.setdefault(cell.tensor, []).append(number)
+    executor = make_executor(
+        device, layout, part.needs, [cells[number] for number in moved], threads
+    )
+    portions = cut_portions(part, portion_bytes or executor.portion_bytes)
+    for portion in portions:
+        executor.prepare(portion.plan)
     return Split(
         proof=proof,
         whole=plan,
         plan=part,
-        steps=tuple(
-            _steps(cut_portions(part, portion_bytes), [cells[number].copy for number in moved])
-        ),
+        steps=tuple(_steps(portions, [cells[number].copy for number in moved])),
         moved_cells=np.array(moved, dtype=np.int64),
-        executor=CpuExecutor(layout, part.needs, [cells[number] for number in moved], threads),
+        executor=executor,
         loaded=tuple(sorted({c.tensor for c in copies if c.parameter in proof.processed})),
         loose_cells=loose,
     )

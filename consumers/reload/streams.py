@@ -14,7 +14,7 @@ bucket is said to be done with; no byte of an undecided parameter is changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -23,11 +23,12 @@ import numpy.typing as npt
 from weightbus.consumers.errors import ProofNeeded
 from weightbus.consumers.planning.boxes import Box
 from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
-from weightbus.consumers.planning.pieces import Pieces
+from weightbus.consumers.planning.gathers import part_of_copy
+from weightbus.consumers.planning.pieces import chosen_pieces
 from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles, plan_tiles
-from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.deadline import Deadline
+from weightbus.consumers.reload.executor import Executor, make_executor
 from weightbus.consumers.reload.shards import ShardIndex
 from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.transfer.lanes import Lanes
@@ -42,31 +43,13 @@ Chosen = slice | Integers
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Some of the pieces of a stream's plan."""
-
-    plan: TilePlan
-    pieces: Chosen
-    """Which ones they are of the whole plan's."""
-
-    def of(self, bound: BoundTiles) -> BoundTiles:
-        """The part of the bound plan."""
-        return replace(
-            bound,
-            plan=self.plan,
-            piece_sources=bound.piece_sources[self.pieces],
-            piece_destinations=bound.piece_destinations[self.pieces],
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class Step:
     """What is done with one bucket."""
 
-    moved: Part
+    moved: TilePlan
     cells: tuple[int, ...]
     """Numbers of the cut cells that are digested with it."""
-    undecided: Part | None
+    undecided: TilePlan | None
     """What of it goes to undecided parameters."""
 
 
@@ -76,13 +59,14 @@ class StreamPlan:
 
     buckets: BucketPlan
     plan: TilePlan
-    """Of all buckets, its pieces in their order; without tiles, since a CPU runs pieces."""
+    """Of all buckets, its pieces in their order; without tiles: executors run pieces, or make tiles
+    of their own when a part is prepared."""
     steps: tuple[Step, ...]
     """For every bucket."""
-    fills: Part
+    fills: TilePlan
     """What needs no bucket."""
-    executor: CpuExecutor
-    """For the plan and the cut cells."""
+    executor: Executor
+    """For the plan and the cut cells, on the parameters' device; every part is prepared."""
     origins: Integers
     """For every cut cell: the number of the cell that it is a part of."""
     cells: int
@@ -105,6 +89,7 @@ def plan_stream(
     undecided: frozenset[int],
     buckets: tuple[int, int],
     threads: Threads | None = None,
+    device: str = "cpu",
 ) -> StreamPlan:
     """Plan how a rank takes what it needs.
 
@@ -113,16 +98,18 @@ def plan_stream(
         undecided: parameters whose bytes must stay what they are.
         buckets: bytes of one slot, and lanes.
         threads: the executor's; None: the caller's own.
+        device: the parameters'.
 
     Raises:
-        PlanError: see `plan_buckets` and `plan_tiles`.
+        PlanError: see `plan_buckets` and `plan_tiles`; or nothing writes to the device.
+        CudaFailed: the device cannot be used.
     """
     staged = plan_buckets(layout, *buckets)
     cut = _cut_at_parts(staged, needs, cells)
     whole = plan_tiles(staged.layout, cut.needs)
     order = np.lexsort((whole.pieces.source, whole.pieces.segment))
     unfilled = msgspec.structs.replace(cut.needs, fills=())
-    plan = replace(whole, tiles=whole.tiles[:0], pieces=_some(whole.pieces, order))
+    plan = replace(whole, tiles=whole.tiles[:0], pieces=chosen_pieces(whole.pieces, order))
     bucket_of = plan.pieces.segment // staged.lanes
     ends = np.searchsorted(bucket_of, np.arange(staged.buckets + 1)).tolist()
     is_undecided = np.isin(plan.pieces.parameter, list(undecided))
@@ -140,12 +127,17 @@ def plan_stream(
                 undecided=_part(plan, unfilled, watched) if watched.size else None,
             )
         )
+    fills = _part(plan, cut.needs, slice(0, 0))
+    executor = make_executor(device, staged.layout, cut.needs, cut.cells, threads)
+    for part in (fills, *(part for step in steps for part in (step.moved, step.undecided))):
+        if part is not None:
+            executor.prepare(part)
     return StreamPlan(
         buckets=staged,
         plan=plan,
         steps=tuple(steps),
-        fills=_part(plan, cut.needs, slice(0, 0)),
-        executor=CpuExecutor(staged.layout, cut.needs, cut.cells, threads),
+        fills=fills,
+        executor=executor,
         origins=np.array(cut.origins, dtype=np.int64),
         cells=len(cells),
     )
@@ -183,17 +175,17 @@ def move_stream(
         lanes.wait_filled(bucket)
         deadline.check()
         if step.undecided is not None:
-            _check_unchanged(plan, step.undecided.of(bound))
+            _check_unchanged(plan, replace(bound, plan=step.undecided))
         if not bucket:
             begin()
-        here = step.moved.of(bound)
+        here = replace(bound, plan=step.moved)
         sums = plan.executor.update(here, step.cells)
         lanes.done(bucket)
         np.add.at(digests, plan.origins[list(step.cells)], sums)
         source_bytes += here.plan.source_bytes
     if not plan.steps:
         begin()
-    plan.executor.move(plan.fills.of(bound))
+    plan.executor.move(replace(bound, plan=plan.fills))
     return Streamed(digests, source_bytes)
 
 
@@ -252,28 +244,18 @@ def _cut_at_parts(staged: BucketPlan, needs: Needs, cells: Sequence[Cell]) -> _C
             for shard, common in shards.meeting(copy.tensor, box):
                 if origin >= 0:
                     add(origin, common, len(copies), shard.segment // staged.lanes)
-                copies.append(_part_of_copy(copy, common))
+                copies.append(part_of_copy(copy, common))
     return replace(cut, needs=msgspec.structs.replace(needs, copies=tuple(copies)))
 
 
-def _part_of_copy(copy: Copy, box: Box) -> Copy:
-    steps = zip(box.starts, copy.starts, copy.strides, strict=True)
-    offset = copy.offset + sum((start - first) * stride for start, first, stride in steps)
-    return msgspec.structs.replace(copy, starts=box.starts, sizes=box.sizes, offset=offset)
-
-
-def _part(plan: TilePlan, needs: Needs, chosen: Chosen) -> Part:
-    pieces = _some(plan.pieces, chosen)
+def _part(plan: TilePlan, needs: Needs, chosen: Chosen) -> TilePlan:
+    """Some of the pieces of a plan."""
+    pieces = chosen_pieces(plan.pieces, chosen)
     units = pieces.sizes.prod(axis=1)
-    part = replace(
+    return replace(
         plan,
         needs=needs,
         pieces=pieces,
         source_bytes=int((units * pieces.unit_bytes).sum()),
         destination_bytes=int((units * pieces.destination_unit_bytes).sum()),
     )
-    return Part(part, chosen)
-
-
-def _some(pieces: Pieces, chosen: Chosen) -> Pieces:
-    return Pieces(**{field.name: getattr(pieces, field.name)[chosen] for field in fields(Pieces)})

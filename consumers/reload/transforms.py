@@ -14,7 +14,7 @@ from weightbus.consumers.errors import PlanError
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.schemas.needs import Transform
 
-__all__ = ("filled_bytes", "transformed_bytes")
+__all__ = ("filled_bytes", "transformed", "transformed_bytes")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -25,7 +25,17 @@ def transformed_bytes(data: Bytes, dtype: str, transform: Transform) -> Bytes:
     Raises:
         PlanError: torch does not know a dtype, or cannot do an operation on it.
     """
-    values = torch.from_numpy(data).view(_torch_dtype(dtype))
+    result: Bytes = transformed(torch.from_numpy(data), dtype, transform).view(torch.uint8).numpy()
+    return result
+
+
+def transformed(data: torch.Tensor, dtype: str, transform: Transform) -> torch.Tensor:
+    """The same where `data`, contiguous bytes, is on any device.
+
+    Raises:
+        PlanError: torch does not know a dtype, or cannot do an operation on it.
+    """
+    values = data.view(_torch_dtype(dtype))
     for op, target in transform.ops:
         try:
             if op == "cast":
@@ -36,8 +46,7 @@ def transformed_bytes(data: Bytes, dtype: str, transform: Transform) -> Bytes:
                 values = torch.exp(values)
         except (NotImplementedError, RuntimeError) as error:  # torch has no such kernel
             raise PlanError(f"transform {op}", f"of {values.dtype}", str(error)) from error
-    result: Bytes = values.view(torch.uint8).numpy()
-    return result
+    return values
 
 
 def filled_bytes(dtype: str, value: float) -> Bytes:
@@ -47,7 +56,7 @@ def filled_bytes(dtype: str, value: float) -> Bytes:
         PlanError: torch does not know the dtype, or it cannot hold the value.
     """
     try:
-        element = torch.empty(1, dtype=_torch_dtype(dtype)).fill_(value)
+        element = torch.empty(1, dtype=_torch_dtype(dtype), device="cpu").fill_(value)
     except (NotImplementedError, RuntimeError) as error:
         raise PlanError(f"fill with {value}", f"of {dtype}", str(error)) from error
     result: Bytes = element.view(torch.uint8).numpy()

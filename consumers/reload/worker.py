@@ -4,10 +4,15 @@ Owns the live parameters of one rank while `handle` runs, what is known of each 
 segments and staging blocks, and the threads that move and digest. Engine-independent: the engine's
 adapter is a `ModelHost`.
 
+A GPU cannot be stopped: when a deadline passes while it writes, it is waited for all the same, and
+only then is the failure told, `touched`. If it never ends, neither does `handle`: the consumer
+gives the worker up, and the engine ends the process.
+
 Invariants:
     `touched` is set before the first write to a live parameter, whoever writes, and cleared only
     when a whole update has ended, its sources checked and the device synchronised;
     `version` is the version whose bytes were written last, whole;
+    when `handle` returns, nothing is under way on the device, and no segment is read any more;
     no exception leaves `handle`: each becomes `Failed`, naming its class and `touched`.
 """
 
@@ -22,11 +27,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from weightbus.consumers.errors import NotAttached, PlanError, ProofNeeded
+from weightbus.bus.cuda import open_cuda
+from weightbus.consumers.errors import DeviceLost, NotAttached, PlanError, ProofNeeded
 from weightbus.consumers.reload.deadline import Deadline
+from weightbus.consumers.reload.faults import our_error, settle, settling
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.reloader import Outcome, Reloader
 from weightbus.consumers.reload.threads import Threads, threads_per_worker
+from weightbus.consumers.transfer.gpu import OpenCuda
 from weightbus.consumers.transfer.lanes import Lanes, StagingCache, leave_lanes
 from weightbus.consumers.transfer.relayed import OpenRelayed, RelayReader
 from weightbus.consumers.transfer.segments import OpenSegment, SegmentCache
@@ -77,7 +85,13 @@ class ReloadWorker:
     only while no forward pass runs.
     """
 
-    def __init__(self, host: ModelHost, rank: int, world_size: int) -> None:
+    def __init__(
+        self, host: ModelHost, rank: int, world_size: int, cuda: OpenCuda = open_cuda
+    ) -> None:
+        """
+        Args:
+            cuda: asked for when a GPU first needs it.
+        """
         self.rank = rank
         self.world_size = world_size
         self.instance = uuid.uuid4().hex
@@ -88,8 +102,10 @@ class ReloadWorker:
         self._touched = False
         self._updates = 0
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._segments = SegmentCache("", ())
-        self._staging = StagingCache()
+        self._cuda = cuda
+        self._lost: DeviceLost | None = None
+        self._segments = SegmentCache("", (), host.device, cuda)
+        self._staging = StagingCache(host.device, cuda)
         self._readable: tuple[str, tuple[str, ...]] = ("", ())
 
     @property
@@ -107,8 +123,19 @@ class ReloadWorker:
         """How many updates have begun to write."""
         return self._updates
 
+    @property
+    def lost(self) -> DeviceLost | None:
+        """Not None: the device does nothing for this process any more. Every request fails, and the
+        engine has to end the process."""
+        return self._lost
+
     def handle(self, request: WorkerRequest) -> WorkerReply:
-        """Carry out one request and answer it. Blocks until done or its deadline; never raises."""
+        """Carry out one request and answer it; never raises.
+
+        Blocks until done or its deadline, and then until the device is.
+        """
+        if self._lost is not None:
+            return self._failed(request, self._lost)
         try:
             match request:
                 case Describe():
@@ -123,15 +150,10 @@ class ReloadWorker:
                     self.close()
                     return Detached(request=request.request, rank=self.rank)
         except Exception as error:
+            told = self._told(error)
             if not isinstance(error, WeightBusError):
                 _logger.exception("rank %d: %s", self.rank, type(request).__name__)
-            return Failed(
-                request=request.request,
-                rank=self.rank,
-                error=type(error).__name__,
-                reason=str(error)[:4096],
-                touched=self._touched,
-            )
+            return self._failed(request, told)
 
     def close(self) -> None:
         """Unmap every segment and block, end every thread, and forget every plan. Parameters stay
@@ -140,6 +162,25 @@ class ReloadWorker:
         self._known.clear()
         self._segments.close()
         self._staging.close()
+
+    def _told(self, error: Exception) -> Exception:
+        """What is said of an error, once the device is idle."""
+        try:
+            settle(self._host)
+        except DeviceLost as lost:
+            error = lost
+        if isinstance(error, DeviceLost):
+            self._lost = error
+        return our_error(error, self._host.device)
+
+    def _failed(self, request: WorkerRequest, error: Exception) -> Failed:
+        return Failed(
+            request=request.request,
+            rank=self.rank,
+            error=type(error).__name__,
+            reason=str(error)[:4096],
+            touched=self._touched,
+        )
 
     def _describe(self, request: Describe) -> Described:
         deadline = Deadline("describe", request.deadline_s)
@@ -151,7 +192,7 @@ class ReloadWorker:
                 raise PlanError("digest of the layout", found, f"must be {request.layout_digest}")
             deadline.check()
             known = self._known[request.layout_digest] = _Known(
-                Reloader(self._host, layout, self._threads)
+                Reloader(self._host, layout, self._threads, self._cuda)
             )
             if len(self._known) > LAYOUTS_KEPT:
                 self._known.popitem(last=False)
@@ -177,7 +218,8 @@ class ReloadWorker:
         readable = (request.host_id, request.roots)
         if readable != self._readable:
             self._segments.close()
-            self._segments, self._readable = SegmentCache(*readable), readable
+            self._segments = SegmentCache(*readable, self._host.device, self._cuda)
+            self._readable = readable
         plan = known.reloader.plan
         return Attached(
             request=request.request,
@@ -193,7 +235,8 @@ class ReloadWorker:
         if isinstance(request.feed, Stream):
             outcome = self._stream(reloader, request.feed, deadline)
         else:
-            with self._opened(reloader, request.feed, deadline) as segments:
+            opened = self._opened(reloader, request.feed, deadline)
+            with opened as segments, settling(self._host):
                 deadline.check()
                 self._begin()
                 outcome = reloader.apply(segments, deadline)
@@ -223,8 +266,9 @@ class ReloadWorker:
                     raise ProofNeeded(
                         "version", "no proof lets every parameter be written directly"
                     )
-                reloader.prepare_stream(feed.bucket_bytes, len(blocks))
-                return reloader.stream(Lanes(blocks, feed, deadline), deadline, self._begin)
+                with settling(self._host):
+                    reloader.prepare_stream(feed.bucket_bytes, len(blocks))
+                    return reloader.stream(Lanes(blocks, feed, deadline), deadline, self._begin)
             except BaseException:
                 leave_lanes(blocks, feed)  # the other readers of the host go on
                 raise

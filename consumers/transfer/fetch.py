@@ -22,8 +22,9 @@ from typing import NamedTuple
 import anyio
 
 from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable, TornRead
+from weightbus.consumers.transfer.opening import too_short
 from weightbus.consumers.transfer.progress import STEP_BYTES, Progress, run_while_moving
-from weightbus.consumers.transfer.segments import OpenMemory, OpenSegment, SegmentCache, too_short
+from weightbus.consumers.transfer.segments import OpenMemory, OpenSegment, SegmentCache
 from weightbus.consumers.transfer.together import Calls, run_together
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import RemoteSegment, Segment

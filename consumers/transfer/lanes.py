@@ -6,7 +6,8 @@ are listed in `weightbus.schemas.shared_memory`.
 
 Invariants:
     A block is read through one mapping as long as it is the file of its name, however many
-    transfers go through it; words of another turn say nothing.
+    transfers go through it, and is registered once with the worker's GPU, if it has one; words of
+    another turn say nothing.
     Bytes of a slot are only looked at between the owner's word and our own.
     Every wait has a deadline, and ends early when the owner gives up or is gone. The owner holds an
     exclusive lock on the file for as long as it lives: whoever gets a shared one knows. The lock is
@@ -28,21 +29,22 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from weightbus.bus.cuda import open_cuda
 from weightbus.consumers.errors import SegmentUnavailable
-from weightbus.consumers.transfer.segments import (
-    KEPT_UPDATES,
+from weightbus.consumers.transfer.gpu import Gpu, OpenCuda, gpu_of
+from weightbus.consumers.transfer.opening import (
     file_identity,
     open_own_block,
+    read_header,
     too_short,
 )
-from weightbus.schemas.errors import MessageInvalid
+from weightbus.consumers.transfer.segments import KEPT_UPDATES
 from weightbus.schemas.shared_memory import (
     SHM_FILLED_OFFSET,
     SHM_GIVEN_UP_OFFSET,
     SHM_HEADER_BYTES,
     SHM_READERS_OFFSET,
     TURN_BITS,
-    unpack_shm_header,
 )
 from weightbus.schemas.worker import Stream
 
@@ -83,6 +85,7 @@ class StagingBlock:
         self._words = self._bytes[:SHM_HEADER_BYTES].view("<u8")
         self.address = int(self._bytes.ctypes.data) + SHM_HEADER_BYTES
         """Of the first slot's first byte."""
+        self._gpu: Gpu | None = None
 
     @property
     def data(self) -> memoryview:
@@ -121,17 +124,38 @@ class StagingBlock:
         """Whether the owner is gone."""
         return _is_orphan(self._fd)
 
+    def register(self, gpu: Gpu) -> None:
+        """Let a GPU read all of it at its addresses here, until `close`.
+
+        Raises:
+            SegmentUnavailable: the device does not take it.
+        """
+        base = self.address - SHM_HEADER_BYTES
+        gpu.register(self.name, base, self._bytes.nbytes, read_only=False)
+        self._gpu = gpu
+
     def close(self) -> None:
-        """Unmap it. Nothing may look at its addresses any more."""
+        """Unmap it. Nothing may look at its addresses any more, on no device either."""
+        if self._gpu is not None:
+            base = self.address - SHM_HEADER_BYTES
+            if not self._gpu.unregister(self.name, base, self._map):
+                os.close(self._fd)
+                return
         del self._bytes, self._words
         self._map.close()
         os.close(self._fd)
 
 
 class StagingCache:
-    """The staging blocks that one worker reads, by name. Not for several threads."""
+    """The staging blocks that one worker reads, by name. Not for several threads.
 
-    def __init__(self) -> None:
+    Args:
+        device: of the worker's parameters: `cpu`, `cuda:0`, ... Blocks are registered with a GPU.
+        cuda: asked for when the GPU first needs it.
+    """
+
+    def __init__(self, device: str = "cpu", cuda: OpenCuda = open_cuda) -> None:
+        self._gpu = gpu_of(device, cuda)
         self._blocks: dict[str, StagingBlock] = {}
         self._transfer = 0
 
@@ -195,8 +219,9 @@ class StagingCache:
                 self._blocks.pop(name).close()
                 kept = None
             if kept is None:
-                kept = self._blocks[name] = StagingBlock(name, fd)
-                fd = -1
+                kept, fd = StagingBlock(name, fd), -1
+                self._register(kept)
+                self._blocks[name] = kept
         except OSError as error:
             raise SegmentUnavailable(name, error.strerror, "must be mapped") from error
         finally:
@@ -204,6 +229,15 @@ class StagingCache:
                 os.close(fd)
         kept.used = self._transfer
         return kept
+
+    def _register(self, block: StagingBlock) -> None:
+        if self._gpu is None:
+            return
+        try:
+            block.register(self._gpu)
+        except SegmentUnavailable:
+            block.close()
+            raise
 
     def _close_unused(self) -> None:
         for name, block in list(self._blocks.items()):
@@ -292,10 +326,7 @@ def _is_ready(name: str, fd: int, size_bytes: int) -> bool:
     header = os.pread(fd, SHM_HEADER_BYTES, 0)
     if len(header) < SHM_HEADER_BYTES or not any(header[:8]):
         return False
-    try:
-        promised, _ = unpack_shm_header(header)
-    except MessageInvalid as error:
-        raise SegmentUnavailable(name, "not a block of ours", str(error)) from error
+    promised, _ = read_header(name, header)
     found = min(promised, os.fstat(fd).st_size - SHM_HEADER_BYTES)
     if found < size_bytes:
         raise too_short(name, found, size_bytes)

@@ -1,7 +1,9 @@
 """The route `local`: every rank reads the segments of its own host.
 
-Picks the nearest way to each segment. Shared memory is read in place: the engine's workers read it
-straight into their parameters. Files go through staging, so that each is read once per host and not
+Picks the nearest way to each segment. Memory is read in place: the engine's workers read it
+straight into their parameters. That of GPUs is the nearest for workers on GPUs, and none for
+others; where a worker cannot open it after all, as two GPUs that do not reach each other, what else
+is offered is taken. Files go through staging, so that each is read once per host and not
 once per rank, wherever the workers can take a stream; elsewhere they read them in place, too.
 No group, no other engine.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from weightbus.bus.errors import SharedMemoryFull
@@ -17,15 +20,23 @@ from weightbus.consumers.errors import (
     ApplyFailed,
     ProofNeeded,
     RouteUnavailable,
+    SegmentUnavailable,
 )
 from weightbus.consumers.transfer.alone import stream_alone
 from weightbus.consumers.transfer.fetch import LocalSegments, open_fetcher
+from weightbus.consumers.transfer.gpu import is_gpu
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.consumers.transfer.segments import nearest_way, probe_segment
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.layout import Layout
-from weightbus.schemas.placement import FileSegment, Placement, Segment, SharedMemorySegment
+from weightbus.schemas.placement import (
+    CudaSegment,
+    FileSegment,
+    Placement,
+    Segment,
+    SharedMemorySegment,
+)
 from weightbus.schemas.worker import Applied, InPlace
 
 __all__ = ("LocalRoute",)
@@ -33,10 +44,11 @@ __all__ = ("LocalRoute",)
 _logger = logging.getLogger(__name__)
 
 _NEAREST_FIRST = (SharedMemorySegment, FileSegment)
+_NEAREST_TO_GPUS = (CudaSegment, *_NEAREST_FIRST)
 
 
 class LocalRoute(Route):
-    """Reads shared memory of this host, and files that this host can see.
+    """Reads memory of this host, and files that this host can see.
 
     Args:
         host_id: of this host, as publishers here put it into their segments.
@@ -52,6 +64,12 @@ class LocalRoute(Route):
         self._host_id, self._roots = host_id, tuple(roots)
         self._staging = staging
         self._segments = LocalSegments(host_id, self._roots)
+        self._kinds: tuple[type[Segment], ...] = _NEAREST_FIRST
+        """Of segments that the ranks can read, the nearest first."""
+
+    def know_devices(self, devices: Sequence[str]) -> None:
+        on_gpus = bool(devices) and all(map(is_gpu, devices))
+        self._kinds = _NEAREST_TO_GPUS if on_gpus else _NEAREST_FIRST
 
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         return tuple(
@@ -61,7 +79,22 @@ class LocalRoute(Route):
 
     async def transfer(self, transfer: Transfer) -> tuple[Applied, ...]:
         clock = Clock("reload", transfer.deadline_s)
-        sources = await self.reach_in_time(transfer, "reload", transfer.deadline_s)
+        sources = await self.reach_in_time(transfer, "reload", clock.left_s())
+        try:
+            return await self._bring(transfer, sources, clock)
+        except ApplyFailed as error:
+            on_gpus = any(isinstance(source, CudaSegment) for source in sources)
+            others = _without_gpus(transfer.placement)
+            if error.cause != SegmentUnavailable.__name__ or not (on_gpus and all(others)):
+                raise
+            _logger.warning("memory of GPUs is not read, but what is offered beside it: %s", error)
+        transfer = replace(transfer, placement=others)  # no rank writes any more
+        sources = await self.reach_in_time(transfer, "reload", clock.left_s())
+        return await self._bring(transfer, sources, clock)
+
+    async def _bring(
+        self, transfer: Transfer, sources: Sequence[Segment], clock: Clock
+    ) -> tuple[Applied, ...]:
         has_files = any(isinstance(source, FileSegment) for source in sources)
         if self._staging is not None and transfer.proven and has_files:
             try:
@@ -88,8 +121,17 @@ class LocalRoute(Route):
         def probe(way: Segment) -> None:
             probe_segment(way, size_bytes, self._host_id, self._roots)
 
-        way, reasons = nearest_way(ways, _NEAREST_FIRST, probe)
+        way, reasons = nearest_way(ways, self._kinds, probe)
         if way is not None:
             return way
-        reason = "; ".join(reasons) or "it is offered neither as shared memory nor as a file"
+        if CudaSegment not in self._kinds and any(isinstance(way, CudaSegment) for way in ways):
+            reasons.append("a GPU's memory is read only where all ranks are on GPUs")
+        reason = "; ".join(reasons) or "it is offered neither as memory of this host nor as a file"
         raise RouteUnavailable(self.name, f"segment {number}: {reason}")
+
+
+def _without_gpus(placement: Placement) -> Placement:
+    """A segment may be left without a way."""
+    return tuple(
+        tuple(way for way in ways if not isinstance(way, CudaSegment)) for ways in placement
+    )

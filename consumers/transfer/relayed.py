@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from weightbus.consumers.transfer.lanes import Budget, StagingBlock, wait_for
-from weightbus.consumers.transfer.segments import OpenSegment, too_short
+from weightbus.consumers.transfer.opening import too_short
+from weightbus.consumers.transfer.segments import OpenSegment
 from weightbus.schemas.shared_memory import SHM_REQUEST_OFFSET, SHM_WANTED_OFFSET, TURN_BITS
 from weightbus.schemas.worker import Relay
 

@@ -67,6 +67,11 @@ class Route(ABC):
         """False: it can be taken, but only if nothing else can, since it failed of late."""
         return True
 
+    def know_devices(self, devices: Sequence[str]) -> None:
+        """Where the parameters of the engine's ranks are, in rank order: `cpu`, `cuda:0`, ...
+        Called before `reach`, whenever they have been described."""
+        del devices  # staging is in main memory
+
     def widen(
         self, ready: CheckpointReady, layout_digest: str, layout: Layout, placement: Placement
     ) -> Placement:

@@ -1,9 +1,12 @@
 """Opens the segments of a version for reading, on this host. Owns their descriptors and mappings.
 
-Two kinds, read in two ways:
+Three kinds, read in three ways:
 - Shared-memory blocks of a publisher are mapped read-only and read in place. Their owner unlinks
   them but never shortens them, and who has one mapped keeps its memory after that. Nothing in the
   kernel holds an owner to this (seals are for memfd only), so blocks of other users are refused.
+  For a worker on a GPU a mapping is registered with it, once, and read by it at the same address.
+- Memory of a publisher's GPUs is opened by its IPC handle for the worker's own GPU, which reads it
+  in place. Workers without a GPU leave it alone.
 - Files are read with `preadv` into memory of our own, also files on tmpfs. A mapped file that
   somebody shortens kills who reads it by SIGBUS, and an engine must not die of that.
 
@@ -15,42 +18,53 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 import numpy as np
-from msgspec.structs import replace
 
+from weightbus.bus.cuda import host_device_uuids, open_cuda
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
-from weightbus.schemas.errors import MessageInvalid
-from weightbus.schemas.placement import FileSegment, Segment, SharedMemorySegment
-from weightbus.schemas.shared_memory import (
-    SHM_GENERATION_OFFSET,
-    SHM_HEADER_BYTES,
-    unpack_shm_header,
+from weightbus.consumers.transfer.gpu import (
+    Gpu,
+    OpenCuda,
+    OpenHandle,
+    check_cuda_segment,
+    gpu_of,
+    name_of,
 )
+from weightbus.consumers.transfer.opening import (
+    check_promise,
+    check_stamp,
+    file_identity,
+    open_block,
+    open_file,
+    read_header,
+    too_short,
+)
+from weightbus.schemas.placement import CudaSegment, FileSegment, Segment, SharedMemorySegment
+from weightbus.schemas.shared_memory import SHM_GENERATION_OFFSET, SHM_HEADER_BYTES
 
 __all__ = (
+    "OpenDevice",
     "OpenFile",
     "OpenMemory",
     "OpenSegment",
     "SegmentCache",
-    "file_identity",
-    "open_own_block",
     "nearest_way",
     "probe_segment",
-    "stamped",
-    "too_short",
 )
-
-SHM_DIRECTORY: Final = Path("/dev/shm")
 
 KEPT_UPDATES: Final = 2
 """Mappings that so many updates did not use are closed: a publisher takes two slots in turn."""
+
+KEPT_HANDLES_UPDATES: Final = KEPT_UPDATES
+"""The same of handles of GPU memory. 0 would close all with every update, before its lease ends."""
+
+COPY_BYTES: Final = 16 * 2**20
+"""Of a GPU's memory, copied at a time."""
 
 
 class OpenSegment(ABC):
@@ -102,6 +116,44 @@ class OpenMemory(OpenSegment):
         buffer.cast("B")[:] = self._mapping.bytes.data[start : start + buffer.nbytes]
 
 
+class OpenDevice(OpenSegment):
+    """Memory of a GPU of this host, mapped for the worker's own."""
+
+    def __init__(
+        self, name: str, gpu: Gpu, handle: OpenHandle, size_bytes: int, generation: int
+    ) -> None:
+        self.name, self.size_bytes = name, size_bytes
+        self._gpu, self._handle, self._generation = gpu, handle, generation
+
+    @property
+    def address(self) -> int:
+        """Of the segment's first byte; the worker's GPU may read there while the segment is open,
+        and no processor may."""
+        return self._handle.base + SHM_HEADER_BYTES
+
+    def check(self) -> None:
+        """To be called with the device synchronised: what was read must have been read before.
+
+        Raises:
+            TornRead
+            SegmentUnavailable: the device cannot tell any more.
+        """
+        found = self._gpu.generation(self.name, self._handle)
+        if found != self._generation:
+            raise TornRead(self.name, self._generation, found)
+
+    def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
+        rest = buffer.cast("B")
+        end = offset_bytes + rest.nbytes
+        if end > self.size_bytes:
+            raise too_short(self.name, self.size_bytes, end)
+        while rest.nbytes:
+            count = min(COPY_BYTES, rest.nbytes)
+            address = self.address + end - rest.nbytes
+            self._gpu.read_into(self.name, address, rest[:count])
+            rest = rest[count:]
+
+
 class OpenFile(OpenSegment):
     """An open file."""
 
@@ -115,7 +167,7 @@ class OpenFile(OpenSegment):
         now = os.fstat(self._fd)
         if (now.st_mtime_ns, now.st_size) != (self._opened.st_mtime_ns, self._opened.st_size):
             raise TornRead(self.name, self._opened.st_mtime_ns, now.st_mtime_ns)
-        _check_stamp(self._segment, now)
+        check_stamp(self._segment, now)
 
     def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
         rest = buffer.cast("B")
@@ -137,26 +189,40 @@ class SegmentCache:
     """The segments that one worker reads. Not for several threads.
 
     Args:
-        host_id: of this host; blocks of shared memory of another one are refused.
+        host_id: of this host; memory of another one is refused.
         roots: directories below which files may be read, after resolving symbolic links.
+        device: of the worker's parameters: `cpu`, `cuda:0`, ... Blocks of shared memory are
+            registered with a GPU, whole; memory of GPUs is only read by one.
+        cuda: asked for when the GPU first needs it.
     """
 
-    def __init__(self, host_id: str, roots: Sequence[str]) -> None:
+    def __init__(
+        self,
+        host_id: str,
+        roots: Sequence[str],
+        device: str = "cpu",
+        cuda: OpenCuda = open_cuda,
+    ) -> None:
         self._host_id, self._roots = host_id, tuple(roots)
+        self._device, self._gpu = device, gpu_of(device, cuda)
         self._mappings: dict[str, _Mapping] = {}
         self._update = 0
+        self._is_open = False
 
     @contextmanager
     def open_all(
         self, sources: Iterable[Segment], sizes_bytes: Iterable[int]
     ) -> Iterator[tuple[OpenSegment, ...]]:
-        """Open every segment of one version; mappings are kept for the next one.
+        """Open every segment of one version; mappings and handles are kept for the next one.
+
+        Whoever leaves this has the device synchronised.
 
         Raises:
             SegmentUnavailable: one is absent, too short, elsewhere, or may not be read.
             TornRead: one holds another version already.
         """
         self._update += 1
+        self._is_open = True
         opened: list[OpenSegment] = []
         try:
             for segment, size_bytes in zip(sources, sizes_bytes, strict=True):
@@ -166,26 +232,48 @@ class SegmentCache:
             for item in opened:
                 if isinstance(item, OpenFile):
                     item.close()
+            self._is_open = False
             self._close_unused()
 
+    def close_handles(self) -> None:
+        """Let go of all memory of GPUs, between two versions: what publishers free comes back only
+        then. For the worker to call when its consumer says that a publisher has ended; the next
+        version opens again what it needs.
+        """
+        assert not self._is_open, "what is read is not closed"
+        if self._gpu is not None:
+            self._gpu.close_handles(used_before=self._update + 1)
+
     def close(self) -> None:
-        """Unmap everything."""
+        """Unmap everything. Nothing on the device reads there."""
         for mapping in self._mappings.values():
             mapping.close()
         self._mappings.clear()
+        self.close_handles()
 
     def _open(self, segment: Segment, size_bytes: int) -> OpenSegment:
-        fd = _open_checked(segment, size_bytes, self._host_id, self._roots)
-        if isinstance(segment, FileSegment):
-            return OpenFile(fd, size_bytes, segment)
-        assert isinstance(segment, SharedMemorySegment), "others have been refused"
-        try:
-            mapping = self._map(segment.name, fd)
-        finally:
-            os.close(fd)
-        return OpenMemory(mapping, size_bytes, segment.generation)
+        match segment:
+            case FileSegment():
+                return OpenFile(open_file(segment, size_bytes, self._roots), size_bytes, segment)
+            case SharedMemorySegment():
+                return self._open_memory(segment, size_bytes)
+            case CudaSegment():
+                return self._open_device(segment, size_bytes)
+        raise _not_of_this_host(segment)
 
-    def _map(self, name: str, fd: int) -> _Mapping:
+    def _open_memory(self, segment: SharedMemorySegment, size_bytes: int) -> OpenMemory:
+        while True:
+            access = os.O_RDONLY if self._gpu is None else self._gpu.access(segment.name)
+            fd = open_block(segment, size_bytes, self._host_id, access)
+            try:
+                mapping = self._map(segment.name, fd, writable=access == os.O_RDWR)
+            finally:
+                os.close(fd)
+            if mapping is not None:
+                return OpenMemory(mapping, size_bytes, segment.generation)
+
+    def _map(self, name: str, fd: int, *, writable: bool) -> _Mapping | None:
+        """None: the device wants another `access`."""
         mapping = self._mappings.get(name)
         if mapping is not None and mapping.identity != file_identity(os.fstat(fd)):
             if mapping.used == self._update:
@@ -194,25 +282,67 @@ class SegmentCache:
             mapping = None
         if mapping is None:
             try:
-                mapping = self._mappings[name] = _Mapping(name, fd)
+                mapping = _Mapping(name, fd, writable=writable)
             except OSError as error:
                 raise SegmentUnavailable(name, error.strerror, "must be mapped") from error
+            if self._gpu is not None and not mapping.register(self._gpu):
+                return None
+            self._mappings[name] = mapping
         mapping.used = self._update
         return mapping
+
+    def _open_device(self, segment: CudaSegment, size_bytes: int) -> OpenDevice:
+        name = name_of(segment)
+        if self._gpu is None:
+            limit = f"must be read by a worker on a GPU, and this one is on {self._device}"
+            raise SegmentUnavailable(name, "memory of a GPU", limit)
+        check_cuda_segment(segment, self._host_id, ())
+        try:
+            return self._look_into(self._gpu, segment, size_bytes)
+        except (SegmentUnavailable, TornRead):
+            if not self._gpu.close_stale(segment, self._update):
+                raise
+        return self._look_into(self._gpu, segment, size_bytes)
+
+    def _look_into(self, gpu: Gpu, segment: CudaSegment, size_bytes: int) -> OpenDevice:
+        name = name_of(segment)
+        handle = gpu.opened(segment, self._update)
+        have_bytes = handle.size_bytes
+        if have_bytes is not None and have_bytes < SHM_HEADER_BYTES:
+            raise too_short(name, have_bytes, SHM_HEADER_BYTES + size_bytes)
+        found, generation = read_header(name, gpu.read(name, handle.base, SHM_HEADER_BYTES))
+        if have_bytes is not None:
+            found = min(found, have_bytes - SHM_HEADER_BYTES)
+        check_promise(name, found, size_bytes, generation, segment.generation)
+        handle.read = self._update
+        return OpenDevice(name, gpu, handle, size_bytes, segment.generation)
 
     def _close_unused(self) -> None:
         for name, mapping in list(self._mappings.items()):
             if mapping.used <= self._update - KEPT_UPDATES:
                 self._mappings.pop(name).close()
+        if self._gpu is not None:
+            self._gpu.close_handles(used_before=self._update - KEPT_HANDLES_UPDATES + 1)
 
 
 def probe_segment(segment: Segment, size_bytes: int, host_id: str, roots: Sequence[str]) -> None:
     """Whether a segment could be opened now, without mapping or reading it.
 
+    Of memory of a GPU that is not known before a worker opens it: only whether it could be opened
+    by one of this host. CUDA is not asked.
+
     Raises:
         SegmentUnavailable, TornRead: as `SegmentCache.open_all`.
     """
-    os.close(_open_checked(segment, size_bytes, host_id, roots))
+    match segment:
+        case FileSegment():
+            os.close(open_file(segment, size_bytes, roots))
+        case SharedMemorySegment():
+            os.close(open_block(segment, size_bytes, host_id, os.O_RDONLY))
+        case CudaSegment():
+            check_cuda_segment(segment, host_id, host_device_uuids())
+        case _:
+            raise _not_of_this_host(segment)
 
 
 def nearest_way(
@@ -234,32 +364,20 @@ def nearest_way(
     return None, reasons
 
 
-def stamped(segment: FileSegment) -> FileSegment:
-    """A file with its present size and time: every worker will read this one or none. Blocking.
-
-    To be called on the reading host, before the file's header is read: whoever copies a file to
-    another host gives it another time.
-
-    Raises:
-        SegmentUnavailable: there is no such file.
-    """
-    try:
-        status = os.stat(segment.path)
-    except OSError as error:
-        raise SegmentUnavailable(segment.path, error.strerror, "must be a file") from error
-    return replace(segment, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
-
-
 class _Mapping:
-    """One block of shared memory, mapped whole and read-only."""
+    """One block of shared memory, mapped whole."""
 
-    def __init__(self, name: str, fd: int) -> None:
+    def __init__(self, name: str, fd: int, *, writable: bool) -> None:
+        """Read-only unless `writable`, which some devices want; nothing is written."""
         status = os.fstat(fd)
         self.name = name
         self.identity = file_identity(status)
         self.used = 0
         """Number of the update that opened it last."""
-        self._map = mmap.mmap(fd, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._writable = writable
+        self._gpu: Gpu | None = None
+        rights = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(fd, status.st_size, mmap.MAP_SHARED, rights)
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
         word = slice(SHM_GENERATION_OFFSET, SHM_GENERATION_OFFSET + 8)
         self._generation = self.bytes[word].view("<u8")
@@ -269,121 +387,33 @@ class _Mapping:
     def generation(self) -> int:
         return int(self._generation[0])
 
+    def register(self, gpu: Gpu) -> bool:
+        """Once, whole. If that fails it is closed.
+
+        Returns: False: the device wants it writable.
+
+        Raises:
+            SegmentUnavailable: the device does not take it.
+        """
+        taken = False
+        try:
+            taken = gpu.register(
+                self.name, self.address, self.bytes.nbytes, read_only=not self._writable
+            )
+        finally:
+            if taken:
+                self._gpu = gpu
+            else:
+                self.close()
+        return taken
+
     def close(self) -> None:
+        if self._gpu is not None and not self._gpu.unregister(self.name, self.address, self._map):
+            return
         del self.bytes, self._generation
         self._map.close()
 
 
-def file_identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size
-
-
-def _open_checked(segment: Segment, size_bytes: int, host_id: str, roots: Sequence[str]) -> int:
-    """A descriptor of what a segment names, after every check that needs no mapping."""
-    match segment:
-        case FileSegment():
-            return _open_file(segment, size_bytes, roots)
-        case SharedMemorySegment():
-            if segment.host_id != host_id:
-                raise SegmentUnavailable(
-                    segment.name, f"on host {segment.host_id}", f"must be on this one, {host_id}"
-                )
-            return _open_block(segment, size_bytes)
+def _not_of_this_host(segment: Segment) -> SegmentUnavailable:
     kind = type(segment).__name__
-    raise SegmentUnavailable(kind, "not memory of this host", "must be a file or shared memory")
-
-
-def _open_file(segment: FileSegment, size_bytes: int, roots: Sequence[str]) -> int:
-    real_roots = [os.path.realpath(root) for root in roots]
-    fd = _open(segment.path, os.path.realpath(segment.path), real_roots)
-    with _closing_on_error(fd):
-        status = os.fstat(fd)
-        if status.st_size < size_bytes:
-            raise too_short(segment.path, status.st_size, size_bytes)
-        _check_stamp(segment, status)
-    return fd
-
-
-def _check_stamp(segment: FileSegment, status: os.stat_result) -> None:
-    """A file is the one that was stamped, if it was: see `stamped`.
-
-    Raises:
-        SegmentUnavailable: it has another size.
-        TornRead: it was modified since.
-    """
-    if segment.size_bytes and status.st_size != segment.size_bytes:
-        limit = f"must be {segment.size_bytes}, as when its header was read"
-        raise SegmentUnavailable(segment.path, f"{status.st_size} bytes long", limit)
-    if segment.modified_ns and status.st_mtime_ns != segment.modified_ns:
-        raise TornRead(segment.path, segment.modified_ns, status.st_mtime_ns)
-
-
-def _open_block(segment: SharedMemorySegment, size_bytes: int) -> int:
-    fd = open_own_block(segment.name, os.O_RDONLY)
-    with _closing_on_error(fd):
-        try:
-            promised, generation = unpack_shm_header(os.pread(fd, SHM_HEADER_BYTES, 0))
-        except MessageInvalid as error:
-            raise SegmentUnavailable(segment.name, "not a block of ours", str(error)) from error
-        found = min(promised, os.fstat(fd).st_size - SHM_HEADER_BYTES)
-        if found < size_bytes:
-            raise too_short(segment.name, found, size_bytes)
-        if generation != segment.generation:
-            raise TornRead(segment.name, segment.generation, generation)
-    return fd
-
-
-def open_own_block(name: str, access: int) -> int:
-    """A descriptor of a block of shared memory, of this user or root; `access` is O_RDONLY or
-    O_RDWR. What is in it has not been looked at.
-
-    Raises:
-        SegmentUnavailable: it is absent, of another user, or no regular file. Its cause is a
-            `FileNotFoundError` if it is absent.
-    """
-    fd = _open(name, str(SHM_DIRECTORY / name), [str(SHM_DIRECTORY)], access)
-    with _closing_on_error(fd):
-        owner = os.fstat(fd).st_uid
-        if owner not in (os.geteuid(), 0):
-            limit = "must be of this user or root"
-            raise SegmentUnavailable(name, f"owned by user {owner}", limit)
-    return fd
-
-
-def _open(name: str, path: str, roots: Sequence[str], access: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file at or below one of `roots`, which hold no symbolic links."""
-    if not _below(path, roots):
-        raise _outside(name, path, roots)
-    try:
-        # Not following a link at the end, nor waiting for the writer of a pipe.
-        fd = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise SegmentUnavailable(name, error.strerror, "must be a file that can be read") from error
-    with _closing_on_error(fd):
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise SegmentUnavailable(name, "not a regular file", "must be one")
-        opened = os.readlink(f"/proc/self/fd/{fd}")  # a directory may have become a link meanwhile
-        if not _below(opened, roots):
-            raise _outside(name, opened, roots)
-    return fd
-
-
-def _below(path: str, roots: Sequence[str]) -> bool:
-    return any(Path(path).is_relative_to(root) for root in roots)
-
-
-@contextmanager
-def _closing_on_error(fd: int) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def too_short(name: str, found: int, wanted: int) -> SegmentUnavailable:
-    return SegmentUnavailable(name, f"{found} bytes long", f"must hold at least {wanted} bytes")
-
-
-def _outside(name: str, path: str, roots: Sequence[str]) -> SegmentUnavailable:
-    return SegmentUnavailable(name, f"at {path}", f"must lie below {', '.join(roots) or 'no root'}")
+    return SegmentUnavailable(kind, "not memory of this host", "must be a file or shared memory")

@@ -31,11 +31,11 @@ HEAVY: Final = frozenset(
 
 LIGHT_BUT: Final[dict[str, tuple[str, ...]]] = {
     "schemas": (),
-    "bus": ("bus/digest.py",),
+    "bus": ("bus/digest.py", "bus/digest_gpu.py"),
     "tracing": (),
     "cli": ("cli/demo/",),
 }
-"""Folder that starts without heavy packages -> what in it does not: the digest, which only
+"""Folder that starts without heavy packages -> what in it does not: the digests, which only
 producers and consumers import, and the demo's trainer, a process of its own."""
 
 FORBIDDEN: Final = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"})

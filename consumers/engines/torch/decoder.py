@@ -54,6 +54,8 @@ class DecoderConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     num_experts: Annotated[int, Meta(ge=0)] = 0
     """0: one SwiGLU MLP per layer; else a mixture of experts."""
     num_experts_per_tok: Size = 2
+    expert_parallel: bool = False
+    """Every rank holds some experts whole, instead of a slice of each."""
     dtype: Literal["F32", "BF16"] = "F32"
     repacked_down_proj: bool = False
     """Keep `down_proj` repacked after loading, as some kernels do."""
@@ -67,10 +69,13 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, positions: int, theta: float) -> None:
         super().__init__()
-        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        # Computed on a CPU and then moved: the tables have the same bits on every device.
+        step = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        position = torch.arange(positions, dtype=torch.float32, device="cpu")
+        angle = torch.outer(position, theta ** (-step / head_dim))
+        device = torch.get_default_device()
+        self.register_buffer("cos", angle.cos().to(device), persistent=False)
+        self.register_buffer("sin", angle.sin().to(device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, heads, head], at positions 0, 1, ..."""
@@ -167,6 +172,7 @@ class SparseMLP(nn.Module):
             config.intermediate_size,
             dtype=dtype,
             parallel=parallel,
+            expert_parallel=config.expert_parallel,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,7 +182,7 @@ class SparseMLP(nn.Module):
     def checkpoint_parts(self, prefix: str) -> Iterator[CheckpointPart]:
         yield CheckpointPart(f"{prefix}.gate.weight", self.gate.weight)
         experts = self.experts
-        for n in range(experts.experts):
+        for n in experts.held:
             expert = f"{prefix}.experts.{n}"
             yield CheckpointPart(f"{expert}.gate_proj.weight", experts.w13_weight, ("w1", n))
             yield CheckpointPart(f"{expert}.up_proj.weight", experts.w13_weight, ("w3", n))

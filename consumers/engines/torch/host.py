@@ -1,9 +1,14 @@
-"""What the reload machinery needs to know of a rank of the `torch` engine. Does no I/O."""
+"""What the reload machinery needs to know of a rank of the `torch` engine. Does no I/O.
+
+The model is on a CPU or on one GPU. On a GPU the engine's own loader copies from main memory to the
+live parameters; the copies are queued, and `synchronize` waits for them.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import nn
@@ -11,24 +16,39 @@ from torch import nn
 from weightbus.consumers.engines.torch.model import ServedModel
 from weightbus.consumers.errors import CheckpointRefused, PlanError
 from weightbus.consumers.reload.host import ModelHost, Weights
+from weightbus.consumers.reload.recorder import LoadRecorder
 
 __all__ = ("TorchModelHost", "process_weights_after_loading")
 
+CPU: Final = torch.device("cpu")
+
 
 class TorchModelHost(ModelHost):
-    """One rank's model in the memory of its own process."""
+    """One rank's model on its device."""
 
-    def __init__(self, name: str, build: Callable[[], ServedModel], live: ServedModel) -> None:
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], ServedModel],
+        live: ServedModel,
+        device: torch.device = CPU,
+    ) -> None:
         self._name = name
         self._build = build
         self._live = live
+        self._device = device
 
     def warm_up(self) -> None:
         """Import what the first trace would import while requests wait: most of a second.
 
-        On `meta` many kernels are written in Python; torch imports them with their first tensor.
+        On `meta` many kernels are written in Python; torch imports them with their first tensor,
+        and what makes it follow a dispatch mode with the first operation under one.
         """
         self.scratch_model()
+        with LoadRecorder({}, {}):
+            torch.zeros((2, 2), device="meta").narrow(0, 0, 1)[0].copy_(
+                torch.zeros(2, device="meta")
+            )
 
     @property
     def name(self) -> str:
@@ -36,7 +56,7 @@ class TorchModelHost(ModelHost):
 
     @property
     def device(self) -> str:
-        return "cpu"
+        return str(self._device)
 
     def live_model(self) -> ServedModel:
         return self._live
@@ -61,9 +81,13 @@ class TorchModelHost(ModelHost):
         process_weights_after_loading(self._live, modules)
 
     def synchronize(self) -> None:
-        """Nothing runs beside the calling thread."""
+        """On a CPU nothing runs beside the calling thread."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def free_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.mem_get_info(self._device)[0]
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

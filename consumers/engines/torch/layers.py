@@ -267,6 +267,8 @@ class FusedExperts(nn.Module):
     `w13_weight` is [experts, gate and up rows, hidden], `w2_weight` [experts, hidden, columns],
     each expert cut like a `MergedColumnParallelLinear` and a `RowParallelLinear`. Shards are (name,
     expert) with the names "w1" (gate), "w3" (up) and "w2" (down).
+
+    With `expert_parallel` every rank holds its share of the experts, each of them whole.
     """
 
     def __init__(
@@ -278,32 +280,39 @@ class FusedExperts(nn.Module):
         *,
         dtype: torch.dtype,
         parallel: TensorParallel,
+        expert_parallel: bool = False,
     ) -> None:
         super().__init__()
         if experts_per_token > experts:
             raise PlanError("experts per token", experts_per_token, f"at most {experts}")
-        self.experts = experts
+        self.held = range(experts)
+        """Numbers of the experts that this rank holds something of."""
         self._experts_per_token = experts_per_token
         self._parallel = parallel
-        size = parallel.share(intermediate_size, "intermediate size of an expert")
-        first = parallel.rank * size
+        if expert_parallel:
+            count = parallel.share(experts, "number of experts")
+            self.held = range(parallel.rank * count, (parallel.rank + 1) * count)
+            first, size = 0, intermediate_size
+        else:
+            size = parallel.share(intermediate_size, "intermediate size of an expert")
+            first = parallel.rank * size
         w13: dict[Shard, Window] = {}
         w2: dict[Shard, Window] = {}
-        for expert in range(experts):
-            w13["w1", expert] = Window(0, intermediate_size, first, 0, size, place=expert)
-            w13["w3", expert] = Window(0, intermediate_size, first, size, size, place=expert)
-            w2["w2", expert] = Window(1, intermediate_size, first, 0, size, place=expert)
-        self.w13_weight = ShardedParameter.of((experts, 2 * size, hidden_size), dtype, w13)
-        self.w2_weight = ShardedParameter.of((experts, hidden_size, size), dtype, w2)
+        for place, expert in enumerate(self.held):
+            w13["w1", expert] = Window(0, intermediate_size, first, 0, size, place=place)
+            w13["w3", expert] = Window(0, intermediate_size, first, size, size, place=place)
+            w2["w2", expert] = Window(1, intermediate_size, first, 0, size, place=place)
+        self.w13_weight = ShardedParameter.of((len(self.held), 2 * size, hidden_size), dtype, w13)
+        self.w2_weight = ShardedParameter.of((len(self.held), hidden_size, size), dtype, w2)
 
     def forward(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] and the router's [tokens, experts] -> [tokens, hidden]."""
         shares, chosen = scores.softmax(dim=-1).topk(self._experts_per_token, dim=-1)
         shares = shares / shares.sum(dim=-1, keepdim=True)
         y = torch.zeros_like(x)
-        for expert in range(self.experts):
+        for place, expert in enumerate(self.held):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], self.w13_weight[expert]).chunk(2, dim=-1)
-            down = F.linear(F.silu(gate) * up, self.w2_weight[expert])
+            gate, up = F.linear(x[token], self.w13_weight[place]).chunk(2, dim=-1)
+            down = F.linear(F.silu(gate) * up, self.w2_weight[place])
             y = y.index_add(0, token, down * shares[token, slot].unsqueeze(-1))
         return self._parallel.all_reduce(y)

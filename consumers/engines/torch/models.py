@@ -12,6 +12,7 @@ from weightbus.consumers.engines.torch.decoder import Decoder, DecoderConfig
 from weightbus.consumers.engines.torch.minilm import MiniLM, MiniLMConfig, minilm_config
 from weightbus.consumers.engines.torch.model import ServedModel
 from weightbus.consumers.engines.torch.parallel import TensorParallel
+from weightbus.consumers.engines.torch.shapes import Shapes, ShapesConfig
 from weightbus.consumers.errors import PlanError
 
 __all__ = ("ARCHITECTURES", "build_model", "initialise")
@@ -27,6 +28,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES: Mapping[str, Architecture] = {
     "decoder": Architecture(DecoderConfig, Decoder, DecoderConfig),
     "minilm": Architecture(MiniLMConfig, MiniLM, minilm_config),
+    "shapes": Architecture(ShapesConfig, Shapes, ShapesConfig),
 }
 
 

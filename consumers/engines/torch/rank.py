@@ -23,6 +23,11 @@ from safetensors.torch import load_file
 from weightbus.consumers.engines.channel import WorkerEndpoint
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.errors import RequestRefused
+from weightbus.consumers.engines.torch.device import (
+    GROUP_BACKENDS,
+    computing_on,
+    open_device,
+)
 from weightbus.consumers.engines.torch.fingerprint import fingerprint
 from weightbus.consumers.engines.torch.host import TorchModelHost, process_weights_after_loading
 from weightbus.consumers.engines.torch.messages import (
@@ -55,7 +60,7 @@ from weightbus.schemas.worker import (
     WorkerRequest,
 )
 
-__all__ = ("run_rank",)
+__all__ = ("Rank", "run_rank")
 
 _PARENT_CHECK_MS = 1000
 _CONTROL_REQUESTS = (Describe, Attach, Apply, Inspect, Detach)
@@ -68,28 +73,33 @@ def run_rank(
     """Serve until the parent process is gone.
 
     Raises:
-        PlanError: the model cannot be built as specified, or its weights not be read.
+        DeviceLost: a GPU does nothing for this process any more.
+        PlanError: there is no such device, the model cannot be built as specified, or its weights
+            not be read.
     """
     torch.set_num_threads(spec.threads)
+    device = open_device(spec.device_of(rank))
     build = partial(build_model, spec.architecture, spec.config, rank, spec.tp)
-    model = build()
+    with computing_on(device):
+        model = build()
     model.requires_grad_(False)
     if spec.weights:
         _load(model, Path(spec.weights))
     if spec.tp > 1:
         dist.init_process_group(
-            "gloo",
+            GROUP_BACKENDS[device.type],
             store=dist.FileStore(str(directory.rendezvous), spec.tp),  # type: ignore[attr-defined]
             rank=rank,
             world_size=spec.tp,
             timeout=timedelta(seconds=spec.step_timeout_s),
+            device_id=None if device.type == "cpu" else device,  # NCCL meets now, not in a request
         )
-    host = TorchModelHost(spec.architecture, build, model)
+    host = TorchModelHost(spec.architecture, build, model, device)
     host.warm_up()
-    _Rank(directory, host, ReloadWorker(host, rank, spec.tp), words).run(parent)
+    Rank(directory, host, ReloadWorker(host, rank, spec.tp), words).run(parent)
 
 
-class _Rank:
+class Rank:
     """The loop over both sockets."""
 
     def __init__(
@@ -100,6 +110,7 @@ class _Rank:
         words: RankWords,
     ) -> None:
         self._name = host.name
+        self._device = torch.device(host.device)
         self._model = host.live_model()
         self._reload = reload
         self._words = words
@@ -119,9 +130,17 @@ class _Rank:
             instruction = self._consumer.receive_nowait()
             if instruction is not None:
                 self._consumer.reply(self._carry_out(instruction))
+                if self._reload.lost is not None:
+                    self._leave()
+                    raise self._reload.lost
             request = self._front.receive_nowait()
             if request is not None:
                 self._front.reply(self._answer(request))
+
+    def _leave(self) -> None:
+        """Hand over the last replies."""
+        self._consumer.close()
+        self._front.close()
 
     def _carry_out(self, request: WorkerRequest) -> WorkerReply:
         """An instruction of the consumer."""
@@ -153,7 +172,7 @@ class _Rank:
                 )
             case Infer():
                 try:
-                    with torch.no_grad():
+                    with torch.no_grad(), computing_on(self._device):
                         outputs = self._model.infer(request.inputs)
                 except RequestRefused as error:
                     return _refused(request.request, error)

@@ -45,6 +45,9 @@ _LAST_WORDS_BYTES = 2000
 _LAST_WORDS_S = 1.0
 """How long the text of a dead rank is waited for."""
 
+_ON_THIS_HOST = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""All ranks of an engine are on one host, where they find each other without a network."""
+
 _KILLED_S = 5.0
 """A killed process runs nothing of its own any more; so long the kernel may take to end it."""
 
@@ -227,7 +230,7 @@ async def _start(
         stdout=None,
         stderr=subprocess.PIPE,
         pass_fds=(words.descriptor,),
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(spec.threads)},
+        env={**os.environ, **_ON_THIS_HOST, "OMP_NUM_THREADS": str(spec.threads)},
     )
 
 

@@ -5,6 +5,7 @@ Owns nothing; torch is imported only once the process cannot outlive its parent 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -19,7 +20,7 @@ from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.engines.torch.words import RankWords
 from weightbus.schemas.errors import WeightBusError
 
-__all__ = ("WorkerArguments", "main")
+__all__ = ("WorkerArguments", "end_now", "main")
 
 _PR_SET_PDEATHSIG = 1
 
@@ -45,6 +46,8 @@ def main(arguments: WorkerArguments) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from weightbus.consumers.engines.torch.rank import run_rank
 
+    if arguments.spec.device != "cpu":
+        atexit.register(end_now)  # after torch's own, hence called before them
     try:
         run_rank(
             EngineDirectory(Path(arguments.directory)),
@@ -57,6 +60,16 @@ def main(arguments: WorkerArguments) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
+
+
+def end_now() -> None:
+    """End the process without cleaning up: nothing of a rank outlives it.
+
+    A GPU that is lost, or a group whose peer is gone, can keep a process from ending.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

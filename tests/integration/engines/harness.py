@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from weightbus.consumers.planning.cells import CellPlan, Verdict, plan_cells, ve
 from weightbus.schemas.worker import Applied, Described, Feed, InPlace, Inspected, Relay, Stream
 
 __all__ = (
+    "GPU_KINDS",
     "KINDS",
     "LONG_S",
     "Answer",
@@ -126,14 +128,19 @@ class TorchUnderTest(EngineUnderTest):
 
 
 @asynccontextmanager
-async def open_torch(subject: Subject, directory: Path) -> AsyncIterator[EngineUnderTest]:
+async def open_torch(
+    subject: Subject, directory: Path, device: str = "cpu"
+) -> AsyncIterator[EngineUnderTest]:
     files = directory / "files"
     files.mkdir()
     checkpoints = Checkpoints(files, subject.architecture, subject.config, subject.ranks)
     place = EngineDirectory(directory / "engine")
     place.prepare()
     spec = TorchEngineSpec(
-        architecture=subject.architecture, config=dict(subject.config), tp=subject.ranks
+        architecture=subject.architecture,
+        config=dict(subject.config),
+        tp=subject.ranks,
+        device=device,
     )
     async with open_front(place, spec) as front, open_torch_client(place.path) as client:
         await wait_until_ready(client, place, front, LONG_S)
@@ -142,6 +149,8 @@ async def open_torch(subject: Subject, directory: Path) -> AsyncIterator[EngineU
 
 Opener = Callable[[Subject, Path], AbstractAsyncContextManager[EngineUnderTest]]
 KINDS: Mapping[str, Opener] = {"torch": open_torch}
+GPU_KINDS: Mapping[str, Opener] = {"torch-cuda": partial(open_torch, device="cuda")}
+"""Tested by `tests/gpu`."""
 
 
 def digests_of(rank: Applied | Inspected) -> npt.NDArray[np.uint64]:

@@ -60,8 +60,8 @@ class EngineProcess:
 class Engines:
     """The engines that run, by name."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, device: str = "cpu") -> None:
+        self._directory, self._device = directory, device
         self._running: dict[str, EngineProcess] = {}
         self._started = 0
         self._last_version = 0
@@ -104,6 +104,7 @@ class Engines:
             "--architecture": ARCHITECTURE,
             "--config": json.dumps(CONFIG),
             "--tp": str(ranks),
+            "--device": self._device,
             "--dir": str(directory),
         }
         command = [sys.executable, "-m", "weightbus", "engine"]
@@ -120,10 +121,10 @@ class Engines:
 
 
 @contextmanager
-def running_engines() -> Iterator[Engines]:
+def running_engines(device: str = "cpu") -> Iterator[Engines]:
     """Engines are started when they are first asked for, and end here."""
     directory = Path(tempfile.mkdtemp(prefix="wb-"))  # short: it holds the paths of sockets
-    engines = Engines(directory)
+    engines = Engines(directory, device)
     try:
         yield engines
     finally:

@@ -62,6 +62,8 @@ def test_address_is_the_one_towards_nats_when_none_is_given(
         (("--address", ""), "'' must be an address of this host"),
         (("--staging-bytes", "1000"), "1000 must be 1MiB at least"),
         (("--config", "junk"), "Invalid value for --config: 'junk' of the torch engine"),
+        (("--device", "gpu"), "'gpu' must be cpu, cuda, or cuda: and a number"),
+        (("--device", "cuda:x"), "'cuda:x' must be cpu, cuda, or cuda: and a number"),
         (("--links", "/dev/null"), "--links"),
     ],
 )
@@ -74,6 +76,13 @@ def test_option_is_refused_by_its_name_when_it_can_never_work(
     assert reason in said
     assert arguments[0] in said
     assert asked == []
+
+
+def test_engine_is_started_on_the_device_that_was_asked_for(asked: list[consume.Options]) -> None:
+    assert invoke("--architecture", "decoder").exit_code == 0
+    assert invoke("--architecture", "decoder", "--device", "cuda:2", "--tp", "2").exit_code == 0
+    ranks = [options.spawn and list(map(options.spawn.device_of, range(2))) for options in asked]
+    assert ranks == [["cpu", "cpu"], ["cuda:2", "cuda:3"]]
 
 
 def test_least_staging_is_accepted(asked: list[consume.Options]) -> None:

@@ -278,6 +278,8 @@ class FakeRoute(Route):
         self.asked: list[Transfer] = []
         self.room: int | None = None
         self.favoured = True
+        self.devices: list[tuple[str, ...]] = []
+        """What it has heard of the ranks' devices, in turn."""
 
     @property
     def room_bytes(self) -> int | None:
@@ -286,7 +288,11 @@ class FakeRoute(Route):
     def is_favoured(self, version: int) -> bool:
         return self.favoured
 
+    def know_devices(self, devices: Sequence[str]) -> None:
+        self.devices.append(tuple(devices))
+
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
+        assert self.devices, "it is told of the devices first"
         if self.unreachable:
             raise RouteUnavailable(self.name, self.unreachable)
         return [ways[0] for ways in placement]

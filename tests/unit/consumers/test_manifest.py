@@ -7,6 +7,7 @@ import pytest
 from weightbus.consumers.manifest import Manifest
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import (
+    CudaSegment,
     FileSegment,
     RemoteSegment,
     Segment,
@@ -20,6 +21,10 @@ def memory(host: str) -> SharedMemorySegment:
     return SharedMemorySegment(name="weightbus-a", host_id=host, generation=2)
 
 
+def on_gpu(host_id: str) -> CudaSegment:
+    return CudaSegment(handle=b"", host_id=host_id, device_uuid="GPU-x", generation=2)
+
+
 def remote(session: str) -> RemoteSegment:
     return RemoteSegment(protocol="tcp", session=session, address=0, generation=2)
 
@@ -31,6 +36,8 @@ def remote(session: str) -> RemoteSegment:
         ([[memory("h"), remote("10.0.0.1:5")]], 1, False),
         ([[memory("h"), remote("10.0.0.1:5")], [memory("i"), remote("10.0.0.2:5")]], 2, False),
         ([[remote("10.0.0.1:5"), remote("10.0.0.1:6"), remote("[fd00::1]:6")]], 2, False),
+        ([[on_gpu("h"), memory("h")], [on_gpu("h")]], 1, False),
+        ([[on_gpu("h")], [on_gpu("i")], [memory("j")]], 3, False),
         ([[FILE], [FILE]], 1, True),
         ([[FILE], [FILE, remote("10.0.0.1:5")]], 1, False),
     ],

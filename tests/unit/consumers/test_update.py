@@ -94,6 +94,15 @@ async def test_prepare_takes_the_lease_before_it_looks_for_the_retirement() -> N
     assert world.bus.calls == ["take 2", "last CheckpointRetired"]
 
 
+async def test_prepare_tells_every_route_of_the_ranks_devices_before_it_asks_for_a_way() -> None:
+    routes = FakeRoute("local"), FakeRoute("broadcast")
+    world = World(None, *routes)
+    for version in (2, 3):
+        await world.updater.prepare(ready_of(version), LONG_S)
+    described = tuple("cpu" for _ in range(world.engine.ranks))
+    assert [route.devices for route in routes] == [[described, described]] * 2
+
+
 @pytest.mark.parametrize(
     ("version", "producer", "refused"),
     [(2, "t", True), (3, "t", True), (1, "t", False), (2, "u", False)],

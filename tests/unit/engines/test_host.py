@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
+import pytest
+
 TRACE_AFTER_WARM_UP = """
+import json
 import sys
 from functools import partial
 
@@ -15,7 +19,8 @@ from weightbus.consumers.engines.torch.host import TorchModelHost
 from weightbus.consumers.engines.torch.models import build_model
 from weightbus.consumers.reload.tracer import trace_needs
 
-build = partial(build_model, sys.argv[1], {}, 0, 1)
+config = json.loads(sys.argv[2])
+build = partial(build_model, sys.argv[1], config, 0, 1)
 live = build()
 layout = layout_of(live.checkpoint_tensors())
 host = TorchModelHost(sys.argv[1], build, live)
@@ -26,9 +31,26 @@ print(sorted(set(sys.modules) - before))
 """
 
 
-def test_first_trace_imports_nothing_when_the_rank_is_warm() -> None:
+SMALL_SHAPES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("decoder", {}), ("decoder", {"num_experts": 2}), ("shapes", SMALL_SHAPES)],
+)
+def test_first_trace_imports_nothing_when_the_rank_is_warm(
+    architecture: str, config: dict[str, int]
+) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", TRACE_AFTER_WARM_UP, "decoder"],
+        [sys.executable, "-c", TRACE_AFTER_WARM_UP, architecture, json.dumps(config)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -28,6 +28,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "decoder": ("decoder", {"vocab_size": 100, "attention_bias": True}),
     "decoder-tied": ("decoder", {"vocab_size": 100, "tie_word_embeddings": True}),
     "decoder-experts": ("decoder", {"vocab_size": 100, "num_experts": 4}),
+    "decoder-expert-parallel": (
+        "decoder",
+        {"vocab_size": 100, "num_experts": 4, "expert_parallel": True},
+    ),
     "decoder-bf16": ("decoder", {"vocab_size": 100, "dtype": "BF16"}),
     "minilm": ("minilm", SMALL_MINILM),
 }
@@ -176,7 +180,7 @@ def test_export_is_refused_when_model_is_one_of_several_ranks_or_repacked() -> N
 @pytest.mark.parametrize(
     ("architecture", "config", "ranks", "message"),
     [
-        ("nope", {}, 1, "known are decoder, minilm"),
+        ("nope", {}, 1, "known are decoder, minilm, shapes"),
         ("decoder", {"hidden_size": "many"}, 1, "hidden_size"),
         ("decoder", {"hiden_size": 64}, 1, "hiden_size"),
         ("minilm", {"hiden_size": 64}, 1, "hiden_size"),

@@ -26,11 +26,14 @@ def painted(*parts: Box) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), dims=st.integers(0, 3))
-def test_intersection_holds_what_is_in_both_when_two_meet(data: st.DataObject, dims: int) -> None:
+def test_intersection_and_rest_make_the_box_when_two_meet(data: st.DataObject, dims: int) -> None:
     one, other = data.draw(boxes(dims)), data.draw(boxes(dims))
-    common = one.intersection(other)
+    common, rest = one.intersection(other), one.without(other)
+    parts = [*rest, *([common] if common else [])]
+    assert np.array_equal(painted(*parts), painted(one))
     both = np.minimum(painted(one), painted(other))
     assert np.array_equal(painted(common) if common else both * 0, both)
+    assert len(rest) <= max(1, 2 * dims)
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,6 +14,7 @@ MODULES = (
     "cuts",
     "destinations",
     "explain",
+    "gathers",
     "groups",
     "pieces",
     "regions",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -116,3 +117,49 @@ def test_write_stops_when_cancelled_between_batches() -> None:
         write_part(part, memoryview(data), 1, check)
     assert data[0] == 1
     assert data[part.layout.shards[-1].offset_bytes] == 0
+
+
+class Late:
+    """A copier that copies when it is waited for, as a device would."""
+
+    def __init__(self) -> None:
+        self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._lock = threading.Lock()
+
+    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        with self._lock:
+            self._given += zip(places, sources, strict=True)
+
+    def mark(self) -> Callable[[], None]:
+        return self._do
+
+    def _do(self) -> None:
+        with self._lock:
+            for place, source in self._given:
+                place.copy_(source)
+            self._given.clear()
+
+
+def test_write_digests_what_was_copied_when_copies_are_queued() -> None:
+    part = plan_part({f"t{n}": torch.full((64,), n, dtype=torch.int32) for n in range(9000)})
+    data = bytearray(part.layout.segments[0].size_bytes)
+    digests = write_part(part, memoryview(data), 2, _never, Late())
+    raw = [np.frombuffer(_bits(source), dtype=np.uint8) for source in part.sources]
+    assert digests.tolist() == [digest_tensor(each) for each in raw]
+
+
+def test_trainer_is_told_once_when_all_is_copied() -> None:
+    tensors = {f"t{n}": torch.full((3,), n, dtype=torch.int64) for n in range(5000)}
+    part = plan_part(tensors)
+    data = bytearray(part.layout.segments[0].size_bytes)
+    seen = []
+
+    def copied() -> None:
+        seen.append(bytes(data))
+        for tensor in tensors.values():
+            tensor.zero_()
+
+    expected = [digest_tensor(np.frombuffer(_bits(t), dtype=np.uint8)) for t in tensors.values()]
+    digests = write_part(part, memoryview(data), 2, _never, Late(), copied)
+    assert digests.tolist() == expected
+    assert seen == [bytes(data)]

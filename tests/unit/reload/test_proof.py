@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from tests.unit.reload.models import Bag, ModuleHost, load_by_name, random_tenso
 from tests.unit.reload.test_worker import Client, make_client
 from tests.unit.transfer.publishing import cut_layout, open_trainer
 from weightbus.consumers.reload.host import Weights
+from weightbus.consumers.reload.proof import COPIED_BYTES, GATHERED_BYTES, same_bytes_elsewhere
 
 ROWS = torch.arange(4.0).expand(4, 4)
 HIDING = {
@@ -107,3 +109,40 @@ def test_undecided_parameters_are_proven_again_when_an_update_failed(tmp_path: P
         tensors = tensors_of(3, a_bias=torch.zeros(4))
         assert client.apply(tensors, 3).direct_parameters == 0
         assert client.apply(tensors, 4).direct_parameters == 4
+
+
+def _gapped(rows: int, columns: int) -> torch.Tensor:
+    """With a gap behind every row."""
+    return torch.zeros((rows, 2 * columns), dtype=torch.int32)[:, :columns]
+
+
+def _permuted(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape[::-1], dtype=torch.bfloat16).permute(*reversed(range(len(shape))))
+
+
+@pytest.mark.parametrize(
+    "live",
+    [
+        torch.zeros((), dtype=torch.float32),
+        torch.zeros((0, 5)),
+        torch.zeros(3 * COPIED_BYTES // 2 + 1, dtype=torch.uint8),
+        torch.zeros((5, COPIED_BYTES // 3), dtype=torch.uint8),
+        torch.zeros((3, 2, COPIED_BYTES), dtype=torch.uint8),
+        torch.zeros((3, 7)).to(torch.float8_e4m3fn),
+        _permuted(700, 3, 500),
+        _gapped(5, 7),
+        _gapped(3, GATHERED_BYTES),
+    ],
+    ids=lambda live: f"{tuple(live.shape)}-{live.dtype}",
+)
+def test_bytes_of_another_device_are_compared_part_by_part(live: torch.Tensor) -> None:
+    made = torch.empty_strided(live.shape, live.stride(), dtype=live.dtype)
+    made.copy_(live)
+    assert same_bytes_elsewhere(live, made)
+    if live.numel():
+        for place in (0, live.numel() // 2, live.numel() - 1):
+            index = np.unravel_index(place, tuple(live.shape)) if live.dim() else ()
+            bits = made[tuple(map(int, index))].reshape(1).view(torch.uint8)[:1]
+            bits ^= 1
+            assert not same_bytes_elsewhere(live, made)
+            bits ^= 1

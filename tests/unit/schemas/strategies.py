@@ -39,6 +39,7 @@ from weightbus.schemas import (
     CheckpointReady,
     Copy,
     CopyReady,
+    CudaSegment,
     Described,
     EngineRoute,
     FileSegment,
@@ -304,6 +305,7 @@ _placements = st.lists(
 _FIELDS: Final[dict[tuple[type[Struct], str], st.SearchStrategy[Any]]] = {
     (FileSegment, "path"): _paths,
     (SharedMemorySegment, "generation"): st.integers(0, 2**62 - 1).map(lambda n: 2 * n),
+    (CudaSegment, "generation"): st.integers(0, 2**62 - 1).map(lambda n: 2 * n),
     (CheckpointReady, "placement"): _placements,
     (CheckpointPart, "placement"): _placements,
     (CopyReady, "placement"): _placements,

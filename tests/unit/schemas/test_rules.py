@@ -9,6 +9,7 @@ import pytest
 
 from tests.contract.examples import EXAMPLES
 from weightbus.schemas import (
+    CudaSegment,
     FileSegment,
     Group,
     InPlace,
@@ -77,6 +78,16 @@ def block(generation: int) -> SharedMemorySegment:
         ("Described", {"needs_digest": "0" * 64}, "needs_digest", "digest of needs"),
         ("Attach", {"roots": ("shared",)}, "roots[0]", "absolute"),
         ("CopyReady", {"placement": ((block(1),),)}, "placement[0][0].generation", "even"),
+        (
+            "CheckpointReady",
+            {
+                "placement": (
+                    (CudaSegment(handle=b"", host_id="h", device_uuid="u", generation=7),),
+                )
+            },
+            "placement[0][0].generation",
+            "even",
+        ),
         ("Join", {"groups": ("g", "h", "g")}, "groups[2]", "must not repeat"),
         (
             "Apply",

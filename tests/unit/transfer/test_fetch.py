@@ -7,12 +7,18 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import anyio
 import pytest
 
 from tests.unit.transfer.blocks import open_block
-from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable, TornRead
+from weightbus.consumers.errors import (
+    DeadlineExceeded,
+    RouteUnavailable,
+    SegmentUnavailable,
+    TornRead,
+)
 from weightbus.consumers.transfer.fetch import (
     Fetcher,
     LocalSegments,
@@ -21,15 +27,18 @@ from weightbus.consumers.transfer.fetch import (
     ReplaceableFetcher,
     open_fetcher,
 )
+from weightbus.consumers.transfer.p2p import P2pRoute
+from weightbus.consumers.transfer.sources import Sources
 from weightbus.consumers.transfer.together import Calls
 from weightbus.schemas.layout import Layout, SegmentSpec
-from weightbus.schemas.placement import FileSegment, RemoteSegment, Segment
+from weightbus.schemas.placement import CudaSegment, FileSegment, RemoteSegment, Segment
 
 pytestmark = pytest.mark.anyio
 
 HOST = "host"
 DEADLINE_S = 20.0
 SHORT_S = 0.05
+NEVER = cast(Any, None)
 
 
 def layout_of(*sizes: int) -> Layout:
@@ -113,6 +122,22 @@ async def test_what_is_replaceable_is_replaced_for_good_when_it_tears(tmp_path: 
             retired = ReplaceableFetcher("the copy", first, then, lambda: False)
             await retired.fetch(read, DEADLINE_S)
             assert not both.writing()
+    local.close()
+
+
+async def test_staging_never_reads_memory_of_gpus() -> None:
+    way = CudaSegment(handle=bytes(64), host_id=HOST, device_uuid="GPU-0", generation=2)
+    local, layout = LocalSegments(HOST), layout_of(8)
+    with pytest.raises(SegmentUnavailable, match="this one is on cpu"):
+        async with open_fetcher([way], layout, local, DEADLINE_S):
+            pytest.fail("opened")
+    sources = Sources(local, HOST)
+    for devices in ([], ["cuda:0"]):
+        P2pRoute(None, NEVER, local, HOST).know_devices(devices)
+        with pytest.raises(RouteUnavailable, match="offered neither to this host nor to others"):
+            sources.reach("p2p", layout, ((way,),))
+    with open_block(b"abcdefgh", HOST) as block:
+        assert sources.reach("p2p", layout, ((way, block.segment()),)) == (block.segment(),)
     local.close()
 
 

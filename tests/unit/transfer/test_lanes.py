@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_cuda import FakeCuda
 from tests.unit.transfer.blocks import open_block
 from tests.unit.transfer.staging import Owner, open_staging
 from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable
@@ -99,6 +100,57 @@ def test_wait_lasts_until_every_lane_is_filled_in_this_turn(
         later.start()
         lanes.wait_filled(0)
         later.join()
+
+
+def test_blocks_are_registered_once_whole_when_the_worker_is_on_a_gpu(owner: Owner) -> None:
+    cuda = FakeCuda(devices=2)
+    cache = StagingCache("cuda:1", lambda: cuda)
+    whole = (SHM_HEADER_BYTES + 4096, False)
+    for _ in range(3):
+        with cache.open_all(owner.names, 4096, TURN, long()) as blocks:
+            registered = {block.address - SHM_HEADER_BYTES: whole for block in blocks}
+            assert cuda.registered == registered
+    for _ in range(KEPT_UPDATES):
+        with cache.open_all(owner.names[:1], 4096, TURN, long()) as blocks:
+            pass
+    assert list(cuda.registered) == [blocks[0].address - SHM_HEADER_BYTES]
+    assert cuda.calls["register"] == 2
+    assert cuda.contexts == {1}
+    cache.close()
+    cuda.assert_clean()
+    assert not any(map(mapped, owner.names))
+
+
+def test_block_is_named_and_unmapped_when_the_gpu_does_not_take_it(owner: Owner) -> None:
+    cuda = FakeCuda()
+    cuda.fail("register", after=1)
+    cache = StagingCache("cuda:0", lambda: cuda)
+    before = len(os.listdir("/proc/self/fd"))
+    reason = f"{owner.names[1]} is 8,192 bytes that device 0 does not take"
+    with (
+        pytest.raises(SegmentUnavailable, match=reason),
+        cache.open_all(owner.names, 4096, TURN, long()),
+    ):
+        pytest.fail("opened")
+    assert list(map(mapped, owner.names)) == [True, False]
+    cache.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    cuda.assert_clean()
+
+
+def test_block_stays_mapped_when_the_gpu_does_not_let_go_of_it(owner: Owner) -> None:
+    cuda = FakeCuda()
+    cache = StagingCache("cuda:0", lambda: cuda)
+    before = len(os.listdir("/proc/self/fd"))
+    with cache.open_all(owner.names, 4096, TURN, long()):
+        pass
+    cuda.fail("unregister", "CUDA_ERROR_ILLEGAL_ADDRESS")
+    cache.close()
+    assert list(map(mapped, owner.names)) == [True, False]
+    assert len(os.listdir("/proc/self/fd")) == before + 1, "the mapping's own"
+    ((address, _),) = cuda.registered.items()
+    cuda.unregister(address)
+    cuda.assert_clean()
 
 
 def test_bucket_is_not_done_when_the_owner_took_up_another_turn(

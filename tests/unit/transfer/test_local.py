@@ -1,18 +1,34 @@
-"""The route `local` beside a file server that does not answer."""
+"""The route `local`: what it takes where there are GPUs, and a file server that does not answer."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from weightbus.consumers.errors import DeadlineExceeded
+from tests.unit.transfer.blocks import open_block
+from weightbus.consumers.engines.engine import Engine
+from weightbus.consumers.errors import (
+    ApplyFailed,
+    DeadlineExceeded,
+    RouteUnavailable,
+    SegmentUnavailable,
+    TornRead,
+)
 from weightbus.consumers.transfer.local import LocalRoute
 from weightbus.consumers.transfer.route import Transfer
-from weightbus.schemas.layout import Layout
-from weightbus.schemas.placement import Placement, Segment
+from weightbus.schemas.layout import Layout, SegmentSpec
+from weightbus.schemas.placement import (
+    CudaSegment,
+    FileSegment,
+    Placement,
+    Segment,
+    SharedMemorySegment,
+)
+from weightbus.schemas.worker import Applied, Feed, InPlace
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +46,104 @@ class HungRoute(LocalRoute):
     def reach(self, layout: Layout, placement: Placement) -> Sequence[Segment]:
         self.answered.wait()
         return ()
+
+
+ON_GPU = CudaSegment(handle=bytes(64), host_id="host", device_uuid="GPU-x", generation=2)
+LAYOUT = Layout((), (), (SegmentSpec(8),))
+
+
+class OneRank:
+    """An engine that answers `apply` as it is told to.
+
+    Args:
+        failing: kind of segment -> the error that its worker answers.
+    """
+
+    def __init__(self, failing: Mapping[type[Segment], ApplyFailed] | None = None) -> None:
+        self._failing = failing or {}
+        self.taken: list[type[Segment]] = []
+
+    async def apply(
+        self, version: int, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Applied, ...]:
+        feed = feeds[0]
+        assert isinstance(feed, InPlace)
+        (source,) = feed.sources
+        self.taken.append(type(source))
+        if type(source) in self._failing:
+            raise self._failing[type(source)]
+        return (Applied(request=1, rank=0, version=version, bytes=8, cell_digests=b"", stages=()),)
+
+
+def transfer_of(engine: OneRank, placement: Placement) -> Transfer:
+    async def begin_write() -> None:
+        """Nothing is paused."""
+
+    return Transfer(
+        engine=cast(Engine, engine),
+        ranks=(0,),
+        version=1,
+        layout=LAYOUT,
+        layout_digest="0" * 64,
+        placement=placement,
+        plan=NEVER,
+        begin_write=begin_write,
+        deadline_s=20.0,
+    )
+
+
+def test_nearest_way_is_memory_of_gpus_when_all_ranks_are_on_gpus(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(8))
+    route = LocalRoute("host", [str(tmp_path)])
+    with open_block(bytes(8), "host") as block:
+        file = FileSegment(path=str(tmp_path / "a"))
+        placement = ((file, block.segment(), ON_GPU),)
+        taken: list[Segment] = []
+        for devices in ([], ["cuda:0", "cuda:1"], ["cpu", "cuda:0"], ["cpu"]):
+            route.know_devices(devices)
+            taken += route.reach(LAYOUT, placement)
+        assert taken == [block.segment(), ON_GPU, block.segment(), block.segment()]
+        route.know_devices(["cuda:0"])
+        short = CudaSegment(handle=b"", host_id="host", device_uuid="GPU-x", generation=2)
+        assert route.reach(LAYOUT, ((short, block.segment()),)) == (block.segment(),)
+        assert route.reach(LAYOUT, ((short, file),)) == (file,)
+
+
+def test_route_says_why_when_memory_of_gpus_is_all_that_is_offered() -> None:
+    route = LocalRoute("host")
+    with pytest.raises(RouteUnavailable, match="segment 0: a GPU's memory is read only where all"):
+        route.reach(LAYOUT, ((ON_GPU,),))
+    route.know_devices(["cuda:0"])
+    assert route.reach(LAYOUT, ((ON_GPU,),)) == (ON_GPU,)
+    other = CudaSegment(handle=bytes(64), host_id="other", device_uuid="GPU-x", generation=2)
+    with pytest.raises(RouteUnavailable, match="on host other: must be on this one, host"):
+        route.reach(LAYOUT, ((other,),))
+
+
+async def test_shared_memory_is_taken_when_a_worker_cannot_open_memory_of_a_gpu() -> None:
+    refusal = ApplyFailed(0, SegmentUnavailable.__name__, "no peer access", touched=False)
+    engine, route = OneRank({CudaSegment: refusal}), LocalRoute("host")
+    route.know_devices(["cuda:0"])
+    with open_block(bytes(8), "host") as block:
+        (applied,) = await route.transfer(transfer_of(engine, ((ON_GPU, block.segment()),)))
+    assert applied.version == 1
+    assert engine.taken == [CudaSegment, SharedMemorySegment]
+
+
+@pytest.mark.parametrize("cause", [SegmentUnavailable.__name__, TornRead.__name__])
+async def test_first_failure_is_told_when_nothing_else_would_help(cause: str) -> None:
+    failure = ApplyFailed(0, cause, "it is gone", touched=True)
+    route = LocalRoute("host")
+    route.know_devices(["cuda:0"])
+    with open_block(bytes(8), "host") as block:
+        for placement in (((ON_GPU,),), ((block.segment(),),), ((ON_GPU, block.segment()),)):
+            if cause == SegmentUnavailable.__name__ and len(placement[0]) > 1:
+                continue
+            engine = OneRank({CudaSegment: failure, SharedMemorySegment: failure})
+            with pytest.raises(ApplyFailed) as caught:
+                await route.transfer(transfer_of(engine, placement))
+            assert caught.value is failure
+            assert len(engine.taken) == 1
 
 
 async def test_transfer_ends_untouched_at_its_deadline_when_files_cannot_be_reached() -> None:

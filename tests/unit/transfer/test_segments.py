@@ -11,15 +11,15 @@ import pytest
 
 from tests.unit.transfer.blocks import Block, open_block
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
+from weightbus.consumers.transfer.opening import stamped
 from weightbus.consumers.transfer.segments import (
     KEPT_UPDATES,
     OpenFile,
     OpenMemory,
     SegmentCache,
     probe_segment,
-    stamped,
 )
-from weightbus.schemas.placement import CudaSegment, FileSegment, SharedMemorySegment
+from weightbus.schemas.placement import FileSegment, RemoteSegment, SharedMemorySegment
 
 HOST = "this-host"
 
@@ -212,7 +212,7 @@ def test_segment_is_refused_when_it_is_not_what_was_promised(tmp_path: Path, blo
                     "not a block of ours",
                 ),
                 (
-                    CudaSegment(handle=b"", host_id=HOST, device_uuid="u", generation=0),
+                    RemoteSegment(protocol="tcp", session="h:1", address=0, generation=0),
                     "must be a file or shared memory",
                 ),
             ):
