@@ -49,6 +49,8 @@ ALLOWED: Final[Mapping[str, str]] = {
     "measuring.py:measure_p2p": "the transfer engine's own timeouts; nobody's update waits for it",
     "outbox.py:Outbox._run_control": IDLE,
     "outbox.py:Outbox._run_progress": IDLE,
+    "reload/accelerator.py:CudaAccelerator._wait": "a device cannot be stopped: the worker answers "
+    "nothing while it may write, and its consumer gives it up in time",
     "service.py:Consumer._start": "each step is a request to the bus with the bus's own deadline",
     "service.py:Consumer._run_lease_renewal": IDLE,
     "service.py:Consumer._run_machine": IDLE,
