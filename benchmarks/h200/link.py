@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Final, Literal
 
 import msgspec
@@ -78,6 +79,7 @@ class Links:
         self._block_bytes = min(BLOCK_BYTES, arguments.need_bytes)
         with ThreadPoolExecutor() as pool:
             self._host = list(pool.map(self._host_block, self._devices))
+        self._streams: dict[tuple[torch.device, torch.device], list[torch.cuda.Stream]] = {}
         blocks = [
             [torch.empty(self._block_bytes, dtype=torch.uint8, device=d) for d in self._devices]
             for _ in range(2)
@@ -126,8 +128,22 @@ class Links:
             for step in range(1, count):
                 for owner, source in enumerate(self._sources):
                     target = self._targets[(owner + step) % count]
-                    target[:size].copy_(source[:size], non_blocking=True)
+                    with self._apart(source.device, target.device):
+                        target[:size].copy_(source[:size], non_blocking=True)
         return share * (count - 1) * count
+
+    @contextmanager
+    def _apart(self, owner: torch.device, target: torch.device) -> Iterator[None]:
+        """Copies of one pair are on streams of their own: torch lets a copy between two GPUs wait
+        for the current streams of both, so by their common ones all pairs would take turns."""
+        with ExitStack() as stack:
+            if owner.type == "cuda":
+                pair = (owner, target)
+                if pair not in self._streams:
+                    self._streams[pair] = [torch.cuda.Stream(device) for device in pair]  # type: ignore[no-untyped-call]
+                for stream in self._streams[pair]:
+                    stack.enter_context(torch.cuda.stream(stream))
+            yield
 
     def _synchronize(self) -> None:
         for device in self._devices:
