@@ -8,7 +8,7 @@ a file.
 
 A GPU reads what was fetched where it was fetched to: it is registered before the step and let go of
 after it, whoever reads it last having come to its end. Where the device does not let go, the
-memory stays as it is, as long as this process.
+memory stays as it is, as long as this process, and the segment cannot be fetched any more.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class StagedSources:
     def __init__(self, segments: Sequence[OpenSegment], gpu: Gpu | None = None) -> None:
         self._segments, self._gpu = segments, gpu
         self._reserved: dict[int, mmap.mmap] = {}
+        self._left: set[int] = set()
+        """Segments whose addresses the GPU did not let go of: nothing is fetched there again."""
         self.sizes_bytes = tuple(segment.size_bytes for segment in segments)
         self.addresses = tuple(map(self._address, range(len(segments))))
 
@@ -74,8 +76,13 @@ class StagedSources:
 
         Raises:
             SegmentUnavailable: a file ended too early or cannot be read, or the GPU does not take
-                what was fetched.
+                what was fetched, or did not let go of what was fetched of the segment before.
         """
+        for wanted in ranges:
+            if wanted.segment in self._left:
+                name = self._segments[wanted.segment].name
+                limit = "must have been let go of before more of it is fetched"
+                raise SegmentUnavailable(name, "still registered with the GPU", limit)
         staged = [wanted for wanted in ranges if wanted.segment in self._reserved]
         registered: list[tuple[int, int]] = []
         try:
@@ -108,6 +115,7 @@ class StagedSources:
         memory = self._reserved.get(segment)
         if not self._gpu.unregister(self._segments[segment].name, address, memory):
             self._reserved.pop(segment, None)
+            self._left.add(segment)
 
     def _address(self, number: int) -> int:
         segment = self._segments[number]

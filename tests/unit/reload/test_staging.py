@@ -110,6 +110,24 @@ def test_memory_that_the_gpu_does_not_let_go_of_stays_as_it_is(
     assert read(left, RANGES[0]) == CONTENT[RANGES[0].start : RANGES[0].end]
 
 
+def test_segment_is_refused_when_the_gpu_did_not_let_go_of_it(
+    files: list[Segment], fake: FakeCuda, tmp_path: Path
+) -> None:
+    """Its addresses cannot be registered again, and what is there is of the step before."""
+    gpu = Gpu(0, lambda: fake)
+    with opened(files, fake, tmp_path) as segments, StagedSources(segments, gpu) as sources:
+        with sources.fetched(RANGES):
+            fake.fail("unregister", "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")
+        later = ByteRange(0, 60 * PAGE, 61 * PAGE)
+        refused = pytest.raises(SegmentUnavailable, match="still registered with the GPU")
+        with refused, sources.fetched([RANGES[2], later]):
+            pytest.fail("nothing can be fetched there")
+        assert list(fake.registered) == [sources.addresses[0]]
+        with sources.fetched([RANGES[2]]) as fetched_bytes:
+            assert fetched_bytes == RANGES[2].end - RANGES[2].start
+            assert read(sources.addresses[1], RANGES[2]) == CONTENT[1:8]
+
+
 def test_memory_of_a_gpu_is_read_where_it_lies_only_by_a_gpu(
     fake: FakeCuda, tmp_path: Path
 ) -> None:
