@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def interpreted(name: str) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "1")
         _interpret_library(patch)
+        _mend_interpreter(patch)
         alias = f"interpreted.{name}"
         found = importlib.util.find_spec(name)
         assert found is not None
@@ -50,3 +52,16 @@ def _interpret_library(patch: pytest.MonkeyPatch) -> None:
     for name, function in list(functions.items()):
         if isinstance(function, JITFunction):
             patch.setattr(tl, name, InterpretedFunction(function.fn))
+
+
+def _mend_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 takes the `int` of arrays of one element, which numpy 2.4 refuses."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        for one in scope:
+            one.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patched)

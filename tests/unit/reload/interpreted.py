@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -32,10 +29,11 @@ _loaded: list[ModuleType] = []
 def interpreting() -> Iterator[None]:
     """Executors work within. Skips the test where there is no Triton."""
     with interpreted("weightbus.consumers.reload.kernels") as module:
-        _mend_interpreter()
         _loaded.append(module)
-        yield
-        _loaded.pop()
+        try:
+            yield
+        finally:
+            _loaded.pop()
 
 
 class HostAccelerator(Accelerator):
@@ -79,17 +77,3 @@ def interpreted_executor(
 ) -> GpuExecutor:
     """An executor for GPUs whose parameters are in main memory; it has no use for threads."""
     return GpuExecutor(layout, needs, cells, HostAccelerator())
-
-
-@cache
-def _mend_interpreter() -> None:
-    """Triton 3.6 takes the `int` of arrays of one element, which numpy 2.4 refuses."""
-    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, *scope: Any) -> None:
-        patch_tensor(tensor, *scope)
-        for one in scope:
-            one.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
