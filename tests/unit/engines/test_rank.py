@@ -45,7 +45,7 @@ class LosingWorker(ReloadWorker):
 
 @contextmanager
 def running_rank(place: EngineDirectory, words: RankWords) -> Iterator[list[BaseException]]:
-    """A rank that serves; what it ended with."""
+    """A rank that serves; what it ended with. It may outlive a test that fails."""
     model = build_model("decoder", CONFIG)
     host = TorchModelHost("decoder", lambda: build_model("decoder", CONFIG), model)
     rank = Rank(place, host, LosingWorker(host, 0, 1), words)
@@ -57,10 +57,12 @@ def running_rank(place: EngineDirectory, words: RankWords) -> Iterator[list[Base
         except DeviceLost as error:
             ended.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    yield ended
-    thread.join(DEADLINE_S)
+    try:
+        yield ended
+    finally:
+        thread.join(DEADLINE_S)
     assert not thread.is_alive()
 
 
