@@ -59,17 +59,20 @@ def main(arguments: WorkerArguments) -> int:
     except WeightBusError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    if arguments.spec.device != "cpu":
+        end_now(0)
     return 0
 
 
-def end_now() -> None:
+def end_now(status: int = 1) -> None:
     """End the process without cleaning up: nothing of a rank outlives it.
 
+    When the interpreter ends, the status is not known any more: it is 1 unless it was told before.
     A GPU that is lost, or a group whose peer is gone, can keep a process from ending.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 if __name__ == "__main__":
