@@ -3,7 +3,8 @@
 Owns the trace, the plan and its proof. The first version goes through the engine's own loader and
 proves the plan; after that, what is proven is written directly, and the rest is loaded by the
 engine. A version that changes what is undecided proves the plan again, whole. A model that cannot
-be traced is always loaded by the engine.
+be traced is always loaded by the engine, and so is one whose proven plan the device has no room
+for.
 
 Invariants: every cell is digested from the very bytes that were written to a parameter or handed
 to the engine's loader, or that no rank needs; a proof is kept only if the version that it was made
@@ -23,6 +24,7 @@ import torch
 
 from weightbus.bus.cuda import open_cuda
 from weightbus.bus.digest import digest_box
+from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.errors import (
     DeadlineExceeded,
     PlanError,
@@ -36,6 +38,7 @@ from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.deadline import Deadline
+from weightbus.consumers.reload.faults import settle
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.making import made_parameters
 from weightbus.consumers.reload.memory import state_tensors
@@ -94,7 +97,7 @@ class Reloader:
     untraced_reason: str = ""
     """Not empty: every update takes the engine's own loader, and why."""
     needs: Needs
-    """Whole tensors with no destination if untraced."""
+    """Whole tensors with no destination if it could not be traced."""
 
     def __init__(
         self,
@@ -139,13 +142,17 @@ class Reloader:
     def attach(self, cells: Sequence[Cell]) -> None:
         """Digest these cells from now on.
 
+        If it raises, everything is as it was.
+
         Raises:
-            PlanError: a cell is not of this layout and these needs.
+            PlanError: a cell is not of this layout and these needs, or there are too many tiles.
+            CudaFailed: the device has no room for the tables.
         """
         check_cells(cells, self.layout, self.needs)
-        self._cells = tuple(cells)
-        if self._split is not None:
-            self._split = self._split_by(self._split.whole, self._split.proof)
+        attached, split = tuple(cells), self._split
+        if split is not None:
+            split = self._split_by(split.whole, split.proof, attached)
+        self._cells, self._split = attached, split
 
     def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
         """Write one version into the live model, which is touched from here on.
@@ -176,7 +183,9 @@ class Reloader:
             version.outcome.reason = self.untraced_reason
         elif split is None:
             trace, plan = self._traced
-            split = self._split_by(plan, self._load_and_prove(version, trace, plan))
+            split = self._split_or_give_up(
+                version, plan, self._load_and_prove(version, trace, plan)
+            )
         else:
             self._load_processed(version, split)
             self._move(version, split)
@@ -270,12 +279,27 @@ class Reloader:
             del self._streams[next(iter(self._streams))]
         return kept[1]
 
-    def _split_by(self, plan: TilePlan, proof: Proof) -> Split:
+    def _split_or_give_up(self, version: _Version, plan: TilePlan, proof: Proof) -> Split | None:
+        """None: the plan cannot be carried out here; the engine, which has loaded this version,
+        loads every later one, too.
+
+        Raises:
+            DeviceLost: that is why.
+        """
+        try:
+            return self._split_by(plan, proof, self._cells)
+        except (PlanError, CudaFailed) as error:
+            settle(self._host)
+            self._traced, self.untraced_reason = None, str(error)
+            version.outcome.reason = self.untraced_reason
+            return None
+
+    def _split_by(self, plan: TilePlan, proof: Proof, cells: Sequence[Cell]) -> Split:
         return split_update(
             self.layout,
             plan,
             proof,
-            self._cells,
+            cells,
             threads=self._threads,
             device=self._host.device,
         )
