@@ -216,9 +216,9 @@ class CudaBlock:
     next, or fault. The leases keep this: a reader takes one before it opens the handle; the
     publisher retires the version, then waits until all leases are gone. That keeps everybody from
     *reading* what is freed. Readers may have the handle open still, which takes long to open, until
-    two updates did not use it or their consumer tells them to close it: an open handle alone
-    touches no memory, and whoever comes back to it looks at the generation word first, which has
-    another value or cannot be read: an error of that reader's update, and no wrong bytes.
+    two updates did not use it: an open handle alone touches no memory, and whoever comes back to it
+    looks at the generation word first, which has another value or cannot be read: an error of that
+    reader's update, and no wrong bytes.
     """
 
     device: int

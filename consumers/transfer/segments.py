@@ -237,8 +237,7 @@ class SegmentCache:
 
     def close_handles(self) -> None:
         """Let go of all memory of GPUs, between two versions: what publishers free comes back only
-        then. For the worker to call when its consumer says that a publisher has ended; the next
-        version opens again what it needs.
+        then. The next version opens again what it needs.
         """
         assert not self._is_open, "what is read is not closed"
         if self._gpu is not None:
