@@ -31,12 +31,17 @@ from weightbus.schemas.placement import (
 )
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES
 
-__all__ = ("Block", "DeviceMemory", "HostMemory", "Memory", "Owner")
+__all__ = ("Block", "DeviceMemory", "HostMemory", "Memory", "Owner", "keep")
 
 _logger = logging.getLogger(__name__)
 
 _LEFT: Final[list[object]] = []
 """What stays registered, or may still be read, and so stays as long as this process."""
+
+
+def keep(what: object) -> None:
+    """As long as this process, with all that it holds: the driver may use it still."""
+    _LEFT.append(what)
 
 
 class Block(Protocol):

@@ -7,6 +7,7 @@ published or the publisher ends; a `publish` that raises leaves the publisher as
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
@@ -34,7 +35,7 @@ from weightbus.producers.errors import (
 )
 from weightbus.producers.files import Files, publish_files
 from weightbus.producers.group import RankGroup
-from weightbus.producers.memory import HostMemory, Owner
+from weightbus.producers.memory import HostMemory, Owner, keep
 from weightbus.producers.sealer import Piece, Sealer, StoredLayout
 from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.producers.slots import Slot, Slots
@@ -46,13 +47,20 @@ from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Publisher", "PublisherOptions", "open_publisher")
 
+_logger = logging.getLogger(__name__)
+
 LINGER_POLL_S = 0.1
 
 NO_LAYOUT = "0" * 64
 """Of a part that is given up before its layout is stored."""
 
 CLOSE_GRACE_S = 10.0
-"""For the bus to answer, at the end, beside the wait for readers."""
+"""For the bus to answer, at the end, beside the wait for readers; and before that for a publication
+that is cancelled to end."""
+
+
+FREE_TIMEOUT_S = 10.0
+"""For the system and the driver to free the slots."""
 
 
 class PublisherOptions(Struct, frozen=True, kw_only=True):
@@ -78,7 +86,10 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
     close_wait_s: float = 10.0
     """At the end, for readers of the versions that are retired."""
     linger_s: float = 30.0
-    """At a good end, before that: for present engines to serve the newest version."""
+    """At a good end, before that: for present engines to serve the newest version.
+
+    What is published in the background has as long, and 10 s, to be announced; it is cancelled
+    then, and at once where the end is not a good one."""
     digest_threads: int = 4
     """Threads that digest while the tensors are copied."""
     p2p: P2pOptions | None = None
@@ -101,6 +112,7 @@ async def open_publisher(
 
     Blocks that dead publishers left in /dev/shm are removed first. At the end the versions in slots
     are retired and their readers waited for (see `PublisherOptions`); then the blocks are removed.
+    A slot that a device still writes then is removed when that ends.
     `devices` are the GPUs of this process; None: all of them.
 
     Raises:
@@ -163,6 +175,7 @@ class Publisher:
         self._part_layout = StoredLayout(self._bus, partial=True)
         self._group = RankGroup(announcer, rank, world_size, options.seal_timeout_s)
         self._one_at_a_time = anyio.Lock()
+        self._running: anyio.CancelScope | None = None
         self._closed = False
         self._tried = -1
 
@@ -205,7 +218,7 @@ class Publisher:
             EndpointFailed: the slot cannot be registered; the newest version is untouched.
             CudaFailed: a device refuses a slot, or fails; the newest version is untouched.
             SealFailed: the ranks did not come together.
-            PublisherClosed
+            PublisherClosed: it has ended, maybe while this was under way: it is not announced.
             ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused
         """
         part = tensors if isinstance(tensors, Part) else plan_part(tensors)
@@ -223,8 +236,7 @@ class Publisher:
         self, part: Part, version: int, metadata: Mapping[str, str], handover: Handover
     ) -> CheckpointReady:
         """As `publish`, for a trainer in another thread than this one."""
-        async with self._one_at_a_time:
-            self._check_open()
+        async with self._until_the_end():
             with self._announcer.span(self._telemetry, version) as span:
                 span.set(BYTES, part.size_bytes)
                 return await self._publish_part(part, version, metadata, span, handover)
@@ -248,8 +260,7 @@ class Publisher:
         """
         if self._rank != 0:
             raise RankInvalid(self._rank, "files are published by rank 0 alone")
-        async with self._one_at_a_time:
-            self._check_open()
+        async with self._until_the_end():
             with self._announcer.span(self._telemetry, version) as span:
                 return await publish_files(
                     self._announcer, files, version, metadata, digest=digest, span=span
@@ -299,6 +310,7 @@ class Publisher:
                 self._announcer.remember(ready)
                 return ready
             pieces = await self._sealer.fetch(mine, await self._group.gather(said))
+            self._check_open()
             return await self._sealer.seal(pieces, draft, span.ref.headers())
         except BaseException as error:
             await self._group.give_up(said, error)
@@ -306,12 +318,17 @@ class Publisher:
 
     async def _write(self, part: Part, version: int, newest: int, handover: Handover) -> Piece:
         """Into a free slot. Cancelled or failed, the slot stays odd: nobody can read it."""
-        writer, slot = await self._free(part, version, newest)
-        digests = await anyio.to_thread.run_sync(
-            writer.write, part, slot, handover, anyio.from_thread.check_cancelled
-        )
-        slot.version = version
-        return Piece(part.layout, self._slots.placement(slot), digests)
+        try:
+            writer, slot = await self._free(part, version, newest)
+            self._check_open()
+            digests = await anyio.to_thread.run_sync(
+                writer.write, part, slot, handover, anyio.from_thread.check_cancelled
+            )
+            self._check_open()
+            slot.version = version
+            return Piece(part.layout, self._slots.placement(slot), digests)
+        finally:
+            self._slots.done()
 
     async def _free(self, part: Part, version: int, newest: int) -> tuple[Writer, Slot]:
         """A slot, and who writes it."""
@@ -325,6 +342,25 @@ class Publisher:
             except (CudaFailed, DeviceMemoryFull) as error:
                 if not self._writers.falls_back(error):
                     raise
+
+    @asynccontextmanager
+    async def _until_the_end(self) -> AsyncIterator[None]:
+        """One at a time; what still runs when the publisher ends is cancelled.
+
+        Raises:
+            PublisherClosed: it was, or comes after the end.
+        """
+        async with self._one_at_a_time:
+            self._check_open()
+            try:
+                with anyio.CancelScope() as self._running:
+                    yield
+                if self._running.cancelled_caught:
+                    raise PublisherClosed(self._model)
+            finally:
+                self._running = None
+                if self._slots.has_ended:  # which left out what was written
+                    await self._free_slots()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -346,10 +382,14 @@ class Publisher:
         )
 
     async def _linger(self) -> None:
-        """Let the engines that are present come to the newest version, for `linger_s` at most."""
+        """Let what is published in the background be announced, and engines come to the newest."""
+        with anyio.move_on_after(self._options.linger_s + CLOSE_GRACE_S) as background:
+            async with self._one_at_a_time:
+                pass
+        if background.cancelled_caught:
+            return
         with anyio.move_on_after(self._options.linger_s):
-            async with self._one_at_a_time:  # what is published in the background
-                newest = await self._announcer.newest()
+            newest = await self._announcer.newest()
             while True:
                 engines = await self._bus.presence.list(self._model)
                 if all(engine.version >= newest for engine in engines):
@@ -358,18 +398,45 @@ class Publisher:
 
     async def _close(self) -> None:
         self._closed = True
+        await self._end_running()
         timeout_s = self._options.close_wait_s + CLOSE_GRACE_S
         try:
             with anyio.fail_after(timeout_s, shield=True):
-                async with self._one_at_a_time:  # a publish that was cancelled is on its way out
-                    if not self._slots.written:
-                        return
+                if self._slots.written:
                     await self._announcer.newest()
                     await self._slots.retire_all(self._options.close_wait_s)
         except TimeoutError:
             raise BusTimeout(f"retiring the versions of {self._model}", timeout_s) from None
         finally:
-            self._slots.close()
+            await self._free_slots()
+
+    async def _end_running(self) -> None:
+        """Cancel what is published. A device can hold it up: then its slot is left to it."""
+        if self._running is not None:
+            self._running.cancel()
+        with anyio.move_on_after(CLOSE_GRACE_S, shield=True) as waiting:
+            async with self._one_at_a_time:
+                return
+        if waiting.cancelled_caught:
+            _logger.warning(
+                "a publication of %s has not ended within %g s: its slot is removed when it has",
+                self._model,
+                CLOSE_GRACE_S,
+            )
+
+    async def _free_slots(self) -> None:
+        """In a thread: the driver may not answer, and then its blocks stay with this process."""
+        remove = self._slots.end()
+        with anyio.move_on_after(FREE_TIMEOUT_S, shield=True) as waiting:
+            try:
+                await anyio.to_thread.run_sync(remove, abandon_on_cancel=True)
+            except RuntimeError:  # no new thread: the interpreter exits
+                remove()
+        if waiting.cancelled_caught:
+            keep(remove)
+            _logger.warning(
+                "slots of %s were not freed within %g s: they stay", self._model, FREE_TIMEOUT_S
+            )
 
 
 def _was_in(ready: CheckpointReady, removed: Collection[str]) -> bool:

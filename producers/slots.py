@@ -12,13 +12,14 @@ forgotten. On ranks other than 0, who announce nothing, it is what they have hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import anyio
 import anyio.to_thread
 
 from weightbus.producers.announcing import Announcer
-from weightbus.producers.errors import SlotBusy
+from weightbus.producers.errors import PublisherClosed, SlotBusy
 from weightbus.producers.memory import Block, Memory
 from weightbus.schemas.checkpoint import CheckpointRetired
 from weightbus.schemas.placement import Placement
@@ -44,13 +45,19 @@ class Slot:
 
 
 class Slots:
-    """Made once per publisher; `close` it."""
+    """Made once per publisher; `end` it. One slot is written at a time."""
 
     def __init__(self, announcer: Announcer) -> None:
         self._announcer = announcer
         self._bus, self._model, self._producer = announcer.bus, announcer.model, announcer.producer
         self._slots = [Slot() for _ in range(SLOTS)]
         self._readers_gone = False
+        self._in_use: Slot | None = None
+        self._ended = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -67,9 +74,10 @@ class Slots:
         """A slot with a block of `size_bytes` of each kind for `version`; nobody reads it any more.
 
         Never the slot of `newest`, the newest version that was announced; the slot that holds
-        `version` itself, if that was tried before.
+        `version` itself, if that was tried before. It is in use until `done`, also if this raises.
 
         Raises:
+            PublisherClosed: the slots have ended meanwhile; no block was made.
             SlotBusy: readers held on for `wait_s`. The slot's version is retired, not overwritten.
             SharedMemoryFull, DeviceMemoryFull: there is no room for a new block; nothing has
                 happened, unless others took the room meanwhile: then the slot stays empty.
@@ -80,6 +88,7 @@ class Slots:
             (slot for slot in self._slots if slot.version is None or slot.version != newest),
             key=lambda slot: self._order(slot, version),
         )
+        self._in_use = slot
         renew = set(slot.blocks) != set(kinds)
         for kind in kinds:
             held = slot.blocks.get(kind)
@@ -92,10 +101,16 @@ class Slots:
             readers = await self._readers_left((slot.version, newest), wait_s)
             if readers:
                 raise SlotBusy(slot.version, readers, wait_s)
+        if self._ended:
+            raise PublisherClosed(self._model)
         slot.version = None
         if renew:
             await anyio.to_thread.run_sync(_renew, slot, size_bytes, kinds)
         return slot
+
+    def done(self) -> None:
+        """No slot is written now."""
+        self._in_use = None
 
     async def retire_all(self, wait_s: float) -> None:
         """Tell readers that every offered version ends, and wait for them, `wait_s` at most.
@@ -112,11 +127,19 @@ class Slots:
             await self._retire(versions[-1], reason, active_readers=len(readers))
         self._readers_gone = not readers
 
-    def close(self) -> None:
-        """Remove the blocks. Blocking."""
-        for slot in self._slots:
-            offered = slot.version is not None and self._announcer.is_offered(slot.version)
-            _drop(slot, may_be_read=offered and not self._readers_gone)
+    def end(self) -> Callable[[], None]:
+        """Give out no slot any more. Returns what removes the blocks: blocking, idempotent.
+
+        A slot that is in use is left out: `end` again when it is `done`.
+        """
+        self._ended = True
+        idle = [slot for slot in self._slots if slot is not self._in_use]
+        self._slots = [slot for slot in self._slots if slot is self._in_use]
+        offered = [
+            slot.version is not None and self._announcer.is_offered(slot.version) for slot in idle
+        ]
+        may_be_read = [each and not self._readers_gone for each in offered]
+        return partial(_drop_all, list(zip(idle, may_be_read, strict=True)))
 
     def _order(self, slot: Slot, version: int) -> tuple[int, int]:
         """The slot of `version`, then empty ones, never offered ones, and the oldest version."""
@@ -176,6 +199,11 @@ def _renew(slot: Slot, size_bytes: int, kinds: Sequence[Memory]) -> None:
 
 
 def _drop(slot: Slot, *, may_be_read: bool) -> None:
-    blocks, slot.blocks = slot.blocks, {}
-    for kind, block in blocks.items():
-        kind.give_up(block, may_be_read=may_be_read)
+    for kind in tuple(slot.blocks):
+        kind.give_up(slot.blocks[kind], may_be_read=may_be_read)
+        del slot.blocks[kind]
+
+
+def _drop_all(slots: Sequence[tuple[Slot, bool]]) -> None:
+    for slot, may_be_read in slots:
+        _drop(slot, may_be_read=may_be_read)

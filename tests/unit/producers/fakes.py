@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
+import anyio
+
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusTimeout
 from weightbus.bus.jetstream import PublishAck, WrongLastSequence
@@ -35,6 +37,8 @@ class FakeBus:
         self.leases: list[ReaderLease] = []
         self.looks = 0
         """How often readers were listed."""
+        self.looked = anyio.Event()
+        """They were."""
         self.objects = self.layouts = self.presence = self.reader_leases = self
 
         self.faster: list[CheckpointReady] = []
@@ -80,6 +84,7 @@ class FakeBus:
 
     async def readers(self, model: str, version: int) -> tuple[ReaderLease, ...]:
         self.looks += 1
+        self.looked.set()
         return tuple(lease for lease in self.leases if lease.version == version)
 
     async def put(self, what: str | Layout, blob: bytes = b"", *, partial: bool = False) -> str:

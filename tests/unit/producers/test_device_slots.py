@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from weightbus.bus.cuda import CUDA_ALIGNMENT_BYTES
 from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.errors import CudaFailed, CudaUnavailable, SettingInvalid
 from weightbus.bus.host import host_id
+from weightbus.producers import publisher as publisher_module
 from weightbus.producers.errors import DeviceMemoryFull, SlotBusy, SlotsUnsuitable
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.writers import SlotsIn
@@ -419,3 +422,31 @@ async def test_publisher_is_refused_when_there_are_no_such_slots(fake: FakeBus) 
     with pytest.raises(SettingInvalid, match="one of host, device, both, auto"):
         async with open_publisher(fake.as_bus(), MODEL, options=options):
             raise AssertionError("opened")
+
+
+class HeldCuda(FakeCuda):
+    """Frees nothing before it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_free = threading.Event()
+
+    def free(self, device: int, address: int) -> None:
+        assert self.may_free.wait(30)
+        super().free(device, address)
+
+
+async def test_publisher_ends_when_the_driver_does_not_free_its_slots(
+    fake: FakeBus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "FREE_TIMEOUT_S", 0.1)
+    cuda = HeldCuda()
+    async with publishing(fake, FakeDevices(cuda), "device") as publisher:
+        await publisher.publish(weights(1), 1)
+    assert "were not freed within 0.1 s" in caplog.text
+    assert len(cuda.allocated) == 1
+    cuda.may_free.set()
+    with anyio.fail_after(30):
+        while cuda.allocated or blocks():  # noqa: ASYNC110  # a thread that nobody waits for
+            await anyio.sleep(0.01)
+    cuda.assert_clean()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 import torch
 from msgspec import structs
 
+from tests.unit.producers.fake_devices import FakeDevices
 from tests.unit.producers.fakes import FakeBus
 from weightbus.bus.errors import BusTimeout
-from weightbus.producers.errors import SlotBusy, VersionNotNew
+from weightbus.producers import publisher as module
+from weightbus.producers.errors import PublisherClosed, SlotBusy, VersionNotNew
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
+from weightbus.producers.shards import plan_part
+from weightbus.producers.writers import SlotsIn
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.leases import ReaderLease
 from weightbus.schemas.placement import SharedMemorySegment
@@ -160,3 +169,73 @@ async def test_leases_are_looked_at_ever_less_often_when_readers_stay(fake: Fake
             await publisher.publish(weights(3), 3)
         assert fake.looks / 2 <= 9, "two versions are looked at, after 0, 20, 60, 140, 300 ... ms"
         fake.leases = []
+
+
+def blocks() -> list[Path]:
+    return list(Path("/dev/shm").glob(f"weightbus-{MODEL}.*"))
+
+
+@pytest.mark.parametrize("slots", ["host", "device"])
+async def test_slot_stays_to_its_writer_and_nothing_is_said_when_the_publisher_ends_before_it(
+    fake: FakeBus, monkeypatch: pytest.MonkeyPatch, slots: SlotsIn
+) -> None:
+    monkeypatch.setattr(module, "CLOSE_GRACE_S", 0.1)
+    writing, go_on, devices = threading.Event(), threading.Event(), FakeDevices()
+    options = structs.replace(OPTIONS, slots=slots, linger_s=0.0)
+    errors: list[BaseException] = []
+
+    def hold() -> None:
+        writing.set()
+        assert go_on.wait(30)
+
+    async def publish(publisher: Publisher) -> None:
+        part = plan_part(weights(2))
+        try:
+            await publisher.publish_part(part, 2, {}, publisher.hand_over(part, hold))
+        except PublisherClosed as error:
+            errors.append(error)
+
+    async with anyio.create_task_group() as group:
+        async with open_publisher(
+            fake.as_bus(), MODEL, options=options, devices=devices
+        ) as publisher:
+            await publisher.publish(weights(1), 1)
+            group.start_soon(publish, publisher)
+            await anyio.to_thread.run_sync(writing.wait, 30)
+        assert [retired.version for retired in fake.said_of(CheckpointRetired)] == [1]
+        assert len(blocks()) == 1, "what is being written is left, what is not is removed"
+        assert len(devices.cuda.allocated) == (slots == "device")
+        go_on.set()
+    assert len(errors) == 1
+    assert [ready.version for ready in fake.said_of(CheckpointReady)] == [1]
+    assert blocks() == []
+    devices.cuda.assert_clean()
+
+
+async def test_publication_is_cancelled_when_it_waits_for_readers_at_the_end(
+    fake: FakeBus,
+) -> None:
+    options = structs.replace(OPTIONS, slot_wait_s=120.0)
+    errors: list[BaseException] = []
+
+    async def publish(publisher: Publisher) -> None:
+        try:
+            await publisher.publish(weights(3), 3)
+        except PublisherClosed as error:
+            errors.append(error)
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            with suppress(KeyError):
+                async with open_publisher(fake.as_bus(), MODEL, options=options) as publisher:
+                    for version in (1, 2):
+                        await publisher.publish(weights(version), version)
+                    fake.leases = [ReaderLease(model=MODEL, version=1, engine="a", consumer="c")]
+                    fake.looked = anyio.Event()
+                    group.start_soon(publish, publisher)
+                    await fake.looked.wait()
+                    fake.leases = []
+                    raise KeyError
+    assert len(errors) == 1
+    assert [ready.version for ready in fake.said_of(CheckpointReady)] == [1, 2]
+    assert blocks() == []
