@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
+import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -21,10 +21,8 @@ import numpy.typing as npt
 import torch
 
 from weightbus.bus.errors import CudaFailed
-from weightbus.consumers.errors import PlanError
-from weightbus.schemas.errors import WeightBusError
 
-__all__ = ("Accelerator", "CudaAccelerator", "open_accelerator")
+__all__ = ("Accelerator", "CudaAccelerator")
 
 _POLL_S: Final = 20e-6
 """Between two looks at the device: short beside an update, and other threads run meanwhile."""
@@ -71,23 +69,18 @@ class Accelerator(ABC):
         return torch.from_numpy(np.ascontiguousarray(integers)).to(self.device, copy=True)
 
 
-def open_accelerator(device: torch.device) -> CudaAccelerator:
-    """The GPU that parameters are on.
+class CudaAccelerator(Accelerator):
+    """An NVIDIA GPU, by its torch device; needs Triton.
 
     Raises:
-        PlanError: there is no Triton here.
         CudaFailed: torch cannot use the device.
     """
-    if importlib.util.find_spec("triton") is None:
-        limit = "needs Triton to be written: pip install triton"
-        raise PlanError("device of the parameters", device, limit)
-    return CudaAccelerator(device)
-
-
-class CudaAccelerator(Accelerator):
-    """An NVIDIA GPU."""
 
     def __init__(self, device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise CudaFailed(
+                "a stream", str(device), "torch finds no GPU, or is built without CUDA"
+            )
         with _as_ours("a stream", device):
             self.device = torch.empty(0, device=device).device  # with its index
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -146,11 +139,18 @@ def _is_host_memory(address: int) -> bool:
 
 @contextmanager
 def _as_ours(what: str, device: torch.device) -> Iterator[None]:
-    """What torch, Triton and the driver raise, as `CudaFailed`."""
+    """What torch, Triton, its compilers and the driver raise, as `CudaFailed`; ours stays."""
     try:
         yield
-    except WeightBusError:
-        raise
     except Exception as error:
+        if not _is_foreign(error):
+            raise
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise CudaFailed(what, str(device), reason) from error
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Torch and Triton raise classes of their own, and bare RuntimeErrors."""
+    library = type(error).__module__.partition(".")[0]
+    foreign = (RuntimeError, subprocess.CalledProcessError)
+    return isinstance(error, foreign) or library in ("torch", "triton")

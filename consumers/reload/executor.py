@@ -6,6 +6,7 @@ chooses. Both leave the same bytes and report the same digests.
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -23,7 +24,7 @@ from weightbus.schemas.worker import Cell
 if TYPE_CHECKING:
     from weightbus.consumers.reload.threads import Threads
 
-__all__ = ("PORTION_BYTES", "Executor", "Sums", "make_executor")
+__all__ = ("PORTION_BYTES", "Executor", "Sums", "check_device", "make_executor")
 
 Sums = npt.NDArray[np.uint64]
 
@@ -97,6 +98,20 @@ class Executor(ABC):
         """
 
 
+def check_device(device: str | torch.device) -> None:
+    """Whether `make_executor` knows the kind of a device; the device itself is not asked.
+
+    Raises:
+        PlanError: nothing writes to such a device, or not here: says what is missing.
+    """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise PlanError("device of the parameters", device, "nothing writes there yet")
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        limit = "needs Triton to be written: pip install triton"
+        raise PlanError("device of the parameters", device, limit)
+
+
 def make_executor(
     device: str | torch.device,
     layout: Layout,
@@ -113,16 +128,15 @@ def make_executor(
         threads: what works in main memory; None: the caller's own.
 
     Raises:
-        PlanError: nothing writes to such a device, or not here: says what is missing.
+        PlanError: as `check_device`.
         CudaFailed: the device cannot be used.
     """
-    from weightbus.consumers.reload.accelerator import open_accelerator
+    from weightbus.consumers.reload.accelerator import CudaAccelerator
     from weightbus.consumers.reload.cpu import CpuExecutor
     from weightbus.consumers.reload.gpu import GpuExecutor
 
+    check_device(device)
     place = torch.device(device)
     if place.type == "cpu":
         return CpuExecutor(layout, needs, cells, threads)
-    if place.type == "cuda":
-        return GpuExecutor(layout, needs, cells, open_accelerator(place))
-    raise PlanError("device of the parameters", device, "nothing writes there yet")
+    return GpuExecutor(layout, needs, cells, CudaAccelerator(place))

@@ -33,11 +33,11 @@ from weightbus.consumers.errors import (
     TraceRefused,
 )
 from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
-from weightbus.consumers.reload.accelerator import open_accelerator
 from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.deadline import Deadline
+from weightbus.consumers.reload.executor import check_device
 from weightbus.consumers.reload.faults import settle
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.making import made_parameters
@@ -126,7 +126,7 @@ class Reloader:
         self._gpu = gpu_of(host.device, cuda)
         """Where the parameters are; None: in main memory."""
         try:
-            _check_executor(host.device)
+            check_device(host.device)
             trace = trace_needs(host, layout)
             self._traced = trace, plan_tiles(layout, trace.needs)
             self.needs = trace.needs
@@ -432,19 +432,6 @@ class Reloader:
             addresses[number] = tensor.data_ptr()
             sizes[number] = tensor.untyped_storage().nbytes() - skipped
         return addresses, sizes
-
-
-def _check_executor(device: str) -> None:
-    """
-    Raises:
-        PlanError: nothing writes to such a device, or not here: says what is missing.
-        CudaFailed: the device cannot be used.
-    """
-    place = torch.device(device)
-    if place.type == "cuda":
-        open_accelerator(place)
-    elif place.type != "cpu":
-        raise PlanError("device of the parameters", device, "nothing writes there yet")
 
 
 def _summary(proof: Proof) -> str:

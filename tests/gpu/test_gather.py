@@ -24,7 +24,7 @@ from weightbus.bus.cuda import open_cuda
 from weightbus.bus.digest import digest_tensor
 from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles, plan_tiles
-from weightbus.consumers.reload.accelerator import open_accelerator
+from weightbus.consumers.reload.accelerator import CudaAccelerator
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.executor import Executor, make_executor
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -292,7 +292,7 @@ def test_large_copy_is_whole_and_one_flipped_bit_is_seen(place: Place) -> None:
 @pytest.mark.parametrize("where", ["pinned", "registered", "local"])
 def test_launch_is_sized_by_where_the_source_is(where: str, holding: ExitStack) -> None:
     data = np.zeros(1000, dtype=np.uint8)
-    accelerator = open_accelerator(torch.device(DEVICE))
+    accelerator = CudaAccelerator(torch.device(DEVICE))
     address = (
         registered(holding, data, 3)
         if where == "registered"

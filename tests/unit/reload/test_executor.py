@@ -14,7 +14,7 @@ from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.reload.accelerator import _as_ours
 from weightbus.consumers.reload.cpu import CpuExecutor
-from weightbus.consumers.reload.executor import make_executor
+from weightbus.consumers.reload.executor import check_device, make_executor
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 
@@ -29,12 +29,23 @@ def test_main_memory_has_an_executor_of_its_own() -> None:
 def test_device_is_refused_when_nothing_writes_there() -> None:
     with pytest.raises(PlanError, match="device of the parameters is meta"):
         make_executor("meta", *NOTHING)
+    with pytest.raises(PlanError, match="device of the parameters is meta"):
+        check_device("meta")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton")
+def test_gpu_is_not_asked_when_its_kind_is_checked() -> None:
+    """There is none of this number on any machine."""
+    check_device("cuda:99")
+    check_device("cpu")
 
 
 @pytest.mark.skipif(HAS_TRITON, reason="there is Triton here")
 def test_gpu_is_refused_with_the_remedy_when_there_is_no_triton() -> None:
     with pytest.raises(PlanError, match="pip install triton"):
         make_executor("cuda:0", *NOTHING)
+    with pytest.raises(PlanError, match="pip install triton"):
+        check_device("cuda:0")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton")
@@ -54,6 +65,35 @@ def test_errors_of_torch_become_ours_and_ours_stay() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(PlanError), _as_ours("moving", place):
         raise PlanError("transform exp", "of U8", "there is none")
+
+
+class CompilationError(Exception):
+    """As one of Triton's own."""
+
+    __module__ = "triton.compiler.errors"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        CompilationError("at 3:4"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+    ],
+)
+def test_errors_of_gpu_libraries_become_ours(error: Exception) -> None:
+    with (
+        pytest.raises(CudaFailed, match=f"failed: {type(error).__name__}: "),
+        _as_ours("moving", torch.device("cuda", 1)),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyError("tiles"), AssertionError("ours"), IndexError("7")])
+def test_faults_of_this_program_are_not_blamed_on_the_gpu(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, _as_ours("moving", torch.device("cuda", 1)):
+        raise error
+    assert caught.value is error
 
 
 COMPILE = """
