@@ -26,7 +26,7 @@ from weightbus.producers.shards import Part
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
 
-__all__ = ("Device", "Devices", "Digest", "Handover", "SlotCopy", "Stream")
+__all__ = ("Device", "Devices", "Digest", "Handover", "SlotCopy", "Stream", "wait_after")
 
 WORK_S: Final = 300.0
 """The longest that a device may take for what a publisher gives it: it waits for the trainer's own
@@ -170,6 +170,23 @@ class Devices:
 
     def _open(self, number: int) -> Device:
         return _CudaDevice(number)
+
+
+def wait_after(error: BaseException, *marks: Callable[[], Callable[[], None]]) -> None:
+    """After an error: wait for what is queued, `Stream.mark` being among `marks`, unless it failed.
+
+    Raises:
+        CudaTimeout: it goes on, as `error` may have said.
+    """
+    if isinstance(error, CudaTimeout):
+        raise error
+    for mark in marks:
+        try:
+            mark()()
+        except CudaTimeout:
+            raise
+        except CudaFailed:
+            continue  # of two errors the first
 
 
 class _CudaDevice(Device):

@@ -98,6 +98,11 @@ class Memory(ABC):
     def give_up(self, block: Block, *, may_be_read: bool) -> None:
         """Remove a block; `may_be_read`: a reader of a version in it may not have ended."""
 
+    def leave(self, block: Block) -> None:
+        """Let a block be, and all that it is registered with, until this process ends."""
+        _logger.warning("a block of %s bytes stays: it may be written still", block.size_bytes)
+        keep(block)
+
     @abstractmethod
     def ways(self, block: Block) -> tuple[Segment, ...]:
         """How readers reach a block while its present version is whole, the nearest way first."""
@@ -233,6 +238,12 @@ class DeviceMemory(Memory):
                 block.close()
             except CudaFailed as error:
                 _logger.warning("%s stays allocated: %s", block.name, error)
+        self._drop_sign()
+
+    def leave(self, block: Block) -> None:
+        assert isinstance(block, CudaBlock)
+        self._made.discard(block)
+        super().leave(block)
         self._drop_sign()
 
     def ways(self, block: Block) -> tuple[Segment, ...]:

@@ -217,6 +217,8 @@ class Publisher:
             SharedMemoryUnavailable: the system refuses a slot; the newest version is untouched.
             EndpointFailed: the slot cannot be registered; the newest version is untouched.
             CudaFailed: a device refuses a slot, or fails; the newest version is untouched.
+            CudaTimeout: a device may go on reading the tensors and writing to the slot, which is
+                left to it; the newest version is untouched. That GPU takes no further slot.
             SealFailed: the ranks did not come together.
             PublisherClosed: it has ended, maybe while this was under way: it is not announced.
             ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused

@@ -43,6 +43,12 @@ class Slot:
         self.version: int | None = None
         """What was written into it, whole; None: nothing."""
 
+    def leave(self) -> None:
+        """A device may write to the blocks still: they stay as they are, and others are made."""
+        for kind, block in self.blocks.items():
+            kind.leave(block)
+        self.blocks = {}
+
 
 class Slots:
     """Made once per publisher; `end` it. One slot is written at a time."""

@@ -8,7 +8,8 @@ Blocking; runs in worker threads. The trainer goes on as soon as its tensors are
 - into GPU memory: at once. The copies are queued after the trainer's work so far, and before all
   that it queues next. The digest, and the copy for other readers, are taken of the slot then.
 
-Whatever happens, nothing of ours touches a trainer's tensor or a slot after a writer has ended.
+Nothing of ours touches a trainer's tensor or a slot after a writer has ended, unless it raises
+`CudaTimeout`: the device may go on then, and the slot's blocks are left to it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final, Literal
 
 import torch
 
 from weightbus.bus.blocks import SharedBlock
 from weightbus.bus.cuda import CudaBlock
-from weightbus.bus.errors import CudaFailed, CudaUnavailable
+from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable
 from weightbus.producers.copying import GpuCopier
-from weightbus.producers.devices import Device, Devices, Digest, Handover, SlotCopy, Stream
+from weightbus.producers.devices import (
+    Device,
+    Devices,
+    Digest,
+    Handover,
+    SlotCopy,
+    Stream,
+    wait_after,
+)
 from weightbus.producers.digests import Sums
 from weightbus.producers.errors import DeviceMemoryFull, SlotsUnsuitable
 from weightbus.producers.memory import DeviceMemory, HostMemory, Memory, Owner
@@ -62,7 +70,8 @@ class Writer(ABC):
         What `check_cancelled` raises is passed on.
 
         Raises:
-            CudaFailed, CudaTimeout: a device failed.
+            CudaFailed: a device failed.
+            CudaTimeout: it may go on; the slot has no blocks any more.
         """
 
 
@@ -83,6 +92,7 @@ class Writers:
         Raises:
             SlotsUnsuitable: its tensors do not lie on one GPU, and that was asked for.
             CudaUnavailable: there is no driver, or no compiler, and that was asked for.
+            CudaFailed: the GPU refuses streams, or did not get done before, and that was asked for.
         """
         if not self._on_device or not part.sources:
             return self._host_writer
@@ -98,7 +108,7 @@ class Writers:
                     self._slots, f"tensors of one part lie on GPUs {gpus}: one rank for each GPU"
                 )
             return self._writer_of(numbers[0])
-        except (SlotsUnsuitable, CudaUnavailable) as error:
+        except (SlotsUnsuitable, CudaUnavailable, CudaFailed) as error:
             if self.falls_back(error):
                 return self._host_writer
             raise
@@ -123,7 +133,10 @@ class Writers:
             for_others = self._slots == "both" or (self._slots == "auto" and self._host.is_remote)
             host = self._host if for_others else None
             self._device_writers[number] = _DeviceWriter(memory, device, host, self._devices)
-        return self._device_writers[number]
+        writer = self._device_writers[number]
+        if (late := writer.late) is not None:
+            raise CudaTimeout(late.what, late.value, late.timeout_s)
+        return writer
 
 
 class _HostWriter(Writer):
@@ -146,9 +159,13 @@ class _HostWriter(Writer):
                     self._streams[number] = self._devices.device(number).new_stream()
             streams = {number: self._streams[number] for number in numbers}
             copier = GpuCopier(self._devices, streams, handover)
-        sums = write_part(
-            part, block.begin_write(), self._threads, check_cancelled, copier, handover.copied
-        )
+        try:
+            sums = write_part(
+                part, block.begin_write(), self._threads, check_cancelled, copier, handover.copied
+            )
+        except CudaTimeout:
+            slot.leave()
+            raise
         block.end_write()
         return sums
 
@@ -163,6 +180,8 @@ class _DeviceWriter(Writer):
         self._memory, self._device, self._host, self._devices = memory, device, host, devices
         self._stream = device.new_stream()
         self._host_stream = device.new_stream()
+        self.late: CudaTimeout | None = None
+        """What it has given the GPU was not done in time: it writes no more."""
         self._copy: tuple[Layout, SlotCopy] | None = None
         self._digest: tuple[Layout, Digest] | None = None
 
@@ -193,10 +212,13 @@ class _DeviceWriter(Writer):
                 sums = digest.finish(started)
             self._host_stream.wait()
             check_cancelled()
-        except BaseException:
-            for stream in (self._stream, self._host_stream):
-                with suppress(CudaFailed):  # of two errors the first
-                    stream.wait()
+        except BaseException as error:
+            try:
+                wait_after(error, self._stream.mark, self._host_stream.mark)
+            except CudaTimeout as late:
+                self.late = late
+                slot.leave()
+                raise
             raise
         for written in slot.blocks.values():
             written.end_write()

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
 import torch
 
 from weightbus.bus.digest import digest_box
-from weightbus.bus.errors import CudaFailed
 from weightbus.producers.copying import Copier, HostCopier, box_bytes, place_of
+from weightbus.producers.devices import wait_after
 from weightbus.producers.digests import Sums
 from weightbus.producers.shards import Part
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -41,6 +40,10 @@ def write_part(
     While one batch of shards is copied, `threads` threads digest those before it. `copied` is
     called once all is copied: the trainer may touch its tensors again, as it may when this has
     ended. `check_cancelled` is called between batches; what it raises is passed on.
+
+    Raises:
+        CudaFailed: a device failed.
+        CudaTimeout: it may go on copying to `data`, whatever else has failed.
     """
     copier = copier or HostCopier(part.sources)
     target = torch.frombuffer(data, dtype=torch.uint8)
@@ -57,10 +60,9 @@ def write_part(
             copier.mark()()
             copied()
             sums = [digest for batch in digests for digest in batch.result()]
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            with suppress(CudaFailed):  # of two errors the first
-                copier.mark()()
+            wait_after(error, copier.mark)
             raise
     return np.array(sums, dtype=np.uint64)
 

@@ -12,7 +12,7 @@ import torch
 from tests.fake_cuda import FakeCuda
 from weightbus.bus.cuda import CudaRuntime
 from weightbus.bus.digest import digest_box
-from weightbus.bus.errors import CudaFailed, CudaUnavailable
+from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable
 from weightbus.producers.copying import place_of
 from weightbus.producers.devices import Device, Devices, Digest, SlotCopy, Stream
 from weightbus.producers.digests import Sums
@@ -44,6 +44,8 @@ class FakeStream(Stream):
     def mark(self) -> Callable[[], None]:
         def wait() -> None:
             self._device.note(f"waited for {self.name}")
+            if self._device.late:
+                raise CudaTimeout("copying", self.name, 300.0)
             if self._device.broken:
                 raise CudaFailed("copying", self.name, "CUDA_ERROR_ECC_UNCORRECTABLE")
 
@@ -60,6 +62,8 @@ class FakeDevice(Device):
         self.notes: list[str] = []
         self.broken = False
         """Whatever is waited for has failed."""
+        self.late = False
+        """Whatever is waited for goes on."""
         self.has_compiler = True
         self.cached_bytes = 0
         self.before_copy: Callable[[], None] = lambda: None

@@ -19,7 +19,7 @@ from tests.unit.producers.fake_devices import FakeDevices
 from tests.unit.producers.fakes import FakeBus
 from weightbus.bus.cuda import CUDA_ALIGNMENT_BYTES
 from weightbus.bus.endpoint import P2pOptions
-from weightbus.bus.errors import CudaFailed, CudaUnavailable, SettingInvalid
+from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable, SettingInvalid
 from weightbus.bus.host import host_id
 from weightbus.producers import publisher as publisher_module
 from weightbus.producers.errors import DeviceMemoryFull, SlotBusy, SlotsUnsuitable
@@ -144,6 +144,10 @@ async def test_both_ways_hold_the_same_bytes_when_slots_are_on_both_sides(
         assert len(devices.cuda.registered) == 2
 
 
+def shared_ways(ready: CheckpointReady) -> list[SharedMemorySegment]:
+    return [way for way in ways_of(ready) if isinstance(way, SharedMemorySegment)]
+
+
 def near_generation(segment: Segment) -> int:
     assert isinstance(segment, CudaSegment)
     return segment.generation
@@ -228,6 +232,41 @@ async def test_newest_version_stays_when_the_device_fails(
         assert read_gpu(devices, ways_of(first)[0], 1600)[1] == first_tensor(weights(1))
         devices.fakes[0].broken = False
         await publisher.publish(weights(2), 2)
+
+
+@pytest.mark.parametrize("slots", ["host", "device", "both", "auto"])
+@pytest.mark.parametrize("fails_first", [False, True])
+async def test_slot_is_left_to_the_device_when_it_does_not_get_done(
+    fake: FakeBus, slots: SlotsIn, fails_first: bool
+) -> None:
+    devices = FakeDevices()
+    device = devices.fakes[0]
+
+    def fail() -> None:
+        raise CudaFailed("launching", "a kernel", "CUDA_ERROR_LAUNCH_FAILED")
+
+    async with publishing(fake, devices, slots) as publisher:
+        first = await publisher.publish(weights(1), 1)
+        before = set(blocks()), set(devices.cuda.allocated)
+        device.late = True
+        if fails_first:
+            device.before_copy = fail
+        with pytest.raises(CudaTimeout, match="300 s"):
+            await publisher.publish(weights(2), 2)
+        device.late = False
+        left = set(blocks()) - before[0], set(devices.cuda.allocated) - before[1]
+        assert any(left), "the slot that is written still"
+        if slots in ("device", "both"):
+            with pytest.raises(CudaTimeout):
+                await publisher.publish(weights(2), 2)
+        else:
+            second = await publisher.publish(weights(2), 2)
+            assert not {SHM / way.name for way in shared_ways(second)} & left[0]
+        assert fake.said_of(CheckpointReady)[0] == first
+    assert set(blocks()) == left[0]
+    assert set(devices.cuda.allocated) == left[1]
+    for path in left[0]:
+        path.unlink()
 
 
 async def test_publish_names_need_and_have_when_the_gpu_is_full(fake: FakeBus) -> None:
