@@ -3,8 +3,9 @@
 Picks the nearest way to each segment. Memory is read in place: the engine's workers read it
 straight into their parameters. That of GPUs is the nearest for workers on GPUs, and none for
 others; where a worker cannot open it after all, as two GPUs that do not reach each other, what else
-is offered is taken. Files go through staging, so that each is read once per host and not
-once per rank, wherever the workers can take a stream; elsewhere they read them in place, too.
+is offered is taken, and from then on before that GPU's memory, until the ranks are elsewhere. Files
+go through staging, so that each is read once per host and not once per rank, wherever the workers
+can take a stream; elsewhere they read them in place, too.
 No group, no other engine.
 """
 
@@ -24,7 +25,7 @@ from weightbus.consumers.errors import (
 )
 from weightbus.consumers.transfer.alone import stream_alone
 from weightbus.consumers.transfer.fetch import LocalSegments, open_fetcher
-from weightbus.consumers.transfer.gpu import is_gpu
+from weightbus.consumers.transfer.gpu import is_gpu, name_of
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.consumers.transfer.segments import nearest_way, probe_segment
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
@@ -66,8 +67,13 @@ class LocalRoute(Route):
         self._segments = LocalSegments(host_id, self._roots)
         self._kinds: tuple[type[Segment], ...] = _NEAREST_FIRST
         """Of segments that the ranks can read, the nearest first."""
+        self._devices: tuple[str, ...] = ()
+        self._refused: frozenset[str] = frozenset()
+        """UUIDs of GPUs whose memory a rank could not open, when something else could be read."""
 
     def know_devices(self, devices: Sequence[str]) -> None:
+        if tuple(devices) != self._devices:
+            self._devices, self._refused = tuple(devices), frozenset()
         on_gpus = bool(devices) and all(map(is_gpu, devices))
         self._kinds = _NEAREST_TO_GPUS if on_gpus else _NEAREST_FIRST
 
@@ -88,9 +94,12 @@ class LocalRoute(Route):
             if error.cause != SegmentUnavailable.__name__ or not (on_gpus and all(others)):
                 raise
             _logger.warning("memory of GPUs is not read, but what is offered beside it: %s", error)
+            refused = _refused_devices(sources, error.reason)
         transfer = replace(transfer, placement=others)  # no rank writes any more
         sources = await self.reach_in_time(transfer, "reload", clock.left_s())
-        return await self._bring(transfer, sources, clock)
+        applied = await self._bring(transfer, sources, clock)
+        self._refused |= refused
+        return applied
 
     async def _bring(
         self, transfer: Transfer, sources: Sequence[Segment], clock: Clock
@@ -121,13 +130,26 @@ class LocalRoute(Route):
         def probe(way: Segment) -> None:
             probe_segment(way, size_bytes, self._host_id, self._roots)
 
-        way, reasons = nearest_way(ways, self._kinds, probe)
+        likely = [way for way in ways if not self._is_refused(way)]
+        way, reasons = nearest_way(likely, self._kinds, probe)
+        if way is None and len(likely) < len(ways):
+            way, reasons = nearest_way(ways, self._kinds, probe)
         if way is not None:
             return way
         if CudaSegment not in self._kinds and any(isinstance(way, CudaSegment) for way in ways):
             reasons.append("a GPU's memory is read only where all ranks are on GPUs")
         reason = "; ".join(reasons) or "it is offered neither as memory of this host nor as a file"
         raise RouteUnavailable(self.name, f"segment {number}: {reason}")
+
+    def _is_refused(self, way: Segment) -> bool:
+        return isinstance(way, CudaSegment) and way.device_uuid in self._refused
+
+
+def _refused_devices(sources: Sequence[Segment], reason: str) -> frozenset[str]:
+    """The GPUs of the segments that a reason names; if it names none, of all that were tried."""
+    tried = [source for source in sources if isinstance(source, CudaSegment)]
+    named = [source for source in tried if name_of(source) in reason]
+    return frozenset(source.device_uuid for source in named or tried)
 
 
 def _without_gpus(placement: Placement) -> Placement:

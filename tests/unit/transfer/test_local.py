@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from tests.unit.transfer.blocks import open_block
@@ -18,6 +19,7 @@ from weightbus.consumers.errors import (
     SegmentUnavailable,
     TornRead,
 )
+from weightbus.consumers.transfer.gpu import name_of
 from weightbus.consumers.transfer.local import LocalRoute
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.schemas.layout import Layout, SegmentSpec
@@ -128,6 +130,36 @@ async def test_shared_memory_is_taken_when_a_worker_cannot_open_memory_of_a_gpu(
         (applied,) = await route.transfer(transfer_of(engine, ((ON_GPU, block.segment()),)))
     assert applied.version == 1
     assert engine.taken == [CudaSegment, SharedMemorySegment]
+
+
+async def test_gpu_that_could_not_be_read_is_tried_last_until_the_ranks_are_elsewhere() -> None:
+    other = msgspec.structs.replace(ON_GPU, handle=bytes([1] * 64), device_uuid="GPU-y")
+    reason = f"segment {name_of(ON_GPU)} is not readable: must be opened on device 0"
+    refusal = ApplyFailed(0, SegmentUnavailable.__name__, reason, touched=False)
+    engine, route = OneRank({CudaSegment: refusal}), LocalRoute("host")
+    route.know_devices(["cuda:0"])
+    with open_block(bytes(8), "host") as block:
+        placement: Placement = ((ON_GPU, block.segment()),)
+        for _ in range(2):
+            await route.transfer(transfer_of(engine, placement))
+            route.know_devices(["cuda:0"])
+        assert engine.taken == [CudaSegment, SharedMemorySegment, SharedMemorySegment]
+        assert route.reach(LAYOUT, ((other, block.segment()),)) == (other,)
+        assert route.reach(LAYOUT, ((ON_GPU,),)) == (ON_GPU,)  # or nothing at all
+        route.know_devices(["cuda:1"])
+        assert route.reach(LAYOUT, placement) == (ON_GPU,)
+
+
+async def test_gpu_is_tried_again_when_nothing_else_could_be_read_either() -> None:
+    failure = ApplyFailed(0, SegmentUnavailable.__name__, "it is gone", touched=True)
+    engine = OneRank({CudaSegment: failure, SharedMemorySegment: failure})
+    route = LocalRoute("host")
+    route.know_devices(["cuda:0"])
+    with open_block(bytes(8), "host") as block:
+        placement: Placement = ((ON_GPU, block.segment()),)
+        with pytest.raises(ApplyFailed):
+            await route.transfer(transfer_of(engine, placement))
+        assert route.reach(LAYOUT, placement) == (ON_GPU,)
 
 
 @pytest.mark.parametrize("cause", [SegmentUnavailable.__name__, TornRead.__name__])
