@@ -4,12 +4,14 @@ Owns nothing but the streams it makes. `Devices` is put together once per publis
 another one, whose devices are host memory. Which stream a trainer works on is known to its own
 thread alone: `Devices.hand_over` is called there.
 
-What torch raises becomes `CudaFailed`; what a device does not get done in time, `CudaTimeout`.
+What torch, Triton and the compilers that it calls raise becomes `CudaFailed`; what a device does
+not get done in time, `CudaTimeout`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +24,20 @@ import torch
 from weightbus.bus.cuda import CudaRuntime, open_cuda
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable
 from weightbus.producers.digests import Sums
-from weightbus.producers.shards import Part
+from weightbus.producers.shards import ALIGNMENT_BYTES, Part, plan_part
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
 
-__all__ = ("Device", "Devices", "Digest", "Handover", "SlotCopy", "Stream", "wait_after")
+__all__ = (
+    "Device",
+    "Devices",
+    "Digest",
+    "Handover",
+    "SlotCopy",
+    "Stream",
+    "try_kernels",
+    "wait_after",
+)
 
 WORK_S: Final = 300.0
 """The longest that a device may take for what a publisher gives it: it waits for the trainer's own
@@ -108,7 +119,7 @@ class Device(ABC):
     def check_kernels(self) -> None:
         """
         Raises:
-            CudaUnavailable: there is no compiler for the kernels below.
+            CudaUnavailable: there is no compiler for the kernels below, or they do not run.
         """
 
     @abstractmethod
@@ -189,6 +200,31 @@ def wait_after(error: BaseException, *marks: Callable[[], Callable[[], None]]) -
             continue  # of two errors the first
 
 
+def try_kernels(device: Device, place: torch.device) -> None:
+    """Copy and digest a few bytes.
+
+    Args:
+        place: the device, as torch calls it.
+
+    Raises:
+        CudaUnavailable: they cannot be compiled, or do not run.
+    """
+    try:
+        stream = device.new_stream()
+        with stream.use():
+            tensor = torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8, device=place)
+            slot = torch.zeros_like(tensor)
+            part = plan_part({"w": tensor})
+            copy = device.open_copy(part.layout)
+            copy.prepare(part)
+            copy.start(slot, part)
+            device.open_digest(part.layout).start(slot)
+        stream.wait()
+    except CudaFailed as error:
+        remedy = "see that Triton finds a C compiler, or publish with slots='host'"
+        raise CudaUnavailable(f"the kernels do not run: {error}", remedy) from error
+
+
 class _CudaDevice(Device):
     def __init__(self, number: int) -> None:
         self.number = number
@@ -212,6 +248,7 @@ class _CudaDevice(Device):
                 "the package triton, which compiles the kernels, is not installed",
                 "pip install triton, or publish with slots='host'",
             )
+        try_kernels(self, self._device)
 
     def open_copy(self, layout: Layout) -> SlotCopy:
         from weightbus.producers.gpu_copy import GpuCopy  # it needs Triton
@@ -281,8 +318,19 @@ class _DeviceBytes:
 
 @contextmanager
 def _mapped(what: str, value: str) -> Iterator[None]:
-    """torch's errors of a device are `RuntimeError`s."""
+    """What is not ours to mend: see `_is_foreign`."""
     try:
         yield
-    except RuntimeError as error:
-        raise CudaFailed(what, value, str(error).partition("\n")[0]) from error
+    except Exception as error:
+        if not _is_foreign(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CudaFailed(what, value, reason) from error
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether torch (`RuntimeError`s), Triton, or the system under their compilers raised it."""
+    if isinstance(error, RuntimeError | OSError | subprocess.SubprocessError):
+        return True
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return bool(modules & {"torch", "triton"})
