@@ -8,7 +8,7 @@ published or the publisher ends; a `publish` that raises leaves the publisher as
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import get_args
@@ -278,15 +278,20 @@ class Publisher:
     ) -> CheckpointReady:
         draft = self._announcer.draft(version, metadata)
         newest = await self._announcer.check_new(version)
-        self._writers.choose(part)  # or raises, before anything is done
+        writer = await self._choose(part)  # or raises, before anything is done
+        write = partial(self._write, part, version, newest, handover, writer)
         if self._world_size > 1:
-            return await self._publish_among_ranks(part, draft, newest, span, handover)
+            return await self._publish_among_ranks(part, draft, write, span)
         await self._sealer.prepare([part.layout])
-        mine = await self._write(part, version, newest, handover)
+        mine = await write()
         return await self._sealer.seal([mine], draft, span.ref.headers())
 
     async def _publish_among_ranks(
-        self, part: Part, draft: CheckpointReady, newest: int, span: Span, handover: Handover
+        self,
+        part: Part,
+        draft: CheckpointReady,
+        write: Callable[[], Awaitable[Piece]],
+        span: Span,
     ) -> CheckpointReady:
         if draft.version <= self._tried:
             raise VersionNotNew(self._model, draft.version, self._tried, self._producer)
@@ -304,7 +309,7 @@ class Publisher:
         try:
             layout_digest = await self._part_layout.put(part.layout)
             said = structs.replace(said, layout_digest=layout_digest)
-            mine = await self._write(part, draft.version, newest, handover)
+            mine = await write()
             key = await put_sums(self._bus, mine.digests)
             said = structs.replace(said, placement=mine.placement, shard_digests=key)
             if self._rank != 0:
@@ -318,10 +323,16 @@ class Publisher:
             await self._group.give_up(said, error)
             raise
 
-    async def _write(self, part: Part, version: int, newest: int, handover: Handover) -> Piece:
+    async def _choose(self, part: Part) -> Writer:
+        """In a thread: it asks the driver, and compiles kernels."""
+        return await anyio.to_thread.run_sync(self._writers.choose, part)
+
+    async def _write(
+        self, part: Part, version: int, newest: int, handover: Handover, writer: Writer
+    ) -> Piece:
         """Into a free slot. Cancelled or failed, the slot stays odd: nobody can read it."""
         try:
-            writer, slot = await self._free(part, version, newest)
+            writer, slot = await self._free(part, version, newest, writer)
             self._check_open()
             digests = await anyio.to_thread.run_sync(
                 writer.write, part, slot, handover, anyio.from_thread.check_cancelled
@@ -332,11 +343,12 @@ class Publisher:
         finally:
             self._slots.done()
 
-    async def _free(self, part: Part, version: int, newest: int) -> tuple[Writer, Slot]:
-        """A slot, and who writes it."""
+    async def _free(
+        self, part: Part, version: int, newest: int, writer: Writer
+    ) -> tuple[Writer, Slot]:
+        """A slot, and who writes it: `writer`, unless there is no room on its device."""
         size_bytes, wait_s = part.layout.segments[0].size_bytes, self._options.slot_wait_s
         while True:
-            writer = self._writers.choose(part)
             try:
                 return writer, await self._slots.free(
                     size_bytes, version, newest, wait_s, writer.kinds
@@ -344,6 +356,7 @@ class Publisher:
             except (CudaFailed, DeviceMemoryFull) as error:
                 if not self._writers.falls_back(error):
                     raise
+                writer = await self._choose(part)
 
     @asynccontextmanager
     async def _until_the_end(self) -> AsyncIterator[None]:

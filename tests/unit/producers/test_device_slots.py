@@ -17,7 +17,7 @@ import torch
 from tests.fake_cuda import FakeCuda
 from tests.unit.producers.fake_devices import FakeDevices
 from tests.unit.producers.fakes import FakeBus
-from weightbus.bus.cuda import CUDA_ALIGNMENT_BYTES
+from weightbus.bus.cuda import CUDA_ALIGNMENT_BYTES, CudaRuntime
 from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable, SettingInvalid
 from weightbus.bus.host import host_id
@@ -489,3 +489,26 @@ async def test_publisher_ends_when_the_driver_does_not_free_its_slots(
         while cuda.allocated or blocks():  # noqa: ASYNC110  # a thread that nobody waits for
             await anyio.sleep(0.01)
     cuda.assert_clean()
+
+
+class WatchedDevices(FakeDevices):
+    """Notes which threads ask the driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_in: set[int] = set()
+
+    def runtime(self) -> CudaRuntime:
+        self.asked_in.add(threading.get_ident())
+        return super().runtime()
+
+
+@pytest.mark.parametrize("slots", ["host", "device", "both", "auto"])
+async def test_driver_is_not_asked_in_the_event_loop_when_a_writer_is_chosen(
+    fake: FakeBus, slots: SlotsIn
+) -> None:
+    devices = WatchedDevices()
+    async with publishing(fake, devices, slots) as publisher:
+        await publisher.publish(weights(1), 1)
+    assert devices.asked_in
+    assert threading.get_ident() not in devices.asked_in
