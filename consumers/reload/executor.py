@@ -44,7 +44,8 @@ class Executor(ABC):
     """
 
     portion_bytes: int = PORTION_BYTES
-    """Of segments that one `update` should span: a deadline is looked at between two."""
+    """Of segments that one `update` should span: a deadline is looked at between two. Where some of
+    it is fetched first it spans `PORTION_BYTES` at most."""
 
     @abstractmethod
     def prepare(self, plan: TilePlan) -> None:

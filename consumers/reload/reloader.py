@@ -410,7 +410,8 @@ class Reloader:
     def _move(self, version: _Version, split: Split) -> None:
         memory = self._live_memory(split)
         with StagedSources(version.segments, self._gpu) as sources:
-            for portion, cells in split.steps:
+            steps = split.fetched_steps if sources.has_fetched else split.steps
+            for portion, cells in steps:
                 version.deadline.check()
                 with sources.fetched(portion.ranges):
                     bound = bind_tiles(

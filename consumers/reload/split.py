@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from weightbus.consumers.planning.tiles import TilePlan
-from weightbus.consumers.reload.executor import Executor, make_executor
+from weightbus.consumers.reload.executor import PORTION_BYTES, Executor, make_executor
 from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
 from weightbus.consumers.reload.proof import Proof
 from weightbus.consumers.reload.threads import Threads
@@ -25,6 +26,8 @@ __all__ = ("CellsOf", "Split", "split_update")
 CellsOf = Mapping[int, Sequence[int]]
 """Tensor -> numbers of some of its cells."""
 
+Steps = tuple[tuple[Portion, tuple[int, ...]], ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -35,16 +38,28 @@ class Split:
     """Of all parameters."""
     plan: TilePlan
     """Of the direct ones."""
-    steps: tuple[tuple[Portion, tuple[int, ...]], ...]
+    steps: Steps
     """The same, step by step: what is moved, and the `moved_cells` (by place) digested after it."""
     moved_cells: npt.NDArray[np.int64]
     """Numbers of the cells that the plan moves."""
     executor: Executor
     """For the plan and those cells, on the parameters' device."""
+    copy_of_cell: tuple[int, ...]
+    """Of the moved cells."""
+    portion_bytes: int
+    """Of segments that a step spans."""
     loaded: tuple[int, ...]
     """Tensors that processed modules are made of, in the layout's order."""
     loose_cells: CellsOf
     """All other cells."""
+
+    @cached_property
+    def fetched_steps(self) -> Steps:
+        """As `steps`, for a version of which something is fetched before it is read: a step takes
+        as much main memory as it spans. Made when it is first asked for."""
+        if self.portion_bytes <= PORTION_BYTES:
+            return self.steps
+        return tuple(_steps(cut_portions(self.plan, PORTION_BYTES), self.copy_of_cell))
 
 
 def split_update(
@@ -80,16 +95,20 @@ def split_update(
     executor = make_executor(
         device, layout, part.needs, [cells[number] for number in moved], threads
     )
-    portions = cut_portions(part, portion_bytes or executor.portion_bytes)
+    portion_bytes = portion_bytes or executor.portion_bytes
+    portions = cut_portions(part, portion_bytes)
     for portion in portions:
         executor.prepare(portion.plan)
+    copy_of_cell = tuple(cells[number].copy for number in moved)
     return Split(
         proof=proof,
         whole=plan,
         plan=part,
-        steps=tuple(_steps(portions, [cells[number].copy for number in moved])),
+        steps=tuple(_steps(portions, copy_of_cell)),
         moved_cells=np.array(moved, dtype=np.int64),
         executor=executor,
+        copy_of_cell=copy_of_cell,
+        portion_bytes=portion_bytes,
         loaded=tuple(sorted({c.tensor for c in copies if c.parameter in proof.processed})),
         loose_cells=loose,
     )

@@ -70,6 +70,11 @@ class StagedSources:
         for reserved in self._reserved.values():
             reserved.close()
 
+    @property
+    def has_fetched(self) -> bool:
+        """Whether any of the segments cannot be read where it is."""
+        return bool(self._reserved or self._left)
+
     @contextmanager
     def fetched(self, ranges: Sequence[ByteRange]) -> Iterator[int]:
         """Within it, the ranges can be read at `addresses`; gives the bytes that were fetched.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ from tests.unit.reload.test_worker import (
     make_client,
     make_tensors,
 )
-from tests.unit.transfer.publishing import Trainer, cut_layout, open_trainer
+from tests.unit.transfer.publishing import Kind, Trainer, cut_layout, open_trainer
 from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.tiles import TilePlan
+from weightbus.consumers.planning.tiles import BoundTiles, TilePlan
 from weightbus.consumers.reload import split
 from weightbus.consumers.reload.cpu import CpuExecutor
-from weightbus.consumers.reload.executor import Executor
+from weightbus.consumers.reload.executor import Executor, Sums
 from weightbus.schemas.worker import Attach, Failed
 
 NO_ROOM = CudaFailed("80 bytes of a table", "cuda:0", "OutOfMemoryError: CUDA out of memory.")
 TOO_MANY = PlanError("tiles of a table", 2**31, "must be fewer than 2**31")
+FEW_BYTES = 120
 STICKY = "CUDA error: an illegal memory access was encountered"
 
 
@@ -36,6 +37,8 @@ class Device:
 
     def __init__(self) -> None:
         self.on_prepare: Callable[[], None] = lambda: None
+        self.updates = 0
+        """Steps of versions so far."""
 
     def refuse(self, error: Exception) -> None:
         def fail() -> None:
@@ -59,6 +62,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
 
     class Preparing(CpuExecutor):
+        portion_bytes = 2**30
+
+        def update(self, bound: BoundTiles, numbers: Iterable[int]) -> Sums:
+            device.updates += 1
+            return super().update(bound, numbers)
+
         def prepare(self, plan: TilePlan) -> None:
             device.on_prepare()
             super().prepare(plan)
@@ -146,3 +155,26 @@ def test_cells_stay_what_they_were_when_the_device_has_no_room_for_others(
     applied = client.apply(tensors, 2)  # and its digests are the publisher's
     assert (applied.direct_parameters, applied.reason) == (3, "")
     check_model(host.live, tensors)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("memory", 1), ("files", 2)])
+def test_steps_are_short_only_when_what_they_read_is_fetched(
+    kind: Kind,
+    steps: int,
+    host: DeviceHost,
+    device: Device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is fetched takes as much main memory as a step spans."""
+    monkeypatch.setattr(split, "PORTION_BYTES", FEW_BYTES)
+    with open_trainer(cut_layout(make_tensors(0)), kind, tmp_path) as trainer:
+        client = make_client(trainer, host)
+        client.apply(make_tensors(10), 1)
+        for version in (2, 3):
+            device.updates = 0
+            tensors = make_tensors(10 * version)
+            assert client.apply(tensors, version).direct_parameters == 3
+            assert device.updates == steps
+            check_model(host.live, tensors)
+        client.worker.close()
