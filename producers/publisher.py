@@ -18,7 +18,7 @@ import anyio.from_thread
 import anyio.to_thread
 from msgspec import Struct, structs
 
-from weightbus.bus.blocks import SHM_PREFIX
+from weightbus.bus.blocks import SHM_DIRECTORY, SHM_PREFIX
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint, P2pOptions, open_endpoint_if_any
 from weightbus.bus.errors import BusTimeout, CudaFailed, SettingInvalid
@@ -385,7 +385,7 @@ class Publisher:
         """Remove their blocks; if the last version of this model lay there, say that it is gone."""
         removed = await anyio.to_thread.run_sync(sweep_blocks, self._model)
         last = await self._bus.last(CheckpointReady, model=self._model)
-        if last is None or not _was_in(last.message, removed):
+        if last is None or not await anyio.to_thread.run_sync(_was_in, last.message, removed):
             return
         await self._bus.publish(
             CheckpointRetired(
@@ -455,10 +455,16 @@ class Publisher:
 
 
 def _was_in(ready: CheckpointReady, removed: Collection[str]) -> bool:
-    """Whether a version lay in blocks that are gone, or on GPUs whose sign of life they were."""
+    """Whether a version lay in blocks that are gone, or on GPUs whose sign of life they were.
+
+    A segment on a GPU does not name its sign. While any publisher of its name has a block here, it
+    may be that one's: what was swept can be of another that died before.
+    """
     here = host_id()
     prefix = f"{SHM_PREFIX}{ready.model}.{ready.producer}."
-    owner_died = any(name.startswith(prefix) for name in removed)
+    owner_died = any(name.startswith(prefix) for name in removed) and not any(
+        SHM_DIRECTORY.glob(f"{prefix}*")
+    )
     return any(
         (isinstance(way, SharedMemorySegment) and way.name in removed)
         or (isinstance(way, CudaSegment) and way.host_id == here and owner_died)

@@ -350,6 +350,18 @@ async def test_version_of_a_dead_publisher_s_gpu_is_retired_by_the_next_one(
         assert not sign.exists()
 
 
+async def test_version_of_a_living_publisher_s_gpu_is_left_alone_when_another_has_died(
+    fake: FakeBus, devices: FakeDevices
+) -> None:
+    async with publishing(fake, devices, "device") as publisher:
+        await publisher.publish(weights(1), 1)
+        dead = SHM / f"weightbus-{MODEL}.trainer.0.{uuid.uuid4().hex[:16]}"
+        dead.write_bytes(bytes(SHM_HEADER_BYTES))  # of one that was killed before
+        async with publishing(fake, devices, "device"):
+            assert not dead.exists()
+            assert fake.said_of(CheckpointRetired) == []
+
+
 async def test_version_of_another_host_s_gpu_is_left_alone(
     fake: FakeBus, devices: FakeDevices
 ) -> None:
