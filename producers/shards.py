@@ -44,7 +44,8 @@ class Shard:
     name: str
     """Of the whole tensor, as the engine's `load_weights` knows it. Several shards may share it."""
     tensor: torch.Tensor
-    """The box's elements, of any strides, on any device. Read while `publish` runs, never kept."""
+    """The box's elements, of any strides, on any device. Read while `publish` runs; kept by
+    a `Part` alone."""
     global_shape: tuple[int, ...] | None = None
     """Shape of the whole tensor."""
     starts: tuple[int, ...] | None = None
@@ -59,9 +60,10 @@ Tensors = Mapping[str, torch.Tensor] | Iterable[Shard]
 class Part:
     """What one rank publishes.
 
-    A trainer whose tensors stay what they are, but for their values, plans its part once, and gives
-    it to `publish` each time: that saves the time to plan it. Their memory may be another then, but
-    not their shapes, strides and devices.
+    A trainer whose tensors stay where they are, and change their values alone, plans its part once,
+    and gives it to `publish` each time: that saves the time to plan it. Plan again when a parameter
+    has got other memory (`param.data = new`, a reload, a new wrapper), shape, strides or device: of
+    a state dict and of `DTensor`s a part holds aliases, which keep the old memory and its values.
     """
 
     layout: Layout

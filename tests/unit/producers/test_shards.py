@@ -233,3 +233,15 @@ def test_dtensor_is_refused_when_wrapped_in_a_shard(fake_ranks: Any) -> None:
     tensor = DTensor.from_local(torch.zeros(2), mesh, (ShardPlacement(0),), run_check=False)
     with pytest.raises(TensorInvalid, match="must be a local tensor"):
         plan_part([Shard("w", tensor)])
+
+
+def test_part_holds_the_old_memory_when_a_parameter_has_got_another() -> None:
+    """As its docstring warns: values changed in place are seen, new memory is not."""
+    model = torch.nn.Linear(2, 2)
+    part = plan_part(model.state_dict())
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    assert torch.equal(part.sources[0], model.weight)
+    model.weight.data = torch.full((2, 2), 2.0)
+    assert not torch.equal(part.sources[0], model.weight)
+    assert torch.equal(plan_part(model.state_dict()).sources[0], model.weight)
