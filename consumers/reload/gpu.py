@@ -95,8 +95,9 @@ class GpuExecutor(Executor):
                 self._launch(run, none, MOVE, is_digested=True)  # compiles
                 self._launch(run, none, MOVE, is_digested=False)
             none = [launch._replace(tiles=0) for launch in program.plain]
-            self._launch(run, none, READ, is_digested=True)
             self._launch(run, none, COMPARE, is_digested=False)
+            none = [Launch(width, True, 0, 0) for width in self._programs.read_widths]
+            self._launch(run, none, READ, is_digested=True)
 
     def move(self, bound: BoundTiles) -> int:
         self.update(bound, ())

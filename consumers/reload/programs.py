@@ -1,7 +1,8 @@
 """What plans are compiled to for a GPU: tables on the device, made once for each plan.
 
-Owns the tables: those of a plan are kept as long as the plan. What a table needs of a version is
-only where segments and parameters begin; how they are aligned decides how wide it reads.
+Owns the tables: those of a plan are kept as long as the plan, those of some cells for good, since
+every version asks for the same ones. What a table needs of a version is only where segments and
+parameters begin; how they are aligned decides how wide it reads.
 
 Invariant: a plan has all that a copy takes of a segment, or nothing of it.
 """
@@ -34,7 +35,10 @@ BLOCK_BYTES: Final = 4 * 2**20
 _BLOCK_ALIGNMENT: Final = 256
 
 _TABLES_KEPT: Final = 2
-"""Of one plan, for segments and parameters that are aligned in different ways."""
+"""Of one plan, or some cells, for segments and parameters that are aligned in different ways."""
+
+_CHOICES_KEPT: Final = 1 << 14
+"""Sets of cells, of which a step of an update has two at most; more are compiled every time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,16 @@ class Program:
     """Of parameters."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Some cells, by what their pieces use."""
+
+    segments: Integers
+    parameters: Integers
+    programs: dict[bytes, Program]
+    """By what the addresses of these leave, the oldest first."""
+
+
 class Programs:
     """What one executor runs. Not for several threads.
 
@@ -102,6 +116,12 @@ class Programs:
         self._pieces = chosen_pieces(pieces, order)
         self._cell_bytes = _cell_bytes(pieces, len(cells))
         self._kept: WeakKeyDictionary[TilePlan, dict[bytes, Program]] = WeakKeyDictionary()
+        self._choices: dict[tuple[bool, bytes], _Choice] = {}
+        """Of cells that are held, or of no copy, by their numbers."""
+        is_direct = (self._pieces.cell >= 0) & (self._pieces.parameter < self._parameters)
+        widths = (self._pieces.unit_bytes[is_direct], self._gathers.unheld.unit_bytes)
+        self.read_widths: tuple[int, ...] = tuple(np.unique(np.concatenate(widths)).tolist())
+        """Bytes of the units that cells are read back in, if everything is aligned."""
 
     def of(self, bound: BoundTiles) -> Program:
         """A plan where it is bound to."""
@@ -113,20 +133,42 @@ class Programs:
         return self._program(plan, *aligned)
 
     def of_cells(self, numbers: Integers, bound: BoundTiles) -> Program:
-        """All that is moved of some cells, whatever the plan holds. Not kept."""
-        chosen = np.isin(self._pieces.cell, numbers)
-        return self._compiled(chosen_pieces(self._pieces, chosen), *_residues(bound))
+        """All that is moved of some cells, whatever the plan holds."""
+        return self._of_choice(numbers, bound, is_held=True)
 
     def of_unheld(self, numbers: Integers, bound: BoundTiles) -> Program:
-        """Cells of no copy: what is read of segments where others write. Not kept."""
-        pieces = self._gathers.unheld
-        pieces = chosen_pieces(pieces, np.isin(pieces.cell, numbers))
+        """Cells of no copy: what is read of segments where others write."""
+        return self._of_choice(numbers, bound, is_held=False)
+
+    def _of_choice(self, numbers: Integers, bound: BoundTiles, *, is_held: bool) -> Program:
+        """Some cells where they are bound to; compiled if they have not been yet."""
+        everything = self._pieces if is_held else self._gathers.unheld
+        choice = self._choices.get((is_held, numbers.tobytes()))
+        if choice is None:
+            pieces = chosen_pieces(everything, np.isin(everything.cell, numbers))
+            used = pieces.parameter[is_held & (pieces.parameter < self._parameters)]
+            choice = _Choice(np.unique(pieces.segment), np.unique(used), {})
+            if len(self._choices) < _CHOICES_KEPT:
+                self._choices[is_held, numbers.tobytes()] = choice
+        residues, kept = _residues(bound), choice.programs
+        key = np.concatenate([residues[0][choice.segments], residues[1][choice.parameters]])
+        if key.tobytes() not in kept:
+            while len(kept) >= _TABLES_KEPT:
+                del kept[next(iter(kept))]
+            pieces = chosen_pieces(everything, np.isin(everything.cell, numbers))
+            compiled = self._compiled if is_held else self._compiled_unheld
+            kept[key.tobytes()] = compiled(pieces, *residues)
+        return kept[key.tobytes()]
+
+    def _compiled_unheld(
+        self, pieces: IndexedPieces, segment_residues: Integers, _: Integers
+    ) -> Program:
         cells = np.unique(pieces.cell)
         table = compile_table(
             pieces,
             (pieces.segment, pieces.segment),
             np.searchsorted(cells, pieces.cell),
-            _residues(bound)[0][pieces.segment],
+            segment_residues[pieces.segment],
             groups=np.zeros(len(pieces), dtype=np.int64),
         )
         (plain,) = table.groups or ((),)
