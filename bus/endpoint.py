@@ -231,7 +231,7 @@ class Endpoint:
 
         It is how a peer is looked at before its bytes are read, so it is what finds out that the
         peer is a new process at the address of an old one: mooncake, which goes on with what it
-        knew of the old one, fails once, and the words are read again.
+        knew of the old one, however long ago, fails once, and the words are read again.
 
         Raises:
             RemoteReadFailed: one of them cannot be read.
@@ -244,11 +244,11 @@ class Endpoint:
                 RemoteRead(self._words_address + 8 * place, address, 8)
                 for place, address in zip(places, some, strict=True)
             ]
-            known, since_s = session in self._answering, self._time.monotonic()
+            since_s = self._time.monotonic()
             try:
                 self.read(session, reads)
             except RemoteReadFailed:
-                if not known or self._time.monotonic() - since_s >= PROGRESS_S:
+                if self._time.monotonic() - since_s >= PROGRESS_S:
                     raise
                 self.read(session, reads)
             words += [self._words[place] for place in places]

@@ -240,16 +240,16 @@ def test_failed_read_is_given_time_to_end_unless_it_has_for_certain(
 
 
 @pytest.mark.parametrize(
-    ("takes_s", "failures", "known", "succeeds"),
+    ("takes_s", "failures", "succeeds"),
     [
-        pytest.param(0.01, 1, True, True, id="a new process"),
-        pytest.param(0.01, 2, True, False, id="not registered"),
-        pytest.param(0.01, 1, False, False, id="never seen"),
-        pytest.param(PROGRESS_S, 1, True, False, id="silent"),
+        pytest.param(0.01, 1, True, id="a new process"),
+        pytest.param(0.01, 2, False, id="not registered"),
+        pytest.param(PROGRESS_S, 1, False, id="silent"),
     ],
 )
-def test_words_are_read_again_when_a_known_address_may_have_a_new_process(
-    monkeypatch: pytest.MonkeyPatch, takes_s: float, failures: int, known: bool, succeeds: bool
+@pytest.mark.parametrize("known", [True, False], ids=["answering", "given up before"])
+def test_words_are_read_again_when_an_address_may_have_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, takes_s: float, failures: int, succeeds: bool, known: bool
 ) -> None:
     clock = FakeClock()
     endpoint = Endpoint(FakeEngine(clock, takes_s, failures), "127.0.0.1", "tcp", clock)
