@@ -10,8 +10,9 @@ What mooncake does, and what is done about it here:
 - A peer that stops in the middle fails a read after `PROGRESS_S`. Its own default is 30 s.
 - A batch of several reads fails with the first of them, while others may be under way: it is given
   `SETTLE_S` to end. A read by itself has ended when it fails at once.
-- A peer that is started anew at the address of an earlier one is taken for that one, once:
-  `Endpoint.read_words`.
+- A peer that is started anew at the address of an earlier one is taken for that one: it is looked
+  at twice (`Endpoint.read_words`), and ports are taken from a wide range. If it offers its bytes at
+  another port than the earlier one, it stays out of reach for who read that one.
 - What trickles in for longer than `TRANSFER_S` is given up while it is under way: it, and whatever
   else has failed after a while, is given `SETTLE_S`, too, so that nothing of it falls into bytes
   that are read again from somebody else.
@@ -94,6 +95,8 @@ _ENVIRONMENT: Final = {
     "MC_TCP_STATUS_TIMEOUT_SEC": f"{PROGRESS_S:.0f}",
     "MC_HANDSHAKE_CONNECT_TIMEOUT": f"{PROGRESS_S:.0f}",
     "MC_TRANSFER_TIMEOUT": f"{TRANSFER_S:.0f}",
+    "MC_MIN_RPC_PORT": "15000",
+    "MC_MAX_RPC_PORT": "32767",  # its own 2,000 ports meet again too soon; above are the kernel's
     "MC_LOG_LEVEL": "ERROR",
 }
 """Read by mooncake when it is loaded; what is set already stays."""
@@ -231,7 +234,7 @@ class Endpoint:
 
         It is how a peer is looked at before its bytes are read, so it is what finds out that the
         peer is a new process at the address of an old one: mooncake, which goes on with what it
-        knew of the old one, however long ago, fails once, and the words are read again.
+        knew of the old one, however long ago, fails, and the words are read again.
 
         Raises:
             RemoteReadFailed: one of them cannot be read.
