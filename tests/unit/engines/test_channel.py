@@ -152,10 +152,10 @@ async def test_worker_is_lost_until_adopted_when_it_was_replaced(path: Path) -> 
         with worker(path, instance="first") as first:
             async with serving(first):
                 await ask(channel)
-        with pytest.raises(
-            WorkerLost, match=r"its connection (is closed|closed before it replied)"
-        ):
-            await ask(channel)  # sent or not: zmq may notice the end a little later
+        with pytest.raises(WorkerLost, match="its connection"):
+            await ask(channel)  # returns once zmq has noticed the end, before or after it was sent
+        with pytest.raises(WorkerLost, match="its connection is closed"):
+            await ask(channel)
         with worker(path, instance="second") as second:
             async with serving(second, version=5):
                 with pytest.raises(WorkerLost, match=r"replaced|closed"):
