@@ -55,10 +55,13 @@ def held_version(model: ServedModel) -> int | None:
     view = view.view(BITS[view.element_size()])
     first = view.reshape(view.shape[0], -1)[0, :PROBED].cpu()
     row_elements = view.shape[1] if view.dim() > 1 else 1
-    seeds = torch.tensor([seed_of(part.name, v) for v in range(VERSIONS)], dtype=torch.int32)
-    index = torch.arange(first.numel(), dtype=torch.int32) + window.source * row_elements
+    cpu = torch.device("cpu")  # whatever the default device is
+    seeds = [seed_of(part.name, version) for version in range(VERSIONS)]
+    seed = torch.tensor(seeds, dtype=torch.int32, device=cpu).unsqueeze(1)
+    index = torch.arange(first.numel(), dtype=torch.int32, device=cpu)
+    index += window.source * row_elements
     index = index.expand(VERSIONS, -1).contiguous()
-    equal = (bits_of(index, seeds.unsqueeze(1), view.element_size()) == first).all(dim=1)
+    equal = (bits_of(index, seed, view.element_size()) == first).all(dim=1)
     matches: list[int] = equal.nonzero().flatten().tolist()
     return matches[0] if matches else None
 

@@ -59,9 +59,11 @@ def box_bits(
     index = down.mul_(row_elements).unsqueeze(1) + across
     if len(names) == 1:
         return bits_of(index, seed_of(names[0], version), itemsize).unsqueeze(0)
-    seeds = torch.tensor([seed_of(name, version) for name in names], dtype=torch.int32)
+    seeds = torch.tensor(
+        [seed_of(name, version) for name in names], dtype=torch.int32, device=device
+    )
     repeated = index.expand(len(names), -1, -1).contiguous()
-    return bits_of(repeated, seeds.to(device).view(-1, 1, 1), itemsize)
+    return bits_of(repeated, seeds.view(-1, 1, 1), itemsize)
 
 
 def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
