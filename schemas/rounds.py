@@ -180,6 +180,8 @@ class RoundPlan(Message, frozen=True, kw_only=True):
     """Of one slot of one lane of staging."""
     slots: Annotated[int, Meta(ge=1, le=16)] = 2
     """Slots of a lane; with one, fetch, broadcast and reload take turns."""
+    device: bool = False
+    """The slots lie in memory of the GPUs of the lanes' members, whose workers fill them."""
     budgets: Budgets = Budgets()
     commit: CommitPolicy = "each"
     checkpoint_ns: Nanoseconds = 0

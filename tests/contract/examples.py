@@ -228,6 +228,7 @@ _CONSUMER: Final[tuple[Message, ...]] = (
         ),
         bucket_bytes=2**27,
         slots=3,
+        device=True,
         budgets=Budgets(prepare_s=10.0, transfer_s=60.0, commit_s=5.0, round_s=90.0),
         commit="together",
         checkpoint_ns=T0,
