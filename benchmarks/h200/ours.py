@@ -19,6 +19,7 @@ from benchmarks.h200.fleet import Engines, Fleet
 from benchmarks.h200.processes import BenchFailed
 from benchmarks.h200.progress import say
 from benchmarks.h200.report import Run, run_of
+from benchmarks.h200.runs import Kind, run_name
 from benchmarks.h200.setup import EngineSetup
 from benchmarks.h200.slots import SlotKind
 from benchmarks.h200.timing import Heard, Times, times_of
@@ -38,6 +39,12 @@ KEPT_BACK: Final = 3
 UNDIGESTED: Final = 3
 """Repetitions without the digest."""
 
+SLOTS: Final = 2
+"""Of a trainer: its GPUs' readers register both, if they are in host memory."""
+
+PAGE_TABLE_SHARE: Final = 512
+"""Of registered host memory, what every GPU's page tables take, measured: 2 MiB for each GiB."""
+
 HOSTS: Final = ("host-a", "host-b")
 """Of the staged run: virtual, and each can map what the trainers hold."""
 
@@ -56,10 +63,10 @@ class OurRun(Struct, frozen=True, kw_only=True):
     """Whether it is also measured without the digest."""
 
 
-OURS: Final[Mapping[str, OurRun]] = {
-    "host_tp4": OurRun(engines=1, slots="host", expected=("local",), undigested=True),
-    "gpu_tp4": OurRun(engines=1, slots="gpu", expected=("local",), undigested=True),
-    "host_tp2dp2": OurRun(engines=2, slots="host"),
+OURS: Final[Mapping[Kind, OurRun]] = {
+    "host_tp": OurRun(engines=1, slots="host", expected=("local",), undigested=True),
+    "gpu_tp": OurRun(engines=1, slots="gpu", expected=("local",), undigested=True),
+    "host_dp2": OurRun(engines=2, slots="host"),
     "staged_2hosts": OurRun(
         engines=2, slots="host", hosts=HOSTS, routes=("broadcast",), expected=("broadcast",)
     ),
@@ -86,10 +93,12 @@ class Measured:
     undigested: list[Times] = field(default_factory=list)
     extra_gpu_bytes: int | None = None
     kept_gpu_bytes: int | None = None
+    routes: set[str] = field(default_factory=set)
+    """By which the timed updates came."""
     checked_bytes: int = 0
     """Compared, over all timed updates."""
 
-    def run(self, name: str, size_bytes: int, note: str) -> Run:
+    def run(self, name: str, size_bytes: int, registered_bytes: int, note: str) -> Run:
         parts = {
             field: [getattr(times, field) for times in self.timed]
             for field in Times.__struct_fields__
@@ -105,18 +114,20 @@ class Measured:
             size_bytes,
             {**parts, "publish_s": self.published_s, "first_version_s": self.first_s, **off},
             extra_gpu_bytes=self.extra_gpu_bytes,
+            page_table_bytes=registered_bytes // PAGE_TABLE_SHARE,
             note="; ".join(filter(None, (note, self._said()))),
         )
 
     def _said(self) -> str:
+        routes = f"by {' and '.join(sorted(self.routes))}" if self.routes else ""
         checked = f"{self.checked_bytes / 1e9:.1f} GB compared" if self.checked_bytes else ""
         kept = self.kept_gpu_bytes
         left = "" if kept is None else f"{kept / 2**20:.0f} MiB of extra memory are kept"
-        return "; ".join(filter(None, (checked, left)))
+        return "; ".join(filter(None, (routes, checked, left)))
 
 
 async def measure_ours(
-    name: str,
+    kind: Kind,
     fleet: Fleet,
     size_bytes: int,
     repetitions: int,
@@ -126,13 +137,15 @@ async def measure_ours(
     """One of `OURS`. What was measured is told as soon as it is known, and at the end again, with
     the reason if the run had to end early."""
     measured, note = Measured(), ""
+    name, run = run_name(kind, fleet.setup.devices), OURS[kind]
+    registered_bytes = SLOTS * size_bytes if run.slots == "host" and not fleet.setup.cpu else 0
 
     def tell() -> None:
-        on_run(measured.run(name, size_bytes, note))
+        on_run(measured.run(name, size_bytes, registered_bytes, note))
 
     try:
         with anyio.move_on_after(deadline_s) as limit:
-            await _measure(_Bench(OURS[name], fleet), repetitions, measured, tell)
+            await _measure(_Bench(run, fleet), repetitions, measured, tell)
         if limit.cancelled_caught:
             note = f"ended after its {deadline_s:.0f} s"
     except* (BenchFailed, WeightBusError, OSError) as failed:
@@ -158,6 +171,7 @@ async def _measure(
             measured.checked_bytes += await bench.check(engines)
             measured.timed.append(update.times)
             measured.published_s.append(update.published_s)
+            measured.routes |= update.routes
             on_timed()
             left_s = anyio.current_effective_deadline() - anyio.current_time()
             if left_s < KEPT_BACK * (anyio.current_time() - start):
@@ -178,6 +192,7 @@ class Update(Struct, frozen=True, kw_only=True):
 
     ready: CheckpointReady
     published_s: float
+    routes: frozenset[str]
     times: Times
 
 
@@ -234,7 +249,8 @@ class _Bench:
             self._see_that_it_went_well(one, digest)
         times = times_of(ready, heard)
         say(f"version {ready.version} of {model}: {times.seconds:.4f} s")
-        return Update(ready=ready, published_s=published_s, times=times)
+        routes = frozenset(route for one in heard for route in one.complete.routes)
+        return Update(ready=ready, published_s=published_s, routes=routes, times=times)
 
     async def check(self, engines: Engines) -> int:
         return await self._fleet.check(engines, self._fleet.version)

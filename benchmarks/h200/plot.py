@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from benchmarks.h200.report import Report, Run
+from benchmarks.h200.runs import Kind, kind_of
 
 __all__ = ("plot_report",)
 
-SHOWN: Final = {
+SHOWN: Final[Mapping[Kind, str]] = {
     "ce_broadcast": "checkpoint-engine\ngather_metas + broadcast update",
-    "staged_2hosts": "Weight bus, two hosts x 2 GPUs\nstaged broadcast",
-    "host_tp2dp2": "Weight bus, host memory\nto two TP2 engines",
-    "host_tp4": "Weight bus, host memory\nto one TP4 engine",
+    "staged_2hosts": "Weight bus, two hosts x {half} GPUs\nstaged broadcast",
+    "host_dp2": "Weight bus, host memory\nto two TP{half} engines",
+    "host_tp": "Weight bus, host memory\nto one TP{gpus} engine",
     "link_h2d": "the link itself\nmemcpy host to GPUs",
-    "gpu_tp4": "Weight bus, trainer GPUs\nto one TP4 engine",
+    "gpu_tp": "Weight bus, trainer GPUs\nto one TP{gpus} engine",
     "link_peer": "the link itself\nmemcpy between GPUs",
 }
+"""From the top."""
 THEIRS, OURS, LINK = "#b8b8b8", "#2563eb", "#94c5f8"
 
 
@@ -34,8 +37,10 @@ def plot_report(report: Report, path: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise SystemExit("a plot needs matplotlib: pip install 'weightbus[bench]'") from None
-    runs = {run.name: run for run in report.runs if run.median_s is not None}
-    shown = [runs[name] for name in reversed(SHOWN) if name in runs]
+    gpus = report.machine.get("gpus") or ["CPU"]
+    runs = {kind_of(run.name): run for run in report.runs if run.median_s is not None}
+    kinds = [kind for kind in reversed(list(SHOWN)) if kind in runs]
+    shown = [runs[kind] for kind in kinds]
     figure, axes = pyplot.subplots(figsize=(8.5, 0.75 * len(shown) + 1.2))
     medians = [run.median_s or 0.0 for run in shown]
     spreads = [
@@ -43,7 +48,7 @@ def plot_report(report: Report, path: Path) -> None:
         [(run.max_s or m) - m for m, run in zip(medians, shown, strict=True)],
     ]
     axes.barh(
-        [SHOWN[run.name] for run in shown],
+        [SHOWN[kind].format(gpus=len(gpus), half=max(1, len(gpus) // 2)) for kind in kinds],
         medians,
         xerr=spreads,
         color=[_colour(run) for run in shown],
@@ -62,7 +67,6 @@ def plot_report(report: Report, path: Path) -> None:
     axes.set_xlim(0, 1.15 * max((run.max_s or 0.0 for run in shown), default=1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("seconds until every rank's parameters are written (median, min to max)")
-    gpus = report.machine.get("gpus") or ["CPU"]
     size_gb = report.checkpoint["bytes"] / 1e9
     axes.set_title(
         f"{report.checkpoint['model']}, {size_gb:.1f} GB in {report.checkpoint['tensors']:,} "

@@ -14,7 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 import msgspec
@@ -158,8 +158,11 @@ async def open_processes(directory: Path) -> AsyncIterator[Processes]:
             await processes.end_all()
 
 
-def answer_commands(kind: type[T]) -> Iterator[tuple[T, Callable[[msgspec.Struct], None]]]:
+def answer_commands(kind: Any) -> Iterator[tuple[Any, Callable[[msgspec.Struct], None]]]:
     """In a process that takes commands: each of them, and what to call with its answer.
+
+    Args:
+        kind: of the commands: a struct, or a union of structs.
 
     The process dies with its parent. What was stdout is for answers: libraries that print there
     print to stderr from now on.

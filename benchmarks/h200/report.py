@@ -17,12 +17,19 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.h200.runs import Kind, kind_of
+
 __all__ = ("Report", "Run", "print_table", "read_report", "run_of", "verdicts", "write_report")
 
 MOST_S: Final = {"gpu_tp4": 0.06, "host_tp2dp2": 0.42}
-DIGEST_SHARES: Final = {"host_tp4": 0.05, "gpu_tp4": 0.25}
-EXTRA_MIB: Final = {"host_tp4": 16, "gpu_tp4": 16, "host_tp2dp2": 16, "staged_2hosts": 768}
-"""Targets."""
+DIGEST_SHARES: Final[Mapping[Kind, float]] = {"host_tp": 0.05, "gpu_tp": 0.25}
+EXTRA_MIB: Final[Mapping[Kind, int]] = {
+    "host_tp": 16,
+    "gpu_tp": 16,
+    "host_dp2": 768,
+    "staged_2hosts": 768,
+}
+"""Targets. Replicas of one host share what is staged; those of `MOST_S` are for four GPUs."""
 
 SHOWN_PARTS: Final = ("event_to_plan_s", "pause_s", "transfer_s", "resume_s", "publish_s")
 
@@ -39,6 +46,9 @@ class Run(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """10^9 bytes: of the checkpoint that was brought; of the link, what went over it."""
     extra_gpu_bytes: int | None
     """The most that one GPU had in use over what it had with the engine at rest; None: no GPU."""
+    page_table_bytes: int = 0
+    """Of these, what the driver keeps page tables in for the slots that a GPU reads from host
+    memory: it does so for all pinned memory, in proportion."""
     parts: dict[str, float]
     """Medians, in seconds."""
     repetitions: tuple[float, ...] = ()
@@ -61,6 +71,7 @@ def run_of(
     parts: Mapping[str, Sequence[float]],
     *,
     extra_gpu_bytes: int | None = None,
+    page_table_bytes: int = 0,
     note: str = "",
 ) -> Run:
     """
@@ -74,6 +85,7 @@ def run_of(
         max_s=_rounded(max(seconds)) if seconds else None,
         gb=round(size_bytes / 1e9, 4),
         extra_gpu_bytes=extra_gpu_bytes,
+        page_table_bytes=page_table_bytes,
         parts={part: _rounded(median(each)) for part, each in parts.items() if each},
         repetitions=tuple(map(_rounded, seconds)),
         note=note,
@@ -123,7 +135,7 @@ def print_table(runs: Sequence[Run], *, judged: bool) -> None:
 
 
 def verdicts(runs: Sequence[Run]) -> Iterator[tuple[str, bool]]:
-    """What the whole model on four GPUs is to reach, as far as it was measured; whether it does."""
+    """What the whole model is to reach, as far as it was measured; whether it does."""
     by_name = {run.name: run for run in runs if run.median_s is not None}
 
     def seconds(name: str) -> float | None:
@@ -139,17 +151,22 @@ def _figures(
     name: str, run: Run, link_s: float | None, theirs_s: float | None
 ) -> Iterator[tuple[str, float, float]]:
     """(what, figure, target) of one of our runs."""
-    if name not in EXTRA_MIB or run.median_s is None:
+    kind = kind_of(name)
+    if kind not in EXTRA_MIB or run.median_s is None:
         return
-    if name == "host_tp4" and link_s:
+    if kind == "host_tp" and link_s:
         yield "times link_h2d", run.median_s / link_s, 1.15
-    if name == "host_tp4" and theirs_s:
+    if kind == "host_tp" and theirs_s:
         yield "of checkpoint-engine's time", run.median_s / theirs_s, 0.2
     if name in MOST_S:
         yield "seconds", run.median_s, MOST_S[name]
-    if name in DIGEST_SHARES and "undigested_transfer_s" in run.parts:
+    if kind in DIGEST_SHARES and "undigested_transfer_s" in run.parts:
         cost = run.parts["transfer_s"] / run.parts["undigested_transfer_s"] - 1
-        yield "share of the transfer that the digest adds", cost, DIGEST_SHARES[name]
+        yield "share of the transfer that the digest adds", cost, DIGEST_SHARES[kind]
     if run.extra_gpu_bytes is not None:
-        yield "MiB of extra GPU memory", run.extra_gpu_bytes / 2**20, EXTRA_MIB[name]
+        extra_bytes = max(0, run.extra_gpu_bytes - run.page_table_bytes)
+        what = "MiB of extra GPU memory"
+        if run.page_table_bytes:
+            what += f", without {run.page_table_bytes / 2**20:.0f} of page tables,"
+        yield what, extra_bytes / 2**20, EXTRA_MIB[kind]
     yield "seconds from the event to the plan", run.parts["event_to_plan_s"], 0.010

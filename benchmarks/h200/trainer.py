@@ -2,8 +2,9 @@
 
     python -m benchmarks.h200.trainer ARGUMENTS
 
-Answers each line of JSON on stdin (`Publish`) with one on stdout (`Published`). Every version has
-other bytes, made where the tensors lie; they are published as any trainer would publish them.
+Answers each line of JSON on stdin (`Command`) with one on stdout (`Published` or `Released`). Every
+version has other bytes, made where the tensors lie; they are published as any trainer would publish
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from weightbus.producers.blocking import BlockingPublisher
 from weightbus.producers.shards import Shard, plan_part
 from weightbus.schemas.checkpoint import CheckpointReady
 
-__all__ = ("Arguments", "Publish", "Published", "model_of", "owned_by")
+__all__ = ("Arguments", "Publish", "Published", "Release", "Released", "model_of", "owned_by")
 
 DIGEST_SHARE = 0.8
 """Of the processors, shared among the ranks, for what digests on the CPU."""
@@ -40,11 +41,24 @@ class Arguments(Struct, frozen=True, kw_only=True):
     rank: int
 
 
-class Publish(Struct, frozen=True, kw_only=True):
+class Publish(Struct, frozen=True, kw_only=True, tag=True):
     """Make this version, and publish it."""
 
     version: int
     slots: SlotKind
+
+
+class Release(Struct, frozen=True, kw_only=True, tag=True):
+    """Let go of the slots of this kind: what follows needs their memory."""
+
+    slots: SlotKind
+
+
+Command = Publish | Release
+
+
+class Released(Struct, frozen=True):
+    """It is done."""
 
 
 class Published(Struct, frozen=True, kw_only=True):
@@ -83,7 +97,8 @@ class Trainer:
 
     def __init__(self, arguments: Arguments) -> None:
         self._arguments, setup = arguments, arguments.setup
-        self._stack, self._publishers = ExitStack(), dict[SlotKind, BlockingPublisher]()
+        self._stacks: dict[SlotKind, ExitStack] = {}
+        self._publishers: dict[SlotKind, BlockingPublisher] = {}
         self._device = setup.device(arguments.rank)
         self._shards = list(self._boxes())
         self._part = plan_part(self._shards)
@@ -103,7 +118,10 @@ class Trainer:
                 starts=(rows.start, *(0 for _ in source.shape[1:])),
             )
 
-    def carry_out(self, command: Publish) -> Published:
+    def carry_out(self, command: Command) -> Published | Released:
+        if isinstance(command, Release):
+            self._release(command.slots)
+            return Released()
         for shard in self._shards:
             assert shard.starts is not None
             if shard.tensor.numel():
@@ -122,7 +140,8 @@ class Trainer:
             arguments = self._arguments
             ranks = arguments.setup.devices
             threads = max(1, int(DIGEST_SHARE * len(os.sched_getaffinity(0)) / ranks))
-            self._publishers[slots] = self._stack.enter_context(
+            self._stacks[slots] = ExitStack()
+            self._publishers[slots] = self._stacks[slots].enter_context(
                 BlockingPublisher(
                     BusSettings(url=arguments.url, name=f"trainer-{arguments.rank}"),
                     model_of(arguments.setup, slots),
@@ -133,12 +152,17 @@ class Trainer:
             )
         return self._publishers[slots]
 
+    def _release(self, slots: SlotKind) -> None:
+        if self._publishers.pop(slots, None) is not None:
+            self._stacks.pop(slots).close()
+
     def close(self) -> None:
-        self._stack.close()
+        for slots in list(self._publishers):
+            self._release(slots)
 
 
 def main(arguments: Arguments) -> None:
-    commands = answer_commands(Publish)
+    commands = answer_commands(Command)
     device = arguments.setup.device(arguments.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

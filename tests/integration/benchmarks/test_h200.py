@@ -19,20 +19,20 @@ def test_every_kind_of_run_is_measured_and_checked_without_a_gpu(tmp_path: Path)
     output = tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks.h200", "--cpu", "--layers", "1"]
     options = ["--repetitions", "1", "--budget", str(END_S), "--output", str(output)]
-    runs = ["--only", "link_h2d,link_peer,ce_broadcast,host_tp4,staged_2hosts"]
+    runs = ["--only", "link_h2d,link_peer,ce_broadcast,host_tp,staged_2hosts"]
     ended = subprocess.run(
         [*command, *options, *runs], cwd=ROOT, capture_output=True, text=True, timeout=END_S
     )
     assert ended.returncode == 0, ended.stderr
     written = json.loads(output.read_text())
     found = {run["name"]: run for run in written["runs"]}
-    for name in ("link_h2d", "link_peer", "host_tp4", "staged_2hosts"):
+    for name in ("link_h2d", "link_peer", "host_tp2", "staged_2hosts"):
         run = found[name]
         assert run["median_s"] is not None, f"{run}\n{ended.stdout}"
         assert 0 < run["min_s"] <= run["median_s"] <= run["max_s"]
         assert "early" not in run.get("note", ""), f"{run}\n{ended.stdout}"
         assert run["name"] in ended.stdout
-    assert set(found["host_tp4"]["parts"]) >= PARTS
-    assert found["host_tp4"]["extra_gpu_bytes"] is None
+    assert set(found["host_tp2"]["parts"]) >= PARTS
+    assert found["host_tp2"]["extra_gpu_bytes"] is None
     assert found["ce_broadcast"]["median_s"] is None
     assert "needs GPUs" in found["ce_broadcast"]["note"]

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.h200.memory import Samples
 from benchmarks.h200.report import Report, read_report, run_of, verdicts, write_report
+from benchmarks.h200.runs import KINDS, kind_of, run_name
 from benchmarks.h200.setup import MODELS, sources_of
 from benchmarks.h200.trainer import owned_by, slice_of
 
@@ -72,6 +73,14 @@ def test_targets_are_held_against_what_was_measured_in_the_same_run() -> None:
         run_of("link_h2d", [0.33], 61 * 10**9, {}),
         run_of("ce_broadcast", [2.5], 61 * 10**9, {}),
         run_of("host_tp4", [0.36], 61 * 10**9, parts, extra_gpu_bytes=20 * 2**20),
+        run_of(
+            "host_tp2dp2",
+            [0.45],
+            61 * 10**9,
+            {"event_to_plan_s": [0.02]},
+            extra_gpu_bytes=900 * 2**20,
+            page_table_bytes=200 * 2**20,
+        ),
     ]
     assert list(verdicts(runs)) == [
         ("host_tp4: times link_h2d 1.091, at most 1.15", True),
@@ -79,4 +88,34 @@ def test_targets_are_held_against_what_was_measured_in_the_same_run() -> None:
         ("host_tp4: share of the transfer that the digest adds 0.02941, at most 0.05", True),
         ("host_tp4: MiB of extra GPU memory 20, at most 16: missed", False),
         ("host_tp4: seconds from the event to the plan 0.004, at most 0.01", True),
+        ("host_tp2dp2: seconds 0.45, at most 0.42: missed", False),
+        (
+            "host_tp2dp2: MiB of extra GPU memory, without 200 of page tables, 700, at most 768",
+            True,
+        ),
+        ("host_tp2dp2: seconds from the event to the plan 0.02, at most 0.01: missed", False),
     ]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_runs_are_called_after_how_many_gpus_there_are(devices: int) -> None:
+    names = [run_name(kind, devices) for kind in KINDS]
+    assert [kind_of(name) for name in names] == list(KINDS)
+    assert len(set(names)) == len(names)
+
+
+def test_runs_of_four_gpus_have_the_names_that_are_known() -> None:
+    assert {run_name(kind, 4) for kind in KINDS} == {
+        "ce_broadcast",
+        "gpu_tp4",
+        "host_tp2dp2",
+        "host_tp4",
+        "link_h2d",
+        "link_peer",
+        "staged_2hosts",
+    }
+
+
+def test_name_of_no_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="'host_tq4' is the name of no run"):
+        kind_of("host_tq4")
