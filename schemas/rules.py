@@ -22,7 +22,16 @@ from weightbus.schemas.placement import (
 )
 from weightbus.schemas.progress import UpdateComplete
 from weightbus.schemas.rounds import Abort, Join, RoundComplete, RoundPlan
-from weightbus.schemas.worker import Applied, Apply, Attach, Described, InPlace, Inspected, Stream
+from weightbus.schemas.worker import (
+    Applied,
+    Apply,
+    Attach,
+    Described,
+    InPlace,
+    Inspected,
+    Prepare,
+    Stream,
+)
 
 __all__ = ("DIGEST_BYTES", "check_message", "check_path", "check_ways")
 
@@ -199,12 +208,13 @@ def _check_attach(message: Attach, limits: Limits) -> None:
             raise MessageInvalid("Attach", f"cells[{number}].starts", cell.starts, limit)
 
 
-def _check_apply(message: Apply, limits: Limits) -> None:
+def _check_feed(message: Prepare | Apply, limits: Limits) -> None:
+    kind = type(message).__name__
     if isinstance(message.feed, InPlace):
         ways = tuple((source,) for source in message.feed.sources)
-        check_ways("Apply", "feed.sources", ways)
+        check_ways(kind, "feed.sources", ways)
     elif isinstance(message.feed, Stream):
-        _check_unique("Apply", "feed.lanes", message.feed.lanes)
+        _check_unique(kind, "feed.lanes", message.feed.lanes)
 
 
 def _check_copy(message: CopyReady, limits: Limits) -> None:
@@ -242,7 +252,8 @@ _RULES: Final[dict[type[Message], Callable[[Any, Limits], None]]] = {
     UpdateComplete: _check_update,
     Described: _check_described,
     Attach: _check_attach,
-    Apply: _check_apply,
+    Prepare: _check_feed,
+    Apply: _check_feed,
     Applied: _check_applied,
     Inspected: _check_inspected,
 }

@@ -45,6 +45,8 @@ __all__ = (
     "InPlace",
     "Inspect",
     "Inspected",
+    "Prepare",
+    "Prepared",
     "Relay",
     "StageTiming",
     "Stream",
@@ -185,6 +187,28 @@ class Relay(Struct, frozen=True, kw_only=True, tag_field="feed", tag="relay"):
 Feed = InPlace | Stream | Relay
 
 
+class Prepare(WorkerMessage, frozen=True, kw_only=True):
+    """Do now, beside the serving, what takes long of an `Apply` of this feed. It begins, and is
+    answered at once; asked again, the answer says whether it is done."""
+
+    request: Request
+    layout_digest: ObjectDigest
+    feed: Feed
+    deadline_s: Seconds
+
+
+class Prepared(WorkerMessage, frozen=True, kw_only=True):
+    """Answer to `Prepare`."""
+
+    request: Request
+    rank: RankNumber
+    ready: bool
+    """False: something is under way still, for this feed or an earlier one: ask again."""
+    reason: Reason = ""
+    """Why it could not be prepared; `Apply` tries again, and fails with the error if there is one.
+    Empty: it was, or is not ready."""
+
+
 class Apply(WorkerMessage, frozen=True, kw_only=True):
     """Write this version into the live parameters, now. The engine is paused."""
 
@@ -268,5 +292,5 @@ class Detached(WorkerMessage, frozen=True, kw_only=True):
     rank: RankNumber
 
 
-WorkerRequest = Describe | Attach | Apply | Inspect | Detach
-WorkerReply = Described | Attached | Applied | Inspected | Detached | Failed
+WorkerRequest = Describe | Attach | Prepare | Apply | Inspect | Detach
+WorkerReply = Described | Attached | Prepared | Applied | Inspected | Detached | Failed

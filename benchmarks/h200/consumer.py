@@ -25,7 +25,7 @@ from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.compose import open_routes
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
 from weightbus.tracing.telemetry import Telemetry
 
 __all__ = ("Arguments",)
@@ -98,6 +98,11 @@ class UndigestedEngine(Engine):
         self._cells[layout_digest] = [len(of_rank) for of_rank in cells]
         none: list[Sequence[Cell]] = [()] * self.ranks
         return await self._engine.attach(layout_digest, needs_digests, none, deadline_s)
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        return await self._engine.prepare(layout_digest, feeds, deadline_s)
 
     async def pause(self, deadline_s: float) -> None:
         await self._engine.pause(deadline_s)

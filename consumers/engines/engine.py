@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from msgspec import Struct
 
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
 
 __all__ = ("Engine", "EngineReport")
 
@@ -76,6 +76,19 @@ class Engine(ABC):
         Raises:
             ApplyFailed: a worker refused; its live parameters are not touched.
         """
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        """Begin what takes long of an `apply` of these feeds. Serving goes on, and is not held up.
+
+        Returns at once, in the order of `feeds`; asked again, a rank says whether it is done. What
+        is not asked for, or cannot be prepared, `apply` does. By default there is nothing to do.
+
+        Raises:
+            ApplyFailed: a worker refused; its live parameters are not touched.
+        """
+        return tuple(Prepared(request=0, rank=rank, ready=True) for rank in feeds)
 
     @abstractmethod
     async def pause(self, deadline_s: float) -> None:

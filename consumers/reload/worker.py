@@ -1,4 +1,4 @@
-"""Answers a consumer's requests inside one engine worker: describe, attach, apply, inspect, detach.
+"""Answers a consumer's requests inside one engine worker: describe, attach, prepare, apply, ...
 
 Owns the live parameters of one rank while `handle` runs, what is known of each layout, the mapped
 segments and staging blocks, and the threads that move and digest. Engine-independent: the engine's
@@ -12,7 +12,9 @@ Invariants:
     `touched` is set before the first write to a live parameter, whoever writes, and cleared only
     when a whole update has ended, its sources checked and the device synchronised;
     `version` is the version whose bytes were written last, whole;
-    when `handle` returns, nothing is under way on the device, and no segment is read any more;
+    when `handle` returns, nothing writes to a parameter, and no segment is read any more; only what
+    `Prepare` began goes on, on its own thread. Until it has ended, or `Apply` has waited for it,
+    segments, staging blocks and the plans of streams are that thread's alone;
     no exception leaves `handle`: each becomes `Failed`, naming its class and `touched`.
 """
 
@@ -32,6 +34,7 @@ from weightbus.consumers.errors import DeviceLost, NotAttached, PlanError, Proof
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.faults import our_error, settle, settling
 from weightbus.consumers.reload.host import ModelHost
+from weightbus.consumers.reload.preparing import PrepareBudget, Preparing
 from weightbus.consumers.reload.reloader import Outcome, Reloader
 from weightbus.consumers.reload.threads import Threads, threads_per_worker
 from weightbus.consumers.transfer.gpu import OpenCuda
@@ -51,9 +54,12 @@ from weightbus.schemas.worker import (
     Detach,
     Detached,
     Failed,
+    Feed,
     InPlace,
     Inspect,
     Inspected,
+    Prepare,
+    Prepared,
     Relay,
     StageTiming,
     Stream,
@@ -107,6 +113,7 @@ class ReloadWorker:
         self._segments = SegmentCache("", (), host.device, cuda)
         self._staging = StagingCache(host.device, cuda)
         self._readable: tuple[str, tuple[str, ...]] = ("", ())
+        self._preparing = Preparing()
 
     @property
     def version(self) -> int:
@@ -142,6 +149,8 @@ class ReloadWorker:
                     return self._describe(request)
                 case Attach():
                     return self._attach(request)
+                case Prepare():
+                    return self._prepare(request)
                 case Apply():
                     return self._apply(request)
                 case Inspect():
@@ -158,6 +167,7 @@ class ReloadWorker:
     def close(self) -> None:
         """Unmap every segment and block, end every thread, and forget every plan. Parameters stay
         as they are."""
+        self._preparing.finish()
         self._threads.close()
         self._known.clear()
         self._segments.close()
@@ -213,6 +223,7 @@ class ReloadWorker:
         known = self._known_layout(request.layout_digest)
         if known.needs_digest != request.needs_digest:
             raise PlanError("needs", request.needs_digest, f"this rank's are {known.needs_digest}")
+        self._preparing.finish()
         known.reloader.attach(request.cells)
         known.attached = True
         readable = (request.host_id, request.roots)
@@ -228,9 +239,32 @@ class ReloadWorker:
             tile_bytes=plan.source_bytes if plan else 0,
         )
 
+    def _prepare(self, request: Prepare) -> Prepared:
+        reloader = self._attached_layout(request.layout_digest).reloader
+
+        def work(budget: PrepareBudget) -> None:
+            self._prepare_feed(reloader, request.feed, budget)
+
+        key = (request.layout_digest, request.feed)
+        ready, reason = self._preparing.ask(key, work, request.deadline_s)
+        return Prepared(request=request.request, rank=self.rank, ready=ready, reason=reason[:4096])
+
+    def _prepare_feed(self, reloader: Reloader, feed: Feed, budget: Deadline) -> None:
+        """What takes long of `_apply`, on the preparing thread: map and register what is read, and
+        plan what is streamed."""
+        if isinstance(feed, Stream):
+            size_bytes = feed.slots * feed.bucket_bytes
+            with self._staging.open_all(feed.lanes, size_bytes, feed.turn, budget) as blocks:
+                if reloader.can_stream():
+                    reloader.prepare_stream(feed.bucket_bytes, len(blocks))
+        else:
+            with self._opened(reloader, feed, budget):
+                pass
+
     def _apply(self, request: Apply) -> Applied:
         deadline = Deadline("reload", request.deadline_s)
         reloader = self._attached_layout(request.layout_digest).reloader
+        self._preparing.finish((request.layout_digest, request.feed))
         start_ns = time.time_ns()
         if isinstance(request.feed, Stream):
             outcome = self._stream(reloader, request.feed, deadline)
@@ -295,6 +329,7 @@ class ReloadWorker:
         unreadable: tuple[int, ...] = ()
         if request.layout_digest is not None:
             reloader = self._attached_layout(request.layout_digest).reloader
+            self._preparing.finish()
             sums, unreadable = reloader.read_back()
             digests = sums.astype("<u8").tobytes()
         return Inspected(

@@ -47,6 +47,8 @@ from weightbus.schemas import (
     Message,
     Needs,
     ParameterSpec,
+    Prepare,
+    Prepared,
     Proven,
     RankOffer,
     RankRoute,
@@ -352,6 +354,13 @@ _WORKER: Final[tuple[Message, ...]] = (
         deadline_s=30.0,
     ),
     Attached(request=2, rank=0, tiles=3, tile_bytes=40),
+    Prepare(
+        request=6,
+        layout_digest=_LAYOUT_DIGEST,
+        feed=InPlace(sources=(_PLACEMENT[0][0], _PLACEMENT[1][1])),
+        deadline_s=60.0,
+    ),
+    Prepared(request=6, rank=0, ready=True, reason="segment 0 is gone"),
     Apply(
         request=3,
         version=7,

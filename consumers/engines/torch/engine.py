@@ -44,6 +44,8 @@ from weightbus.schemas.worker import (
     Feed,
     Inspect,
     Inspected,
+    Prepare,
+    Prepared,
     WorkerMessage,
 )
 
@@ -52,8 +54,8 @@ __all__ = ("TorchEngine", "open_torch_engine")
 SETTLE_S = 5.0
 """How long ranks whose `apply` was given up may take to end it before they are killed."""
 
-_REPLIES = (Described, Attached, Applied, Inspected, Detached, Failed)
-R = TypeVar("R", Described, Attached, Applied, Inspected)
+_REPLIES = (Described, Attached, Prepared, Applied, Inspected, Detached, Failed)
+R = TypeVar("R", Described, Attached, Prepared, Applied, Inspected)
 Outcomes = Mapping[int, WorkerMessage | WeightBusError]
 
 
@@ -116,6 +118,20 @@ class TorchEngine(Engine):
             for rank in range(self.ranks)
         }
         return _all_of(Attached, await self._channel.request_each(requests, deadline_s))
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        requests = {
+            rank: Prepare(
+                request=0,
+                layout_digest=layout_digest,
+                feed=feed,
+                deadline_s=share_for_peer(deadline_s),
+            )
+            for rank, feed in feeds.items()
+        }
+        return _all_of(Prepared, await self._channel.request_each(requests, deadline_s))
 
     async def pause(self, deadline_s: float) -> None:
         try:

@@ -56,6 +56,7 @@ from weightbus.schemas.worker import (
     Detach,
     Failed,
     Inspect,
+    Prepare,
     WorkerReply,
     WorkerRequest,
 )
@@ -63,7 +64,7 @@ from weightbus.schemas.worker import (
 __all__ = ("Rank", "run_rank")
 
 _PARENT_CHECK_MS = 1000
-_CONTROL_REQUESTS = (Describe, Attach, Apply, Inspect, Detach)
+_CONTROL_REQUESTS = (Describe, Attach, Prepare, Apply, Inspect, Detach)
 _MAX_REASON = 4096
 
 

@@ -114,7 +114,7 @@ class Member:
         self._engine = InProcessEngine(arguments.engine, arguments.ranks, trainer.roots)
 
     async def prepare(self) -> None:
-        await self._engine.prepare(self._trainer)
+        await self._engine.attach_to(self._trainer)
 
     async def update(self, command: Command) -> Result:
         """What came of a plan; what arrived is looked at, bit by bit."""

@@ -11,7 +11,7 @@ from typing import Literal
 import anyio
 
 from weightbus.consumers.engines.engine import Engine, EngineReport
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected
+from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
 
 __all__ = ("Hold", "HeldEngine", "Moment")
 
@@ -73,6 +73,11 @@ class HeldEngine(Engine):
         deadline_s: float,
     ) -> tuple[Attached, ...]:
         return await self._engine.attach(layout_digest, needs_digests, cells, deadline_s)
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        return await self._engine.prepare(layout_digest, feeds, deadline_s)
 
     async def pause(self, deadline_s: float) -> None:
         await self._pass("before_pause")

@@ -93,7 +93,7 @@ class World:
         proven: bool = False,
     ) -> tuple[Applied, ...]:
         """The version must arrive bit by bit, and be proven."""
-        await engine.prepare(cast(Trainer, published))
+        await engine.attach_to(cast(Trainer, published))
         ready = published.ready
         ranks = tuple(range(engine.ranks))
 

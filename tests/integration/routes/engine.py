@@ -30,6 +30,8 @@ from weightbus.schemas.worker import (
     Feed,
     Inspect,
     Inspected,
+    Prepare,
+    Prepared,
     WorkerReply,
     WorkerRequest,
 )
@@ -38,7 +40,7 @@ __all__ = ("InProcessEngine",)
 
 DEADLINE_S = 60.0
 
-Reply = TypeVar("Reply", Described, Attached, Applied, Inspected)
+Reply = TypeVar("Reply", Described, Attached, Prepared, Applied, Inspected)
 
 
 class InProcessEngine(Engine):
@@ -59,7 +61,7 @@ class InProcessEngine(Engine):
     def ranks(self) -> int:
         return len(self.workers)
 
-    async def prepare(self, trainer: Trainer) -> None:
+    async def attach_to(self, trainer: Trainer) -> None:
         """What a consumer does before it joins."""
         described = await self.describe(trainer.layout_digest, trainer.layout_blob, DEADLINE_S)
         assert [reply.untraced_reason for reply in described] == [""] * self.ranks
@@ -116,6 +118,15 @@ class InProcessEngine(Engine):
             for rank in range(self.ranks)
         }
         return await self._ask(Attached, requests)
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        requests = {
+            rank: Prepare(request=5, layout_digest=layout_digest, feed=feed, deadline_s=deadline_s)
+            for rank, feed in feeds.items()
+        }
+        return await self._ask(Prepared, requests)
 
     async def pause(self, deadline_s: float) -> None:
         self.log.append("pause")

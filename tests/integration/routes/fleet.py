@@ -92,7 +92,7 @@ class Fleet:
         """
         proven = []
         for engine in self.engines:
-            await engine.prepare(self.world.trainer)
+            await engine.attach_to(self.world.trainer)
             proven.append(await self._is_proven(engine))
         plans = self.world.plan(self.sites, proven, version)
         outcomes: dict[str, Outcome] = {}

@@ -52,6 +52,7 @@ from weightbus.schemas import (
     Message,
     Needs,
     ParameterSpec,
+    Prepare,
     RankOffer,
     RankRoute,
     RoundComplete,
@@ -290,7 +291,7 @@ def _inspected(draw: st.DrawFn, message: Inspected) -> Inspected:
     return msgspec.structs.replace(message, unreadable=unreadable, proven=proven)
 
 
-def _apply(draw: st.DrawFn, message: Apply) -> Apply:
+def _fed(draw: st.DrawFn, message: Apply | Prepare) -> Apply | Prepare:
     feed = message.feed
     if isinstance(feed, Stream):
         feed = msgspec.structs.replace(feed, lanes=tuple(dict.fromkeys(feed.lanes)))
@@ -338,6 +339,7 @@ _RULES: Final[dict[type[Message], Callable[[st.DrawFn, Any], Any]]] = {
     RoundComplete: _complete,
     UpdateComplete: _update,
     Described: _described,
-    Apply: _apply,
+    Apply: _fed,
+    Prepare: _fed,
     Inspected: _inspected,
 }
