@@ -26,6 +26,7 @@ from weightbus.consumers.errors import (
 from weightbus.consumers.transfer.alone import stream_alone
 from weightbus.consumers.transfer.fetch import LocalSegments, open_fetcher
 from weightbus.consumers.transfer.gpu import is_gpu, name_of
+from weightbus.consumers.transfer.preparing import prepare_ranks
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.consumers.transfer.segments import nearest_way, probe_segment
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
@@ -113,8 +114,9 @@ class LocalRoute(Route):
             except ApplyFailed as error:
                 if error.cause != ProofNeeded.__name__:
                     raise
-        await transfer.begin_write()
         feeds = dict.fromkeys(transfer.ranks, InPlace(sources=tuple(sources)))
+        await prepare_ranks(transfer, feeds, clock.left_s)
+        await transfer.begin_write()
         return await apply_checked(transfer, feeds, clock.left_s())
 
     async def _stream(

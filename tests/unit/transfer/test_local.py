@@ -30,7 +30,7 @@ from weightbus.schemas.placement import (
     Segment,
     SharedMemorySegment,
 )
-from weightbus.schemas.worker import Applied, Feed, InPlace
+from weightbus.schemas.worker import Applied, Feed, InPlace, Prepared
 
 pytestmark = pytest.mark.anyio
 
@@ -59,16 +59,30 @@ class OneRank:
 
     Args:
         failing: kind of segment -> the error that its worker answers.
+        busy: how often it says that it is not ready yet.
     """
 
-    def __init__(self, failing: Mapping[type[Segment], ApplyFailed] | None = None) -> None:
+    def __init__(
+        self, failing: Mapping[type[Segment], ApplyFailed] | None = None, busy: int = 0
+    ) -> None:
         self._failing = failing or {}
+        self._busy = busy
         self.taken: list[type[Segment]] = []
+        self.events: list[str] = []
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        self.events.append("prepare")
+        self._busy -= 1
+        ready = self._busy < 0
+        return (Prepared(request=1, rank=0, ready=ready, reason="no room" if ready else ""),)
 
     async def apply(
         self, version: int, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
     ) -> tuple[Applied, ...]:
         feed = feeds[0]
+        self.events.append("apply")
         assert isinstance(feed, InPlace)
         (source,) = feed.sources
         self.taken.append(type(source))
@@ -77,9 +91,9 @@ class OneRank:
         return (Applied(request=1, rank=0, version=version, bytes=8, cell_digests=b"", stages=()),)
 
 
-def transfer_of(engine: OneRank, placement: Placement) -> Transfer:
+def transfer_of(engine: OneRank, placement: Placement, deadline_s: float = 20.0) -> Transfer:
     async def begin_write() -> None:
-        """Nothing is paused."""
+        engine.events.append("pause")
 
     return Transfer(
         engine=cast(Engine, engine),
@@ -90,7 +104,7 @@ def transfer_of(engine: OneRank, placement: Placement) -> Transfer:
         placement=placement,
         plan=NEVER,
         begin_write=begin_write,
-        deadline_s=20.0,
+        deadline_s=deadline_s,
     )
 
 
@@ -176,6 +190,24 @@ async def test_first_failure_is_told_when_nothing_else_would_help(cause: str) ->
                 await route.transfer(transfer_of(engine, placement))
             assert caught.value is failure
             assert len(engine.taken) == 1
+
+
+async def test_engine_is_paused_only_when_its_ranks_are_ready_or_cannot_be() -> None:
+    engine, route = OneRank(busy=2), LocalRoute("host")
+    with open_block(bytes(8), "host") as block:
+        await route.transfer(transfer_of(engine, ((block.segment(),),)))
+        assert engine.events == [*["prepare"] * 3, "pause", "apply"]
+        engine.events.clear()
+        await route.transfer(transfer_of(engine, ((block.segment(),),)))
+    assert engine.events == ["prepare", "pause", "apply"]
+
+
+async def test_transfer_ends_unpaused_at_its_deadline_when_a_rank_is_never_ready() -> None:
+    engine, route = OneRank(busy=10**9), LocalRoute("host")
+    with open_block(bytes(8), "host") as block, pytest.raises(DeadlineExceeded) as caught:
+        await route.transfer(transfer_of(engine, ((block.segment(),),), SHORT_S))
+    assert not caught.value.touched
+    assert set(engine.events) == {"prepare"}
 
 
 async def test_transfer_ends_untouched_at_its_deadline_when_files_cannot_be_reached() -> None:
