@@ -214,7 +214,28 @@ def _check_feed(message: Prepare | Apply, limits: Limits) -> None:
         ways = tuple((source,) for source in message.feed.sources)
         check_ways(kind, "feed.sources", ways)
     elif isinstance(message.feed, Stream):
-        _check_unique(kind, "feed.lanes", message.feed.lanes)
+        _check_stream(kind, message.feed)
+
+
+def _check_stream(kind: str, feed: Stream) -> None:
+    _check_unique(kind, "feed.lanes", feed.lanes)
+    if not feed.device and (feed.fills or feed.sources or feed.readers):
+        raise MessageInvalid(kind, "feed.device", feed.device, "must be true: lanes are filled")
+    if feed.device and feed.reader >= feed.readers:
+        limit = f"must be less than readers: {feed.readers}"
+        raise MessageInvalid(kind, "feed.reader", feed.reader, limit)
+    _check_unique(kind, "feed.fills", [fill.lane for fill in feed.fills])
+    for number, fill in enumerate(feed.fills):
+        field = f"feed.fills[{number}]"
+        if fill.lane >= len(feed.lanes):
+            limit = f"must be one of {len(feed.lanes)} lanes"
+            raise MessageInvalid(kind, f"{field}.lane", fill.lane, limit)
+        if fill.place >= fill.size:
+            limit = f"must be less than size: {fill.size}"
+            raise MessageInvalid(kind, f"{field}.place", fill.place, limit)
+    for number, source in enumerate(feed.sources):
+        if source is not None:
+            check_ways(kind, f"feed.sources[{number}]", ((source,),))
 
 
 def _check_copy(message: CopyReady, limits: Limits) -> None:

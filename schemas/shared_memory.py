@@ -12,12 +12,17 @@ from weightbus.schemas.errors import MessageInvalid
 
 __all__ = (
     "MAX_READERS",
+    "SHM_ADMITTED_OFFSET",
+    "SHM_FETCHED_OFFSET",
     "SHM_FILLED_OFFSET",
     "SHM_GENERATION_OFFSET",
     "SHM_GIVEN_UP_OFFSET",
+    "SHM_HANDLE_OFFSET",
+    "SHM_HANDLE_SET_OFFSET",
     "SHM_HEADER_BYTES",
     "SHM_READERS_OFFSET",
     "SHM_REQUEST_OFFSET",
+    "SHM_STAGED_OFFSET",
     "SHM_WANTED_OFFSET",
     "TURN_BITS",
     "pack_shm_header",
@@ -34,7 +39,8 @@ TURN_BITS = 32
 """Words of a staging block count buckets of one transfer: its turn above, the count below."""
 
 SHM_FILLED_OFFSET = 64
-"""Staging: the owner's word, `turn << TURN_BITS | parts`: so many parts of its lane are filled."""
+"""Staging: the owner's word, `turn << TURN_BITS | parts`: so many parts of its lane are filled. Of a
+device lane the owner only begins the turn there, and the worker that fills the lane goes on."""
 
 SHM_GIVEN_UP_OFFSET = 72
 """Staging: the turn that the owner has given up; 0: none."""
@@ -44,6 +50,26 @@ SHM_WANTED_OFFSET = 80
 
 SHM_REQUEST_OFFSET = 88
 """Relay: what is wanted: three words: segment, window, and the slot that it shall be put into."""
+
+SHM_HANDLE_SET_OFFSET = 120
+"""Device lane: its filler's word: how often it has written a handle into this block; 0: not yet."""
+
+SHM_FETCHED_OFFSET = 128
+"""Device lane: its filler's word, `turn << TURN_BITS | parts`: of so many parts there is room in the
+device slots, and those that it is the root of are in them. A word of the turn, be it with no parts,
+says that the handle is the turn's."""
+
+SHM_STAGED_OFFSET = 136
+"""Device lane: the owner's word, `turn << TURN_BITS | parts`: of so many parts it has brought into
+the block's own slots what the filler cannot read itself."""
+
+SHM_ADMITTED_OFFSET = 144
+"""Device lane: the owner's word, `turn << TURN_BITS | parts`: so many parts may be broadcast, since
+every host's member is ready."""
+
+SHM_HANDLE_OFFSET = 160
+"""Device lane: the CUDA IPC handle, 64 bytes, of its filler's device slots, which lie one after the
+other as the block's own would."""
 
 SHM_READERS_OFFSET = 256
 """Staging: word `r` is reader `r`'s, `turn << TURN_BITS | parts`: so many parts are done with."""

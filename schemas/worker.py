@@ -45,6 +45,7 @@ __all__ = (
     "InPlace",
     "Inspect",
     "Inspected",
+    "LaneFill",
     "Prepare",
     "Prepared",
     "Relay",
@@ -64,6 +65,10 @@ Turn = Annotated[int, Meta(ge=1, le=2**32 - 1)]
 """Tells the transfers apart that go through one staging block."""
 
 ReaderNumber = Annotated[int, Meta(ge=0, lt=MAX_READERS)]
+
+MAX_LANES = 4096
+
+LaneNumber = Annotated[int, Meta(ge=0, lt=MAX_LANES)]
 
 Digests = Annotated[bytes, Meta(max_length=8 * MAX_CELLS)]
 """64-bit digests, 8 bytes each, little endian."""
@@ -154,14 +159,34 @@ class InPlace(Struct, frozen=True, kw_only=True, tag_field="feed", tag="in_place
     """For every segment of the layout, in its order, the one way to take."""
 
 
+class LaneFill(Struct, frozen=True, array_like=True):
+    """A device lane that a worker fills: its slots lie in memory of the worker's GPU."""
+
+    lane: LaneNumber
+    """Index into `Stream.lanes`."""
+    number: LaneNumber
+    """Of the lane in the plan: the root of bucket `k` is place `(k + number) % size`."""
+    place: Annotated[int, Meta(ge=0, lt=65_536)] = 0
+    """Of this worker in the lane's group."""
+    size: Annotated[int, Meta(ge=1, le=65_536)] = 1
+    """Of the group; 1: nothing is broadcast."""
+    group: Annotated[str, Meta(max_length=256)] = ""
+    """Id of the membership, as `Group.id`."""
+    rendezvous: Annotated[str, Meta(max_length=512)] = ""
+    """Where the group's members meet if they have not met before: `tcp://host:port`."""
+    key: Annotated[str, Meta(max_length=256)] = ""
+    """What only members of this plan know."""
+
+
 class Stream(Struct, frozen=True, kw_only=True, tag_field="feed", tag="stream"):
     """Every byte comes by once, in buckets, through the staging blocks of this host's lanes.
 
     How buckets are cut follows from the layout, `bucket_bytes` and the number of lanes alone
-    (`plan_buckets`). Lane `l` of bucket `k` is in slot `k % slots` of block `lanes[l]`.
+    (`plan_buckets`). Lane `l` of bucket `k` is in slot `k % slots` of block `lanes[l]`, or of the
+    allocation whose handle is in that block, if these are device lanes.
     """
 
-    lanes: Annotated[tuple[BlockName, ...], Meta(min_length=1, max_length=4096)]
+    lanes: Annotated[tuple[BlockName, ...], Meta(min_length=1, max_length=MAX_LANES)]
     """Names of the staging blocks below /dev/shm. One may be made a little later than the others:
     its owner is another consumer of this host."""
     bucket_bytes: Annotated[int, Meta(ge=1, le=INT64_MAX)]
@@ -171,6 +196,16 @@ class Stream(Struct, frozen=True, kw_only=True, tag_field="feed", tag="stream"):
     """Of this transfer, in the blocks' words."""
     reader: ReaderNumber
     """Which word of every block this worker counts in."""
+    device: bool = False
+    """The lanes are device lanes: their blocks hold words, and what a consumer brings into them for
+    the worker that fills the lane."""
+    fills: Annotated[tuple[LaneFill, ...], Meta(max_length=MAX_LANES)] = ()
+    """The device lanes that this worker fills."""
+    sources: Annotated[tuple[Segment | None, ...], Meta(max_length=4096)] = ()
+    """For every segment of the layout, how this worker reads it when it fills a device lane; None:
+    its consumer brings it into the blocks. Empty: of all segments."""
+    readers: Annotated[int, Meta(ge=0, le=MAX_READERS)] = 0
+    """How many workers read the lanes; who fills one waits for all of them."""
 
 
 class Relay(Struct, frozen=True, kw_only=True, tag_field="feed", tag="relay"):

@@ -40,6 +40,7 @@ from weightbus.schemas import (
     InPlace,
     Inspect,
     Inspected,
+    LaneFill,
     Join,
     Layout,
     Links,
@@ -413,6 +414,20 @@ VARIANTS: Final[dict[str, Message]] = {
     ),
     "Apply-relay": msgspec.structs.replace(
         _APPLY, feed=Relay(block="weightbus-relay.a.0", window_bytes=2**20, slots=2, turn=1)
+    ),
+    "Apply-device_lanes": msgspec.structs.replace(
+        _APPLY,
+        feed=Stream(
+            lanes=("weightbus-stage.a.0", "weightbus-stage.a.1"),
+            bucket_bytes=2**26,
+            slots=3,
+            turn=1,
+            reader=1,
+            device=True,
+            fills=(LaneFill(1, 1, 2, 4, "v7-0.1", "tcp://10.0.0.1:29400", "v7-0.1.2"),),
+            sources=(_PLACEMENT[0][0], None),
+            readers=2,
+        ),
     ),
 }
 """What a field of several types holds beside the example, by the name of the golden file."""

@@ -29,6 +29,7 @@ from msgspec.inspect import (
 
 from weightbus.schemas import (
     DTYPE_BYTES,
+    MAX_READERS,
     SCHEMA_VERSION,
     Abort,
     Applied,
@@ -294,8 +295,19 @@ def _inspected(draw: st.DrawFn, message: Inspected) -> Inspected:
 def _fed(draw: st.DrawFn, message: Apply | Prepare) -> Apply | Prepare:
     feed = message.feed
     if isinstance(feed, Stream):
-        feed = msgspec.structs.replace(feed, lanes=tuple(dict.fromkeys(feed.lanes)))
+        feed = _stream(draw, msgspec.structs.replace(feed, lanes=tuple(dict.fromkeys(feed.lanes))))
     return msgspec.structs.replace(message, feed=feed)
+
+
+def _stream(draw: st.DrawFn, feed: Stream) -> Stream:
+    if not feed.device:
+        return msgspec.structs.replace(feed, fills=(), sources=(), readers=0)
+    fills = tuple(
+        msgspec.structs.replace(fill, lane=lane, place=draw(st.integers(0, fill.size - 1)))
+        for lane, fill in zip(range(len(feed.lanes)), feed.fills, strict=False)
+    )
+    readers = draw(st.integers(feed.reader + 1, MAX_READERS))
+    return msgspec.structs.replace(feed, fills=fills, readers=readers)
 
 
 _placements = st.lists(

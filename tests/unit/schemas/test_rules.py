@@ -13,6 +13,7 @@ from weightbus.schemas import (
     FileSegment,
     Group,
     InPlace,
+    LaneFill,
     Member,
     MessageInvalid,
     RankRoute,
@@ -24,6 +25,19 @@ from weightbus.schemas import (
 
 READY = EXAMPLES["CheckpointReady"]
 FILE = FileSegment(path="/a")
+LANES = Stream(
+    lanes=("weightbus-a", "weightbus-b"),
+    bucket_bytes=1,
+    slots=1,
+    turn=1,
+    reader=0,
+    device=True,
+    readers=1,
+)
+
+
+def lanes(**fields: Any) -> Stream:
+    return msgspec.structs.replace(LANES, **fields)
 
 
 def replaced(name: str, **fields: Any) -> Any:
@@ -100,6 +114,27 @@ def block(generation: int) -> SharedMemorySegment:
             {"feed": Stream(lanes=("weightbus-a",) * 2, bucket_bytes=1, slots=1, turn=1, reader=0)},
             "feed.lanes[1]",
             "must not repeat",
+        ),
+        ("Apply", {"feed": lanes(device=False)}, "feed.device", "must be true"),
+        ("Apply", {"feed": lanes(reader=1)}, "feed.reader", "less than readers: 1"),
+        ("Apply", {"feed": lanes(fills=(LaneFill(2, 0),))}, "feed.fills[0].lane", "of 2 lanes"),
+        (
+            "Apply",
+            {"feed": lanes(fills=(LaneFill(0, 0), LaneFill(0, 1)))},
+            "feed.fills[1]",
+            "must not repeat",
+        ),
+        (
+            "Apply",
+            {"feed": lanes(fills=(LaneFill(0, 0, 2, 2),))},
+            "feed.fills[0].place",
+            "less than size: 2",
+        ),
+        (
+            "Apply",
+            {"feed": lanes(sources=(None, block(5)))},
+            "feed.sources[1][0][0].generation",
+            "even",
         ),
         ("Inspected", {"proven": ("0" * 64,) * 2}, "proven[1]", "must not repeat"),
         ("Applied", {"cell_digests": b"1234567"}, "cell_digests", "8 bytes for each"),
