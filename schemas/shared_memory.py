@@ -39,8 +39,8 @@ TURN_BITS = 32
 """Words of a staging block count buckets of one transfer: its turn above, the count below."""
 
 SHM_FILLED_OFFSET = 64
-"""Staging: the owner's word, `turn << TURN_BITS | parts`: so many parts of its lane are filled. Of a
-device lane the owner only begins the turn there, and the worker that fills the lane goes on."""
+"""Staging: the owner's word, `turn << TURN_BITS | parts`: so many parts of its lane are filled.
+Of a device lane the owner only begins the turn there; the worker that fills the lane goes on."""
 
 SHM_GIVEN_UP_OFFSET = 72
 """Staging: the turn that the owner has given up; 0: none."""
@@ -55,9 +55,9 @@ SHM_HANDLE_SET_OFFSET = 120
 """Device lane: its filler's word: how often it has written a handle into this block; 0: not yet."""
 
 SHM_FETCHED_OFFSET = 128
-"""Device lane: its filler's word, `turn << TURN_BITS | parts`: of so many parts there is room in the
+"""Device lane: its filler's word, `turn << TURN_BITS | parts`: for so many parts there was room in the
 device slots, and those that it is the root of are in them. A word of the turn, be it with no parts,
-says that the handle is the turn's."""
+says that the handle is that of the turn."""
 
 SHM_STAGED_OFFSET = 136
 """Device lane: the owner's word, `turn << TURN_BITS | parts`: of so many parts it has brought into
