@@ -3,7 +3,8 @@
 Owns nothing: blocks, group and fetcher belong to the route. In every lane the part of bucket k goes
 into slot k % slots once all readers have done with bucket k - slots. Its root fetches it and
 broadcasts it to the lane's other members; then the readers are told. Fetching runs ahead of the
-broadcast as far as slots are free: with one slot everything takes turns.
+broadcast as far as slots are free: with one slot everything takes turns. Lanes in memory of GPUs
+are filled by workers: see `weightbus.consumers.transfer.device_pipeline`.
 
 Invariants: broadcasts of a group follow the order of the buckets on every member, and none begins
 before every member has room for it (and its root has the bytes), so that who waits in one waits for
@@ -14,11 +15,11 @@ he leaves. However the pipeline ends but well, all its blocks are given up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import ClassVar, Final
 
 import anyio
 
@@ -97,6 +98,11 @@ class Lane:
     filled: int = 0
     """The first so many buckets are filled."""
 
+    @property
+    def group(self) -> Exchange | None:
+        """Of several members; None: there is nothing to exchange."""
+        return self.exchange if self.exchange and self.exchange.size > 1 else None
+
     def root(self, bucket: int) -> int:
         """Which member of the group fetches a bucket."""
         return (bucket + self.number) % (self.exchange.size if self.exchange else 1)
@@ -117,6 +123,9 @@ class Pipeline:
         leave: called once if it fails before its lanes' ends: nobody shall wait for this member.
     """
 
+    begins_paused: ClassVar[bool] = False
+    """Whether nothing is fetched before the engine is paused."""
+
     def __init__(
         self,
         lanes: Sequence[Lane],
@@ -133,11 +142,15 @@ class Pipeline:
         assert len(fingerprint) == FINGERPRINT_BYTES
         self.lanes = tuple(lanes)
         self.readers = tuple(readers)
+        self.begun = anyio.Event()
+        """Set once the blocks' words are those of this turn, or it has ended."""
         self.primed = anyio.Event()
-        """Set once every slot that can be filled without readers is filled, or nothing will be."""
+        """Set once all is done that can be done without readers, or nothing will be."""
         self._plan, self._fetcher = plan, fetcher
         self._turn, self._stall_s = turn, stall_s
         self._fingerprint, self._leave = fingerprint, leave
+        self._tasks: tuple[Callable[[Lane], Awaitable[None]], ...] = (self._fetch, self._exchange)
+        """Of every lane, side by side."""
         self._slots = lanes[0].block.slots
         self._end = self._waiting_s = 0.0
         self._watch = Watch(readers, stall_s, None, 0)
@@ -150,13 +163,23 @@ class Pipeline:
     def is_shared(self) -> bool:
         """Whether others than this consumer's own engine depend on these lanes."""
         return not all(reader.own for reader in self.readers) or any(
-            lane.exchange is not None and lane.exchange.size > 1 for lane in self.lanes
+            lane.group is not None for lane in self.lanes
         )
 
     @property
     def has_all_lanes(self) -> bool:
         """Whether no lane of this host is another consumer's."""
         return len(self.lanes) == self._plan.lanes
+
+    def misses(self, others: Sequence[str], reason: str) -> bool:
+        """Whether a worker that misses a segment misses a lane of another consumer.
+
+        Args:
+            others: lanes of this host that this consumer does not own.
+            reason: what the worker says.
+        """
+        del reason  # it reads nothing but lanes, and those here are well
+        return bool(others)
 
     def timings(self, rank: int) -> tuple[StageTiming, ...]:
         """What the lanes of a rank took."""
@@ -194,6 +217,7 @@ class Pipeline:
         well = False
         for lane in self.lanes:
             lane.block.begin(self._turn)
+        self.begun.set()
         try:
             with anyio.fail_after(deadline_s):
                 await run_together(partial(self._run_lane, lane) for lane in self.lanes)
@@ -210,7 +234,7 @@ class Pipeline:
 
     async def _run_lane(self, lane: Lane) -> None:
         self._look_if_primed()
-        await run_together((partial(self._fetch, lane), partial(self._exchange, lane)))
+        await run_together(partial(task, lane) for task in self._tasks)
         await self._drain(lane)
 
     async def _fetch(self, lane: Lane) -> None:
@@ -221,18 +245,22 @@ class Pipeline:
                 if not lane.is_root(bucket):
                     continue
                 await self._until(partial(self._has_room, lane, bucket))
-                if reads := self._reads(lane, bucket):
-                    start_ns = time.time_ns()
-                    await self._fetcher.fetch(reads, self._stall_s)
-                    lane.fetch.add(start_ns, sum(read.size_bytes for read in reads))
-                    lane.fetched_s = anyio.current_time()
+                await self._bring(lane, self._reads(lane, bucket))
                 lane.fetched = bucket + 1
         except WeightBusError as error:
             lane.failure = error
 
+    async def _bring(self, lane: Lane, reads: Sequence[Read]) -> None:
+        if not reads:
+            return
+        start_ns = time.time_ns()
+        await self._fetcher.fetch(reads, self._stall_s)
+        lane.fetch.add(start_ns, sum(read.size_bytes for read in reads))
+        lane.fetched_s = anyio.current_time()
+
     async def _exchange(self, lane: Lane) -> None:
         """Every part, in order: broadcast it, then tell the readers."""
-        exchange = lane.exchange if lane.exchange and lane.exchange.size > 1 else None
+        exchange = lane.group
         if exchange is not None:
             await self._compare(exchange)
         for bucket in range(self._plan.buckets):
@@ -358,10 +386,10 @@ class Pipeline:
         if for_s <= self._waiting_s:
             return
         behind = self._behind(lane, bucket - self._slots + 1)
+        if not self._watch.told and (behind or self.begins_paused):
+            raise DeadlineExceeded("pause", self._waiting_s)
         if not behind:
             raise DeadlineExceeded("fetch", self._waiting_s)
-        if not self._watch.told:
-            raise DeadlineExceeded("pause", self._waiting_s)
         if for_s > self._waiting_s + NEIGHBOUR_STALLS * self._stall_s:
             number, done = behind[0]
             reason = f"it is at bucket {done}, and the group has waited for {for_s:.1f} s"

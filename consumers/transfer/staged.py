@@ -30,7 +30,9 @@ from weightbus.consumers.errors import (
     cause_of,
 )
 from weightbus.consumers.planning.buckets import BUCKETS_VERSION, BucketPlan, plan_buckets
+from weightbus.consumers.transfer.device_pipeline import DevicePipeline
 from weightbus.consumers.transfer.fetch import Fetcher
+from weightbus.consumers.transfer.filling import DeviceStaging
 from weightbus.consumers.transfer.pipeline import (
     FINGERPRINT_BYTES,
     Lane,
@@ -38,6 +40,7 @@ from weightbus.consumers.transfer.pipeline import (
     Reader,
     Timing,
 )
+from weightbus.consumers.transfer.preparing import prepare_ranks
 from weightbus.consumers.transfer.relay import run_relay
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec, StagingBlock
@@ -133,13 +136,15 @@ async def open_blocks(
     well = False
     try:
         for block in blocks:
-            await fetcher.adopt(block.address, block.size_bytes)
+            if block.size_bytes:
+                await fetcher.adopt(block.address, block.size_bytes)
         yield blocks
         well = True
     finally:
         with anyio.move_on_after(RELEASE_S, shield=True):
             for block in blocks:
-                await fetcher.release(block.address)
+                if block.size_bytes:
+                    await fetcher.release(block.address)
         if well and not fetcher.writing():
             pool.give_back(blocks)
         else:
@@ -178,6 +183,7 @@ async def bring_by_stream(
     turn: int,
     stall_s: float,
     deadline_s: float,
+    device: DeviceStaging | None = None,
     leave: Callable[[], None] = lambda: None,
 ) -> tuple[Applied, ...]:
     """Every byte once, through lanes of which this consumer owns some or all.
@@ -185,6 +191,7 @@ async def bring_by_stream(
     Args:
         names: of the blocks of all lanes of this host, in the lanes' order.
         readers: all workers of this host; the numbers of this engine's ranks are looked up here.
+        device: the lanes are device lanes, and how they are filled.
         leave: see `Pipeline`.
 
     Raises:
@@ -204,14 +211,27 @@ async def bring_by_stream(
         )
         for rank in transfer.ranks
     }
-    pipeline = Pipeline(
+    if device is not None:
+        feeds = {
+            rank: structs.replace(
+                feed,
+                slots=device.slots,
+                device=True,
+                fills=device.fills.get(rank, ()),
+                sources=device.sources,
+                readers=len(readers),
+            )
+            for rank, feed in feeds.items()
+        }
+    kind = Pipeline if device is None else partial(DevicePipeline, device=device)
+    pipeline = kind(
         lanes,
         plan,
         fetcher,
         readers,
         turn=turn,
         stall_s=stall_s,
-        fingerprint=_fingerprint(transfer.layout_digest, plan),
+        fingerprint=_fingerprint(transfer.layout_digest, plan, on_device=device is not None),
         leave=leave,
     )
 
@@ -219,8 +239,8 @@ async def bring_by_stream(
         await pipeline.run(SERVE_SHARE * clock.left_s())
 
     def go_on(error: WeightBusError) -> bool:
-        """Others do not suffer from what only this engine needs."""
-        return _needs_proof(error) and pipeline.is_shared
+        """Others do not suffer from what only this engine needs; its workers fill device lanes."""
+        return _needs_proof(error) and pipeline.is_shared and device is None
 
     try:
         applied = await _beside(transfer, feeds, clock, [serve], stall_s, pipeline, go_on)
@@ -346,6 +366,8 @@ async def _beside(
         try:
             with entering:
                 if pipeline is not None:
+                    await pipeline.begun.wait()
+                    await prepare_ranks(transfer, feeds, clock.left_s)
                     await pipeline.primed.wait()
                 await transfer.begin_write()
             if not failures:
@@ -369,9 +391,9 @@ async def _beside(
     return applied
 
 
-def _fingerprint(layout_digest: str, plan: BucketPlan) -> bytes:
+def _fingerprint(layout_digest: str, plan: BucketPlan, *, on_device: bool) -> bytes:
     """Of all that says which bytes go where: equal on hosts that cut a version alike."""
-    shape = f"{plan.bucket_bytes} {plan.lanes} {plan.buckets}"
+    shape = f"{plan.bucket_bytes} {plan.lanes} {plan.buckets}{' on devices' * on_device}"
     said = f"{BUCKETS_VERSION} {layout_digest} {shape}"
     return hashlib.sha256(said.encode()).digest()[:FINGERPRINT_BYTES]
 
@@ -392,12 +414,18 @@ def _touching(error: WeightBusError) -> WeightBusError:
 
 
 def _first_cause(error: ApplyFailed, pipeline: Pipeline, names: Sequence[str]) -> WeightBusError:
-    """While lanes of ours are well, a worker can only miss those of another consumer."""
-    if error.cause != SegmentUnavailable.__name__ or pipeline.has_all_lanes:
-        return error
+    """While lanes of ours are well, a worker can only miss those of another consumer, or members of
+    the groups that it broadcasts in."""
     own = {lane.block.name for lane in pipeline.lanes}
     others = [name for name in names if name not in own]
-    lost = PeerLost("of this host's lanes", others, error.reason)
+    if error.cause == PeerLost.__name__:
+        groups = [group for lane in pipeline.lanes if (group := lane.group) is not None]
+        members = sorted({name for group in groups for name in group.others})
+        lost = PeerLost(" and ".join(group.id for group in groups), members, error.reason)
+    elif error.cause == SegmentUnavailable.__name__ and pipeline.misses(others, error.reason):
+        lost = PeerLost("of this host's lanes", others, error.reason)
+    else:
+        return error
     return _touching(lost) if error.touched else lost
 
 

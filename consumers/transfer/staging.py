@@ -22,11 +22,14 @@ from weightbus.bus.blocks import SHM_DIRECTORY, STAGE_PREFIX, SharedBlock
 from weightbus.bus.errors import EndpointFailed, SharedMemoryFull, SharedMemoryUnavailable
 from weightbus.schemas.shared_memory import (
     MAX_READERS,
+    SHM_ADMITTED_OFFSET,
+    SHM_FETCHED_OFFSET,
     SHM_FILLED_OFFSET,
     SHM_GIVEN_UP_OFFSET,
     SHM_HEADER_BYTES,
     SHM_READERS_OFFSET,
     SHM_REQUEST_OFFSET,
+    SHM_STAGED_OFFSET,
     SHM_WANTED_OFFSET,
     TURN_BITS,
 )
@@ -107,11 +110,31 @@ class StagingBlock:
         assert 0 < turn <= _COUNT_MASK
         self._turn = turn
         self._words[SHM_GIVEN_UP_OFFSET // 8] = 0
-        self._words[SHM_FILLED_OFFSET // 8] = turn << TURN_BITS
+        self._words[SHM_FETCHED_OFFSET // 8] = 0
+        for offset_bytes in (SHM_FILLED_OFFSET, SHM_STAGED_OFFSET, SHM_ADMITTED_OFFSET):
+            self._words[offset_bytes // 8] = turn << TURN_BITS
 
     def filled(self, count: int) -> None:
         """The first `count` buckets are there (`Stream`), or request `count` is answered."""
         self._words[SHM_FILLED_OFFSET // 8] = self._turn << TURN_BITS | count
+
+    def staged(self, count: int) -> None:
+        """Device lanes: what the filler does not read itself of the first `count` buckets lies in
+        the slots here."""
+        self._words[SHM_STAGED_OFFSET // 8] = self._turn << TURN_BITS | count
+
+    def admitted(self, count: int) -> None:
+        """Device lanes: every member of the group is ready for the first `count` buckets."""
+        self._words[SHM_ADMITTED_OFFSET // 8] = self._turn << TURN_BITS | count
+
+    def filler_fetched(self) -> int:
+        """Device lanes: for so many buckets the filler has room, and what its host is the root of;
+        -1: it has not begun."""
+        return self._count(SHM_FETCHED_OFFSET)
+
+    def filler_filled(self) -> int:
+        """Device lanes: so many buckets the filler says can be read."""
+        return max(0, self._count(SHM_FILLED_OFFSET))
 
     def give_up(self) -> None:
         """Nothing more comes in this turn: readers raise at once."""
@@ -120,8 +143,7 @@ class StagingBlock:
     def done(self, reader: int) -> int:
         """How many buckets of this turn a reader has done with; -1: it has not begun."""
         assert 0 <= reader < MAX_READERS
-        word = self._words[SHM_READERS_OFFSET // 8 + reader]
-        return word & _COUNT_MASK if word >> TURN_BITS == self._turn else -1
+        return self._count(SHM_READERS_OFFSET + 8 * reader)
 
     def request(self, after: int) -> Request | None:
         """The request that follows number `after`, if the reader has made it."""
@@ -132,6 +154,11 @@ class StagingBlock:
         first = SHM_REQUEST_OFFSET // 8
         segment, window, slot = self._words[first : first + 3]
         return Request(number, segment, window, slot)
+
+    def _count(self, offset_bytes: int) -> int:
+        """What a word of others says in this turn; -1: nothing."""
+        word = self._words[offset_bytes // 8]
+        return word & _COUNT_MASK if word >> TURN_BITS == self._turn else -1
 
     def close(self) -> None:
         """Remove the name and the lock: readers see that the owner has left it. Idempotent.
@@ -295,7 +322,7 @@ class BlockPool:
         if need_bytes > have_bytes:
             raise SharedMemoryFull(str(self._directory), need_bytes, have_bytes)
         block = StagingBlock(spec, self._directory)
-        if self._registry is not None:
+        if self._registry is not None and block.size_bytes:
             try:
                 self._registry.register(block.address, block.size_bytes)
             except EndpointFailed as error:
