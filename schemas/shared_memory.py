@@ -55,9 +55,9 @@ SHM_HANDLE_SET_OFFSET = 120
 """Device lane: its filler's word: how often it has written a handle into this block; 0: not yet."""
 
 SHM_FETCHED_OFFSET = 128
-"""Device lane: its filler's word, `turn << TURN_BITS | parts`: for so many parts there was room in the
-device slots, and those that it is the root of are in them. A word of the turn, be it with no parts,
-says that the handle is that of the turn."""
+"""Device lane: its filler's word, `turn << TURN_BITS | parts`: for so many parts there was room in
+the device slots, and those that it is the root of are in them. A word of the turn, be it with no
+parts, says that the handle is that of the turn."""
 
 SHM_STAGED_OFFSET = 136
 """Device lane: the owner's word, `turn << TURN_BITS | parts`: of so many parts it has brought into
