@@ -19,7 +19,6 @@ Memory order: words are aligned 8-byte loads and stores, and x86-64 keeps stores
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import time
@@ -34,11 +33,12 @@ from weightbus.consumers.errors import SegmentUnavailable
 from weightbus.consumers.transfer.gpu import Gpu, OpenCuda, gpu_of
 from weightbus.consumers.transfer.opening import (
     file_identity,
+    is_orphan,
     open_own_block,
     read_header,
     too_short,
 )
-from weightbus.consumers.transfer.segments import KEPT_UPDATES
+from weightbus.consumers.transfer.segments import KEPT_OPENINGS
 from weightbus.schemas.shared_memory import (
     SHM_FILLED_OFFSET,
     SHM_GIVEN_UP_OFFSET,
@@ -122,7 +122,7 @@ class StagingBlock:
 
     def is_orphan(self) -> bool:
         """Whether the owner is gone."""
-        return _is_orphan(self._fd)
+        return is_orphan(self._fd)
 
     def register(self, gpu: Gpu) -> None:
         """Let a GPU read all of it at its addresses here, until `close`.
@@ -211,7 +211,7 @@ class StagingCache:
         try:
             if not _is_ready(name, fd, size_bytes):
                 return None
-            if _is_orphan(fd):
+            if is_orphan(fd):
                 if orphan_may_go:
                     return None
                 raise SegmentUnavailable(name, "without its owner", "must be filled by it")
@@ -241,7 +241,7 @@ class StagingCache:
 
     def _close_unused(self) -> None:
         for name, block in list(self._blocks.items()):
-            if block.used <= self._transfer - KEPT_UPDATES:
+            if block.used <= self._transfer - KEPT_OPENINGS:
                 self._blocks.pop(name).close()
 
 
@@ -330,13 +330,4 @@ def _is_ready(name: str, fd: int, size_bytes: int) -> bool:
     found = min(promised, os.fstat(fd).st_size - SHM_HEADER_BYTES)
     if found < size_bytes:
         raise too_short(name, found, size_bytes)
-    return True
-
-
-def _is_orphan(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    fcntl.flock(fd, fcntl.LOCK_UN)
     return True

@@ -6,6 +6,7 @@ descriptor, not by its name: nobody can put another file under it in between.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ __all__ = (
     "check_promise",
     "check_stamp",
     "file_identity",
+    "is_orphan",
     "open_block",
     "open_file",
     "open_own_block",
@@ -88,6 +90,17 @@ def open_block(segment: SharedMemorySegment, size_bytes: int, host_id: str, acce
         found = min(promised, os.fstat(fd).st_size - SHM_HEADER_BYTES)
         check_promise(segment.name, found, size_bytes, generation, segment.generation)
     return fd
+
+
+def is_orphan(fd: int) -> bool:
+    """Whether the owner of a block is gone: it holds a lock as long as it lives. The lock is only
+    tried, and given back at once."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
 
 
 def read_header(name: str, header: bytes) -> tuple[int, int]:

@@ -39,8 +39,10 @@ from weightbus.consumers.transfer.opening import (
     check_promise,
     check_stamp,
     file_identity,
+    is_orphan,
     open_block,
     open_file,
+    open_own_block,
     read_header,
     too_short,
 )
@@ -57,11 +59,15 @@ __all__ = (
     "probe_segment",
 )
 
-KEPT_UPDATES: Final = 2
-"""Mappings that so many updates did not use are closed: a publisher takes two slots in turn."""
+KEPT_OPENINGS: Final = 4
+"""Handles of GPU memory that so many openings did not use are closed: a publisher takes two slots
+in turn, and an update opens twice, once to prepare. 0 would close all with every opening, before
+the update's lease ends."""
 
-KEPT_HANDLES_UPDATES: Final = KEPT_UPDATES
-"""The same of handles of GPU memory. 0 would close all with every update, before its lease ends."""
+KEPT_MAPPINGS: Final = 64
+"""Unused blocks that stay mapped and registered, while their owners live. An engine that skips
+versions, or follows slowly, finds both slots of its publisher as it left them; to register one anew
+takes 0.3 s per 8 GiB. Beyond that, the longest unused go."""
 
 COPY_BYTES: Final = 16 * 2**20
 """Of a GPU's memory, copied at a time."""
@@ -215,6 +221,8 @@ class SegmentCache:
     ) -> Iterator[tuple[OpenSegment, ...]]:
         """Open every segment of one version; mappings and handles are kept for the next one.
 
+        To open a version and close it at once prepares it: the next opening has little to do.
+
         Whoever leaves this has the device synchronised.
 
         Raises:
@@ -317,11 +325,13 @@ class SegmentCache:
         return OpenDevice(name, gpu, handle, size_bytes, segment.generation)
 
     def _close_unused(self) -> None:
-        for name, mapping in list(self._mappings.items()):
-            if mapping.used <= self._update - KEPT_UPDATES:
-                self._mappings.pop(name).close()
+        unused = [one for one in self._mappings.values() if one.used < self._update]
+        unused.sort(key=lambda mapping: mapping.used, reverse=True)
+        for place, mapping in enumerate(unused):
+            if place >= KEPT_MAPPINGS or not _is_owned(mapping):
+                self._mappings.pop(mapping.name).close()
         if self._gpu is not None:
-            self._gpu.close_handles(used_before=self._update - KEPT_HANDLES_UPDATES + 1)
+            self._gpu.close_handles(used_before=self._update - KEPT_OPENINGS + 1)
 
 
 def probe_segment(segment: Segment, size_bytes: int, host_id: str, roots: Sequence[str]) -> None:
@@ -372,7 +382,7 @@ class _Mapping:
         self.name = name
         self.identity = file_identity(status)
         self.used = 0
-        """Number of the update that opened it last."""
+        """Number of the opening that used it last."""
         self._writable = writable
         self._gpu: Gpu | None = None
         rights = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -411,6 +421,18 @@ class _Mapping:
             return
         del self.bytes, self._generation
         self._map.close()
+
+
+def _is_owned(mapping: _Mapping) -> bool:
+    """Whether a block is still the one of its name, and its owner lives."""
+    try:
+        fd = open_own_block(mapping.name, os.O_RDONLY)
+    except SegmentUnavailable:
+        return False
+    try:
+        return file_identity(os.fstat(fd)) == mapping.identity and not is_orphan(fd)
+    finally:
+        os.close(fd)
 
 
 def _not_of_this_host(segment: Segment) -> SegmentUnavailable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,8 +18,8 @@ from weightbus.bus.errors import CudaUnavailable
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
 from weightbus.consumers.transfer.gpu import Gpu, check_cuda_segment, is_gpu
 from weightbus.consumers.transfer.segments import (
-    KEPT_HANDLES_UPDATES,
-    KEPT_UPDATES,
+    KEPT_MAPPINGS,
+    KEPT_OPENINGS,
     OpenDevice,
     OpenMemory,
     SegmentCache,
@@ -139,7 +139,7 @@ def test_handle_is_opened_once_and_closed_once_when_slots_take_turns(trainer: Tr
             with cache.open_all([segment, segment], [200, 100]) as opened:
                 assert len(opened) == 2
         assert worker.calls["open_handle"] == 2
-        for _ in range(KEPT_HANDLES_UPDATES):
+        for _ in range(KEPT_OPENINGS):
             with cache.open_all([segment_of(blocks[1])], [200]):
                 pass
         assert +worker.opened == {(0, blocks[1].address - SHM_HEADER_BYTES): 1}
@@ -362,9 +362,15 @@ def test_block_is_unregistered_before_it_is_unmapped_when_unused_or_made_anew() 
         with open_block(DATA, HOST) as block, open_block(DATA, HOST) as other:
             with cache.open_all([block.segment()], [200]):
                 pass
-            for _ in range(KEPT_UPDATES):
+            for _ in range(9):  # an engine that skips versions meets a slot again late
                 with cache.open_all([other.segment()], [200]):
                     pass
+            assert len(cuda.registered) == 2
+            with cache.open_all([block.segment()], [200]):
+                assert cuda.calls["register"] == 2
+            block.unlink()
+            with cache.open_all([other.segment()], [200]):
+                pass
             assert len(cuda.registered) == 1
             assert rights(block) == []
         for value in (1, 2):
@@ -374,6 +380,20 @@ def test_block_is_unregistered_before_it_is_unmapped_when_unused_or_made_anew() 
             ):
                 assert isinstance(opened, OpenMemory)
                 assert ctypes.string_at(opened.address, 50) == bytes([value]) * 50
+    cuda.assert_clean()
+
+
+def test_blocks_beyond_the_most_that_are_kept_are_unregistered_the_longest_unused_first() -> None:
+    cuda = FakeCuda()
+    with reading(cuda) as cache, ExitStack() as stack:
+        blocks = [stack.enter_context(open_block(bytes(8), HOST)) for _ in range(KEPT_MAPPINGS + 2)]
+        for block in blocks:
+            with cache.open_all([block.segment()], [8]):
+                pass
+        assert len(cuda.registered) == KEPT_MAPPINGS + 1
+        assert rights(blocks[0]) == []
+        with cache.open_all([block.segment() for block in blocks], [8] * len(blocks)):
+            assert len(cuda.registered) == len(blocks), "what is read is never too much"
     cuda.assert_clean()
 
 

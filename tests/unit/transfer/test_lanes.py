@@ -19,7 +19,7 @@ from tests.unit.transfer.staging import Owner, open_staging
 from weightbus.consumers.errors import DeadlineExceeded, SegmentUnavailable
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.transfer.lanes import Lanes, StagingCache
-from weightbus.consumers.transfer.segments import KEPT_UPDATES
+from weightbus.consumers.transfer.segments import KEPT_OPENINGS
 from weightbus.schemas.shared_memory import (
     SHM_FILLED_OFFSET,
     SHM_HEADER_BYTES,
@@ -110,7 +110,7 @@ def test_blocks_are_registered_once_whole_when_the_worker_is_on_a_gpu(owner: Own
         with cache.open_all(owner.names, 4096, TURN, long()) as blocks:
             registered = {block.address - SHM_HEADER_BYTES: whole for block in blocks}
             assert cuda.registered == registered
-    for _ in range(KEPT_UPDATES):
+    for _ in range(KEPT_OPENINGS):
         with cache.open_all(owner.names[:1], 4096, TURN, long()) as blocks:
             pass
     assert list(cuda.registered) == [blocks[0].address - SHM_HEADER_BYTES]
@@ -322,7 +322,7 @@ def test_mapping_is_kept_while_used_and_replaced_when_the_block_is_made_anew(
             with cache.open_all([first_name], 4096, TURN, long()) as (block,):
                 assert bytes(block.data[:3]) == b"new"
             assert mapped(second_name)
-            for _ in range(KEPT_UPDATES):
+            for _ in range(KEPT_OPENINGS):
                 with cache.open_all([first_name], 4096, TURN, long()):
                     pass
             assert not mapped(second_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ from tests.unit.transfer.blocks import Block, open_block
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
 from weightbus.consumers.transfer.opening import stamped
 from weightbus.consumers.transfer.segments import (
-    KEPT_UPDATES,
     OpenFile,
     OpenMemory,
     SegmentCache,
@@ -79,13 +79,27 @@ def test_mapping_is_kept_when_its_slot_comes_back(block: Block, cache: SegmentCa
                 addresses.append(opened.address)
         assert addresses[0] == addresses[2]
         assert addresses[1] == addresses[3]
-        for _ in range(KEPT_UPDATES):
-            with cache.open_all([other.segment()], [200]):
-                pass
-        assert not mapped_for_reading(block)
-        assert mapped_for_reading(other)
     cache.close()
+    assert not mapped_for_reading(block)
     assert not mapped_for_reading(other)
+
+
+def test_mapping_is_closed_when_its_owner_is_gone_and_it_is_not_read(
+    block: Block, cache: SegmentCache
+) -> None:
+    with open_block(bytes(200), HOST) as other:
+        for _ in range(2):
+            for one in (other, block):
+                with cache.open_all([one.segment()], [200]):
+                    pass
+        fcntl.flock(other.fd, fcntl.LOCK_UN)  # as when a process is killed: its file stays
+        with cache.open_all([other.segment()], [200]):
+            assert mapped_for_reading(other), "what is read stays"
+        assert mapped_for_reading(other)
+        with cache.open_all([block.segment()], [200]):
+            pass
+        assert not mapped_for_reading(other)
+        assert mapped_for_reading(block)
 
 
 def test_block_is_mapped_again_when_made_anew_under_its_name(cache: SegmentCache) -> None:
