@@ -18,6 +18,7 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
+from weightbus.bus.cuda import host_device_uuids
 from weightbus.bus.endpoint import Endpoint
 from weightbus.bus.errors import RemoteReadFailed
 from weightbus.consumers.errors import (
@@ -33,6 +34,7 @@ from weightbus.consumers.transfer.fetch import (
     ReplaceableFetcher,
     open_fetcher,
 )
+from weightbus.consumers.transfer.gpu import check_cuda_segment
 from weightbus.consumers.transfer.remote import open_remote_fetcher, read_generations
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.consumers.transfer.segments import nearest_way, probe_segment
@@ -40,6 +42,7 @@ from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import (
+    CudaSegment,
     FileSegment,
     Placement,
     RemoteSegment,
@@ -104,6 +107,22 @@ class Sources:
                 raise RouteUnavailable(route, str(error)) from error
         return tuple(ways)
 
+    def of_workers(
+        self, placement: Placement, ways: Sequence[Segment], *, gpus: bool
+    ) -> tuple[Segment | None, ...]:
+        """For every segment, how a worker on a GPU of this host reads it itself; None: it does not.
+
+        Args:
+            ways: as `reach` found them.
+            gpus: whether memory of GPUs is tried where no memory of the host is offered.
+        """
+        mine: list[Segment | None] = []
+        for offered, way in zip(placement, ways, strict=True):
+            found = way if isinstance(way, SharedMemorySegment) else None
+            on_gpus = [one for one in offered if gpus and isinstance(one, CudaSegment)]
+            mine.append(found or next(filter(self._is_here, on_gpus), None))
+        return tuple(mine)
+
     def open(
         self, transfer: Transfer, ways: Sequence[Segment], deadline_s: float
     ) -> AbstractAsyncContextManager[Fetcher]:
@@ -149,6 +168,13 @@ class Sources:
                 fetcher = ReplaceableFetcher(copy.name, first, fetcher, copy.is_offered)
                 break
             yield fetcher
+
+    def _is_here(self, way: CudaSegment) -> bool:
+        try:
+            check_cuda_segment(way, self._host_id, host_device_uuids())
+        except SegmentUnavailable:
+            return False
+        return True
 
     def _nearest(
         self, number: int, ways: Sequence[Segment], size_bytes: int, probe: _RemoteProbe
