@@ -10,6 +10,7 @@ none moves more than `TILE_BYTES`; none lies outside its segment or its paramete
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,9 +95,6 @@ _GATHER_COLS = 256
 """Columns of a tile whose units do not lie side by side: about as many as rows, so that a transpose
 touches few cache lines on either side."""
 
-_SHUFFLE_SEED = 20_261_101
-"""Neighbouring tiles would meet in one memory channel; any fixed order that parts them will do."""
-
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
@@ -104,7 +102,7 @@ class TilePlan:
 
     needs: Needs
     tiles: npt.NDArray[np.void]
-    """[N] of `TILE`, in shuffled order."""
+    """[N] of `TILE`, in shuffled order: see `_shuffled`."""
     pieces: Pieces
     """The same bytes as strided blocks, in the order of the copies."""
     segment_ends: Integers
@@ -266,7 +264,7 @@ def cut_tiles(pieces: Pieces, most_units: int = TILE_BYTES) -> npt.NDArray[np.vo
     total = int(counts.sum())
     if total > MAX_TILES:
         raise PlanError("needs", f"{total} tiles", f"at most {MAX_TILES}")
-    order = np.random.default_rng(_SHUFFLE_SEED).permutation(total)
+    order = _shuffled(pieces, total)
     piece = np.repeat(np.arange(len(pieces)), counts)[order]
     left = order - (np.cumsum(counts) - counts)[piece]  # number of the tile in its piece
     indexed = pieces if isinstance(pieces, IndexedPieces) else None
@@ -295,6 +293,17 @@ def cut_tiles(pieces: Pieces, most_units: int = TILE_BYTES) -> npt.NDArray[np.vo
         tiles["piece"], tiles["cell"], tiles["index"] = piece, indexed.cell[piece], place
         tiles["index_col"], tiles["index_row"] = indices[piece, 0], indices[piece, 1]
     return tiles
+
+
+def _shuffled(pieces: Pieces, tiles: int) -> Integers:
+    """An order of so many tiles, always the same for the same pieces.
+
+    Neighbouring tiles would meet in one memory channel, and ranks that went the same way in one
+    GPU. What a rank reads of where decides its order, so that ranks differ; those that need the
+    very same take the same order, and meet in the caches.
+    """
+    seed = zlib.crc32(pieces.source.tobytes(), zlib.crc32(pieces.segment.tobytes()))
+    return np.random.default_rng(seed).permutation(tiles)
 
 
 def _with_rows(pieces: Pieces) -> tuple[Integers, Integers, Integers, Integers]:

@@ -1,17 +1,19 @@
 """A GPU as torch sees it: one stream, memory by address, and errors that are ours.
 
-Owns a stream. Work is queued inside `work`, and all of it is done when `work` ends, also by an
-error: only then may the memory that it touches go away.
+Owns a stream, and what it asked of the driver until the last tensor of it is gone. Work is queued
+inside `work`, and all of it is done when `work` ends, also by an error: only then may the memory
+that it touches go away.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
+import logging
 import subprocess
 import time
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -20,15 +22,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightbus.bus.errors import CudaFailed
+from weightbus.bus.cuda import CudaRuntime, open_cuda
+from weightbus.bus.errors import CudaFailed, CudaUnavailable
 
 __all__ = ("Accelerator", "CudaAccelerator")
 
 _POLL_S: Final = 20e-6
 """Between two looks at the device: short beside an update, and other threads run meanwhile."""
 
-_PROGRAMS_PER_PROCESSOR: Final = {"host": 1, "device": 8}
-"""Programs of a kernel that saturate PCIe, or NVLink (lab/RESULTS.md)."""
+_PROGRAMS_PER_PROCESSOR: Final = 8
+"""Programs of a kernel that saturate what they read from. On an H200, digested: from the host 50
+GB/s with 1 as with 8, from its own memory 937 with 4 and 960 with 8, read back 1143
+(`benchmarks/gather.py`)."""
+
+_DRIVER_BYTES: Final = 2**20
+"""Memory of this size and more is asked of the driver, which gives multiples of 2 MiB: torch's
+allocator would take 20 MiB at a time of what is smaller than 10, and keep it."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Accelerator(ABC):
@@ -52,9 +63,10 @@ class Accelerator(ABC):
     def downloaded(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in main memory, which is there once `work` has ended."""
 
+    @property
     @abstractmethod
-    def programs(self, sources: Iterable[int]) -> int:
-        """How many programs of a kernel read at such addresses at the speed of the link."""
+    def programs(self) -> int:
+        """How many programs of a kernel read at the speed of the link, wherever that leads."""
 
     def kernels(self) -> ModuleType:
         """What is written in Triton, which is loaded when it is first asked for."""
@@ -66,7 +78,16 @@ class Accelerator(ABC):
         Raises:
             CudaFailed: the device has no room for it.
         """
-        return torch.from_numpy(np.ascontiguousarray(integers)).to(self.device, copy=True)
+        data = torch.from_numpy(np.ascontiguousarray(integers))
+        return self.allocated(data.nbytes).view(data.dtype).view(data.shape).copy_(data)
+
+    def allocated(self, size_bytes: int) -> torch.Tensor:
+        """[size_bytes] of uint8: new memory of the device, as long as the tensor is there.
+
+        Raises:
+            CudaFailed: the device has no room for it.
+        """
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
 
 class CudaAccelerator(Accelerator):
@@ -97,8 +118,22 @@ class CudaAccelerator(Accelerator):
                     self._wait()
 
     def uploaded(self, integers: npt.NDArray[np.int64]) -> torch.Tensor:
-        with _as_ours(f"{integers.nbytes:,} bytes of a table", self.device):
+        with (
+            _as_ours(f"{integers.nbytes:,} bytes of a table", self.device),
+            torch.cuda.device(self.device),
+            torch.cuda.stream(self._stream),  # who serves has others
+        ):
             return super().uploaded(integers)
+
+    def allocated(self, size_bytes: int) -> torch.Tensor:
+        if size_bytes >= _DRIVER_BYTES:
+            try:
+                memory = _Owned(open_cuda(), self.device.index, size_bytes)
+                return torch.as_tensor(memory, device=self.device)
+            except (CudaFailed, CudaUnavailable) as error:
+                _logger.info("torch is asked for %d bytes: %s", size_bytes, error)
+        with _as_ours(f"{size_bytes:,} bytes", self.device):
+            return super().allocated(size_bytes)  # torch gives up first what it only keeps
 
     def memory(self, address: int, size_bytes: int) -> torch.Tensor:
         return torch.as_tensor(_Raw(address, size_bytes), device=self.device)
@@ -107,9 +142,9 @@ class CudaAccelerator(Accelerator):
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return copy.copy_(tensor, non_blocking=True)
 
-    def programs(self, sources: Iterable[int]) -> int:
-        place = "host" if any(map(_is_host_memory, sources)) else "device"
-        return self._processors * _PROGRAMS_PER_PROCESSOR[place]
+    @property
+    def programs(self) -> int:
+        return self._processors * _PROGRAMS_PER_PROCESSOR
 
     def _wait(self) -> None:
         """Until the stream is done; other threads run meanwhile."""
@@ -131,10 +166,21 @@ class _Raw:
         }
 
 
-def _is_host_memory(address: int) -> bool:
-    """Whether CUDA knows an address as registered memory of the host. Touches nothing there."""
-    byte = (ctypes.c_char * 1).from_address(address)
-    return torch.frombuffer(byte, dtype=torch.uint8).is_pinned()
+class _Owned(_Raw):
+    """Memory that is freed with the last tensor that shows it: torch keeps this as long. Freeing
+    waits for the device."""
+
+    def __init__(self, cuda: CudaRuntime, device: int, size_bytes: int) -> None:
+        address = cuda.allocate(device, size_bytes)
+        super().__init__(address, size_bytes)
+        weakref.finalize(self, _free, cuda, device, address).atexit = False
+
+
+def _free(cuda: CudaRuntime, device: int, address: int) -> None:
+    try:
+        cuda.free(device, address)
+    except CudaFailed as error:
+        _logger.warning("memory stays until this process ends: %s", error)
 
 
 @contextmanager

@@ -24,12 +24,15 @@ from weightbus.schemas.worker import Cell
 if TYPE_CHECKING:
     from weightbus.consumers.reload.threads import Threads
 
-__all__ = ("PORTION_BYTES", "Executor", "Sums", "check_device", "make_executor")
+__all__ = ("PORTION_BYTES", "WHOLE_PLAN", "Executor", "Sums", "check_device", "make_executor")
 
 Sums = npt.NDArray[np.uint64]
 
 PORTION_BYTES: Final = 256 * 2**20
 """Of segments that one portion spans, unless a single copy spans more."""
+
+WHOLE_PLAN: Final = 2**63 - 1
+"""As `PORTION_BYTES`: all of a plan is one portion."""
 
 
 class Executor(ABC):

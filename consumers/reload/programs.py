@@ -15,6 +15,7 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightbus.consumers.planning.gathers import Block, plan_gathers
@@ -76,8 +77,8 @@ class Program:
     block_offsets: Integers
     cells: Integers
     """Numbers of the cells that it digests, by the place of their sums."""
-    whole_cells: Integers
-    """Those of them that it digests whole."""
+    is_whole: npt.NDArray[np.bool_]
+    """For every cell of the executor: whether it digests all of it."""
     read: Extents
     """Of segments."""
     written: Extents
@@ -180,7 +181,7 @@ class Programs:
             batches=(),
             block_offsets=np.zeros(0, dtype=np.int64),
             cells=cells,
-            whole_cells=cells,
+            is_whole=_mask(cells, self._cell_bytes.size),
             read=_extents(pieces.segment, pieces.source, pieces.source_strides, pieces),
             written=_extents(none.parameter, none.destination, none.destination_strides, none),
         )
@@ -242,7 +243,7 @@ class Programs:
             ),
             block_offsets=offsets,
             cells=cells,
-            whole_cells=cells[held == self._cell_bytes[cells]],
+            is_whole=_mask(cells[held == self._cell_bytes[cells]], self._cell_bytes.size),
             read=_extents(pieces.segment, pieces.source, pieces.source_strides, pieces),
             written=_extents(
                 direct.parameter, direct.destination, direct.destination_strides, direct
@@ -268,6 +269,13 @@ def _residues(bound: BoundTiles) -> tuple[Integers, Integers]:
         bound.segment_addresses % MAX_UNIT_BYTES,
         bound.parameter_addresses % MAX_UNIT_BYTES,
     )
+
+
+def _mask(numbers: Integers, count: int) -> npt.NDArray[np.bool_]:
+    """[count]: which of so many are among some numbers."""
+    mask = np.zeros(count, dtype=np.bool_)
+    mask[numbers] = True
+    return mask
 
 
 def _cell_bytes(pieces: IndexedPieces, count: int) -> Integers:

@@ -26,7 +26,7 @@ __all__ = ("CellsOf", "Split", "split_update")
 CellsOf = Mapping[int, Sequence[int]]
 """Tensor -> numbers of some of its cells."""
 
-Steps = tuple[tuple[Portion, tuple[int, ...]], ...]
+Steps = tuple[tuple[Portion, npt.NDArray[np.int64]], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def split_update(
 
 def _steps(
     portions: Sequence[Portion], copy_of_cell: Sequence[int]
-) -> Iterator[tuple[Portion, tuple[int, ...]]]:
+) -> Iterator[tuple[Portion, npt.NDArray[np.int64]]]:
     """Every portion, with the cells of the copies that it holds; the first takes those of none."""
     portion_of = dict.fromkeys(copy_of_cell, 0)
     for number, portion in enumerate(portions):
@@ -125,4 +125,5 @@ def _steps(
     digested: list[list[int]] = [[] for _ in portions]
     for cell, copy in enumerate(copy_of_cell):
         digested[portion_of[copy]].append(cell)
-    return ((portion, tuple(found)) for portion, found in zip(portions, digested, strict=True))
+    for portion, found in zip(portions, digested, strict=True):
+        yield portion, np.array(found, dtype=np.int64)

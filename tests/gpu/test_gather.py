@@ -24,7 +24,6 @@ from weightbus.bus.cuda import open_cuda
 from weightbus.bus.digest import digest_tensor
 from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles, plan_tiles
-from weightbus.consumers.reload.accelerator import CudaAccelerator
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.executor import Executor, make_executor
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -287,20 +286,6 @@ def test_large_copy_is_whole_and_one_flipped_bit_is_seen(place: Place) -> None:
     parameters.flip(0, 12_345_678)
     assert gpu.digest_cells(bound).tolist() != [digest_tensor(data)]
     assert gpu.changed_parameter(bound) == 0
-
-
-@pytest.mark.parametrize("where", ["pinned", "registered", "local"])
-def test_launch_is_sized_by_where_the_source_is(where: str, holding: ExitStack) -> None:
-    data = np.zeros(1000, dtype=np.uint8)
-    accelerator = CudaAccelerator(torch.device(DEVICE))
-    address = (
-        registered(holding, data, 3)
-        if where == "registered"
-        else copied(holding, data, 3, DEVICE if where == "local" else where)
-    )
-    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    assert accelerator.programs([address]) == processors * (8 if where == "local" else 1)
-    assert accelerator.programs([]) == processors * 8
 
 
 def test_kernel_that_cannot_be_built_is_an_error_of_ours_and_the_gpu_goes_on(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -43,8 +43,6 @@ class HostAccelerator(Accelerator):
 
     def __init__(self) -> None:
         self.is_working = False
-        self.sources: set[int] = set()
-        """Addresses that were to be read, of all launches."""
 
     @contextmanager
     def work(self, what: str) -> Iterator[None]:
@@ -67,8 +65,8 @@ class HostAccelerator(Accelerator):
     def kernels(self) -> ModuleType:
         return _loaded[-1]
 
-    def programs(self, sources: Iterable[int]) -> int:
-        self.sources.update(sources)
+    @property
+    def programs(self) -> int:
         return PROGRAMS
 
 

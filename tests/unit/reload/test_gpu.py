@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from tests.unit.planning.worlds import UNWRITTEN, Bytes, World, make_world, memory_bytes
-from tests.unit.reload.interpreted import HostAccelerator, interpreted_executor, interpreting
+from tests.unit.reload.interpreted import interpreted_executor, interpreting
 from tests.unit.reload.test_cpu import (
     address_of,
     bind,
@@ -34,7 +34,6 @@ from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles,
 from weightbus.consumers.reload.cpu import CpuExecutor
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.executor import Executor
-from weightbus.consumers.reload.gpu import GpuExecutor
 from weightbus.consumers.reload.portions import cut_portions
 from weightbus.consumers.reload.programs import BLOCK_BYTES
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -306,17 +305,6 @@ def test_nothing_is_launched_when_a_tile_would_leave_its_parameter() -> None:
         with pytest.raises(PlanError, match=f"{thing} is 399 bytes long"):
             executor.move(short)
     assert (memory == UNWRITTEN).all()
-
-
-def test_addresses_that_are_read_are_those_that_the_device_is_asked_about() -> None:
-    layout, needs, data = one_copy("F32", (100,), "F32", (1,))
-    copy = structs.replace(needs.copies[0], starts=(60,), sizes=(30,))
-    needs = structs.replace(needs, copies=(copy,))
-    (memory,) = new_memories(needs)
-    accelerator = HostAccelerator()
-    executor = GpuExecutor(layout, needs, [], accelerator)
-    executor.move(bind(layout, needs, [data], [memory]))
-    assert accelerator.sources == {address_of(data) + 240}
 
 
 def test_transformed_cell_keeps_its_digest_when_its_source_changes_later(make: Make) -> None:

@@ -29,7 +29,11 @@ class Words:
 
     def filled(self, turn: int) -> int:
         """How many buckets are filled in a turn."""
-        word = self.word(SHM_FILLED_OFFSET)
+        return self.count(SHM_FILLED_OFFSET, turn)
+
+    def count(self, offset_bytes: int, turn: int) -> int:
+        """What a word counts in a turn."""
+        word = self.word(offset_bytes)
         return word & 0xFFFFFFFF if word >> TURN_BITS == turn else 0
 
     @property
