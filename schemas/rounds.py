@@ -59,7 +59,8 @@ class RankOffer(Struct, frozen=True, kw_only=True):
     needs_digest: ObjectDigest
     need_bytes: SizeBytes
     free_bytes: SizeBytes = 0
-    """Memory that staging of all ranks of its engine may take on this host; 0: any."""
+    """Memory that staging of all ranks of its engine may take on this host; 0: any. Of a rank on a
+    GPU no more than is free there."""
     routes: Annotated[tuple[RouteName, ...], Meta(max_length=3)]
     """Routes this rank can take for this version, nearest first."""
 
@@ -80,6 +81,10 @@ class Links(Struct, frozen=True, kw_only=True):
     """One broadcast in a process group: what its receivers get."""
     p2p: Rate = 0
     """What the transfer engine of one process reads in all, or serves in all."""
+    device: Rate = 0
+    """Mapped memory of the host -> one GPU, by its copy engine; every GPU has a link of its own."""
+    peer: Rate = 0
+    """What one GPU reads of memory of the others of its host."""
     cards: Annotated[int, Meta(ge=1, le=1024)] = 1
     """Network cards that can be used side by side."""
 

@@ -191,6 +191,8 @@ _CONSUMER: Final[tuple[Message, ...]] = (
             network=12_500_000_000,
             broadcast=3 * 10**9,
             p2p=2 * 10**9,
+            device=55 * 10**9,
+            peer=390 * 10**9,
             cards=8,
         ),
         rendezvous="tcp://10.0.0.1:29500",
