@@ -105,7 +105,8 @@ def _show(explanation: Explanation, explained: bool) -> None:
     if explanation.lanes:
         lanes, slots = counted(explanation.lanes, "lane"), counted(explanation.slots, "slot")
         size = f"{explanation.bucket_bytes / 2**20:,g} MiB"
-        click.echo(f"broadcast in {lanes}; {slots} of {size} each")
+        where = " in memory of its GPU" if explanation.device else ""
+        click.echo(f"broadcast in {lanes}; {slots} of {size} each{where}")
     alike: dict[Hashable, list[PartExplained]] = {}
     for part in explanation.parts:
         alike.setdefault(_likeness(part), []).append(part)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from weightbus.bus.files import expand_index_files, read_layout_of_files
 from weightbus.consumers.errors import SegmentUnavailable
+from weightbus.consumers.planning.source import SourceMemory
 from weightbus.consumers.transfer.opening import stamped
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.layout_codec import encode_layout, layout_digest
@@ -45,6 +46,15 @@ class Manifest:
     def in_files(self) -> bool:
         """Whether it lies in files alone."""
         return all(isinstance(way, FileSegment) for offered in self.placement for way in offered)
+
+    @property
+    def memory(self) -> SourceMemory:
+        """In which its host reads it: what is offered in memory of GPUs is read there."""
+        kinds = [{type(way) for way in offered} for offered in self.placement]
+        if any(CudaSegment in offered for offered in kinds):
+            return "gpus"
+        whole = bool(kinds) and all(SharedMemorySegment in offered for offered in kinds)
+        return "host" if whole else "other"
 
 
 def read_manifest(files: Sequence[str], roots: Sequence[str]) -> Manifest:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from msgspec import structs
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.routes import PlanSource, plan_round
+from weightbus.consumers.planning.routes import plan_round
+from weightbus.consumers.planning.source import PlanSource
 from weightbus.consumers.round.config import PlanRequest
 from weightbus.schemas.rounds import RoundPlan
 
@@ -29,7 +30,12 @@ def plan_request(request: PlanRequest) -> RoundPlan:
         late=request.late,
         commit=request.commit,
         budgets=request.budgets,
-        source=PlanSource(hosts=origin.hosts, layout_bytes=origin.layout_bytes, files=origin.files),
+        source=PlanSource(
+            hosts=origin.hosts,
+            layout_bytes=origin.layout_bytes,
+            files=origin.files,
+            memory=origin.memory,
+        ),
     )
     if decision.plan is None:
         reasons = "; ".join(f"{engine}: {reason}" for engine, reason in decision.refused.items())

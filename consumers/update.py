@@ -103,7 +103,10 @@ class Prepared:
     def origin(self) -> Origin:
         manifest = self.manifest
         return Origin(
-            layout_bytes=self.binding.layout_bytes, hosts=self.hosts, files=manifest.in_files
+            layout_bytes=self.binding.layout_bytes,
+            hosts=self.hosts,
+            files=manifest.in_files,
+            memory=manifest.memory,
         )
 
 

@@ -5,6 +5,10 @@ for want of memory, may leave a peer alone, so that everyone is looked at again 
 changes. Then it compares: the broadcast of all who could share one, that of their fastest hosts
 alone, for a few numbers of hosts, and each for itself.
 
+Then replicas are looked at: engines of one host that could read its memory in place (`sharing.py`).
+They share a broadcast only if that is much sooner for each of them, and no other engine loses by
+it.
+
 - Whoever would take much longer in a broadcast than alone is not kept in it, unless the last
   engine of all ends sooner for it.
 - Of what is left, what ends soonest counts, then the sum of all engines' times, and if these are
@@ -21,10 +25,20 @@ from msgspec import Struct, structs
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.cost import RouteCost, Site, Situation, assume, predict
 from weightbus.consumers.planning.groups import lanes_of, plan_groups, plan_lanes
-from weightbus.consumers.planning.sharing import Sharing, find_sharers, offers
+from weightbus.consumers.planning.limits import PlanLimits
+from weightbus.consumers.planning.sharing import (
+    Sharing,
+    agreeing,
+    find_replicas,
+    find_sharers,
+    is_on_gpus,
+    offers,
+)
+from weightbus.consumers.planning.source import PlanSource
 from weightbus.consumers.planning.staging import (
-    StagingLimits,
+    DEVICE_SLOTS,
     StagingSize,
+    device_room,
     fit_staging,
     full_staging,
     memory_of,
@@ -34,42 +48,11 @@ from weightbus.consumers.planning.staging import (
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Group, Join, Links
 
-__all__ = ("Choice", "Outcome", "PlanLimits", "PlanSource", "Settled", "seconds_text")
+__all__ = ("Choice", "Outcome", "Settled", "seconds_text")
 
 MAX_CUTS: Final = 12
-"""Broadcasts of the fastest hosts alone that are looked at: at the widest gaps between hosts."""
-
-
-class PlanLimits(Struct, frozen=True, kw_only=True):
-    """What a plan may ask of the machines that run it."""
-
-    staging: StagingLimits = StagingLimits()
-    slowest_bytes_per_s: int = 200 * 2**20
-    """A host that moves its bytes slower than this has failed; it sets a large model's deadline."""
-    predicted_times: float = 4.0
-    """A transfer may take so many times what is predicted for it."""
-    form_versions: int = 10
-    """Forming groups is paid once for so many versions, when routes are compared."""
-    tie_share: float = 0.1
-    """Predicted times that differ by less than this share, or by less than `tie_s`, are equal."""
-    tie_s: float = 0.25
-
-    def about(self, seconds: float, times: int = 1) -> float:
-        """The longest that is about as long as the sum of so many times."""
-        return max(seconds * (1 + self.tie_share), seconds + times * self.tie_s)
-
-
-class PlanSource(Struct, frozen=True, kw_only=True):
-    """Where the version comes from, as far as the planner is told."""
-
-    links: Links | None = None
-    """Of each host that offers it; None: of the best host of any engine."""
-    hosts: int = 1
-    layout_bytes: int = 0
-    """Of the whole version; 0, not known: the least that all ranks of one engine need. That is too
-    much if they hold tensors twice, and too little if the engine takes only a part of them."""
-    files: bool = False
-    """`local` reads files, not memory."""
+"""Broadcasts of the fastest hosts alone that are looked at: at the widest gaps between hosts.
+So many hosts of replicas are looked at, too: those that take longest."""
 
 
 class Outcome(Struct, frozen=True):
@@ -81,6 +64,8 @@ class Outcome(Struct, frozen=True):
     """Of every lane of a broadcast; who pulls has this at most."""
     layout_bytes: int
     costs: dict[str, RouteCost]
+    device: bool = False
+    """The lanes lie in memory of GPUs."""
 
 
 class Settled(Struct, frozen=True, kw_only=True):
@@ -88,7 +73,8 @@ class Settled(Struct, frozen=True, kw_only=True):
 
     outcome: Outcome
     others: dict[str, RouteCost]
-    """Engine id -> what it would have taken together with all others, or, if it now does, alone."""
+    """Engine id -> what it would have taken together with all others, or, if it now does, alone. Of
+    replicas: together with those of their host."""
     reasons: dict[str, str]
     """Engine id -> why it takes its route, with the seconds that it is predicted to take."""
 
@@ -112,6 +98,8 @@ class Choice:
         """Of engines that are not refused."""
         self.refused: dict[str, str] = {}
         self.sharing = Sharing((), {})
+        self.replicas: dict[str, tuple[str, ...]] = {}
+        """Host -> its engines that could share what they read in place."""
         self._epoch, self._limits, self._source = epoch, limits, source
         self._memory = memory_of(joins.values())
         self._late: dict[str, str] = {}
@@ -129,7 +117,10 @@ class Choice:
     def settle(self) -> Settled | None:
         """Choose, once everyone who is left has a route and the memory for it; None: nobody is."""
         while self.joins:
-            self.sharing = find_sharers(self.joins, self._late | self._tight)
+            barred = self._late | self._tight
+            self.sharing = find_sharers(self.joins, barred)
+            if self._source.memory == "host":
+                self.replicas = find_replicas(self.joins, barred)
             unreachable = [engine for engine in self.joins if self._alone(engine) is None]
             for engine in unreachable:
                 self.refused[engine] = self._why_unreachable(engine)
@@ -205,10 +196,21 @@ class Choice:
     # Comparing.
 
     def _compare(self) -> Settled:
+        best, whole, apart = self._among_far()
+        tried = [self._evaluate(self._routes(engines)) for engines in self._replica_sets()]
+        tried = [outcome for outcome in tried if outcome.device]
+        worth = [outcome for outcome in tried if self._is_worth(outcome, best)]
+        if worth:
+            chosen = min(worth, key=self._ending)
+            return self._settled(chosen, whole, apart, near=best)
+        return self._settled(best, whole, apart, near=min(tried, key=self._ending, default=None))
+
+    def _among_far(self) -> tuple[Outcome, Outcome | None, Outcome | None]:
+        """The best for those who cannot read in place, the broadcast of all of them, and none."""
         together = [self._evaluate(self._routes(fast)) for fast in self._fast_hosts()]
         must = any(self._alone(engine) == "broadcast" for engine in self.sharing.engines)
         if must:  # some engine ends in a broadcast, or never
-            return self._settled(self._best(together), together[0], None)
+            return self._best(together), together[0], None
         apart = self._evaluate(self._routes(()))
         last_s = max(self._lasting(apart).values())
         fair = [
@@ -217,7 +219,59 @@ class Choice:
             if max(self._lasting(outcome).values()) < last_s or self._is_fair(outcome, apart)
         ]
         whole = together[0] if together else None
-        return self._settled(self._best([*fair, apart]), whole, apart)
+        return self._best([*fair, apart]), whole, apart
+
+    def _replica_sets(self) -> list[tuple[str, ...]]:
+        """Who could broadcast together with replicas: those of one host, of all hosts, and all.
+
+        A plan has one broadcast: that of one host's replicas leaves none to the others.
+        """
+        if not self.replicas:
+            return []
+        near = self._near()
+        needs: dict[str, int] = {}
+        for join in map(self.joins.__getitem__, near):
+            need = max(offer.need_bytes for offer in join.ranks)
+            needs[join.host_id] = max(needs.get(join.host_id, 0), need)
+        first = sorted(needs, key=lambda host: (-needs[host], host))[:MAX_CUTS]
+        barred = self._late | self._tight
+        far = {
+            engine
+            for engine, join in self.joins.items()
+            if engine not in barred and offers(join, "broadcast") and not offers(join, "local")
+        }
+        wanted = [set(self.replicas[host]) for host in first]
+        sets = dict.fromkeys(self._agreeing(engines) for engines in (*wanted, near, near | far))
+        return [engines for engines in sets if engines and self._is_possible(engines)]
+
+    def _near(self) -> set[str]:
+        """All replicas."""
+        return {engine for replicas in self.replicas.values() for engine in replicas}
+
+    def _agreeing(self, engines: Collection[str]) -> tuple[str, ...]:
+        return agreeing({e: join for e, join in self.joins.items() if e in engines}).engines
+
+    def _is_possible(self, engines: tuple[str, ...]) -> bool:
+        """Whether nobody else must be with them, and all have the memory."""
+        routes = self._routes(engines)
+        members = {join.engine for join in self._members(routes)}
+        short = short_of_memory(self._memory, self.joins, self._lanes(routes), self._limits.staging)
+        return members == set(engines) and not short
+
+    def _is_worth(self, outcome: Outcome, without: Outcome) -> bool:
+        """Whether those who need not share gain much by it, and nobody else loses."""
+        before, after = self._lasting(without), self._lasting(outcome)
+        for engine, seconds in before.items():
+            gives_up = offers(self.joins[engine], "local") and outcome.routes[engine] != "local"
+            most = self._limits.worth(seconds) if gives_up else self._limits.about(seconds)
+            if after[engine] > most:
+                return False
+        return sum(after.values()) < sum(before.values())
+
+    def _ending(self, outcome: Outcome) -> tuple[float, float]:
+        """When the last engine ends, and the sum of all."""
+        lasting = self._lasting(outcome).values()
+        return max(lasting), sum(lasting)
 
     def _fast_hosts(self) -> list[list[str]]:
         """Who could broadcast together: all; and without the slowest hosts, down to the fastest.
@@ -251,11 +305,11 @@ class Choice:
         """Host -> seconds that a broadcast takes at least if it is in it: with one more like it."""
         routes = self._routes(self.sharing.engines)
         free, full = self._rooms(routes), self._full(routes)
-        situation = self._situation(ready=True)
+        situation = self._situation(ready=True, device=bool(self._device_room(routes)))
         hosts: dict[str, list[Site]] = {}
         for engine in self.sharing.engines:
             size = fit_staging(free[engine], full, self._limits.staging.min_bucket_bytes)
-            site = _site(self.joins[engine], size)
+            site = self._site(engine, size)
             hosts.setdefault(site.host, []).append(site)
         paces = {}
         for host, sites in hosts.items():
@@ -295,13 +349,26 @@ class Choice:
 
     def _evaluate(self, routes: dict[str, RouteName]) -> Outcome:
         planned = plan_groups(plan_lanes(self._members(routes)), self.joins, self._epoch)
-        situation = self._situation(ready=planned.ready)
-        staging, sizes = self._sizes(routes)
-        sites = [_site(join, sizes[engine]) for engine, join in self.joins.items()]
+        room = self._device_room(routes)
+        situation = self._situation(ready=planned.ready, device=bool(room))
+        staging, sizes = self._sizes(routes, room)
+        sites = [self._site(engine, sizes[engine]) for engine in self.joins]
         costs = predict(sites, routes, situation)
-        return Outcome(routes, planned.groups, staging, situation.layout_bytes, costs)
+        size = situation.layout_bytes
+        return Outcome(routes, planned.groups, staging, size, costs, device=bool(room))
 
-    def _sizes(self, routes: Mapping[str, RouteName]) -> tuple[StagingSize, dict[str, StagingSize]]:
+    def _device_room(self, routes: Mapping[str, RouteName]) -> int:
+        """Bytes for each lane of the broadcast in memory of GPUs; 0: its lanes are not there, since
+        it is not among GPUs, or they have no room."""
+        members = self._members(routes)
+        if not (members and all(map(is_on_gpus, members))):
+            return 0
+        room = device_room(self._memory, plan_lanes(members))
+        return room if room >= DEVICE_SLOTS * self._limits.staging.min_bucket_bytes else 0
+
+    def _sizes(
+        self, routes: Mapping[str, RouteName], device_bytes: int
+    ) -> tuple[StagingSize, dict[str, StagingSize]]:
         """The plan's slots, and those that every engine can have of it.
 
         All lanes of a broadcast have the slots that the tightest of them has room for. Who pulls
@@ -310,6 +377,8 @@ class Choice:
         limits, free = self._limits.staging, self._rooms(routes)
         full = self._full(routes)
         shared = [room for e, room in free.items() if routes[e] == "broadcast" and room is not None]
+        if device_bytes:
+            shared.append(device_bytes)
         if "broadcast" in routes.values():
             full = fit_staging(min(shared, default=None), full, limits.min_bucket_bytes)
         sizes = {
@@ -341,7 +410,23 @@ class Choice:
         needs = (sum(offer.need_bytes for offer in join.ranks) for join in self.joins.values())
         return self._source.layout_bytes or min(needs)
 
-    def _situation(self, *, ready: bool) -> Situation:
+    def _site(self, engine: str, staging: StagingSize) -> Site:
+        join = self.joins[engine]
+        needs = [offer.need_bytes for offer in join.ranks]
+        return Site(
+            engine=engine,
+            host=join.host_id,
+            ranks=len(needs),
+            need_bytes=sum(needs),
+            rank_bytes=max(needs),
+            gpus=is_on_gpus(join),
+            near=self._source.memory == "host" and offers(join, "local"),
+            links=assume(join.links),
+            staging=staging,
+            tree=any(offer.device == "cpu" for offer in join.ranks),
+        )
+
+    def _situation(self, *, ready: bool, device: bool) -> Situation:
         source, joins = self._source, list(self.joins.values())
         return Situation(
             layout_bytes=self._layout_bytes(),
@@ -349,16 +434,34 @@ class Choice:
             sources=source.hosts,
             ready=ready,
             files=source.files,
+            memory=source.memory,
+            device=device,
         )
 
     # Words.
 
-    def _settled(self, outcome: Outcome, whole: Outcome | None, apart: Outcome | None) -> Settled:
+    def _settled(
+        self,
+        outcome: Outcome,
+        whole: Outcome | None,
+        apart: Outcome | None,
+        *,
+        near: Outcome | None,
+    ) -> Settled:
+        """
+        Args:
+            near: what replicas have left, or might have taken.
+        """
         others: dict[str, RouteCost] = {}
         for engine in self.sharing.engines:
             other = apart if outcome.routes[engine] == "broadcast" else whole
             if other is not None:
                 others[engine] = other.costs[engine]
+        if near is not None:
+            for engine, route in outcome.routes.items():
+                concerned = route == "broadcast" or engine in self._near()
+                if concerned and route != near.routes[engine]:
+                    others[engine] = near.costs[engine]
         members = [join for e, join in self.joins.items() if outcome.routes[e] == "broadcast"]
         ranks = sum(len(join.ranks) for join in members)
         of = (
@@ -391,18 +494,6 @@ def _count(number: int, noun: str) -> str:
 def seconds_text(seconds: float) -> str:
     """Such as `10,292 s` and `0.0123 s`."""
     return f"{seconds:,.0f} s" if seconds >= 1000 else f"{seconds:.3g} s"
-
-
-def _site(join: Join, staging: StagingSize) -> Site:
-    return Site(
-        engine=join.engine,
-        host=join.host_id,
-        ranks=len(join.ranks),
-        need_bytes=sum(offer.need_bytes for offer in join.ranks),
-        links=assume(join.links),
-        staging=staging,
-        tree=any(offer.device == "cpu" for offer in join.ranks),
-    )
 
 
 def _best_links(links: Sequence[Links]) -> Links:

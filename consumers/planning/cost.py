@@ -7,6 +7,8 @@
   comes to one host. All lanes of a consumer go through its one transfer engine.
 - Through staging every byte of the layout comes by, whatever the ranks need of it: the digest is
   over all of them. Written into parameters is only what the ranks need.
+- Every GPU has a link of its own to the host's memory, and reads what other GPUs of its host hold
+  at the rate of its peers. Through lanes in memory of GPUs every byte takes such a link once.
 - Stages overlap bucket by bucket. A slot is held from fetch to reload: `S` slots let `S` buckets
   be under way, and the pace is that of the slowest stage, or of the slots.
 """
@@ -14,12 +16,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 from msgspec import Struct, structs
 
 from weightbus.consumers.planning.cuts import count_buckets
+from weightbus.consumers.planning.source import SourceMemory
 from weightbus.consumers.planning.staging import StagingSize
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Links
@@ -28,6 +31,8 @@ __all__ = (
     "ASSUMED_LINKS",
     "BUCKET_S",
     "CostStage",
+    "DEVICE_BUCKET_S",
+    "GATHER_SHARE",
     "GROUP_MEMBER_S",
     "GROUP_S",
     "RouteCost",
@@ -44,8 +49,15 @@ ASSUMED_LINKS: Final = Links(
     network=1_250_000_000,
     broadcast=10**9,
     p2p=2 * 10**9,
+    device=55 * 10**9,
+    peer=390 * 10**9,
 )
-"""Rates of a host that was not measured: memory of one ordinary socket, a SATA array, 10 Gbit/s."""
+"""Rates of a host that was not measured: memory of one ordinary socket, a SATA array, 10 Gbit/s. Of
+GPUs those that were measured on H200s: a copy from pinned memory by PCIe 5 x16, and one from a peer
+by NVLink 4. That a GPU reads so much while its peers read as much of it is assumed."""
+
+GATHER_SHARE: Final = 0.9
+"""Of `Links.device`, what the gather kernel reads of host memory: 50 of 55.6 GB/s on an H200."""
 
 GROUP_S: Final = 0.1
 """Groups that are not ready meet first: a store, and a device for each. Assumed, not measured."""
@@ -55,6 +67,10 @@ GROUP_MEMBER_S: Final = 0.005
 BUCKET_S: Final = 0.0005
 """Fetching or broadcasting one bucket, however small: a batch of reads or the members' agreement,
 and looking whether there is room. Assumed: who waits for room looks every 0.1 to 1 ms."""
+
+DEVICE_BUCKET_S: Final = 0.0001
+"""The same, if the workers of one host fill lanes in memory of GPUs: copies are queued ahead, and
+nobody agrees with anybody. Assumed."""
 
 CostStage = Literal["form", "fetch", "broadcast", "reload"]
 
@@ -67,6 +83,12 @@ class Site(Struct, frozen=True, kw_only=True):
     ranks: int
     need_bytes: int
     """Written into parameters, over all ranks."""
+    rank_bytes: int = 0
+    """Of them, into those of its busiest rank; it matters for GPUs."""
+    gpus: bool = False
+    """Every rank has one."""
+    near: bool = False
+    """It can read the version in memory of its host."""
     links: Links
     """Every rate above 0: `assume`."""
     staging: StagingSize
@@ -88,6 +110,10 @@ class Situation(Struct, frozen=True, kw_only=True):
     """The groups have met before."""
     files: bool = False
     """`local` reads files, not memory."""
+    memory: SourceMemory = "other"
+    """That `local` reads."""
+    device: bool = False
+    """Lanes of the broadcast lie in memory of its members' GPUs."""
 
 
 class StageCost(Struct, frozen=True):
@@ -133,6 +159,8 @@ def assume(links: Links, default: Links = ASSUMED_LINKS) -> Links:
         network=links.network or default.network,
         broadcast=links.broadcast or default.broadcast,
         p2p=links.p2p or default.p2p,
+        device=links.device or default.device,
+        peer=links.peer or default.peer,
         cards=links.cards,
     )
 
@@ -177,6 +205,8 @@ class _World:
         self.members = [site for site in sites if routes[site.engine] == "broadcast"]
         self._written: dict[str, int] = {}
         """Host -> bytes that go into parameters there."""
+        self._copied: dict[str, int] = {}
+        """Of them, those that no GPU gathers."""
         self._pulls: dict[str, int] = {}
         """Host -> engines there that pull the layout."""
         self._readers: dict[str, int] = {}
@@ -186,6 +216,8 @@ class _World:
         for site in sites:
             route, host = routes[site.engine], site.host
             self._written[host] = self._written.get(host, 0) + site.need_bytes
+            copied = 0 if site.gpus else site.need_bytes
+            self._copied[host] = self._copied.get(host, 0) + copied
             if route == "p2p":
                 self._pulls[host] = self._pulls.get(host, 0) + 1
             elif route == "local":
@@ -193,10 +225,11 @@ class _World:
             else:
                 self._ranks[host] = self._ranks.get(host, 0) + site.ranks
         self._lanes = max(self._ranks.values(), default=0)
-        self._source_pulls = sum(self._pulls.values()) + bool(self.members)
+        far = {site.host for site in self.members if not self._fills_itself(site)}
+        self._source_pulls = sum(self._pulls.values()) + len(far) / max(1, len(self._ranks))
 
     def local(self, site: Site) -> RouteCost:
-        reload = self._reload(site)
+        reload = self._reload(site, of_gpus=self._situation.memory == "gpus")
         if not self._situation.files:
             seconds = reload.seconds
             return RouteCost(
@@ -237,14 +270,17 @@ class _World:
             slots=min(site.staging.slots for site in members),
         )
         buckets = self._buckets(staging, self._lanes)
-        tree = any(site.tree for site in members)
+        tree = any(site.tree or (site.gpus and not self._situation.device) for site in members)
         hops = math.ceil(math.log2(hosts)) if tree else int(hosts > 1)
         network_s = max(self._incoming_s(site, max(1, hops)) for site in members)
-        shared = self._source_s()
-        if hosts == 1:
+        shared, bucket_s = self._source_s(), BUCKET_S
+        if all(map(self._fills_itself, members)):
+            shared = {}
+            bucket_s = DEVICE_BUCKET_S if hosts == 1 else BUCKET_S
+        elif hosts == 1:
             shared["its host's network"] = network_s
-        one_s = max(self._part_s(site, hosts) for site in members)
-        fetch = _slowest("fetch", own, {"a transfer engine": one_s, **shared}, buckets)
+        parts = self._parts_s(lambda lanes: -(-lanes // hosts))
+        fetch = _slowest("fetch", own, {**parts, **shared}, buckets, bucket_s)
         stages = [fetch]
         if hosts > 1:
             groups_s = max(
@@ -252,10 +288,13 @@ class _World:
             )
             times = {"the process groups": groups_s, "a host's network": network_s}
             stages.append(_slowest("broadcast", size - own, times, buckets))
-        stages.append(max((self._reload(site) for site in members), key=_seconds))
-        each_s = max(self._engine_lanes(site) / site.links.p2p for site in members)
-        among = {"a transfer engine": size * each_s / (self._lanes * hosts), **shared}
-        cost = _overlapped("broadcast", tuple(stages), buckets, staging.slots, among)
+        reloads = (self._reload(site, of_gpus=self._situation.device) for site in members)
+        stages.append(max(reloads, key=_seconds))
+        among = {**self._parts_s(lambda lanes: lanes / hosts), **shared}
+        in_turn = self._situation.device and hosts == 1
+        cost = _overlapped(
+            "broadcast", tuple(stages), buckets, staging.slots, None if in_turn else among
+        )
         if hosts == 1 or self._situation.ready:
             return cost
         form = StageCost("form", GROUP_S + GROUP_MEMBER_S * (hosts - 1), 0, "members that meet")
@@ -265,24 +304,47 @@ class _World:
 
     def as_member(self, shared: RouteCost, site: Site) -> RouteCost:
         size = self._situation.layout_bytes
+        received = 0 if len(self._ranks) == 1 and self._fills_itself(site) else size
         return structs.replace(
             shared,
-            card_bytes=size // site.links.cards,
+            card_bytes=received // site.links.cards,
             lane_bytes=math.ceil(size * self._share(site)),
         )
 
+    def _fills_itself(self, site: Site) -> bool:
+        """Whether workers of a member copy its parts from memory of their host to their GPUs."""
+        return self._situation.device and site.near
+
     def _share(self, site: Site) -> float:
         """Of all bytes, what the busiest rank of a host of the broadcast stages."""
-        return -(-self._lanes // self._ranks[site.host]) / self._lanes
+        return self._rank_lanes(site) / self._lanes
+
+    def _rank_lanes(self, site: Site) -> int:
+        """Lanes that the busiest rank of a host stages."""
+        return -(-self._lanes // self._ranks[site.host])
 
     def _engine_lanes(self, site: Site) -> int:
         """Lanes that one engine of a host stages."""
-        return min(self._lanes, site.ranks * -(-self._lanes // self._ranks[site.host]))
+        return min(self._lanes, site.ranks * self._rank_lanes(site))
 
-    def _part_s(self, site: Site, hosts: int) -> float:
-        """Its transfer engine fetches every host's share of the lanes of one bucket at a time."""
-        at_once = -(-self._engine_lanes(site) // hosts)
-        return self._situation.layout_bytes * at_once / (self._lanes * site.links.p2p)
+    def _parts_s(self, at_once: Callable[[int], float]) -> dict[str, float]:
+        """Seconds in which the slowest host fetches its parts of all buckets, by what limits it.
+
+        Args:
+            at_once: of so many lanes, how many are fetched by one thing at a time.
+        """
+        times: dict[str, float] = {}
+
+        def limit(name: str, lanes: int, rate: int) -> None:
+            part_s = self._situation.layout_bytes * at_once(lanes) / (self._lanes * rate)
+            times[name] = max(times.get(name, 0.0), part_s)
+
+        for site in self.members:
+            if not self._fills_itself(site):  # its consumer's transfer engine does
+                limit("a transfer engine", self._engine_lanes(site), site.links.p2p)
+            if self._situation.device:
+                limit("a GPU's link to its host", self._rank_lanes(site), site.links.device)
+        return times
 
     def _source_s(self) -> dict[str, float]:
         situation = self._situation
@@ -297,9 +359,20 @@ class _World:
         times = self._pulls.get(site.host, 0) + more
         return times * self._situation.layout_bytes / (site.links.cards * site.links.network)
 
-    def _reload(self, site: Site) -> StageCost:
+    def _reload(self, site: Site, *, of_gpus: bool = False) -> StageCost:
+        """
+        Args:
+            of_gpus: what is read lies in memory of GPUs of its host.
+        """
         written = self._written[site.host]
-        return StageCost("reload", written / site.links.memory, written, "its host's memory")
+        if not site.gpus:
+            seconds = self._copied[site.host] / site.links.memory
+            return StageCost("reload", seconds, written, "its host's memory")
+        if of_gpus:
+            limit = "what a GPU reads of its peers"
+            return StageCost("reload", site.rank_bytes / site.links.peer, written, limit)
+        seconds = site.rank_bytes / (site.links.device * GATHER_SHARE)
+        return StageCost("reload", seconds, written, "a GPU's link to its host")
 
     def _buckets(self, staging: StagingSize, lanes: int) -> int:
         return max(1, count_buckets(self._situation.layout_bytes, staging.bucket_bytes, lanes))
@@ -338,9 +411,15 @@ def _overlapped(
     )
 
 
-def _slowest(name: CostStage, size: int, limits: Mapping[str, float], buckets: int) -> StageCost:
+def _slowest(
+    name: CostStage,
+    size: int,
+    limits: Mapping[str, float],
+    buckets: int,
+    bucket_s: float = BUCKET_S,
+) -> StageCost:
     limit = max(limits, key=limits.__getitem__)
-    return StageCost(name, limits[limit] + buckets * BUCKET_S, size, limit)
+    return StageCost(name, limits[limit] + buckets * bucket_s, size, limit)
 
 
 def _seconds(stage: StageCost) -> float:

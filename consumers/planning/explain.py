@@ -16,8 +16,9 @@ from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.choice import seconds_text
 from weightbus.consumers.planning.cost import RouteCost
 from weightbus.consumers.planning.host_links import HostLinks
-from weightbus.consumers.planning.routes import PlanSource, RoundDecision, plan_round
+from weightbus.consumers.planning.routes import RoundDecision, plan_round
 from weightbus.consumers.planning.shapes import Family, rank_bytes, whole_bytes
+from weightbus.consumers.planning.source import PlanSource, SourceMemory
 from weightbus.schemas.base import RouteName, SizeBytes, Token
 from weightbus.schemas.codec import encode
 from weightbus.schemas.placement import HostId
@@ -50,6 +51,16 @@ class FleetSource(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Of each of them; not given: those of the best of the engines' hosts."""
     files: bool = False
     """Engines that go `local` read files, not memory."""
+    memory: SourceMemory = "other"
+    """That engines that go `local` read."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: it contradicts itself.
+        """
+        if self.files and self.memory != "other":
+            raise ValueError(f"memory of the source is {self.memory}: must be other, of files")
 
 
 class FleetEngine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,6 +144,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     lanes: int
     bucket_bytes: int
     slots: int
+    device: bool
+    """Lanes lie in memory of GPUs."""
     seconds: float
     """Until the last engine has it."""
     parts: tuple[PartExplained, ...]
@@ -169,6 +182,7 @@ def explain(families: Sequence[Family], fleet: Fleet) -> Explanation:
             hosts=source.hosts,
             layout_bytes=size,
             files=source.files,
+            memory=source.memory,
         ),
     )
     plan = decision.plan
@@ -183,6 +197,7 @@ def explain(families: Sequence[Family], fleet: Fleet) -> Explanation:
         lanes=0 if plan is None else len(plan.groups),
         bucket_bytes=0 if plan is None else plan.bucket_bytes,
         slots=0 if plan is None else plan.slots,
+        device=plan is not None and plan.device,
         seconds=max((cost.seconds for cost in decision.costs.values()), default=0.0),
         parts=tuple(_part(engine, join, decision, reasons) for engine, join in parts.values()),
         plan=plan,
@@ -281,7 +296,7 @@ def _rejected(join: Join, route: RouteName | None, decision: RoundDecision) -> d
             rejected[name] = decision.refused[engine]
         elif other is not None and name == other.route:
             rejected[name] = f"{seconds_text(other.seconds)}, at the pace of {other.limit}"
-        elif route == "local":
+        elif route == "local" or (name == "p2p" and "local" in join.ranks[0].routes):
             rejected[name] = "nothing is nearer than local"
         elif name == "broadcast":
             rejected[name] = decision.apart[engine]

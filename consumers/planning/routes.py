@@ -3,7 +3,8 @@
 The plan depends on nothing but the arguments, in whatever order the joins came:
 
 - `local` wherever all ranks of an engine offer it: nothing comes by the network, and nobody is
-  waited for;
+  waited for; but for replicas on GPUs of one host, that read memory of it: they take `broadcast`
+  where that is much faster, since each of their links then brings a part of what all need;
 - of the others, those that offer `broadcast` and could share one take it together, all or those of
   the fastest hosts, or each `p2p`: whatever is predicted to be faster (`choice.py`, `cost.py`). If
   they are about as fast it is `broadcast` from two engines on, since the source then sends
@@ -23,8 +24,10 @@ from typing import Final
 from msgspec import Struct, field, structs
 
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.choice import Choice, Outcome, PlanLimits, PlanSource
+from weightbus.consumers.planning.choice import Choice, Outcome
 from weightbus.consumers.planning.cost import RouteCost
+from weightbus.consumers.planning.limits import PlanLimits
+from weightbus.consumers.planning.source import PlanSource
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import (
     Budgets,
@@ -59,8 +62,8 @@ class RoundDecision(Struct, frozen=True, kw_only=True):
     costs: dict[str, RouteCost] = field(default_factory=dict)
     """Engine id -> what its route is predicted to cost."""
     others: dict[str, RouteCost] = field(default_factory=dict)
-    """Engine id -> what the other staged route would have cost, where there was a choice: alone,
-    or together with all others."""
+    """Engine id -> what the other route would have cost, where there was a choice: alone, or
+    together with all others; of replicas, in place, or together with those of their host."""
     apart: dict[str, str] = field(default_factory=dict)
     """Engine id -> why it could take no broadcast."""
 
@@ -110,6 +113,7 @@ def plan_round(
         groups=outcome.groups,
         bucket_bytes=outcome.staging.bucket_bytes,
         slots=outcome.staging.slots,
+        device=outcome.device,
         budgets=_scaled(budgets, choice.joins, outcome, limits),
         commit=commit,
         created_ns=now_ns,

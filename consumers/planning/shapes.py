@@ -32,6 +32,7 @@ __all__ = (
     "Family",
     "families_of",
     "kimi_k2_fp8",
+    "qwen3_30b_a3b",
     "rank_bytes",
     "whole_bytes",
 )
@@ -145,5 +146,34 @@ def kimi_k2_fp8() -> tuple[Family, ...]:
     return tuple(families)
 
 
-MODELS: Final = {"kimi-k2-fp8": kimi_k2_fp8}
+def qwen3_30b_a3b() -> tuple[Family, ...]:
+    """Qwen3-30B-A3B in BF16, by its published configuration."""
+    layers, experts, hidden, width, vocabulary = 48, 128, 2048, 768, 151_936
+    heads, kv_heads, head = 32, 4, 128
+    families: list[Family] = []
+
+    def add(name: str, *shape: int, count: int = layers) -> None:
+        families.append(Family(name=name, dtype="BF16", shape=shape, count=count))
+
+    add("model.embed_tokens.weight", vocabulary, hidden, count=1)
+    attention = "model.layers.0.self_attn"
+    add(f"{attention}.q_proj.weight", heads * head, hidden)
+    add(f"{attention}.k_proj.weight", kv_heads * head, hidden)
+    add(f"{attention}.v_proj.weight", kv_heads * head, hidden)
+    add(f"{attention}.o_proj.weight", hidden, heads * head)
+    add(f"{attention}.q_norm.weight", head)
+    add(f"{attention}.k_norm.weight", head)
+    add("model.layers.0.input_layernorm.weight", hidden)
+    add("model.layers.0.post_attention_layernorm.weight", hidden)
+    add("model.layers.0.mlp.gate.weight", experts, hidden)
+    expert = "model.layers.0.mlp.experts.0"
+    add(f"{expert}.gate_proj.weight", width, hidden, count=layers * experts)
+    add(f"{expert}.up_proj.weight", width, hidden, count=layers * experts)
+    add(f"{expert}.down_proj.weight", hidden, width, count=layers * experts)
+    add("model.norm.weight", hidden, count=1)
+    add("lm_head.weight", vocabulary, hidden, count=1)
+    return tuple(families)
+
+
+MODELS: Final = {"kimi-k2-fp8": kimi_k2_fp8, "qwen3-30b-a3b": qwen3_30b_a3b}
 """Models that are described here, by name."""

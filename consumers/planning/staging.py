@@ -4,22 +4,29 @@ A lane holds `slots * bucket_bytes`. Staging of an engine lies in memory of its 
 how much of it may be taken for all its lanes together: the least figure of its ranks; 0 is any.
 Engines of one host share its memory: together they take no more than the largest figure that one
 of them names.
+
+Lanes may lie in memory of GPUs instead, of each in that of the ranks that fill it. Of what is free
+there they take a quarter at most, and never more than `DEVICE_BYTES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from msgspec import Struct
 
-from weightbus.schemas.rounds import Join
+from weightbus.schemas.rounds import Join, Member
 
 __all__ = (
+    "DEVICE_BYTES",
+    "DEVICE_PART",
+    "DEVICE_SLOTS",
     "MIB",
     "Memory",
     "StagingLimits",
     "StagingSize",
+    "device_room",
     "fit_staging",
     "full_staging",
     "memory_of",
@@ -28,6 +35,15 @@ __all__ = (
 )
 
 MIB: Final = 2**20
+
+DEVICE_PART: Final = 4
+"""Of what is free on a GPU, lanes take one part in so many: groups need buffers, too, and an engine
+what its next requests take."""
+DEVICE_BYTES: Final = 384 * MIB
+"""What lanes take of a GPU at most: two of full size, and half of the 768 MiB that a broadcast may
+take there with the buffers of its groups."""
+DEVICE_SLOTS: Final = 2
+"""With fewer nothing overlaps: lanes then lie in memory of the host."""
 
 
 class StagingLimits(Struct, frozen=True, kw_only=True):
@@ -85,6 +101,24 @@ def rooms(
             shares.append(memory.hosts[host] // staged[host])
         found[engine] = min(shares, default=None)
     return found
+
+
+def device_room(memory: Memory, lanes: Iterable[Iterable[Member]]) -> int:
+    """Bytes for each lane of a broadcast on the GPUs of its members, of the tightest of them.
+
+    Args:
+        memory: of engines on GPUs: what they may take is no more than what is free on each.
+        lanes: as `plan_lanes`.
+    """
+    filled: dict[Member, int] = {}
+    for lane in lanes:
+        for member in lane:
+            filled[member] = filled.get(member, 0) + 1
+    rooms = [DEVICE_BYTES // max(filled.values(), default=1)]
+    for member, count in filled.items():
+        if member.engine in memory.engines:
+            rooms.append(memory.engines[member.engine] // DEVICE_PART // count)
+    return min(rooms)
 
 
 def full_staging(layout_bytes: int, lanes: int, limits: StagingLimits) -> StagingSize:

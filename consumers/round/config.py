@@ -7,6 +7,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from weightbus.consumers.errors import PlanError
+from weightbus.consumers.planning.source import SourceMemory
 from weightbus.schemas.base import Token
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import HostId
@@ -106,6 +107,8 @@ class Origin(Struct, frozen=True, kw_only=True):
     """That hold it and can be read from: publishers', and those of copies."""
     files: bool = False
     """It lies in files, not in memory."""
+    memory: SourceMemory = "other"
+    """In which its host reads it."""
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True):

@@ -15,13 +15,20 @@ import pytest
 from tests.contract.examples import LAYOUT
 from weightbus.cli.plan import command
 from weightbus.consumers.errors import PlanError
-from weightbus.consumers.planning.cost import BUCKET_S
+from weightbus.consumers.planning.cost import (
+    ASSUMED_LINKS,
+    BUCKET_S,
+    DEVICE_BUCKET_S,
+    GATHER_SHARE,
+)
 from weightbus.schemas import RoundPlan, encode, encode_layout
 
 ROOT = Path(__file__).parents[3]
 FLEET = ROOT / "examples" / "fleets" / "kimi-k2-32x8.json"
+REPLICAS = ROOT / "examples" / "fleets" / "replicas-2x2.json"
 GUIDE = (ROOT / "docs" / "cost-model.md").read_text()
 KIMI = ("--model", "kimi-k2-fp8")
+QWEN = ("--model", "qwen3-30b-a3b")
 
 
 def invoke(*arguments: object) -> click.testing.Result:
@@ -87,15 +94,61 @@ def test_stages_of_the_guide_are_those_that_are_printed() -> None:
     besides = cost["buckets"] * BUCKET_S
     assert seconds["fetch"] == pytest.approx(whole / (8 * 40e9) + besides)
     assert seconds["broadcast"] == pytest.approx(whole / (8 * 40e9) + besides)
-    assert seconds["reload"] == pytest.approx(8 * part["rank_bytes"] / 376e9)
+    assert seconds["reload"] == pytest.approx(part["rank_bytes"] / ASSUMED_LINKS.peer)
     assert f"| {printed['seconds']:.3f} |" in GUIDE
     assert f"{cost['buckets']:,} buckets" in GUIDE
     assert f"| pace | the largest of 3.216, {cost['pace_s']:.3f}, " in GUIDE
-    pulled = 32 * whole / (8 * 40e9) + besides + seconds["reload"] / cost["buckets"]
+    gathered = part["rank_bytes"] / (GATHER_SHARE * ASSUMED_LINKS.device)
+    pulled = 32 * whole / (8 * 40e9) + besides + gathered / cost["buckets"]
     assert f"| {pulled:.3f} |" in GUIDE
     assert part["rejected"]["p2p"] == (
         "104 s, at the pace of the source's transfer engine in fetch"
     )
+
+
+def test_replicas_of_the_guide_are_those_that_are_printed(tmp_path: Path) -> None:
+    guide = GUIDE.partition("## Replicas on one host")[2]
+    printed = explained(*QWEN, "--fleet", REPLICAS)
+    whole, part = printed["layout_bytes"], printed["parts"][0]
+    cost = part["cost"]
+    assert (printed["device"], printed["lanes"], cost["route"]) == (True, 4, "broadcast")
+    assert numbers(guide.partition("`W` is ")[2][:120].replace("\n", " ")) == [
+        whole,
+        part["rank_bytes"],
+    ]
+    for stage in cost["stages"]:
+        row = rf"^\| {stage['name']} \|[^|]*\| {stage['seconds']:.3f} \|$"
+        assert re.search(row, guide, re.MULTILINE), row
+    fetch_s = whole / (4 * ASSUMED_LINKS.device) + cost["buckets"] * DEVICE_BUCKET_S
+    assert cost["stages"][0]["seconds"] == pytest.approx(fetch_s)
+    assert f"= 0.278; + {cost['buckets']} x {DEVICE_BUCKET_S:.4f} | {fetch_s:.3f} |" in guide
+    assert f"| together | 0.301 + (0.379 - 0.301) / {cost['buckets']} buckets" in guide
+    assert f"| {cost['seconds']:.3f} |" in guide
+    fleet = json.loads(REPLICAS.read_bytes())
+    for tp, count, route, said in (
+        (1, 2, "broadcast", "0.602 s together"),
+        (4, 1, "local", "0.309 s"),
+    ):
+        fleet["engines"][0] |= {"tp": tp, "count": count, "hosts": ["h"] * count}
+        (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+        (part, *_) = explained(*QWEN, "--fleet", tmp_path / "fleet.json")["parts"]
+        assert part["cost"]["route"] == route
+        assert said in guide
+        assert said.startswith(f"{part['cost']['seconds']:.3f} s")
+
+
+def test_text_tells_why_replicas_share_what_they_could_read_in_place() -> None:
+    text = run(*QWEN, "--fleet", REPLICAS, "--explain")
+    for line in (
+        "broadcast in 4 lanes; 3 slots of 64 MiB each in memory of its GPU",
+        r"  broadcast: 4 ranks of 1 host share it in 4 lanes: 0\.301 s, by local 0\.617 s",
+        r"  bytes per card: 30\.5 GB written, 15\.3 GB staged",
+        r"  fetch +[\d.]+ +61\.1 GB +a GPU's link to its host",
+        r"  reload +[\d.]+ +122 GB +what a GPU reads of its peers",
+        r"  not local: 0\.617 s, at the pace of a GPU's link to its host in reload",
+        "  not p2p: nothing is nearer than local",
+    ):
+        assert re.search(f"^{line}$", text, re.MULTILINE), text
 
 
 def test_text_tells_bytes_per_card_and_seconds_per_stage() -> None:
@@ -190,6 +243,10 @@ def test_long_times_have_separators(tmp_path: Path) -> None:
         ('{"engines": [{"id": "e", "links": {"netwrk": 1}}]}', "unknown field `netwrk`"),
         ('{"source": {"links": {"p2q": 1}}, "engines": [{"id": "e"}]}', "unknown field `p2q`"),
         ('{"engines": [{"id": "e", "device": "gpu"}]}', "Invalid enum value 'gpu'"),
+        (
+            '{"source": {"files": true, "memory": "host"}, "engines": [{"id": "e"}]}',
+            "memory of the source is host: must be other, of files",
+        ),
         ('{"engines": [{"id": "e", "routes": []}]}', "Expected `array` of length >= 1"),
         (
             '{"engines": [{"id": "e", "routes": ["p2p", "p2p"]}]}',

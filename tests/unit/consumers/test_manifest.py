@@ -1,10 +1,11 @@
-"""How many hosts a version can be read from, and whether it lies in files."""
+"""How many hosts a version can be read from, and in what it lies there."""
 
 from __future__ import annotations
 
 import pytest
 
 from weightbus.consumers.manifest import Manifest
+from weightbus.consumers.planning.source import SourceMemory
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import (
     CudaSegment,
@@ -45,10 +46,33 @@ def remote(session: str) -> RemoteSegment:
 def test_hosts_are_counted_once_whatever_they_offer(
     placement: list[list[Segment]], hosts: int, in_files: bool
 ) -> None:
-    manifest = Manifest(
+    found = manifest(placement)
+    assert (found.hosts, found.in_files) == (hosts, in_files)
+
+
+@pytest.mark.parametrize(
+    ("placement", "kind"),
+    [
+        ([[memory("h"), remote("10.0.0.1:5")], [memory("h")]], "host"),
+        ([[memory("h"), FILE]], "host"),
+        ([[memory("h")], [FILE]], "other"),
+        ([[memory("h")], [remote("10.0.0.1:5")]], "other"),
+        ([[FILE], [FILE]], "other"),
+        ([[memory("h"), on_gpu("h")], [memory("h"), on_gpu("h")]], "gpus"),
+        ([[memory("h")], [on_gpu("h")]], "gpus"),
+        ([], "other"),
+    ],
+)
+def test_memory_is_of_one_kind_only_when_every_segment_is_in_it(
+    placement: list[list[Segment]], kind: SourceMemory
+) -> None:
+    assert manifest(placement).memory == kind
+
+
+def manifest(placement: list[list[Segment]]) -> Manifest:
+    return Manifest(
         layout=Layout((), (), ()),
         layout_digest="0" * 64,
         layout_blob=b"",
         placement=tuple(tuple(ways) for ways in placement),
     )
-    assert (manifest.hosts, manifest.in_files) == (hosts, in_files)

@@ -10,6 +10,7 @@ from msgspec import structs
 from tests.unit.consumers.machines import ready
 from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planner import plan_request
+from weightbus.consumers.planning.source import SourceMemory
 from weightbus.consumers.round.config import Origin, PlanRequest
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Budgets, Join, Links, RankOffer
@@ -81,6 +82,23 @@ def test_local_is_predicted_by_the_disk_when_the_version_lies_in_files() -> None
     )
     assert re.search(r": 10(\.0)? s", files), files
     assert memory != files
+
+
+@pytest.mark.parametrize(("memory", "route"), [("host", "broadcast"), ("gpus", "local")])
+def test_replicas_share_what_lies_in_memory_of_their_host(
+    memory: SourceMemory, route: RouteName
+) -> None:
+    offer = RankOffer(
+        rank=0,
+        device="cuda:0",
+        needs_digest="0" * 64,
+        need_bytes=50 * NEED_BYTES,
+        routes=("local", "broadcast"),
+    )
+    joins = [structs.replace(join(engine), host_id="h", ranks=(offer,)) for engine in "ab"]
+    plan = plan_request(request(Origin(memory=memory), *joins))
+    assert {part.ranks[0].route for part in plan.engines} == {route}
+    assert plan.device == (route == "broadcast")
 
 
 def test_every_reason_is_given_when_nobody_can_be_planned_for() -> None:

@@ -8,6 +8,7 @@ from weightbus.consumers.planning.shapes import (
     Family,
     families_of,
     kimi_k2_fp8,
+    qwen3_30b_a3b,
     rank_bytes,
     whole_bytes,
 )
@@ -61,3 +62,10 @@ def test_kimi_k2_is_of_its_published_size() -> None:
     families = kimi_k2_fp8()
     assert sum(one.count for one in families) == 139_583
     assert whole_bytes(families) == 1_029_173_249_888
+
+
+def test_qwen3_30b_a3b_is_of_its_published_size() -> None:
+    families = qwen3_30b_a3b()
+    assert sum(family.count for family in families) == 18_867
+    assert whole_bytes(families) == 61_064_245_248
+    assert rank_bytes(families, 4) == 15_285_252_096
