@@ -1,4 +1,6 @@
-"""The weights digest on a GPU: the numbers of `weightbus.bus.digest`, of boxes in device memory.
+"""The weights digest by a GPU: the numbers of `weightbus.bus.digest`, of boxes that it can read.
+
+They lie in its own memory, or in host memory that is registered with CUDA.
 
 Needs torch and Triton, hence imported only by producers and consumers, and only where there is a
 GPU. Both sides may use it and neither may import the other, as with the digest itself.
@@ -69,9 +71,9 @@ class TileKind(NamedTuple):
     has_rows: bool
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+@triton.jit(do_not_specialize=["address"])  # type: ignore[untyped-decorator,unused-ignore]
 def _digest_tiles(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows few
-    data,
+    address,
     tiles,
     sums,
     UNIT_BYTES: tl.constexpr,  # noqa: N803
@@ -81,7 +83,7 @@ def _digest_tiles(  # type: ignore[no-untyped-def]  # Triton reads annotations, 
     """A tile: offset in the data, units, units of a row, byte of the tensor where it begins, bytes
     of the tensor from row to row, number of its sum."""
     tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_NUMBERS
-    here = data + tl.load(tile)
+    here = address + tl.load(tile)
     units = tl.load(tile + 1).to(tl.int32)
     row_units = tl.load(tile + 2).to(tl.int32)
     first_byte = tl.load(tile + 3)
@@ -111,41 +113,64 @@ def _digest_tiles(  # type: ignore[no-untyped-def]  # Triton reads annotations, 
     tl.atomic_add(sums + tl.load(tile + 5), tl.sum(total, axis=0).to(tl.int64), sem="relaxed")
 
 
+class _Tiles(NamedTuple):
+    """All of one kind, box after box."""
+
+    kind: TileKind
+    table: torch.Tensor
+    firsts: Integers
+    """Of every box, the first of its tiles; then how many there are."""
+
+
 class GpuDigest:
-    """The tiles of one layout, on one device. For one thread at a time."""
+    """The tiles of one layout, on one device. For one thread at a time, and one stream."""
 
     def __init__(self, boxes: Sequence[Box], device: torch.device) -> None:
-        """Plan the tiles and take them to the device: some 48 bytes per 128 KiB of data."""
-        self._count = len(boxes)
-        self._tiles = {
-            kind: torch.from_numpy(tiles).to(device) for kind, tiles in plan_tiles(boxes).items()
-        }
+        """Plan the tiles and take them to the device: 48 bytes per 128 KiB of data, 8 per box.
 
-    def start(self, data: torch.Tensor) -> torch.Tensor:
-        """Queue it on the current stream; returns what `finish` takes.
+        Every kernel is run once, on no data, so that one that cannot be compiled or has no memory
+        fails here. Waits for the current stream.
+        """
+        self._count = len(boxes)
+        self._sums = torch.zeros(self._count, dtype=torch.int64, device=device)
+        self._tiles = []
+        for kind, tiles in plan_tiles(boxes).items():
+            ordered = tiles[np.argsort(tiles[:, -1], kind="stable")]
+            firsts = np.searchsorted(ordered[:, -1], np.arange(self._count + 1))
+            table = torch.from_numpy(ordered).to(device)
+            self._tiles.append(_Tiles(kind, table, firsts))
+            self._launch(kind, self._sums.data_ptr(), torch.zeros_like(table[:1]))
+
+    def start(self, address: int, begin: int = 0, end: int | None = None) -> None:
+        """Queue boxes `begin` to `end` (None: the last), each once before `finish`.
 
         Args:
-            data: bytes on this device, one dimension, aligned to 4 bytes; unchanged until then.
+            address: of the data: a multiple of 4, in memory of this device, or of the host where
+                this device reads it at its host address. What is digested stays unchanged until
+                the current stream is done.
         """
-        assert data.dtype is torch.uint8
-        assert data.data_ptr() % WORD_BYTES == 0
-        sums = torch.zeros(self._count, dtype=torch.int64, device=data.device)
-        for kind, tiles in self._tiles.items():
-            _digest_tiles[(len(tiles),)](
-                data,
-                tiles,
-                sums,
-                UNIT_BYTES=kind.unit_bytes,
-                HAS_ROWS=kind.has_rows,
-                BLOCK=BLOCK_UNITS,
-                num_warps=WARPS,
-            )
-        return sums
+        assert address % WORD_BYTES == 0
+        end = self._count if end is None else end
+        self._sums[begin:end].zero_()
+        for kind, table, firsts in self._tiles:
+            tiles = table[firsts[begin] : firsts[end]]
+            if len(tiles):
+                self._launch(kind, address, tiles)
 
-    @staticmethod
-    def finish(sums: torch.Tensor) -> Sums:
+    def finish(self) -> Sums:
         """What every box adds to its tensor's digest. Waits for the current stream."""
-        return sums.cpu().numpy().view(np.uint64) * np.uint64(MULTIPLIER)
+        return self._sums.cpu().numpy().view(np.uint64) * np.uint64(MULTIPLIER)
+
+    def _launch(self, kind: TileKind, address: int, tiles: torch.Tensor) -> None:
+        _digest_tiles[(len(tiles),)](
+            address,
+            tiles,
+            self._sums,
+            UNIT_BYTES=kind.unit_bytes,
+            HAS_ROWS=kind.has_rows,
+            BLOCK=BLOCK_UNITS,
+            num_warps=WARPS,
+        )
 
 
 def plan_tiles(boxes: Iterable[Box]) -> dict[TileKind, Integers]:

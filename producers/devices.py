@@ -74,13 +74,17 @@ class Stream(ABC):
 
 
 class Digest(Protocol):
-    """Digests all shards of one layout in device memory; `weightbus.bus.digest_gpu.GpuDigest`."""
+    """Digests the shards of one layout by a device; `weightbus.bus.digest_gpu.GpuDigest`."""
 
-    def start(self, data: torch.Tensor) -> torch.Tensor:
-        """Queue it on the current stream."""
+    def start(self, address: int, begin: int = 0, end: int | None = None) -> None:
+        """Queue shards `begin` to `end` (None: the last) on the current stream.
 
-    def finish(self, sums: torch.Tensor) -> Sums:
-        """The partial digest of each shard, of what `start` gave. Waits for the current stream."""
+        Args:
+            address: of the slot's bytes: of this device, or of the host and registered with CUDA.
+        """
+
+    def finish(self) -> Sums:
+        """The partial digest of each shard, all being started. Waits for the current stream."""
 
 
 class SlotCopy(Protocol):
@@ -218,7 +222,7 @@ def try_kernels(device: Device, place: torch.device) -> None:
             copy = device.open_copy(part.layout)
             copy.prepare(part)
             copy.start(slot, part)
-            device.open_digest(part.layout).start(slot)
+            device.open_digest(part.layout).start(slot.data_ptr())
         stream.wait()
     except CudaFailed as error:
         remedy = "see that Triton finds a C compiler, or publish with slots='host'"

@@ -193,7 +193,8 @@ class _DeviceWriter(Writer):
         with self._stream.use():  # before it waits for the trainer's work
             copy = self._copy_of(part.layout)
             copy.prepare(part)
-        data = self._device.bytes_at(block.begin_write(), block.size_bytes)
+        address = block.begin_write()
+        data = self._device.bytes_at(address, block.size_bytes)
         trainer = handover.streams[self._device.number]
         try:
             check_cancelled()
@@ -206,10 +207,10 @@ class _DeviceWriter(Writer):
                 self._copy_to_host(data, slot)
             with self._stream.use():
                 digest = self._digest_of(part.layout)
-                started = digest.start(data)
+                digest.start(address)
             self._stream.wait()
             with self._stream.use():
-                sums = digest.finish(started)
+                sums = digest.finish()
             self._host_stream.wait()
             check_cancelled()
         except BaseException as error:

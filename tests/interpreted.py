@@ -55,7 +55,8 @@ def _interpret_library(patch: pytest.MonkeyPatch) -> None:
 
 
 def _mend_interpreter(patch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 takes the `int` of arrays of one element, which numpy 2.4 refuses."""
+    """Triton 3.6 takes the `int` of arrays of one element, which numpy 2.4 refuses; and of what it
+    changes to call a function from a kernel, it does not change everything back."""
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -65,3 +66,12 @@ def _mend_interpreter(patch: pytest.MonkeyPatch) -> None:
             one.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     patch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+    def called(function: Any, *arguments: Any, **named: Any) -> Any:
+        scope = interpreter._patch_lang(function.fn)
+        try:
+            return function.rewrite()(*arguments, **named)
+        finally:
+            scope.restore()
+
+    patch.setattr(interpreter.InterpretedFunction, "__call__", called)

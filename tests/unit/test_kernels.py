@@ -42,7 +42,7 @@ def test_digest_compiles(unit_bytes: int, has_rows: bool) -> None:
 
     ptx = compile_kernel(
         digest_gpu._digest_tiles,
-        {"data": "*u8", "tiles": "*i64", "sums": "*i64"},
+        {"tiles": "*i64", "sums": "*i64"},
         {"UNIT_BYTES": unit_bytes, "HAS_ROWS": has_rows, "BLOCK": digest_gpu.BLOCK_UNITS},
     )
     assert ptx.count("atom.global.gpu.relaxed.add.u64") == 1

@@ -49,7 +49,8 @@ class Slot:
 
     def found(self) -> list[int]:
         digest = self._gpu.GpuDigest(self.boxes, torch.device("cpu"))
-        sums: list[int] = digest.finish(digest.start(torch.from_numpy(self.data))).tolist()
+        digest.start(self.data.ctypes.data)
+        sums: list[int] = digest.finish().tolist()
         return sums
 
 
@@ -85,6 +86,38 @@ def test_gpu_digest_is_the_cpu_s_when_long_rows_begin_anywhere(
     slot.add((7, 1_001), itemsize, (0, first), (7, 500))
     slot.add((2, 150_003), itemsize, (first % 2, 0), (1, 150_003))
     assert slot.found() == slot.expected
+
+
+def test_gpu_digest_is_the_cpu_s_when_boxes_are_digested_a_few_at_a_time(gpu: ModuleType) -> None:
+    slot = Slot(gpu)
+    for shape in [(3, 5), (0,), (300, 411), (2, 70_001), (1,), (140_001,)]:
+        slot.add(shape, 2)
+        slot.add((40, 90), 2, (1, 3), (37, 41))
+    digest = gpu.GpuDigest(slot.boxes, torch.device("cpu"))
+    for ends in [(12,), (0, 1, 2, 3, 7, 7, 12), (11, 12)]:
+        begin = 0
+        for end in ends:
+            digest.start(slot.data.ctypes.data, begin, end)
+            begin = end
+        assert digest.finish().tolist() == slot.expected
+
+
+def test_gpu_digest_finds_the_data_where_it_is_told_when_there_are_two_slots(
+    gpu: ModuleType,
+) -> None:
+    slot, other = Slot(gpu, 1), Slot(gpu, 2)
+    for each in (slot, other):
+        each.add((31, 1001), 2)
+        each.add((77,), 1)
+    digest = gpu.GpuDigest(slot.boxes, torch.device("cpu"))
+    memory = np.concatenate([np.zeros(4, dtype=np.uint8), other.data])
+    for address, expected in [
+        (slot.data.ctypes.data, slot.expected),
+        (memory[4:].ctypes.data, other.expected),
+        (slot.data.ctypes.data, slot.expected),
+    ]:
+        digest.start(address)
+        assert digest.finish().tolist() == expected
 
 
 def test_gpu_digests_of_boxes_add_up_to_that_of_the_tensor(gpu: ModuleType) -> None:

@@ -145,18 +145,18 @@ class _Copy:
 class _Digest:
     def __init__(self, layout: Layout, device: FakeDevice) -> None:
         self._layout, self._device = layout, device
+        self._sums: dict[int, int] = {}
 
-    def start(self, data: torch.Tensor) -> torch.Tensor:
+    def start(self, address: int, begin: int = 0, end: int | None = None) -> None:
         self._device.note(f"digested on {self._device.current.name}")
-        written = data.numpy()
-        sums = []
-        for shard in self._layout.shards:
+        written = self._device.bytes_at(address, self._layout.segments[0].size_bytes).numpy()
+        for number, shard in [*enumerate(self._layout.shards)][begin:end]:
             spec = self._layout.tensors[shard.tensor]
             itemsize = DTYPE_BYTES[spec.dtype]
-            end = shard.offset_bytes + itemsize * int(np.prod(shard.sizes, dtype=int))
-            box = written[shard.offset_bytes : end]
-            sums.append(digest_box(box, spec.shape, itemsize, shard.starts, shard.sizes))
-        return torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
+            last = shard.offset_bytes + itemsize * int(np.prod(shard.sizes, dtype=int))
+            box = written[shard.offset_bytes : last]
+            self._sums[number] = digest_box(box, spec.shape, itemsize, shard.starts, shard.sizes)
 
-    def finish(self, sums: torch.Tensor) -> Sums:
-        return sums.numpy().view(np.uint64)
+    def finish(self) -> Sums:
+        sums = [self._sums.pop(number) for number in range(len(self._layout.shards))]
+        return np.array(sums, dtype=np.uint64)

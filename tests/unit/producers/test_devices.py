@@ -57,11 +57,11 @@ class Uncompiled(FakeDevice):
     def open_digest(self, layout: Layout) -> Uncompiled:
         return self
 
-    def start(self, data: torch.Tensor) -> NoReturn:
+    def start(self, address: int, begin: int = 0, end: int | None = None) -> NoReturn:
         with _mapped("queueing work", "stream"):
             raise subprocess.CalledProcessError(1, ["gcc"])
 
-    def finish(self, sums: torch.Tensor) -> Sums:
+    def finish(self) -> Sums:
         raise AssertionError
 
 
