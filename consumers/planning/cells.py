@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,16 @@ class CellPlan:
     """By rank, for every cell: the number of its region; equal numbers are replicas."""
     region_tensors: Integers
     """The tensor of every region; ascending."""
+
+    @cached_property
+    def region(self) -> Integers:
+        """The same for the cells of all ranks, one rank's behind the other's."""
+        return np.concatenate(self.regions)
+
+    @cached_property
+    def first(self) -> Integers:
+        """Of every region, the place of its first cell in there: that of the lowest rank."""
+        return np.unique(self.region, return_index=True)[1]
 
 
 @dataclass(frozen=True)
@@ -112,9 +123,8 @@ def verify_cells(
             many ranks, or tensor digests, as there should be.
     """
     _check_counts(layout, plan, cell_digests, tensor_digests)
-    region = np.concatenate(plan.regions)
+    region, chosen = plan.region, plan.first
     digests = np.concatenate(cell_digests).astype(np.uint64)
-    _, chosen = np.unique(region, return_index=True)  # of every region the lowest rank's
     different = np.flatnonzero(digests != digests[chosen][region])
     sums = np.zeros(len(layout.tensors), dtype=np.uint64)
     np.add.at(sums, plan.region_tensors, digests[chosen])
@@ -169,7 +179,7 @@ def _cell_of(copy: Copy, number: int) -> Cell:
 
 def _disagreement(layout: Layout, plan: CellPlan, position: int) -> str:
     """Which ranks hold different bytes for one region; `position` counts cells over all ranks."""
-    region = int(np.concatenate(plan.regions)[position])
+    region = int(plan.region[position])
     ends = np.cumsum([len(regions) for regions in plan.regions])
     rank = int(np.searchsorted(ends, position, side="right"))
     first = next(n for n, regions in enumerate(plan.regions) if region in regions)

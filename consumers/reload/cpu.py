@@ -23,6 +23,7 @@ from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from weightbus.bus.digest import digest_box, digest_tensor
 from weightbus.consumers.planning.boxes import Box, blocks_of
@@ -60,6 +61,8 @@ class CpuExecutor(Executor):
         cells: what shall be digested; if a copy that transforms has any, they hold all of its box.
         threads: None: the caller's own.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self,

@@ -46,6 +46,8 @@ class Executor(ABC):
         CudaFailed: the driver, the kernel or torch on the device; parameters may have been written.
     """
 
+    device: torch.device
+    """Where the parameters are that it writes."""
     portion_bytes: int = PORTION_BYTES
     """Of segments that one `update` should span: a deadline is looked at between two. Where some of
     it is fetched first it spans `PORTION_BYTES` at most."""

@@ -62,7 +62,8 @@ class ModelHost(ABC):
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
         """Load the live model by the engine's own reload lifecycle, post-processing included.
 
-        `weights` are private CPU copies: the engine may keep or change them. `modules` None means
+        `weights` are private copies, in main memory unless `takes_device_tensors` says otherwise:
+        the engine may keep or change them. `modules` None means
         the whole checkpoint; else `weights` are exactly the tensors that these modules (names as
         in `named_modules`) are made of, and no other module may be left changed.
         They are made as they are asked for, and can be asked for until this returns.
@@ -75,6 +76,12 @@ class ModelHost(ABC):
     @abstractmethod
     def free_bytes(self) -> int:
         """Memory of the device that staging may take now."""
+
+    def takes_device_tensors(self) -> bool:
+        """Whether `reload` may be given tensors on `device`: it loads the same bits of them as of
+        tensors in main memory, but for what it computes by `exp`, of which it is given the latter.
+        """
+        return False
 
     def may_stay_uncovered(self, buffer: str, *, persistent: bool) -> bool:
         """Whether a buffer that `load_weights` does not write is known not to be of the checkpoint.

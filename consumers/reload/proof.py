@@ -49,7 +49,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> a dtype in which equal bits are equal, NaNs included."""
 
 Made = Iterator[tuple[int, torch.Tensor]]
-"""Parameters by number as the plan makes them: new tensors in main memory."""
+"""Parameters by number as the plan makes them: new tensors, of the live ones' device or in main
+memory."""
 
 Memory = frozenset[Place]
 
@@ -133,27 +134,24 @@ def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) 
 def same_bytes(live: torch.Tensor, made: torch.Tensor) -> bool:
     """Equal bits, NaNs and signs of zero included; shapes, strides and dtypes are equal already.
 
+    Where they are compared, memory for three times `COMPARED_BYTES` is taken at most.
+
     Args:
         live: on whatever device.
-        made: in main memory.
+        made: there, or in main memory.
 
     Raises:
         Exception: whatever torch raises of the device.
     """
-    if live.device.type != "cpu":
+    if live.device != made.device:
         return same_bytes_elsewhere(live, made)
-    left, right = _bytes(live), _bytes(made)
-    return all(
-        _equal(left[start : start + COMPARED_BYTES], right[start : start + COMPARED_BYTES])
-        for start in range(0, left.numel(), COMPARED_BYTES)
-    )
+    parts = _parts(*_in_order(live, made), COMPARED_BYTES)
+    return all(_equal(_bytes(some), _bytes(expected)) for some, expected in parts)
 
 
 def same_bytes_elsewhere(live: torch.Tensor, made: torch.Tensor) -> bool:
     """The same, of a live tensor that is copied to main memory part by part."""
-    steps = live.stride()
-    order = sorted(range(live.dim()), key=lambda dim: (-steps[dim], live.shape[dim]))
-    left, right = live.detach().permute(order), made.detach().permute(order)
+    left, right = _in_order(live, made)
     part_bytes = COPIED_BYTES if left.is_contiguous() else GATHERED_BYTES
     copied = torch.empty(
         min(part_bytes, left.nbytes), dtype=torch.uint8, device="cpu", pin_memory=live.is_cuda
@@ -174,6 +172,13 @@ def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
             return False
         left, right = left[end:], right[end:]
     return torch.equal(left, right)
+
+
+def _in_order(live: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, their dimensions in the order of the memory."""
+    steps = live.stride()
+    order = sorted(range(live.dim()), key=lambda dim: (-steps[dim], live.shape[dim]))
+    return live.detach().permute(order), made.detach().permute(order)
 
 
 def _parts(
@@ -255,11 +260,16 @@ def _hides_order(made: torch.Tensor) -> bool:
     for dim, extent in enumerate(bits.shape):
         if extent > 1 and torch.equal(bits.select(dim, 0), bits.select(dim, 1)):
             first = bits.narrow(dim, 0, 1)
-            if torch.equal(bits, first.expand_as(bits)):
+            if _same_parts(bits, first.expand_as(bits)):
                 return True
     square = bits.dim() > 1 and bits.shape[-1] == bits.shape[-2] > 1
     return (
         square
         and torch.equal(bits[..., 0, :], bits[..., :, 0])
-        and torch.equal(bits, bits.transpose(-1, -2))
+        and _same_parts(bits, bits.transpose(-1, -2))
     )
+
+
+def _same_parts(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """As `torch.equal`, which on a device takes memory for every element."""
+    return all(torch.equal(*parts) for parts in _parts(left, right, COMPARED_BYTES))

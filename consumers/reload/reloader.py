@@ -122,6 +122,8 @@ class Reloader:
         self._split: Split | None = None
         self._streams: dict[tuple[int, int], tuple[Split, StreamPlan]] = {}
         """By bytes and lanes of the buckets, the longest unused first."""
+        self._live: tuple[Split, tuple[list[int], list[int]]] | None = None
+        """Where the parameters of a split are."""
         self._traced: tuple[Trace, TilePlan] | None = None
         self._gpu = gpu_of(host.device, cuda)
         """Where the parameters are; None: in main memory."""
@@ -419,11 +421,16 @@ class Reloader:
                     )
                     digests = split.executor.update(bound, cells)
                 version.outcome.source_bytes += portion.plan.source_bytes
-                version.outcome.digests[split.moved_cells[list(cells)]] = digests
+                version.outcome.digests[split.moved_cells[cells]] = digests
         version.outcome.direct = len(split.proof.direct)
 
     def _live_memory(self, split: Split) -> tuple[list[int], list[int]]:
-        """Address and size in bytes of every parameter of the needs; 0 of processed ones."""
+        """Address and size in bytes of every parameter of the needs; 0 of processed ones.
+
+        Looked up once for a split: who asks has seen that everything is where its proof found it.
+        """
+        if self._live is not None and self._live[0] is split:
+            return self._live[1]
         live = {item.name: item.tensor for item in state_tensors(self._host.live_model())}
         addresses = [0] * len(split.plan.needs.parameters)
         sizes = [0] * len(addresses)
@@ -432,6 +439,7 @@ class Reloader:
             skipped = int(tensor.storage_offset()) * tensor.itemsize
             addresses[number] = tensor.data_ptr()
             sizes[number] = tensor.untyped_storage().nbytes() - skipped
+        self._live = split, (addresses, sizes)
         return addresses, sizes
 
 

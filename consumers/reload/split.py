@@ -61,6 +61,11 @@ class Split:
             return self.steps
         return tuple(_steps(cut_portions(self.plan, PORTION_BYTES), self.copy_of_cell))
 
+    @cached_property
+    def undecided(self) -> tuple[Portion, ...]:
+        """What writes to undecided parameters."""
+        return cut_portions(part_of_plan(self.plan, self.proof.undecided))
+
 
 def split_update(
     layout: Layout,

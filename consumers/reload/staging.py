@@ -68,7 +68,8 @@ class StagedSources:
 
     def __exit__(self, *error: object) -> None:
         for reserved in self._reserved.values():
-            reserved.close()
+            with suppress(BufferError):  # an error holds on to a view: it is closed with that
+                reserved.close()
 
     @property
     def has_fetched(self) -> bool:

@@ -6,6 +6,8 @@ make of a contiguous tensor: the loader that was traced called the same kernels.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,7 +16,11 @@ from weightbus.consumers.errors import PlanError
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.schemas.needs import Transform
 
-__all__ = ("filled_bytes", "transformed", "transformed_bytes")
+__all__ = ("INEXACT", "filled_bytes", "transformed", "transformed_bytes")
+
+INEXACT: Final = frozenset({"exp"})
+"""Operations whose last bit is another one on a GPU than on a processor. The others are exact, or
+round to nearest."""
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -1,7 +1,7 @@
 """What the reload machinery needs to know of a rank of the `torch` engine. Does no I/O.
 
-The model is on a CPU or on one GPU. On a GPU the engine's own loader copies from main memory to the
-live parameters; the copies are queued, and `synchronize` waits for them.
+The model is on a CPU or on one GPU. On a GPU the engine's own loader copies to the live parameters
+from wherever it is given tensors; the copies are queued, and `synchronize` waits for them.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ class TorchModelHost(ModelHost):
         """On a CPU nothing runs beside the calling thread."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def takes_device_tensors(self) -> bool:
+        """Every loader here copies, and every module that repacks its weight does so in place."""
+        return True
 
     def free_bytes(self) -> int:
         if self._device.type == "cuda":

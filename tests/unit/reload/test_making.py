@@ -50,7 +50,7 @@ def test_plan_is_bound_once_when_thousands_of_small_parameters_are_made(tmp_path
         cache = SegmentCache(HOST, trainer.roots)
         with cache.open_all(sources, [values.nbytes]) as opened, StagedSources(opened) as staged:
             deadline = Deadline("reload", 600.0)
-            made = dict(made_parameters(plan, range(PARAMETERS), staged, executor, deadline))
+            made = dict(made_parameters(plan, range(PARAMETERS), staged, executor.move, deadline))
     assert executor.moves == 1
     for number, spec in enumerate(trace.needs.parameters):
         assert torch.equal(made[number].view(torch.int32), tensors[spec.name].view(torch.int32))
