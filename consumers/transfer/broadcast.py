@@ -25,8 +25,10 @@ from weightbus.bus.errors import NcclFailed
 from weightbus.consumers.errors import (
     ApplyFailed,
     PeerLost,
+    ProofNeeded,
     RouteUnavailable,
     SegmentUnavailable,
+    TornRead,
     cause_of,
 )
 from weightbus.consumers.planning.hosts import HostShare, host_share, turn_of
@@ -63,6 +65,9 @@ GRAVE_POLL_S: Final = 0.02
 
 _NOT_FORMED: Final = frozenset({PeerLost.__name__, RouteUnavailable.__name__, NcclFailed.__name__})
 """What a worker says whose communicators do not form."""
+
+_NOT_OF_SHARING: Final = frozenset({PeerLost.__name__, ProofNeeded.__name__, TornRead.__name__})
+"""What a worker says that would have failed in place, too, or whose neighbour failed."""
 
 
 class BroadcastRoute(Route):
@@ -276,7 +281,16 @@ class BroadcastRoute(Route):
     ) -> None:
         """What a worker could not do is not asked of it again at once."""
         failure = error.__cause__ if isinstance(error.__cause__, ApplyFailed) else error
-        if not isinstance(failure, ApplyFailed) or begun:
+        if not isinstance(failure, ApplyFailed):
+            return
+        alone = all(len(group.members) == 1 for group in plan.groups)
+        if alone and failure.cause not in _NOT_OF_SHARING:
+            _logger.warning(
+                "the next %d versions are not shared with other engines of this host: %s",
+                self._favour.missed(plan.version),
+                error,
+            )
+        if begun:
             return
         forming = _forming(plan)
         if failure.cause in _NOT_FORMED and forming:

@@ -229,8 +229,9 @@ def test_lanes_lie_in_memory_of_hosts_when_not_all_members_have_gpus_or_room_the
 
 def test_engines_on_cpus_are_planned_as_if_nothing_lay_in_memory_of_their_host() -> None:
     fleet = [replica("a", device="cpu"), replica("b", device="cpu"), far("c", "h1", device="cpu")]
-    for fields in ({}, {"layout_bytes": 3 * SIZE}):
-        known, unknown = PlanSource(memory="host", **fields), PlanSource(**fields)
+    for size in (0, 3 * SIZE):
+        unknown = PlanSource(layout_bytes=size)
+        known = structs.replace(unknown, memory="host")
         assert decide(*fleet, source=known) == decide(*fleet, source=unknown)
 
 

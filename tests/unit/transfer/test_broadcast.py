@@ -10,9 +10,10 @@ import pytest
 from msgspec import structs
 
 from tests.unit.consumers.machines import plan_of
-from weightbus.consumers.errors import PeerLost
+from weightbus.consumers.errors import ApplyFailed, PeerLost
 from weightbus.consumers.planning.hosts import host_share
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
+from weightbus.consumers.transfer.filling import DeviceStaging
 from weightbus.consumers.transfer.groups import Groups, Meeting
 from weightbus.consumers.transfer.staged import Clock
 from weightbus.schemas.rounds import Group, Member, RoundPlan
@@ -50,3 +51,33 @@ async def test_group_of_one_says_nothing_about_the_others() -> None:
     route = BroadcastRoute("a", nothing, nothing, groups, Meeting(None, "tcp://127.0.0.1:1"))
     await meet(route, 1, "", "a")
     assert route.is_favoured(2)
+
+
+@pytest.mark.parametrize(
+    ("cause", "members", "favoured"),
+    [
+        ("SegmentUnavailable", ["a"], False),
+        ("CudaFailed", ["a"], False),
+        ("PeerLost", ["a"], True),
+        ("TornRead", ["a"], True),
+        ("CudaFailed", ["a", "b"], True),
+    ],
+)
+async def test_next_versions_are_not_shared_when_what_replicas_share_fails_here(
+    cause: str, members: list[str], favoured: bool
+) -> None:
+    nothing: Any = None
+    route = BroadcastRoute("a", nothing, nothing, nothing, Meeting(None, ""))
+    groups = tuple(
+        Group(id=f"g{lane}", members=tuple(Member(engine, lane) for engine in members))
+        for lane in range(2)
+    )
+    plan = structs.replace(plan_of(1, {"a": "broadcast"}), groups=groups, device=True)
+    device = DeviceStaging(slots=2, sources=(), fills={})
+    route._learn(plan, device, ApplyFailed(0, cause, "it failed", touched=True), begun=True)
+    assert [route.is_favoured(version) for version in (1, 2, 3, 4)] == [
+        favoured,
+        favoured,
+        favoured,
+        True,
+    ]
