@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -204,6 +205,13 @@ class CudaRuntime(ABC):
     @abstractmethod
     def destroy_event(self, device: int, event: int) -> None:
         """Of `record_event`."""
+
+    # -- other libraries
+
+    @abstractmethod
+    def current(self, device: int) -> AbstractContextManager[None]:
+        """Within it, the device is the calling thread's current one, for a library that works on
+        that."""
 
 
 class CudaBlock:

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any, Final
 
@@ -342,6 +342,11 @@ class Driver(CudaRuntime):
     def destroy_event(self, device: int, event: int) -> None:
         with self._on(device):
             self._call("cuEventDestroy_v2", f"an event of device {device}", event)
+
+    # -- other libraries
+
+    def current(self, device: int) -> AbstractContextManager[None]:
+        return self._on(device)
 
     # -- the driver
 

@@ -22,6 +22,8 @@ __all__ = (
     "FileUnreadable",
     "HostUnknown",
     "LeaseLost",
+    "NcclFailed",
+    "NcclUnavailable",
     "ObjectCorrupt",
     "ObjectMissing",
     "ObjectTooLarge",
@@ -256,3 +258,24 @@ class CudaTimeout(CudaFailed):
     def __init__(self, what: str, value: str, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         super().__init__(what, value, f"not done within {timeout_s:g} s")
+
+
+class NcclUnavailable(BusError):
+    """There is no NCCL to be had here: what is missing, and how to get it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+        super().__init__(f"no NCCL: {reason}. To get it: {remedy}")
+
+
+class NcclFailed(BusError):
+    """NCCL refused something, or something that it had begun has failed.
+
+    Its communicator is to be aborted, and not to be used again.
+    """
+
+    def __init__(self, what: str, group: str, place: int, reason: str, *, others: bool) -> None:
+        self.what, self.group, self.place, self.reason = what, group, place, reason
+        self.others = others
+        """Whether other members, or the way to them, may be at fault."""
+        super().__init__(f"NCCL: {what} (place {place} of group {group}) failed: {reason}")

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -100,6 +102,7 @@ class FakeCuda(CudaRuntime):
         self._queue: list[tuple[int, Callable[[], None]]] = []
         self._faults: dict[str, list[str | None]] = {}
         self._numbers = itertools.count(0x1000)
+        self._thread = threading.local()
 
     def other_process(
         self, *, visible: tuple[int, ...] | None = None, read_only: bool | None = None
@@ -316,6 +319,24 @@ class FakeCuda(CudaRuntime):
     def destroy_event(self, device: int, event: int) -> None:
         self._enter("destroy_event", device)
         del self.events[event]
+
+    # -- other libraries
+
+    @contextmanager
+    def current(self, device: int) -> Iterator[None]:
+        """Of the calling thread, as `current_device` tells."""
+        self._enter("current", device)
+        before = self.current_device
+        self._thread.device = device
+        try:
+            yield
+        finally:
+            self._thread.device = before
+
+    @property
+    def current_device(self) -> int | None:
+        """Of the calling thread; None: it has none."""
+        return getattr(self._thread, "device", None)
 
     # -- helpers
 

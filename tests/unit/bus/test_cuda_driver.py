@@ -132,6 +132,16 @@ def test_copies_and_events_go_to_their_stream(driver: Driver, stub: ctypes.CDLL)
         driver.destroy_stream(1, 0x99)
 
 
+def test_device_is_current_for_another_library_as_long_as_it_needs_it(
+    driver: Driver, stub: ctypes.CDLL
+) -> None:
+    with driver.current(1):
+        assert stub.stub_pushed() == 1
+        with driver.current(0):
+            assert stub.stub_pushed() == 2
+        assert stub.stub_pushed() == 1
+
+
 def test_cuda_is_unavailable_when_there_is_no_driver_or_no_device(
     library: str, stub: ctypes.CDLL
 ) -> None:
