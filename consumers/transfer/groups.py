@@ -1,7 +1,8 @@
 """Process groups of torch.distributed (gloo), one for each lane of a broadcast.
 
 Owns the store that groups meet at, the groups that are ready, and those that are being buried.
-The only file that talks to torch.distributed; torch is loaded when the first of these is opened.
+Only this file and `agreement` talk to torch.distributed; torch is loaded when the first of these
+is opened.
 
 Invariants, and what was measured of gloo:
 - A group whose operation failed, or was left, is never used again: it is dropped, and its members
