@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar
 
+from weightbus.consumers.errors import PeerLost, WorkerLost
 from weightbus.consumers.planning.buckets import BucketPlan
 from weightbus.consumers.transfer.fetch import Fetcher, Read
 from weightbus.consumers.transfer.filling import DeviceStaging, Filler
@@ -67,14 +68,7 @@ class DevicePipeline(Pipeline):
         self._tasks = (self._stage, self._admit, self._follow)
         begin_s = BEGIN_S_PER_TENSOR * len(plan.layout.tensors)
         self._fillers = {
-            lane.number: Filler(
-                lane.block,
-                lane.rank,
-                in_group=lane.group is not None,
-                stall_s=stall_s,
-                begin_s=begin_s,
-            )
-            for lane in lanes
+            lane.number: Filler(lane.block, lane.rank, stall_s, begin_s) for lane in lanes
         }
         self._admitted = dict.fromkeys(self._fillers, -1)
         """Lane -> all members are ready for so many buckets; -1: they have not met yet."""
@@ -125,13 +119,28 @@ class DevicePipeline(Pipeline):
     def _is_filled(self, lane: Lane, bucket: int) -> bool:
         """
         Raises:
-            WorkerLost: its filler stands still, although all members were ready.
+            WorkerLost: its filler stands still.
+            PeerLost: all members were ready for it, and one stands still; it may be ours, which is
+                the `suspect` then.
         """
         filler = self._fillers[lane.number]
         if filler.has_filled(bucket):
             return True
-        filler.check("fill", is_to_move=self._admitted[lane.number] > bucket)
+        try:
+            filler.check("fill", is_to_move=self._least_admitted(lane.rank) > bucket)
+        except WorkerLost as error:
+            group = lane.group
+            if group is None:
+                raise
+            self.suspect = error
+            reason = f"the broadcast of bucket {bucket} stands still, for which all were ready"
+            raise PeerLost(group.id, group.others, reason) from None
         return False
+
+    def _least_admitted(self, rank: int) -> int:
+        """Of all lanes that a worker fills: it keeps one order of buckets and lanes, and so waits
+        in one lane for what is admitted in another."""
+        return min(self._admitted[lane.number] for lane in self.lanes if lane.rank == rank)
 
     def _is_ready(self, lane: Lane, bucket: int) -> bool:
         """Members that only receive a bucket have a filler that has begun, too: nobody waits in a

@@ -3,7 +3,7 @@
 The slots of a device lane lie in memory of the GPU of one of the owner's own workers, its *filler*,
 which fills them beside its reading. It says how far it is in words of the lane's block, and takes
 from others only what the owner has staged and admitted. Who lacks nothing and does not go on is at
-fault, and nobody else: a filler that waits for members of its group says so itself, and sooner.
+fault; but in a broadcast it may be any member, and only who does not answer any more is known.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from weightbus.schemas.worker import LaneFill
 
 __all__ = ("DeviceStaging", "Filler")
 
-GROUP_STALLS: Final = 2
-"""So much longer a filler may stand still where its group has a part in it: it gives up the others
-first, and says who they are."""
+FETCH_STALLS: Final = 2
+"""So much longer a filler may stand still in a fetch than in a broadcast: it may be in both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +47,13 @@ class Filler:
 
     Args:
         rank: of the owner's engine.
-        in_group: whether members of other hosts take part.
         stall_s: so long it may stand still.
         begin_s: so much later it may begin: it has to plan before.
     """
 
-    def __init__(
-        self, block: StagingBlock, rank: int, *, in_group: bool, stall_s: float, begin_s: float
-    ) -> None:
+    def __init__(self, block: StagingBlock, rank: int, stall_s: float, begin_s: float) -> None:
         self._block, self._rank = block, rank
-        self._patience_s = stall_s * (GROUP_STALLS if in_group else 1)
+        self._patience_s = {"fetch": FETCH_STALLS * stall_s, "fill": stall_s}
         self._begin_s = begin_s
         self._seen: dict[str, tuple[tuple[int, int, bool], float]] = {}
         """Of every step: what was last seen, and since when it is so."""
@@ -88,7 +84,7 @@ class Filler:
             return
         for_s = now - known[1]
         has_begun = fetched >= 0
-        if is_to_move and for_s > self._patience_s + (0 if has_begun else self._begin_s):
+        if is_to_move and for_s > self._patience_s[step] + (0 if has_begun else self._begin_s):
             where = "it has not begun to fill its lane"
             if has_begun:
                 where = f"it stands still at bucket {filled} of the lane that it fills"

@@ -23,7 +23,7 @@ from typing import ClassVar, Final
 
 import anyio
 
-from weightbus.consumers.errors import DeadlineExceeded, PeerLost
+from weightbus.consumers.errors import DeadlineExceeded, PeerLost, WorkerLost
 from weightbus.consumers.planning.buckets import BucketPlan
 from weightbus.consumers.transfer.exchange import LEAVING, READY, WAITING, Exchange
 from weightbus.consumers.transfer.fetch import Fetcher, Read
@@ -146,6 +146,8 @@ class Pipeline:
         """Set once the blocks' words are those of this turn, or it has ended."""
         self.primed = anyio.Event()
         """Set once all is done that can be done without readers, or nothing will be."""
+        self.suspect: WorkerLost | None = None
+        """What is the matter if our worker does not answer, who may be whom the others wait for."""
         self._plan, self._fetcher = plan, fetcher
         self._turn, self._stall_s = turn, stall_s
         self._fingerprint, self._leave = fingerprint, leave

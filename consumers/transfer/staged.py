@@ -386,6 +386,8 @@ async def _beside(
             ends = pipeline is not None and not failures
         if not ends:
             tasks.cancel_scope.cancel()
+    if applying.cancelled_caught and pipeline is not None and pipeline.suspect is not None:
+        failures.insert(0, pipeline.suspect)
     if failures:
         raise _touching(failures[0]) if touched else failures[0]
     return applied

@@ -36,6 +36,8 @@ from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.placement import Segment, SharedMemorySegment
 from weightbus.schemas.shared_memory import (
     SHM_ADMITTED_OFFSET,
+    SHM_FETCHED_OFFSET,
+    SHM_FILLED_OFFSET,
     SHM_HANDLE_OFFSET,
     SHM_HANDLE_SET_OFFSET,
     SHM_HEADER_BYTES,
@@ -355,8 +357,11 @@ async def test_own_worker_is_named_when_it_does_not_begin(
 async def test_own_worker_is_named_when_it_stands_still(
     pool: BlockPool, stack: ExitStack, place: int | None, step: str
 ) -> None:
+    """Of a broadcast that stands still the others are suspected first: ours may wait for them."""
     site = Site(pool, stack, place=place, stall_s=SHORT_S)
     held = site.steps.hold(step)
+    in_broadcast = place is not None and step.startswith("fill")
+    expected = PeerLost if in_broadcast else WorkerLost
 
     async def let_go() -> None:
         while site.words.given_up != TURN:
@@ -365,9 +370,10 @@ async def test_own_worker_is_named_when_it_stands_still(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(let_go)
-        with anyio.fail_after(40 * SHORT_S), pytest.raises(WorkerLost, match="stands still at"):
+        with anyio.fail_after(40 * SHORT_S), pytest.raises(expected, match="stands still"):
             await site.run()
     assert site.left == 1
+    assert isinstance(site.pipeline.suspect, WorkerLost) == in_broadcast
 
 
 async def test_filler_is_not_at_fault_while_it_waits_for_another_consumers_reader(
@@ -436,3 +442,43 @@ async def test_filler_stops_when_the_run_is_cancelled(pool: BlockPool, stack: Ex
         tasks.cancel_scope.cancel()
     assert site.words.given_up == TURN
     assert site.left == 1
+
+
+async def test_filler_is_not_at_fault_in_one_lane_while_it_waits_for_another(
+    pool: BlockPool, stack: ExitStack
+) -> None:
+    """Its broadcasts keep one order over all lanes: bucket 0 of lane 1 waits for that of lane 0."""
+    plan, device = plan_of(2, lanes=2), DeviceStaging(slots=2, sources=(READ_BY_WORKER,), fills={})
+    blocks = pool.take([BlockSpec(pool.name_of(str(n)), 0, BUCKET_BYTES) for n in range(2)])
+    words = [stack.enter_context(open_words(block.name)) for block in blocks]
+    exchanges = [StepExchange(Steps()) for _ in range(2)]
+    exchanges[0].other_is_ready = False
+    lanes = [
+        Lane(number=n, block=block, rank=0, exchange=exchanges[n]) for n, block in enumerate(blocks)
+    ]
+    pipeline = DevicePipeline(
+        lanes,
+        plan,
+        StepFetcher(Steps(), []),
+        [OWN],
+        device,
+        turn=TURN,
+        stall_s=2 * SHORT_S,
+    )
+    with anyio.fail_after(DEADLINE_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pipeline.run, DEADLINE_S)
+            await pipeline.primed.wait()
+            pipeline.tell()
+            for one in words:
+                one.set_word(SHM_FETCHED_OFFSET, TURN << 32 | 2)
+            while words[1].count(SHM_ADMITTED_OFFSET, TURN) < 2:
+                await anyio.lowlevel.checkpoint()
+            with anyio.move_on_after(6 * SHORT_S):
+                await anyio.sleep_forever()  # longer than a filler may stand still
+            exchanges[0].other_is_ready = True
+            while words[0].count(SHM_ADMITTED_OFFSET, TURN) < 2:
+                await anyio.lowlevel.checkpoint()
+            for one in words:
+                one.set_word(SHM_FILLED_OFFSET, TURN << 32 | 2)
+                one.say_done(0, TURN, 2)
