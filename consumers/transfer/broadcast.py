@@ -35,7 +35,7 @@ from weightbus.consumers.planning.hosts import HostShare, host_share, turn_of
 from weightbus.consumers.transfer.alone import bring_alone
 from weightbus.consumers.transfer.favour import Favour
 from weightbus.consumers.transfer.fetch import Fetcher
-from weightbus.consumers.transfer.filling import DeviceStaging
+from weightbus.consumers.transfer.filling import Filling
 from weightbus.consumers.transfer.gpu import is_gpu
 from weightbus.consumers.transfer.groups import GlooExchange, Groups, Meeting
 from weightbus.consumers.transfer.pipeline import Lane, Reader
@@ -129,7 +129,7 @@ class BroadcastRoute(Route):
             async def by_stream(left_s: float) -> tuple[Applied, ...]:
                 if not transfer.plan.device:
                     return await self._stream(transfer, fetcher, share, None, left_s)
-                device = self._device_staging(transfer, ways, share)
+                device = self._filling(transfer, ways, share)
                 return await self._stream(transfer, fetcher, share, device, left_s)
 
             async def by_relay(left_s: float) -> tuple[Applied, ...]:
@@ -143,7 +143,7 @@ class BroadcastRoute(Route):
         transfer: Transfer,
         fetcher: Fetcher,
         share: HostShare,
-        device: DeviceStaging | None,
+        device: Filling | None,
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         clock, plan = Clock("broadcast", deadline_s), transfer.plan
@@ -247,9 +247,7 @@ class BroadcastRoute(Route):
         ) as blocks:
             yield blocks
 
-    def _device_staging(
-        self, transfer: Transfer, ways: Sequence[Segment], share: HostShare
-    ) -> DeviceStaging:
+    def _filling(self, transfer: Transfer, ways: Sequence[Segment], share: HostShare) -> Filling:
         """How the lanes of a plan are filled on this host."""
         plan = transfer.plan
         self._remember_meetings(share)
@@ -267,7 +265,7 @@ class BroadcastRoute(Route):
             )
             fills[lane.rank] = (*fills.get(lane.rank, ()), fill)
         sources = self._sources.of_workers(transfer.placement, ways, gpus=self._reads_gpus)
-        return DeviceStaging(slots=plan.slots, sources=sources, fills=fills)
+        return Filling(slots=plan.slots, sources=sources, fills=fills)
 
     def _remember_meetings(self, share: HostShare) -> None:
         """Workers meet before every plan; who has met before is not told again where."""
@@ -277,7 +275,7 @@ class BroadcastRoute(Route):
         self._met_at |= {name: where for name, where in groups.items() if where}
 
     def _learn(
-        self, plan: RoundPlan, device: DeviceStaging, error: WeightBusError, *, begun: bool
+        self, plan: RoundPlan, device: Filling, error: WeightBusError, *, begun: bool
     ) -> None:
         """What a worker could not do is not asked of it again at once."""
         failure = error.__cause__ if isinstance(error.__cause__, ApplyFailed) else error

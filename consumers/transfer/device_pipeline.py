@@ -22,7 +22,7 @@ from typing import ClassVar
 from weightbus.consumers.errors import PeerLost, WorkerLost
 from weightbus.consumers.planning.buckets import BucketPlan
 from weightbus.consumers.transfer.fetch import Fetcher, Read
-from weightbus.consumers.transfer.filling import DeviceStaging, Filler
+from weightbus.consumers.transfer.filling import FillerWatch, Filling
 from weightbus.consumers.transfer.pipeline import FINGERPRINT_BYTES, Lane, Pipeline
 from weightbus.consumers.transfer.watch import BEGIN_S_PER_TENSOR, Reader
 from weightbus.schemas.errors import WeightBusError
@@ -46,7 +46,7 @@ class DevicePipeline(Pipeline):
         plan: BucketPlan,
         fetcher: Fetcher,
         readers: Sequence[Reader],
-        device: DeviceStaging,
+        device: Filling,
         *,
         turn: int,
         stall_s: float,
@@ -68,7 +68,7 @@ class DevicePipeline(Pipeline):
         self._tasks = (self._stage, self._admit, self._follow)
         begin_s = BEGIN_S_PER_TENSOR * len(plan.layout.tensors)
         self._fillers = {
-            lane.number: Filler(lane.block, lane.rank, stall_s, begin_s) for lane in lanes
+            lane.number: FillerWatch(lane.block, lane.rank, stall_s, begin_s) for lane in lanes
         }
         self._admitted = dict.fromkeys(self._fillers, -1)
         """Lane -> all members are ready for so many buckets; -1: they have not met yet."""

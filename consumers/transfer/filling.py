@@ -19,14 +19,14 @@ from weightbus.consumers.transfer.staging import StagingBlock
 from weightbus.schemas.placement import Segment
 from weightbus.schemas.worker import LaneFill
 
-__all__ = ("DeviceStaging", "Filler")
+__all__ = ("FillerWatch", "Filling")
 
 FETCH_STALLS: Final = 2
 """So much longer a filler may stand still in a fetch than in a broadcast: it may be in both."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceStaging:
+class Filling:
     """How the device lanes of one consumer are filled in one transfer."""
 
     slots: int
@@ -42,7 +42,7 @@ class DeviceStaging:
         return frozenset(n for n, source in enumerate(self.sources) if source is None)
 
 
-class Filler:
+class FillerWatch:
     """What was last seen of the worker that fills a lane.
 
     Args:

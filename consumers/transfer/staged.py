@@ -32,7 +32,7 @@ from weightbus.consumers.errors import (
 from weightbus.consumers.planning.buckets import BUCKETS_VERSION, BucketPlan, plan_buckets
 from weightbus.consumers.transfer.device_pipeline import DevicePipeline
 from weightbus.consumers.transfer.fetch import Fetcher
-from weightbus.consumers.transfer.filling import DeviceStaging
+from weightbus.consumers.transfer.filling import Filling
 from weightbus.consumers.transfer.pipeline import (
     FINGERPRINT_BYTES,
     Lane,
@@ -183,7 +183,7 @@ async def bring_by_stream(
     turn: int,
     stall_s: float,
     deadline_s: float,
-    device: DeviceStaging | None = None,
+    device: Filling | None = None,
     leave: Callable[[], None] = lambda: None,
 ) -> tuple[Applied, ...]:
     """Every byte once, through lanes of which this consumer owns some or all.
@@ -239,8 +239,9 @@ async def bring_by_stream(
         await pipeline.run(SERVE_SHARE * clock.left_s())
 
     def go_on(error: WeightBusError) -> bool:
-        """Others do not suffer from what only this engine needs; its workers fill device lanes."""
-        return _needs_proof(error) and pipeline.is_shared and device is None
+        """Others do not suffer from what only this engine needs; of device lanes its workers have
+        filled theirs to the end."""
+        return _needs_proof(error) and pipeline.is_shared
 
     try:
         applied = await _beside(transfer, feeds, clock, [serve], stall_s, pipeline, go_on)

@@ -29,7 +29,7 @@ from weightbus.consumers.errors import (
 from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
 from weightbus.consumers.transfer.device_pipeline import DevicePipeline
 from weightbus.consumers.transfer.exchange import LEAVING, READY, WAITING
-from weightbus.consumers.transfer.filling import DeviceStaging
+from weightbus.consumers.transfer.filling import Filling
 from weightbus.consumers.transfer.pipeline import Lane, Reader
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
@@ -95,7 +95,7 @@ class Site:
         stall_s: float = DEADLINE_S,
     ) -> None:
         self.plan = plan_of(5) if plan is None else plan
-        device = DeviceStaging(slots=slots, sources=tuple(sources), fills={})
+        device = Filling(slots=slots, sources=tuple(sources), fills={})
         spec = BlockSpec(pool.name_of("0"), slots if device.brought else 0, BUCKET_BYTES)
         (self.block,) = pool.take([spec])
         self.steps = Steps()
@@ -448,7 +448,7 @@ async def test_filler_is_not_at_fault_in_one_lane_while_it_waits_for_another(
     pool: BlockPool, stack: ExitStack
 ) -> None:
     """Its broadcasts keep one order over all lanes: bucket 0 of lane 1 waits for that of lane 0."""
-    plan, device = plan_of(2, lanes=2), DeviceStaging(slots=2, sources=(READ_BY_WORKER,), fills={})
+    plan, device = plan_of(2, lanes=2), Filling(slots=2, sources=(READ_BY_WORKER,), fills={})
     blocks = pool.take([BlockSpec(pool.name_of(str(n)), 0, BUCKET_BYTES) for n in range(2)])
     words = [stack.enter_context(open_words(block.name)) for block in blocks]
     exchanges = [StepExchange(Steps()) for _ in range(2)]
