@@ -29,17 +29,13 @@ from weightbus.consumers.reload.accelerator import Accelerator
 from weightbus.consumers.reload.executor import WHOLE_PLAN, Executor, Sums
 from weightbus.consumers.reload.programs import BLOCK_BYTES, Batch, Extents, Program, Programs
 from weightbus.consumers.reload.table import COMPARE, MOVE, READ, Launch
-from weightbus.consumers.reload.transforms import filled_bytes, transformed
+from weightbus.consumers.reload.transforms import INEXACT, filled_bytes, transformed
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Copy, Fill, Needs
 from weightbus.schemas.worker import Cell
 
 __all__ = ("GpuExecutor",)
-
-_INEXACT: Final = frozenset({"exp"})
-"""Operations whose last bit is another one on a GPU than on the host, where the loader that was
-traced did them: they are done on the host. The others are exact, or round to nearest."""
 
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> a dtype that keeps its bits."""
@@ -77,7 +73,7 @@ class GpuExecutor(Executor):
         accelerator: Accelerator,
     ) -> None:
         self._layout, self._needs, self._cells = layout, needs, tuple(cells)
-        self._accelerator = accelerator
+        self._accelerator, self.device = accelerator, accelerator.device
         self._programs = Programs(layout, needs, cells, accelerator)
         copies = np.array([cell.copy for cell in self._cells], dtype=np.int64)
         transforms = np.array([copy.transform for copy in needs.copies] + [-1], dtype=np.int64)
@@ -239,8 +235,8 @@ class GpuExecutor(Executor):
             dtype = self._layout.tensors[copy.tensor].dtype
             transform = self._needs.transforms[copy.transform]
             data = memory[offset : offset + block.size_bytes]
-            if any(op in _INEXACT for op, _ in transform.ops):
-                data = data.cpu()
+            if any(op in INEXACT for op, _ in transform.ops):
+                data = data.cpu()  # where the engine's own loader does it
             made = transformed(data, dtype, transform).to(self._accelerator.device)
             yield block, made.view(_BITS[made.itemsize]).view(block.box.sizes)
 

@@ -13,8 +13,7 @@ with ended whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,26 +22,29 @@ import numpy.typing as npt
 import torch
 
 from weightbus.bus.cuda import open_cuda
-from weightbus.bus.digest import digest_box
 from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.errors import (
     DeadlineExceeded,
+    PeerLost,
     PlanError,
     ProofFailed,
     SegmentUnavailable,
+    TornRead,
     TraceRefused,
 )
+from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
 from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
 from weightbus.consumers.reload.cells import check_cells
-from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of, shards_by_tensor
-from weightbus.consumers.reload.cpu import CpuExecutor
+from weightbus.consumers.reload.checkpoint import Checkpoint, shards_by_tensor
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.executor import check_device
 from weightbus.consumers.reload.faults import settle
 from weightbus.consumers.reload.host import ModelHost
-from weightbus.consumers.reload.making import made_parameters
+from weightbus.consumers.reload.loading import CellsOf
+from weightbus.consumers.reload.loose import LooseCells
+from weightbus.consumers.reload.maker import Maker, Reading
 from weightbus.consumers.reload.memory import state_tensors
-from weightbus.consumers.reload.proof import Made, Proof, memory_of, prove, same_bytes
+from weightbus.consumers.reload.proof import Proof, memory_of, prove
 from weightbus.consumers.reload.split import Split, split_update
 from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.streams import StreamPlan, move_stream, plan_stream
@@ -61,8 +63,6 @@ STREAMS_KEPT: Final = 2
 """Plans of streams that are kept: groups change, and with them lanes and their buckets."""
 
 Sums = npt.NDArray[np.uint64]
-CellsOf = Mapping[int, Sequence[int]]
-"""Tensor -> numbers of its cells."""
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ class _Version:
     """One version on its way."""
 
     segments: Sequence[OpenSegment]
-    checkpoint: Checkpoint
+    reading: Reading
     deadline: Deadline
     outcome: Outcome
 
@@ -135,6 +135,10 @@ class Reloader:
         except (TraceRefused, PlanError) as error:
             self.untraced_reason = str(error)
             self.needs = whole_needs(layout)
+        needs = self._traced[0].needs if self._traced else None
+        self._loose: LooseCells | None = None
+        """Those that were digested last where their segments are."""
+        self._maker = Maker(host, layout, needs, self._threads, self._gpu)
 
     @property
     def plan(self) -> TilePlan | None:
@@ -154,7 +158,10 @@ class Reloader:
         attached, split = tuple(cells), self._split
         if split is not None:
             split = self._split_by(split.whole, split.proof, attached)
-        self._cells, self._split = attached, split
+        self._cells, self._split, self._loose = attached, split, None
+        self._maker.attach(attached)
+        if split is None:
+            self._maker.plan()
 
     def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
         """Write one version into the live model, which is touched from here on.
@@ -169,12 +176,14 @@ class Reloader:
             DeadlineExceeded: noticed between two steps.
             Exception: whatever the engine's own loader raises.
         """
-        version = _Version(
+        outcome = Outcome(digests=np.zeros(len(self._cells), dtype=np.uint64))
+        reading = Reading(
             segments=segments,
             checkpoint=Checkpoint(self.layout, self._shards, segments),
+            digests=outcome.digests,
             deadline=deadline,
-            outcome=Outcome(digests=np.zeros(len(self._cells), dtype=np.uint64)),
         )
+        version = _Version(segments=segments, reading=reading, deadline=deadline, outcome=outcome)
         split = self._split if self._is_in_place() else None
         if split is not None and self._must_be_proven_again(version, split):
             split = None
@@ -197,14 +206,16 @@ class Reloader:
         self._split = split
         return version.outcome
 
-    def prepare_stream(self, bucket_bytes: int, lanes: int) -> None:
-        """Plan what `stream` does with such buckets, which may take seconds; only if `can_stream`.
+    def prepare_stream(self, bucket_bytes: int, lanes: int) -> BucketPlan:
+        """Plan what `stream` does with such buckets, which may take seconds; unless `can_stream`,
+        only how they are cut, for those who can.
 
         Raises:
             PlanError: the buckets are too small.
         """
-        assert self._split is not None, "a version is streamed only if it can be"
-        self._stream_plan(self._split, (bucket_bytes, lanes))
+        if self._split is None or not self.can_stream():
+            return plan_buckets(self.layout, bucket_bytes, lanes)
+        return self._stream_plan(self._split, (bucket_bytes, lanes)).buckets
 
     def stream(self, lanes: Lanes, deadline: Deadline, begin: Callable[[], None]) -> Outcome:
         """Write one version that comes by once into the live model; only if `can_stream`.
@@ -215,6 +226,7 @@ class Reloader:
         Raises:
             ProofNeeded: an undecided parameter would change.
             SegmentUnavailable: an owner of a lane has given up, or is gone.
+            TornRead, PeerLost, NcclFailed, CudaFailed: a lane that this worker fills cannot be.
             DeadlineExceeded: noticed between two buckets, or while waiting for one.
         """
         split = self._split
@@ -224,7 +236,7 @@ class Reloader:
             self._split = None  # until this version has ended whole
         try:
             streamed = move_stream(plan, self._live_memory(split), lanes, deadline, begin)
-        except (SegmentUnavailable, DeadlineExceeded):
+        except (SegmentUnavailable, TornRead, PeerLost, DeadlineExceeded):
             self._split = split  # what was undecided is as it was: it was compared in its slots
             raise
         self._host.synchronize()
@@ -318,41 +330,34 @@ class Reloader:
         """The first version since the parameters lie where they do."""
         self._load_all(version)
         self._host.synchronize()
-        with self._making(version, trace, plan) as make:
+        with self._maker.making(version.reading, plan) as make:
             proof = prove(trace, self._host.live_model(), make)
+        self._maker.finish(loads_again=bool(proof.modules))
         version.outcome.processed = len(trace.needs.parameters)
         version.outcome.reason = f"proof of the plan, {_summary(proof)}"
         return proof
 
     def _must_be_proven_again(self, version: _Version, split: Split) -> bool:
         """Whether this version changes a parameter whose bytes have proven nothing so far."""
-        undecided = split.proof.undecided
-        if self._traced is None or not undecided:
+        if not split.proof.undecided:
             return False
-        trace, plan = self._traced
-        live = {item.name: item.tensor for item in state_tensors(self._host.live_model())}
-        with self._making(version, trace, plan) as make:
-            return not all(
-                same_bytes(live[trace.needs.parameters[number].name], made)
-                for number, made in make(undecided)
-            )
-
-    @contextmanager
-    def _making(
-        self, version: _Version, trace: Trace, plan: TilePlan
-    ) -> Iterator[Callable[[Iterable[int]], Made]]:
-        """Makes parameters of a version in main memory, wherever the live ones are."""
-        executor = CpuExecutor(self.layout, trace.needs, (), self._threads)
-        with StagedSources(version.segments) as sources:
-            yield lambda numbers: made_parameters(
-                plan, numbers, sources, executor, version.deadline
-            )
+        memory = self._live_memory(split)
+        with StagedSources(version.segments, self._gpu) as sources:
+            for portion in split.undecided:
+                version.deadline.check()
+                with sources.fetched(portion.ranges):
+                    bound = bind_tiles(
+                        portion.plan, sources.addresses, sources.sizes_bytes, *memory
+                    )
+                    if split.executor.changed_parameter(bound) is not None:
+                        return True
+        return False
 
     def _load_processed(self, version: _Version, split: Split) -> None:
         """What the engine processes; and the digest of all that is not moved."""
         outcome = version.outcome
         if not split.proof.modules:
-            self._digest_rest(version, split.loose_cells, done=set())
+            self._digest(version, split.loose_cells)
             return
         if split.proof.direct:
             self._load(version, split.loaded, split.proof.modules, split.loose_cells)
@@ -365,47 +370,44 @@ class Reloader:
     def _load(
         self,
         version: _Version,
-        tensors: Iterable[int],
+        tensors: Sequence[int],
         modules: frozenset[str] | None,
         cells: CellsOf,
     ) -> None:
         """Hand tensors to the engine, one by one as it asks for them; digest all of `cells`."""
         done: set[int] = set()
+        with self._maker.reading(version.reading, {*tensors, *cells}, cells) as read:
 
-        def weights() -> Iterator[tuple[str, torch.Tensor]]:
-            for number in tensors:
-                tensor = self._read(version, number, cells)
-                done.add(number)
-                version.outcome.source_bytes += tensor.nbytes
-                yield self.layout.tensors[number].name, tensor
+            def weights() -> Iterator[tuple[str, torch.Tensor]]:
+                for number, tensor in read(tensors):
+                    done.add(number)
+                    version.outcome.source_bytes += tensor.nbytes
+                    yield self.layout.tensors[number].name, tensor
 
-        with torch.no_grad():
-            self._host.reload(weights(), modules)
-        self._digest_rest(version, cells, done)
+            with torch.no_grad():
+                self._host.reload(weights(), modules)
+        self._digest(version, {number: cells[number] for number in cells.keys() - done})
 
-    def _digest_rest(self, version: _Version, cells: CellsOf, done: set[int]) -> None:
-        """Digest the cells of tensors that nobody was given."""
-        for number in sorted(cells.keys() - done):
-            self._read(version, number, cells)
+    def _digest(self, version: _Version, cells: CellsOf) -> None:
+        """Digest cells of tensors that nobody is given."""
+        numbers = tuple(sorted(number for some in cells.values() for number in some))
+        if not numbers:
+            return
+        if self._loose is None or self._loose.numbers != numbers:
+            self._loose = self._loose_cells({number: self._cells[number] for number in numbers})
+        with StagedSources(
+            version.segments, self._gpu if self._loose.is_on_device else None
+        ) as sources:
+            self._loose.digest(sources, version.outcome.digests, version.deadline)
 
-    def _read(self, version: _Version, number: int, cells: CellsOf) -> torch.Tensor:
-        """A private copy of a tensor, whose cells are digested."""
-        version.deadline.check()
-        tensor = version.checkpoint.tensor(number)
-        spec = self.layout.tensors[number]
-        for cell_number in cells.get(number, ()):
-            cell = self._cells[cell_number]
-            whole = bytes_of(tensor).reshape(*spec.shape, tensor.itemsize)
-            ends = (start + size for start, size in zip(cell.starts, cell.sizes, strict=True))
-            box = whole[tuple(map(slice, cell.starts, ends))]
-            version.outcome.digests[cell_number] = digest_box(
-                np.ascontiguousarray(box).reshape(-1),
-                spec.shape,
-                tensor.itemsize,
-                cell.starts,
-                cell.sizes,
-            )
-        return tensor
+    def _loose_cells(self, cells: dict[int, Cell]) -> LooseCells:
+        try:
+            return LooseCells(self.layout, cells, self._host.device, self._threads)
+        except (PlanError, CudaFailed):
+            if self._gpu is None:
+                raise
+            settle(self._host)
+            return LooseCells(self.layout, cells, "cpu", self._threads)
 
     # -- directly
 
