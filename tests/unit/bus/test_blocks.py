@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weightbus.bus.blocks import SharedBlock, warn_unless_ordered
+from weightbus.bus import blocks
+from weightbus.bus.blocks import SharedBlock, gives_huge_pages, warn_unless_ordered
 from weightbus.bus.errors import SharedMemoryFull, SharedMemoryUnavailable
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES, unpack_shm_header
 
@@ -25,6 +26,44 @@ def test_block_is_private_allocated_and_even_when_created(tmp_path: Path) -> Non
     assert found.st_blocks * 512 >= found.st_size
     assert unpack_shm_header((tmp_path / NAME).read_bytes()) == (10_000, 6)
     block.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "gives"),
+    [
+        ("rw,huge=advise,size=8g", True),
+        ("rw,size=8g", False),
+        ("rw,huge=always", False),
+        ("rw,huge=never", False),
+    ],
+)
+def test_huge_pages_are_asked_for_where_the_mount_gives_them(
+    tmp_path: Path, options: str, *, gives: bool
+) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "tmpfs /dev/shm tmpfs rw,huge=within_size 0 0\n"
+        f"tmpfs /dev/shm tmpfs {options} 0 0\n"
+        "tmpfs /dev/shm/below tmpfs rw,huge=advise 0 0\n"
+    )
+    assert gives_huge_pages(Path("/dev/shm"), mounts) is gives
+    assert not gives_huge_pages(Path("/dev/shm"), tmp_path / "absent")
+
+
+@pytest.mark.parametrize("size_bytes", [10, 3 * 2**20])
+def test_block_is_whole_when_huge_pages_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    monkeypatch.setattr(blocks, "gives_huge_pages", lambda directory: True)
+    name = f"{NAME}-huge-{os.getpid()}"
+    block = SharedBlock(name, size_bytes)
+    try:
+        found = (blocks.SHM_DIRECTORY / name).stat()
+        assert found.st_size == SHM_HEADER_BYTES + size_bytes
+        assert found.st_blocks * 512 >= found.st_size
+        assert not any(block.data)
+    finally:
+        block.close()
 
 
 def test_generation_is_odd_while_written_and_greater_when_written_again(tmp_path: Path) -> None:
