@@ -28,6 +28,9 @@ class Copier(Protocol):
     def mark(self) -> Callable[[], None]:
         """Returns what waits until all that was given to be copied by now is; for any thread."""
 
+    def precede(self, stream: Stream) -> None:
+        """What is queued there from now on comes after all that was given to be copied by now."""
+
 
 class HostCopier:
     """One `copy_` per tensor, of any strides, on any device; done when it returns."""
@@ -44,6 +47,9 @@ class HostCopier:
 
     def mark(self) -> Callable[[], None]:
         return lambda: None
+
+    def precede(self, stream: Stream) -> None:
+        """It is copied already."""
 
 
 class GpuCopier:
@@ -76,6 +82,10 @@ class GpuCopier:
                 wait_for_one()
 
         return wait
+
+    def precede(self, stream: Stream) -> None:
+        for copies in self._streams.values():
+            stream.follow(copies)
 
 
 def place_of(data: torch.Tensor, shard: ShardSpec, source: torch.Tensor) -> torch.Tensor:

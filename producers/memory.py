@@ -138,25 +138,30 @@ class HostMemory(Memory):
                 raise
         return block
 
-    def pin(self, block: SharedBlock, runtime: CudaRuntime, device: int) -> None:
+    def pin(self, block: SharedBlock, runtime: CudaRuntime, device: int) -> bool:
         """Register a block with CUDA, once: GPUs copy into it at full speed, and nobody waits.
 
-        One that cannot be registered is slower to copy to.
+        Returns whether it is, and so can be read by GPUs. Else it is slower to copy to.
         """
-        if block.name in self._pinned or self._cannot_pin:
-            return
+        if block.name in self._pinned:
+            return True
+        if self._cannot_pin:
+            return False
         try:
             runtime.register(block.address, block.size_bytes, read_only=False, device=device)
         except CudaFailed as error:
             self.cannot_pin(error)
-        else:
-            self._pinned[block.name] = runtime
+            return False
+        self._pinned[block.name] = runtime
+        return True
 
     def cannot_pin(self, error: WeightBusError) -> None:
         """Say so, once, and try it no more."""
         if not self._cannot_pin:
             self._cannot_pin = True
-            _logger.warning("slots in host memory are not pinned, copies are slow: %s", error)
+            _logger.warning(
+                "slots in host memory are not pinned, copies and digests are slow: %s", error
+            )
 
     def give_up(self, block: Block, *, may_be_read: bool) -> None:
         assert isinstance(block, SharedBlock)

@@ -91,7 +91,9 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
     What is published in the background has as long, and 10 s, to be announced; it is cancelled
     then, and at once where the end is not a good one."""
     digest_threads: int = 4
-    """Threads that digest while the tensors are copied."""
+    """Threads that digest slots in host memory while the tensors are copied there. Where these lie
+    on one GPU, that GPU does it, if it can: it takes 48 bytes of its memory per 128 KiB of the
+    part, 11 MB for 30 GB, and as long as the copy, which it overlaps."""
     p2p: P2pOptions | None = None
     """How engines on other hosts may read slots in host memory; None: not at all."""
 

@@ -4,7 +4,8 @@
 Blocking; runs in worker threads. The trainer goes on as soon as its tensors are copied:
 
 - into host memory from host memory: when the last one is;
-- into host memory from GPUs: when the last one is, on streams of our own;
+- into host memory from GPUs: when the last one is, on streams of our own. Where all GPU tensors of
+  a part lie on one, that GPU digests the slot, else threads of the CPU do;
 - into GPU memory: at once. The copies are queued after the trainer's work so far, and before all
   that it queues next. The digest, and the copy for other readers, are taken of the slot then.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import torch
@@ -24,7 +25,7 @@ import torch
 from weightbus.bus.blocks import SharedBlock
 from weightbus.bus.cuda import CudaBlock
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable
-from weightbus.producers.copying import GpuCopier
+from weightbus.producers.copying import Copier, GpuCopier
 from weightbus.producers.devices import (
     Device,
     Devices,
@@ -34,6 +35,7 @@ from weightbus.producers.devices import (
     Stream,
     wait_after,
 )
+from weightbus.producers.digesting import DeviceDigesters, Digester, ThreadDigester
 from weightbus.producers.digests import Sums
 from weightbus.producers.errors import DeviceMemoryFull, SlotsUnsuitable
 from weightbus.producers.memory import DeviceMemory, HostMemory, Memory, Owner
@@ -144,6 +146,7 @@ class _HostWriter(Writer):
         self.kinds = (host,)
         self._host, self._devices, self._threads = host, devices, threads
         self._streams: dict[int, Stream] = {}
+        self._digesters = DeviceDigesters(devices)
 
     def write(
         self, part: Part, slot: Slot, handover: Handover, check_cancelled: Callable[[], None]
@@ -151,23 +154,30 @@ class _HostWriter(Writer):
         block = slot.blocks[self._host]
         assert isinstance(block, SharedBlock)
         numbers = self._devices.numbers_of(part)
-        copier = None
+        copier: Copier | None = None
+        digester: Digester | None = None
         if numbers:
-            _pin(self._host, block, self._devices, numbers[0])
-            for number in numbers:
-                if number not in self._streams:
-                    self._streams[number] = self._devices.device(number).new_stream()
-            streams = {number: self._streams[number] for number in numbers}
-            copier = GpuCopier(self._devices, streams, handover)
+            pinned = _pin(self._host, block, self._devices, numbers[0])
+            copier = GpuCopier(self._devices, self._streams_of(numbers), handover)
+            if pinned and len(numbers) == 1:
+                digester = self._digesters.open(numbers[0], part.layout, block.address)
+        data = block.begin_write()
+        digester = digester or ThreadDigester(part.layout, data, self._threads)
         try:
-            sums = write_part(
-                part, block.begin_write(), self._threads, check_cancelled, copier, handover.copied
-            )
+            sums = write_part(part, data, digester, check_cancelled, copier, handover.copied)
         except CudaTimeout:
             slot.leave()
+            for number in numbers:
+                self._digesters.leave(number)
             raise
         block.end_write()
         return sums
+
+    def _streams_of(self, numbers: Sequence[int]) -> dict[int, Stream]:
+        for number in numbers:
+            if number not in self._streams:
+                self._streams[number] = self._devices.device(number).new_stream()
+        return {number: self._streams[number] for number in numbers}
 
 
 class _DeviceWriter(Writer):
@@ -249,11 +259,12 @@ class _DeviceWriter(Writer):
         return self._digest[1]
 
 
-def _pin(host: HostMemory, block: SharedBlock, devices: Devices, number: int) -> None:
-    """Let a GPU copy into a block at full speed, if there is a driver that we can speak to."""
+def _pin(host: HostMemory, block: SharedBlock, devices: Devices, number: int) -> bool:
+    """Let a GPU copy into a block at full speed, and read it, if there is a driver that we can
+    speak to; returns whether it does."""
     try:
         runtime = devices.runtime()
     except CudaUnavailable as error:
         host.cannot_pin(error)
-    else:
-        host.pin(block, runtime, number)
+        return False
+    return host.pin(block, runtime, number)

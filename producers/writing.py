@@ -1,4 +1,4 @@
-"""Copies a part's tensors into a block in host memory and digests what has been written.
+"""Copies a part's tensors into a block in host memory, and has digested what has been written.
 
 Blocking; runs in a worker thread. No temporaries: every tensor goes straight into its place in the
 mapped block, whatever its strides and device, and is digested there.
@@ -6,20 +6,17 @@ mapped block, whatever its strides and device, and is digested there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
-import numpy as np
 import torch
 
-from weightbus.bus.digest import digest_box
 from weightbus.producers.copying import Copier, HostCopier, box_bytes, place_of
 from weightbus.producers.devices import wait_after
+from weightbus.producers.digesting import Digester
 from weightbus.producers.digests import Sums
 from weightbus.producers.shards import Part
-from weightbus.schemas.dtypes import DTYPE_BYTES
-from weightbus.schemas.layout import Layout, ShardSpec
+from weightbus.schemas.layout import Layout
 
 __all__ = ("write_part",)
 
@@ -30,58 +27,39 @@ _BATCH_SHARDS: Final = 4096
 def write_part(
     part: Part,
     data: memoryview,
-    threads: int,
+    digester: Digester,
     check_cancelled: Callable[[], None],
     copier: Copier | None = None,
     copied: Callable[[], None] = lambda: None,
 ) -> Sums:
     """Copy every shard of `part` into `data`; returns the partial digest of each, in layout order.
 
-    While one batch of shards is copied, `threads` threads digest those before it. `copied` is
-    called once all is copied: the trainer may touch its tensors again, as it may when this has
-    ended. `check_cancelled` is called between batches; what it raises is passed on.
+    While one batch of shards is copied, `digester`, which is made for `data` and closed here,
+    digests those before it. `copied` is called once all is copied: the trainer may touch its
+    tensors again, as it may when this has ended. `check_cancelled` is called between batches; what
+    it raises is passed on.
 
     Raises:
         CudaFailed: a device failed.
-        CudaTimeout: it may go on copying to `data`, whatever else has failed.
+        CudaTimeout: it may go on copying to `data`, or reading it, whatever else has failed.
     """
     copier = copier or HostCopier(part.sources)
     target = torch.frombuffer(data, dtype=torch.uint8)
-    written = target.numpy()
-    with ThreadPoolExecutor(threads, thread_name_prefix="weightbus-digest") as pool:
-        try:
-            digests = []
-            for begin, end in _batches(part.layout):
-                check_cancelled()
-                shards, sources = part.layout.shards[begin:end], part.sources[begin:end]
-                copier.copy([*map(place_of, [target] * len(shards), shards, sources)], sources)
-                wait = copier.mark()
-                digests.append(pool.submit(_digest_shards, part.layout, shards, written, wait))
-            copier.mark()()
-            copied()
-            sums = [digest for batch in digests for digest in batch.result()]
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            wait_after(error, copier.mark)
-            raise
-    return np.array(sums, dtype=np.uint64)
-
-
-def _digest_shards(
-    layout: Layout,
-    shards: Sequence[ShardSpec],
-    written: np.ndarray[Any, np.dtype[np.uint8]],
-    wait: Callable[[], None],
-) -> list[int]:
-    wait()
-    digests = []
-    for shard in shards:
-        spec = layout.tensors[shard.tensor]
-        itemsize = DTYPE_BYTES[spec.dtype]
-        end = shard.offset_bytes + box_bytes(layout, shard)
-        box = written[shard.offset_bytes : end]
-        digests.append(digest_box(box, spec.shape, itemsize, shard.starts, shard.sizes))
-    return digests
+    try:
+        for begin, end in _batches(part.layout):
+            check_cancelled()
+            shards, sources = part.layout.shards[begin:end], part.sources[begin:end]
+            copier.copy([*map(place_of, [target] * len(shards), shards, sources)], sources)
+            digester.start(begin, end, copier)
+        copier.mark()()
+        copied()
+        return digester.finish()
+    except BaseException as error:
+        digester.cancel()
+        wait_after(error, copier.mark, digester.mark)
+        raise
+    finally:
+        digester.close()
 
 
 def _batches(layout: Layout) -> Iterator[tuple[int, int]]:

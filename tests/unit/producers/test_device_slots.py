@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from tests.fake_cuda import FakeCuda
 from tests.unit.producers.fake_devices import FakeDevices
 from tests.unit.producers.fakes import FakeBus
 from weightbus.bus.cuda import CUDA_ALIGNMENT_BYTES, CudaRuntime
+from weightbus.bus.digest import combine, digest_hex, digest_tensor
 from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable, SettingInvalid
 from weightbus.bus.host import host_id
@@ -95,6 +97,10 @@ def read_host(segment: Segment, size_bytes: int) -> tuple[int, bytes]:
     raw = (SHM / segment.name).read_bytes()
     _, generation = unpack_shm_header(raw)
     return generation, raw[SHM_HEADER_BYTES : SHM_HEADER_BYTES + size_bytes]
+
+
+def raw_of(tensor: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def first_tensor(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -202,8 +208,81 @@ async def test_trainer_s_work_is_waited_for_when_tensors_on_a_gpu_go_to_the_host
     device = devices.fakes[0]
     async with publishing(fake, devices, "host") as publisher:
         await publisher.publish(weights(1), 1, copied=lambda: device.note("told"))
-    assert device.notes[0] == "stream 1 follows trainer"
-    assert set(device.notes[1 : device.notes.index("told")]) == {"waited for stream 1"}
+    assert device.notes == [
+        "stream 1 follows trainer",
+        "stream 2 follows stream 1",
+        "digested on stream 2",
+        "waited for stream 1",
+        "told",
+        "waited for stream 2",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["nothing", "driver", "pinning", "compiler", "one GPU", "GPUs"])
+async def test_digest_is_the_same_when_the_cpu_takes_it_of_host_slots(
+    fake: FakeBus, devices: FakeDevices, caplog: pytest.LogCaptureFixture, missing: str
+) -> None:
+    tensors = weights(1)
+    addresses = [tensor.data_ptr() for tensor in tensors.values()]
+    devices.has_driver = missing != "driver"
+    devices.fakes[0].has_compiler = missing != "compiler"
+    if missing == "pinning":
+        devices.cuda.fail("register", "CUDA_ERROR_NOT_PERMITTED")
+    if missing == "one GPU":
+        devices.elsewhere = {addresses[1]: 1}
+    if missing == "GPUs":
+        devices.elsewhere = dict.fromkeys(addresses)
+    async with publishing(fake, devices, "host") as publisher:
+        found = [(await publisher.publish(tensors, n)).weights_digest for n in (1, 2, 3)]
+    sums = [digest_tensor(raw_of(tensor)) for tensor in tensors.values()]
+    assert found == [digest_hex(combine(np.array(sums, dtype=np.uint64)))] * 3
+    digested = [note for note in devices.fakes[0].notes if note.startswith("digested")]
+    assert len(digested) == (3 if missing == "nothing" else 0)
+    told = 0 if missing in ("nothing", "one GPU", "GPUs") else 1
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * told
+
+
+async def test_slot_is_left_to_the_gpu_when_it_does_not_get_done_digesting_it(
+    fake: FakeBus,
+) -> None:
+    devices = FakeDevices()
+    device = devices.fakes[0]
+
+    def late() -> None:
+        device.late = True
+
+    async with publishing(fake, devices, "host") as publisher:
+        first = await publisher.publish(weights(1), 1)
+        before = set(blocks())
+        with pytest.raises(CudaTimeout, match="stream 2"):
+            await publisher.publish(weights(2), 2, copied=late)
+        device.late = False
+        (left,) = set(blocks()) - before
+        second = await publisher.publish(weights(2), 2)
+        assert left not in {SHM / way.name for way in shared_ways(second)}
+        assert device.notes[-1] == "waited for stream 3"
+        assert fake.said_of(CheckpointReady) == [first, second]
+    assert blocks() == [left]
+    assert len(devices.cuda.registered) == 1, "what may be read stays registered"
+    left.unlink()
+
+
+async def test_newest_version_stays_when_the_gpu_fails_as_it_digests_a_host_slot(
+    fake: FakeBus, devices: FakeDevices
+) -> None:
+    device = devices.fakes[0]
+
+    def fail() -> None:
+        device.broken = True
+
+    async with publishing(fake, devices, "host") as publisher:
+        first = await publisher.publish(weights(1), 1)
+        with pytest.raises(CudaFailed, match="ECC"):
+            await publisher.publish(weights(2), 2, copied=fail)
+        assert fake.said_of(CheckpointReady) == [first]
+        device.broken = False
+        (segment,) = ways_of(await publisher.publish(weights(2), 2))
+        assert read_host(segment, 1600)[1] == first_tensor(weights(2))
 
 
 async def test_generation_is_odd_while_the_slot_is_copied(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from weightbus.bus.digest import digest_tensor
+from weightbus.producers.digesting import ThreadDigester
 from weightbus.producers.digests import Sums
 from weightbus.producers.errors import TensorInvalid
 from weightbus.producers.sealing import add_digests, plan_seal, seal_placement
@@ -21,7 +22,8 @@ from weightbus.schemas.placement import FileSegment
 
 def _write(part: Part) -> tuple[bytes, Sums]:
     data = bytearray(part.layout.segments[0].size_bytes)
-    digests = write_part(part, memoryview(data), 1, lambda: None)
+    digester = ThreadDigester(part.layout, memoryview(data), 1)
+    digests = write_part(part, memoryview(data), digester, lambda: None)
     return bytes(data), digests
 
 

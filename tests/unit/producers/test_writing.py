@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from weightbus.bus.digest import digest_tensor
+from weightbus.producers.devices import Stream
+from weightbus.producers.digesting import ThreadDigester
 from weightbus.producers.sealing import add_digests, plan_seal
-from weightbus.producers.shards import Shard, plan_part
+from weightbus.producers.shards import Part, Shard, plan_part
 from weightbus.producers.writing import write_part
 from weightbus.schemas.dtypes import DTYPE_BYTES
 
 
 def _never() -> None:
     pass
+
+
+def threads(part: Part, data: bytearray, count: int) -> ThreadDigester:
+    return ThreadDigester(part.layout, memoryview(data), count)
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
@@ -40,7 +46,7 @@ def test_write_keeps_every_bit_when_given_each_dtype() -> None:
     tensors = {str(d): _random_bits((5, 7), d, seed) for seed, d in enumerate(dtypes)}
     part = plan_part(tensors)
     data = bytearray(part.layout.segments[0].size_bytes)
-    digests = write_part(part, memoryview(data), 2, _never)
+    digests = write_part(part, memoryview(data), threads(part, data, 2), _never)
     for shard, digest in zip(part.layout.shards, digests, strict=True):
         tensor = tensors[part.layout.tensors[shard.tensor].name]
         begin = shard.offset_bytes
@@ -67,7 +73,7 @@ def test_write_follows_strides_when_a_tensor_is_not_contiguous(
     tensor = view(_random_bits((6, 12), torch.float32, 1).nan_to_num(0.0))
     part = plan_part({"w": tensor})
     data = bytearray(part.layout.segments[0].size_bytes)
-    write_part(part, memoryview(data), 1, _never)
+    write_part(part, memoryview(data), threads(part, data, 1), _never)
     assert bytes(data[: tensor.nbytes]) == _bits(tensor.detach().resolve_conj())
 
 
@@ -82,7 +88,7 @@ def test_digests_of_boxes_add_up_to_those_of_whole_tensors_when_ranks_hold_them(
     digests = []
     for part in parts:
         data = bytearray(part.layout.segments[0].size_bytes)
-        digests.append(write_part(part, memoryview(data), 1, _never))
+        digests.append(write_part(part, memoryview(data), threads(part, data, 1), _never))
     plan = plan_seal([part.layout for part in parts])
     expected = digest_tensor(np.frombuffer(_bits(whole), dtype=np.uint8))
     assert add_digests(plan, digests).tolist() == [expected]
@@ -93,7 +99,7 @@ def test_write_takes_many_batches_when_there_are_many_shards() -> None:
     part = plan_part(tensors)
     data = bytearray(part.layout.segments[0].size_bytes)
     calls = []
-    digests = write_part(part, memoryview(data), 3, lambda: calls.append(1))
+    digests = write_part(part, memoryview(data), threads(part, data, 3), lambda: calls.append(1))
     assert len(calls) == 3
     assert len(digests) == 10_000
     last = part.layout.shards[-1].offset_bytes
@@ -114,7 +120,7 @@ def test_write_stops_when_cancelled_between_batches() -> None:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        write_part(part, memoryview(data), 1, check)
+        write_part(part, memoryview(data), threads(part, data, 1), check)
     assert data[0] == 1
     assert data[part.layout.shards[-1].offset_bytes] == 0
 
@@ -133,6 +139,9 @@ class Late:
     def mark(self) -> Callable[[], None]:
         return self._do
 
+    def precede(self, stream: Stream) -> None:
+        raise AssertionError(stream)
+
     def _do(self) -> None:
         with self._lock:
             for place, source in self._given:
@@ -143,7 +152,7 @@ class Late:
 def test_write_digests_what_was_copied_when_copies_are_queued() -> None:
     part = plan_part({f"t{n}": torch.full((64,), n, dtype=torch.int32) for n in range(9000)})
     data = bytearray(part.layout.segments[0].size_bytes)
-    digests = write_part(part, memoryview(data), 2, _never, Late())
+    digests = write_part(part, memoryview(data), threads(part, data, 2), _never, Late())
     raw = [np.frombuffer(_bits(source), dtype=np.uint8) for source in part.sources]
     assert digests.tolist() == [digest_tensor(each) for each in raw]
 
@@ -160,6 +169,6 @@ def test_trainer_is_told_once_when_all_is_copied() -> None:
             tensor.zero_()
 
     expected = [digest_tensor(np.frombuffer(_bits(t), dtype=np.uint8)) for t in tensors.values()]
-    digests = write_part(part, memoryview(data), 2, _never, Late(), copied)
+    digests = write_part(part, memoryview(data), threads(part, data, 2), _never, Late(), copied)
     assert digests.tolist() == expected
     assert seen == [bytes(data)]
