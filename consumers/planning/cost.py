@@ -227,6 +227,8 @@ class _World:
         self._lanes = max(self._ranks.values(), default=0)
         far = {site.host for site in self.members if not self._fills_itself(site)}
         self._source_pulls = sum(self._pulls.values()) + len(far) / max(1, len(self._ranks))
+        self._receivers = set(self._ranks) if far or len(self._ranks) > 1 else set[str]()
+        """Hosts that take in what others send, for the broadcast."""
 
     def local(self, site: Site) -> RouteCost:
         reload = self._reload(site, of_gpus=self._situation.memory == "gpus")
@@ -251,7 +253,7 @@ class _World:
         buckets = self._buckets(site.staging, site.ranks)
         times = {
             "its transfer engine": size / site.links.p2p,
-            "its host's network": self._incoming_s(site, bool(self._ranks.get(site.host))),
+            "its host's network": self._incoming_s(site, site.host in self._receivers),
             **self._source_s(),
         }
         fetch = _slowest("fetch", size, times, buckets)
@@ -304,7 +306,7 @@ class _World:
 
     def as_member(self, shared: RouteCost, site: Site) -> RouteCost:
         size = self._situation.layout_bytes
-        received = 0 if len(self._ranks) == 1 and self._fills_itself(site) else size
+        received = size if site.host in self._receivers else 0
         return structs.replace(
             shared,
             card_bytes=received // site.links.cards,

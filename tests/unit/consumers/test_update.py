@@ -40,6 +40,7 @@ from weightbus.consumers.round.config import Origin
 from weightbus.consumers.update import LAYOUTS_KEPT, Outcome, Updater
 from weightbus.schemas.checkpoint import CheckpointRetired
 from weightbus.schemas.layout_codec import layout_digest
+from weightbus.schemas.placement import SharedMemorySegment
 from weightbus.schemas.rounds import RoundPlan
 
 pytestmark = pytest.mark.anyio
@@ -201,6 +202,10 @@ async def test_route_out_of_favour_is_offered_only_when_no_other_reaches() -> No
 async def test_origin_is_told_with_what_was_prepared() -> None:
     prepared = await World(FakeEngine(2, 1)).updater.prepare(ready_of(2), LONG_S)
     assert prepared.origin == Origin(layout_bytes=len(DATA), hosts=1, files=True)
+    near = SharedMemorySegment(name="weightbus-a", host_id="h", generation=2)
+    ready = ready_of(2, placement=((near,),))
+    prepared = await World(FakeEngine(2, 1)).updater.prepare(ready, LONG_S)
+    assert prepared.origin == Origin(layout_bytes=len(DATA), hosts=1, memory="host")
 
 
 async def test_prepare_offers_the_routes_that_reach_every_segment() -> None:

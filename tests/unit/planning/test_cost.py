@@ -12,6 +12,8 @@ from msgspec import structs
 from weightbus.consumers.planning.cost import (
     ASSUMED_LINKS,
     BUCKET_S,
+    DEVICE_BUCKET_S,
+    GATHER_SHARE,
     GROUP_MEMBER_S,
     GROUP_S,
     RouteCost,
@@ -21,6 +23,7 @@ from weightbus.consumers.planning.cost import (
     predict,
 )
 from weightbus.consumers.planning.cuts import count_buckets
+from weightbus.consumers.planning.source import SourceMemory
 from weightbus.consumers.planning.staging import StagingSize
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Links
@@ -28,7 +31,14 @@ from weightbus.schemas.rounds import Links
 MB = 10**6
 GB = 10**9
 LINKS = Links(
-    memory=100 * MB, disk=20 * MB, network=50 * MB, broadcast=10 * MB, p2p=5 * MB, cards=2
+    memory=100 * MB,
+    disk=20 * MB,
+    network=50 * MB,
+    broadcast=10 * MB,
+    p2p=5 * MB,
+    device=40 * MB,
+    peer=200 * MB,
+    cards=2,
 )
 FAST = Links(network=10**12, p2p=10**12)
 WORLD = Situation(layout_bytes=1000 * MB, source=FAST, sources=1, ready=True)
@@ -196,6 +206,87 @@ def test_stages_add_up_when_there_is_one_slot() -> None:
     assert cost.seconds == pytest.approx(200.0 + 10.0 + cost.buckets * BUCKET_S)
 
 
+def gpus(engine: str, host: str, ranks: int = 2, *, near: bool = False, **fields: object) -> Site:
+    """On GPUs: its busiest rank needs a little more than its share."""
+    one = site(engine, host, ranks, **fields)
+    return structs.replace(one, gpus=True, near=near, rank_bytes=one.need_bytes // ranks + MB)
+
+
+DEVICE = structs.replace(WORLD, device=True, memory="host")
+
+
+@pytest.mark.parametrize(
+    ("memory", "seconds", "limit"),
+    [
+        ("host", 501 / (40 * GATHER_SHARE), "a GPU's link to its host"),
+        ("other", 501 / (40 * GATHER_SHARE), "a GPU's link to its host"),
+        ("gpus", 501 / 200, "what a GPU reads of its peers"),
+    ],
+)
+def test_local_on_gpus_takes_what_the_link_of_the_busiest_rank_does(
+    memory: SourceMemory, seconds: float, limit: str
+) -> None:
+    world = structs.replace(WORLD, memory=memory)
+    fleet = [gpus("a", "h"), gpus("b", "h"), site("c", "h")]
+    found = costs(*fleet, route="local", world=world)
+    assert stages(found["a"]) == {"reload": (seconds, limit)}
+    assert found["a"].stages[0].bytes == 3000 * MB
+    assert found["c"].seconds == 10.0, "no GPU takes of what CPUs copy"
+
+
+def test_pulling_on_gpus_reloads_by_their_links() -> None:
+    reload = stages(costs(gpus("a", "h"), route="p2p")["a"])["reload"]
+    assert reload == (501 / (40 * GATHER_SHARE), "a GPU's link to its host")
+
+
+def test_lanes_on_gpus_of_one_host_take_each_byte_once_and_no_network() -> None:
+    fleet = [gpus("a", "h", near=True), gpus("b", "h", ranks=1, near=True)]
+    cost = costs(*fleet, route="broadcast", world=DEVICE)["a"]
+    fetch_s = 1000 / (3 * 40) + buckets(3) * DEVICE_BUCKET_S
+    assert {stage.name: stage.seconds for stage in cost.stages} == {
+        "fetch": pytest.approx(fetch_s),
+        "reload": pytest.approx(1001 / 200),
+    }
+    assert cost.limit == "a GPU's link to its host in fetch"
+    assert cost.seconds == pytest.approx(fetch_s + 1001 / 200 / buckets(3))
+    assert (cost.card_bytes, cost.lane_bytes) == (0, math.ceil(1000 * MB / 3))
+    far = structs.replace(WORLD, memory="host", source=structs.replace(FAST, network=MB))
+    beside = (*fleet, site("c", "h", network=GB))
+    pulled = costs(*beside, route="broadcast", c="p2p", world=structs.replace(far, device=True))
+    assert stages(pulled["c"])["fetch"] == (1000.0, "the source's network"), "once"
+
+
+def test_lanes_on_gpus_of_several_hosts_are_fetched_by_whoever_can() -> None:
+    fleet = [gpus("a", "h1", near=True), gpus("b", "h2", p2p=10 * MB)]
+    source = structs.replace(LINKS, p2p=10**12, network=MB)
+    cost = costs(
+        *fleet, route="broadcast", world=structs.replace(DEVICE, source=source, ready=True)
+    )["a"]
+    assert stages(cost) == {
+        "fetch": (1000 / 2 / 2, "the source's network"),  # half of it, by two cards
+        "broadcast": (1000 / 2 / 10, "the process groups"),
+        "reload": (501 / 200, "what a GPU reads of its peers"),
+    }
+    quick = costs(*fleet, route="broadcast", world=DEVICE)["b"]
+    assert stages(quick)["fetch"] == (1000 / 2 / 10, "a transfer engine")
+    near = [gpus("a", "h1", near=True), gpus("b", "h2", near=True)]
+    assert stages(costs(*near, route="broadcast", world=DEVICE)["b"])["fetch"] == (
+        1000 / 2 / 40,
+        "a GPU's link to its host",
+    )
+
+
+def test_lanes_of_gpus_in_memory_of_hosts_go_from_member_to_member() -> None:
+    fleet = [gpus(f"e{n}", f"h{n}", near=True) for n in range(5)]
+    there = stages(costs(*fleet, route="broadcast", world=DEVICE)["e0"])
+    here = stages(
+        costs(*fleet, route="broadcast", world=structs.replace(DEVICE, device=False))["e0"]
+    )
+    assert there["broadcast"] == (1000 / 2 / 10, "the process groups")
+    assert here["broadcast"] == (3 * 1000 / 2 / 10, "the process groups")
+    assert here["reload"] == (501 / (40 * GATHER_SHARE), "a GPU's link to its host")
+
+
 def test_engine_over_several_hosts_costs_what_its_slowest_part_does() -> None:
     parts = [site("a", "h1"), site("a", "h2", p2p=MB)]
     assert costs(*parts, route="p2p")["a"].seconds > 1000.0
@@ -213,13 +304,17 @@ def test_rates_that_were_not_measured_are_assumed() -> None:
     slots=st.integers(1, 4),
     route=st.sampled_from(["local", "p2p", "broadcast"]),
     tree=st.booleans(),
+    device=st.booleans(),
 )
 def test_total_lies_between_the_pace_and_the_sum_of_all_stages(
-    ranks: list[int], size: int, slots: int, route: RouteName, tree: bool
+    ranks: list[int], size: int, slots: int, route: RouteName, tree: bool, device: bool
 ) -> None:
-    world = structs.replace(WORLD, layout_bytes=size, ready=False, files=True, source=LINKS)
+    world = structs.replace(
+        WORLD, layout_bytes=size, ready=False, files=True, source=LINKS, device=device
+    )
+    make = gpus if device else site
     fleet = [
-        structs.replace(site(f"e{n}", f"h{n // 2}", count, slots=slots), tree=tree)
+        structs.replace(make(f"e{n}", f"h{n // 2}", count, slots=slots), tree=tree)
         for n, count in enumerate(ranks)
     ]
     for cost in costs(*fleet, route=route, world=world).values():
