@@ -256,7 +256,7 @@ class NcclCommunicator:
         self._group, self._place = group, place
         self._handle: int | None = handle
         self._lock = threading.Lock()
-        """Held for one call at a time: a handle is not used once it is aborted."""
+        """Held by calls that use the handle, which never wait; nobody has it who aborts."""
 
     def is_ready(self) -> bool:
         """Whether what was begun last is done, or queued. Does not wait.
@@ -284,16 +284,17 @@ class NcclCommunicator:
             self._nccl.call(name, self._group, self._place, *arguments, handle, stream)
 
     def abort(self) -> None:
-        """End it, and whatever it does. May wait: see above. Idempotent.
+        """End it, and whatever it does. May wait: see above; nobody else waits for that. Whoever
+        comes second returns at once.
 
         Raises:
             NcclFailed: what it held is not freed, and kernels may go on.
         """
         with self._lock:
             handle, self._handle = self._handle, None
-            if handle is not None:
-                with self._cuda.current(self._device):
-                    self._nccl.call("ncclCommAbort", self._group, self._place, handle)
+        if handle is not None:
+            with self._cuda.current(self._device):
+                self._nccl.call("ncclCommAbort", self._group, self._place, handle)
 
     @contextmanager
     def _using(self, name: str) -> Iterator[int]:

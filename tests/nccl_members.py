@@ -34,12 +34,14 @@ class Members:
         stdin.flush()
 
     def hear(self, place: int) -> Answer:
+        """Its next answer; between them may be what NCCL prints if its environment says so."""
         stdout = self.processes[place].stdout
         assert stdout is not None
-        line = stdout.readline()
-        assert line, f"place {place} has ended: {self.processes[place].wait(10)}"
-        answer: Answer = json.loads(line)
-        return answer
+        for line in stdout:
+            if line.startswith("{"):
+                answer: Answer = json.loads(line)
+                return answer
+        raise AssertionError(f"place {place} has ended: {self.processes[place].wait(10)}")
 
     def ask(self, places: Sequence[int], do: str, /, **request: Any) -> list[Answer]:
         """The same of several, side by side."""

@@ -37,7 +37,7 @@ STORE_S: Final = 10.0
 REASON_CHARS: Final = 4096
 
 _LOOK_S: Final = 1e-3
-_STORE_LOOK_S: Final = 5e-3
+_STORE_LOOK_S: Final = 2e-3
 
 Check = Callable[[], None]
 """Raises what ends a wait early: that the transfer was given up, or its time is over."""

@@ -162,7 +162,8 @@ int ncclCommInitRankConfig(Comm **made, int size, Id id, int place, Config *conf
     communicators++;
     pthread_create(&comm->thread, 0, run, comm);
     *made = comm;
-    return PROGRESS;
+    code = refuses("the end of ncclCommInitRankConfig");
+    return code ? code : PROGRESS;
 }
 
 int ncclCommGetAsyncError(Comm *comm, int *state) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -192,6 +193,26 @@ def test_communicator_is_not_used_after_it_was_aborted(
         assert not raised.value.others
 
 
+def test_nobody_waits_for_who_aborts(
+    pair: list[tuple[StubCuda, NcclCommunicator]], stub: ctypes.CDLL
+) -> None:
+    _, member = pair[0]
+    stub.stub_slow(500)
+    aborting = threading.Thread(target=member.abort)
+    aborting.start()
+
+    def is_refused() -> bool:
+        try:
+            return not member.is_ready()
+        except NcclFailed:
+            return True
+
+    until(is_refused)
+    assert aborting.is_alive()
+    aborting.join()
+    stub.stub_slow(0)
+
+
 @pytest.mark.parametrize(
     ("code", "others"), [(INVALID_ARGUMENT, False), (CUDA, False), (REMOTE, True), (SYSTEM, True)]
 )
@@ -231,3 +252,8 @@ def test_nothing_is_left_of_what_does_not_begin(nccl: Nccl, stub: ctypes.CDLL) -
         nccl.begin(cuda, 0, bytes(128), "g", 0, 2)
     with pytest.raises(NcclFailed, match="invalid argument"):
         nccl.begin(cuda, 0, bytes(128), "g", 2, 2)
+    stub.stub_refuse(b"the end of ncclCommInitRankConfig", CUDA, b"no thread")
+    before = stub.stub_aborts()
+    with pytest.raises(NcclFailed, match=r"ncclCommInitRankConfig .*no thread"):
+        nccl.begin(cuda, 0, nccl.make_id("g", 0), "g", 0, 2)
+    assert stub.stub_aborts() == before + 1

@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
 
+import msgspec
 import pytest
+import torch.distributed
 
 from tests.nccl_stub import FOLDER, StubCuda, build_stub, load_stub, why_no_stub
 from weightbus.bus.errors import NcclFailed, NcclUnavailable
@@ -349,6 +353,30 @@ def test_nobody_waits_for_a_burial_unless_asked_to(
     assert time.monotonic() - begin < 0.5
     assert hosts.workers[1].burials == 1
     assert hosts.workers[1].wait_burials(DEADLINE_S) == 0
+
+
+def test_burial_ends_when_nccl_refuses_to_abort(hosts: Hosts) -> None:
+    hosts.formed("g", "plan 1")
+    hosts.stub.stub_refuse(b"ncclCommAbort", CUDA, b"the device is lost")
+    assert [worker.close(DEADLINE_S) for worker in hosts.workers] == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("decision", "expected"),
+    [
+        (b"\xc1", "did not meet at .*: DecodeError"),
+        (msgspec.msgpack.encode([False, b"short", ""]), "an id of 5 bytes"),
+        (msgspec.msgpack.encode([False, bytes(129), ""]), "did not meet at .*: ValidationError"),
+    ],
+)
+def test_group_is_lost_when_what_place_0_says_makes_no_sense(
+    hosts: Hosts, decision: bytes, expected: str
+) -> None:
+    where, dist = urlsplit(hosts.rendezvous), cast(Any, torch.distributed)
+    store = dist.TCPStore(where.hostname, where.port)
+    store.set("nccl/g/plan 1/decision", decision)
+    with pytest.raises(PeerLost, match=expected):
+        hosts.workers[1].open(hosts.fill(1, "g", "plan 1"), DEADLINE_S)
 
 
 def test_nothing_is_opened_while_too_many_are_buried_or_another_thread_opens(
