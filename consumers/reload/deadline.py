@@ -16,6 +16,11 @@ class Deadline:
         self._stage, self._budget_s = stage, budget_s
         self._end = time.monotonic() + budget_s
 
+    @property
+    def left_s(self) -> float:
+        """Seconds; 0: nothing is left."""
+        return max(0.0, self._end - time.monotonic())
+
     def check(self) -> None:
         """Raises `DeadlineExceeded` if the budget is used up."""
         if time.monotonic() >= self._end:

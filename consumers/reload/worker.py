@@ -26,19 +26,21 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Final
 
 from weightbus.bus.cuda import open_cuda
 from weightbus.consumers.errors import DeviceLost, NotAttached, PlanError, ProofNeeded
+from weightbus.consumers.planning.buckets import BucketPlan
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.faults import our_error, settle, settling
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.preparing import PrepareBudget, Preparing
 from weightbus.consumers.reload.reloader import Outcome, Reloader
 from weightbus.consumers.reload.threads import Threads, threads_per_worker
+from weightbus.consumers.transfer.device_lanes import DeviceFeed, DeviceStaging
 from weightbus.consumers.transfer.gpu import OpenCuda
-from weightbus.consumers.transfer.lanes import Lanes, StagingCache, leave_lanes
+from weightbus.consumers.transfer.lanes import Lanes, StagingBlock, StagingCache, leave_lanes
 from weightbus.consumers.transfer.relayed import OpenRelayed, RelayReader
 from weightbus.consumers.transfer.segments import OpenSegment, SegmentCache
 from weightbus.schemas.errors import WeightBusError
@@ -112,6 +114,7 @@ class ReloadWorker:
         self._lost: DeviceLost | None = None
         self._segments = SegmentCache("", (), host.device, cuda)
         self._staging = StagingCache(host.device, cuda)
+        self._device_staging = DeviceStaging(host.device, cuda)
         self._readable: tuple[str, tuple[str, ...]] = ("", ())
         self._preparing = Preparing()
 
@@ -171,6 +174,7 @@ class ReloadWorker:
         self._threads.close()
         self._known.clear()
         self._segments.close()
+        self._device_staging.close()
         self._staging.close()
 
     def _told(self, error: Exception) -> Exception:
@@ -253,10 +257,11 @@ class ReloadWorker:
         """What takes long of `_apply`, on the preparing thread: map and register what is read, and
         plan what is streamed."""
         if isinstance(feed, Stream):
-            size_bytes = feed.slots * feed.bucket_bytes
-            with self._staging.open_all(feed.lanes, size_bytes, feed.turn, budget) as blocks:
-                if reloader.can_stream():
-                    reloader.prepare_stream(feed.bucket_bytes, len(blocks))
+            with self._blocks(feed, budget) as blocks:
+                plan = reloader.prepare_stream(feed.bucket_bytes, len(blocks))
+                if feed.device:
+                    fed = self._fed(reloader, feed, blocks, plan)
+                    self._device_staging.prepare(fed, budget)
         else:
             with self._opened(reloader, feed, budget):
                 pass
@@ -267,13 +272,13 @@ class ReloadWorker:
         self._preparing.finish((request.layout_digest, request.feed))
         start_ns = time.time_ns()
         if isinstance(request.feed, Stream):
-            outcome = self._stream(reloader, request.feed, deadline)
+            outcome, filled = self._stream(reloader, request.feed, deadline)
         else:
             opened = self._opened(reloader, request.feed, deadline)
             with opened as segments, settling(self._host):
                 deadline.check()
                 self._begin()
-                outcome = reloader.apply(segments, deadline)
+                outcome, filled = reloader.apply(segments, deadline), ()
         self._touched, self._version = False, request.version
         return Applied(
             request=request.request,
@@ -281,7 +286,10 @@ class ReloadWorker:
             version=request.version,
             bytes=outcome.source_bytes,
             cell_digests=outcome.digests.astype("<u8").tobytes(),
-            stages=(StageTiming("reload", start_ns, time.time_ns(), outcome.source_bytes),),
+            stages=(
+                *filled,
+                StageTiming("reload", start_ns, time.time_ns(), outcome.source_bytes),
+            ),
             direct_parameters=outcome.direct,
             processed_parameters=outcome.processed,
             reason=outcome.reason[:4096],
@@ -292,20 +300,55 @@ class ReloadWorker:
         self._touched = True
         self._updates += 1
 
-    def _stream(self, reloader: Reloader, feed: Stream, deadline: Deadline) -> Outcome:
-        size_bytes = feed.slots * feed.bucket_bytes
-        with self._staging.open_all(feed.lanes, size_bytes, feed.turn, deadline) as blocks:
+    def _stream(
+        self, reloader: Reloader, feed: Stream, deadline: Deadline
+    ) -> tuple[Outcome, tuple[StageTiming, ...]]:
+        """What came of it, and what was done for lanes that this worker fills."""
+        with self._blocks(feed, deadline) as blocks:
             try:
-                if not reloader.can_stream():
-                    raise ProofNeeded(
-                        "version", "no proof lets every parameter be written directly"
-                    )
+                if not feed.device:
+                    _check_proven(reloader)
                 with settling(self._host):
-                    reloader.prepare_stream(feed.bucket_bytes, len(blocks))
-                    return reloader.stream(Lanes(blocks, feed, deadline), deadline, self._begin)
+                    plan = reloader.prepare_stream(feed.bucket_bytes, len(blocks))
+                    if feed.device:
+                        fed = self._fed(reloader, feed, blocks, plan)
+                        return self._stream_device(reloader, fed, deadline)
+                    lanes = Lanes(blocks, feed, deadline)
+                    return reloader.stream(lanes, deadline, self._begin), ()
             except BaseException:
                 leave_lanes(blocks, feed)  # the other readers of the host go on
                 raise
+
+    def _stream_device(
+        self, reloader: Reloader, fed: DeviceFeed, deadline: Deadline
+    ) -> tuple[Outcome, tuple[StageTiming, ...]]:
+        with self._device_staging.open_lanes(fed, deadline) as lanes:
+            try:
+                _check_proven(reloader)
+                return reloader.stream(lanes, deadline, self._begin), lanes.timings
+            except ProofNeeded:
+                with suppress(WeightBusError):  # others do not suffer from what only this one needs
+                    lanes.serve()
+                raise
+
+    def _blocks(
+        self, feed: Stream, budget: Deadline
+    ) -> AbstractContextManager[tuple[StagingBlock, ...]]:
+        """Of all lanes; those of device lanes are only looked at."""
+        size_bytes = 0 if feed.device else feed.slots * feed.bucket_bytes
+        return self._staging.open_all(
+            feed.lanes, size_bytes, feed.turn, budget, is_read=not feed.device
+        )
+
+    def _fed(
+        self,
+        reloader: Reloader,
+        feed: Stream,
+        blocks: tuple[StagingBlock, ...],
+        plan: BucketPlan,
+    ) -> DeviceFeed:
+        sizes = tuple(segment.size_bytes for segment in reloader.layout.segments)
+        return DeviceFeed(feed, blocks, plan, sizes, self._staging, self._segments)
 
     @contextmanager
     def _opened(
@@ -359,3 +402,12 @@ class ReloadWorker:
         if not known.attached:
             raise NotAttached(digest, "attached")
         return known
+
+
+def _check_proven(reloader: Reloader) -> None:
+    """
+    Raises:
+        ProofNeeded
+    """
+    if not reloader.can_stream():
+        raise ProofNeeded("version", "no proof lets every parameter be written directly")

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from weightbus.bus.cuda import open_cuda
 from weightbus.consumers.errors import SegmentUnavailable
@@ -48,7 +49,15 @@ from weightbus.schemas.shared_memory import (
 )
 from weightbus.schemas.worker import Stream
 
-__all__ = ("Budget", "Lanes", "StagingBlock", "StagingCache", "leave_lanes", "wait_for")
+__all__ = (
+    "Budget",
+    "Lanes",
+    "StagingBlock",
+    "StagingCache",
+    "leave_lanes",
+    "readers_done",
+    "wait_for",
+)
 
 OWNER_CHECK_S: Final = 0.25
 """How often somebody who waits looks whether the owners live."""
@@ -92,6 +101,36 @@ class StagingBlock:
         """All slots. Drop it before `close`."""
         return self._bytes.data[SHM_HEADER_BYTES:]
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all slots."""
+        return self._bytes.nbytes - SHM_HEADER_BYTES
+
+    def header_bytes(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """A copy of what lies in the header page."""
+        assert offset_bytes + size_bytes <= SHM_HEADER_BYTES
+        return bytes(self._bytes[offset_bytes : offset_bytes + size_bytes])
+
+    def put_header(self, offset_bytes: int, value: bytes) -> None:
+        assert offset_bytes + len(value) <= SHM_HEADER_BYTES
+        self._bytes[offset_bytes : offset_bytes + len(value)] = np.frombuffer(value, np.uint8)
+
+    def map_header(self) -> mmap.mmap:
+        """The header page, mapped once more: the caller's to close, be it after the block is."""
+        return mmap.mmap(self._fd, SHM_HEADER_BYTES)
+
+    def count(self, offset_bytes: int, turn: int) -> int:
+        """What a word says in a turn; -1: nothing."""
+        word = self.word(offset_bytes)
+        return word & _COUNT_MASK if word >> TURN_BITS == turn else -1
+
+    def set_count(self, offset_bytes: int, turn: int, count: int) -> None:
+        self.set_word(offset_bytes, turn << TURN_BITS | count)
+
+    def least_done(self, readers: int, turn: int) -> int:
+        """How many buckets all of the first `readers` have done with; -1: one has not begun."""
+        return int(readers_done(self._words, readers, turn).min(initial=_COUNT_MASK))
+
     def word(self, offset_bytes: int) -> int:
         """A word of the header page."""
         return int(self._words[offset_bytes // 8])
@@ -123,6 +162,10 @@ class StagingBlock:
     def is_orphan(self) -> bool:
         """Whether the owner is gone."""
         return is_orphan(self._fd)
+
+    @property
+    def is_registered(self) -> bool:
+        return self._gpu is not None
 
     def register(self, gpu: Gpu) -> None:
         """Let a GPU read all of it at its addresses here, until `close`.
@@ -161,12 +204,20 @@ class StagingCache:
 
     @contextmanager
     def open_all(
-        self, names: Sequence[str], size_bytes: int, turn: int, budget: Budget
+        self,
+        names: Sequence[str],
+        size_bytes: int,
+        turn: int,
+        budget: Budget,
+        *,
+        is_read: bool = True,
     ) -> Iterator[tuple[StagingBlock, ...]]:
         """Wait until all blocks are there, and map them; mappings are kept for the next transfer.
 
         Args:
             size_bytes: what every block holds at least.
+            is_read: False: only their words are wanted; what a GPU is to read is registered by
+                `register`.
 
         Raises:
             SegmentUnavailable: one is not as it should be, or its owner is gone, or has given up.
@@ -184,6 +235,8 @@ class StagingCache:
                 found = self._opened(names[len(opened)], size_bytes, orphan_may_go=may_wait)
                 if found is None:
                     return False
+                if is_read:
+                    self._register_or_close(found)
                 opened.append(found)
             return True
 
@@ -220,7 +273,6 @@ class StagingCache:
                 kept = None
             if kept is None:
                 kept, fd = StagingBlock(name, fd), -1
-                self._register(kept)
                 self._blocks[name] = kept
         except OSError as error:
             raise SegmentUnavailable(name, error.strerror, "must be mapped") from error
@@ -230,13 +282,20 @@ class StagingCache:
         kept.used = self._transfer
         return kept
 
-    def _register(self, block: StagingBlock) -> None:
-        if self._gpu is None:
-            return
-        try:
+    def register(self, block: StagingBlock) -> None:
+        """Let the worker's GPU, if it has one, read an open block; once.
+
+        Raises:
+            SegmentUnavailable: the device does not take it.
+        """
+        if self._gpu is not None and not block.is_registered:
             block.register(self._gpu)
+
+    def _register_or_close(self, block: StagingBlock) -> None:
+        try:
+            self.register(block)
         except SegmentUnavailable:
-            block.close()
+            self._blocks.pop(block.name).close()
             raise
 
     def _close_unused(self) -> None:
@@ -298,23 +357,47 @@ def leave_lanes(blocks: Sequence[StagingBlock], feed: Stream) -> None:
         block.set_word(SHM_READERS_OFFSET + 8 * feed.reader, feed.turn << TURN_BITS | _COUNT_MASK)
 
 
-def wait_for(condition: Callable[[], bool], blocks: Sequence[StagingBlock], budget: Budget) -> None:
+def readers_done(words: npt.NDArray[np.uint64], readers: int, turn: int) -> npt.NDArray[np.int64]:
+    """[readers] How many buckets each has done with in a turn; -1: it has not begun.
+
+    Args:
+        words: of the header page.
+    """
+    first = SHM_READERS_OFFSET // 8
+    own = words[first : first + readers].copy()
+    counts = (own & np.uint64(_COUNT_MASK)).astype(np.int64)
+    return np.where(own >> np.uint64(TURN_BITS) == turn, counts, -1)
+
+
+def wait_for(
+    condition: Callable[[], bool],
+    blocks: Sequence[StagingBlock],
+    budget: Budget,
+    *,
+    eager_s: float = 0.0,
+) -> None:
     """Return when a condition holds that the blocks' owners bring about.
+
+    Args:
+        eager_s: so long it is looked at again at once.
 
     Raises:
         SegmentUnavailable: an owner is gone; and what the condition raises.
         DeadlineExceeded
     """
     pause_s = _FIRST_PAUSE_S
-    next_check = time.monotonic() + OWNER_CHECK_S
+    since = time.monotonic()
+    next_check = since + OWNER_CHECK_S
     while not condition():
         budget.check()
-        if time.monotonic() >= next_check:
+        now = time.monotonic()
+        if now >= next_check:
             for block in blocks:
                 block.check_owner()
-            next_check = time.monotonic() + OWNER_CHECK_S
+            next_check = now + OWNER_CHECK_S
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        if now >= since + eager_s:
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _is_ready(name: str, fd: int, size_bytes: int) -> bool:
