@@ -154,6 +154,25 @@ def test_tiles_of_two_ranks_and_two_calls_are_equal_when_needs_are() -> None:
     assert np.array_equal(one, two)
 
 
+def test_ranks_take_their_tiles_in_orders_of_their_own() -> None:
+    """Else all would read the same part of one trainer's GPU at the same time."""
+    rows, width = 64, 2 * TILE_BYTES
+    layout = Layout(
+        (TensorSpec("t", "U8", (2 * rows, width)),),
+        (ShardSpec(0, (0, 0), (2 * rows, width), 0, 0),),
+        (SegmentSpec(2 * rows * width),),
+    )
+    parameter = ParameterSpec("p", "U8", (rows, width), (width, 1))
+    orders = []
+    for rank in range(2):
+        copy = Copy(0, (rank * rows, 0), (rows, width), 0, 0, (width, 1))
+        sources = plan_tiles(layout, Needs((parameter,), (copy,))).tiles["source"]
+        orders.append(sources - sources.min())
+    assert sorted(orders[0].tolist()) == sorted(orders[1].tolist())
+    assert np.count_nonzero(orders[0] == orders[1]) < 8, "by chance"
+    assert np.abs(np.diff(orders[0])).mean() > rows * width / 6, "neighbours are far apart"
+
+
 def test_bound_tiles_begin_at_addresses_when_bound() -> None:
     world = make_world(11)
     plan = plan_tiles(world.layout, world.needs[0])
