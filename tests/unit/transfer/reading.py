@@ -18,6 +18,7 @@ from weightbus.consumers.planning.buckets import plan_buckets
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.transfer.lanes import Lanes, StagingCache
 from weightbus.consumers.transfer.relayed import OpenRelayed, RelayReader
+from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.layout import Layout, ShardSpec
 from weightbus.schemas.layout_codec import tensor_bytes
 from weightbus.schemas.worker import (
@@ -32,7 +33,7 @@ from weightbus.schemas.worker import (
     Stream,
 )
 
-__all__ = ("Held", "ThreadEngine", "shard_key", "shards_of")
+__all__ = ("Held", "ThreadEngine", "shard_bytes", "shard_key", "shards_of")
 
 DEADLINE_S = 30.0
 
@@ -51,11 +52,12 @@ def shards_of(layout: Layout, segments: Sequence[bytes | bytearray]) -> Held:
             segments[shard.segment][shard.offset_bytes : shard.offset_bytes + size]
         )
         for shard in layout.shards
-        if (size := _shard_bytes(layout, shard))
+        if (size := shard_bytes(layout, shard))
     }
 
 
-def _shard_bytes(layout: Layout, shard: ShardSpec) -> int:
+def shard_bytes(layout: Layout, shard: ShardSpec) -> int:
+    """Of a shard."""
     whole = layout.tensors[shard.tensor]
     box = type(whole)(whole.name, whole.dtype, shard.sizes)
     return tensor_bytes(box)
@@ -96,7 +98,7 @@ class ThreadEngine(Engine):
         async def read(rank: int) -> None:
             try:
                 await anyio.to_thread.run_sync(self._read, rank, feeds[rank], deadline_s)
-            except ConsumerError as error:
+            except WeightBusError as error:
                 cause = type(error).__name__
                 failures.append(ApplyFailed(rank, cause, str(error), touched=True))
 
@@ -135,7 +137,7 @@ class ThreadEngine(Engine):
                     self.before(rank, bucket)
                     for shard in shards.get(bucket, ()):
                         begin = bucket % feed.slots * feed.bucket_bytes + shard.offset_bytes
-                        end = begin + _shard_bytes(self._layout, shard)
+                        end = begin + shard_bytes(self._layout, shard)
                         block = blocks[shard.segment % plan.lanes]
                         held[shard_key(shard)] = bytes(block.data[begin:end])
                     lanes.done(bucket)

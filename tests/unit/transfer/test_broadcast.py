@@ -13,7 +13,7 @@ from tests.unit.consumers.machines import plan_of
 from weightbus.consumers.errors import ApplyFailed, PeerLost
 from weightbus.consumers.planning.hosts import host_share
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
-from weightbus.consumers.transfer.filling import DeviceStaging
+from weightbus.consumers.transfer.filling import Filling
 from weightbus.consumers.transfer.groups import Groups, Meeting
 from weightbus.consumers.transfer.staged import Clock
 from weightbus.schemas.rounds import Group, Member, RoundPlan
@@ -73,7 +73,7 @@ async def test_next_versions_are_not_shared_when_what_replicas_share_fails_here(
         for lane in range(2)
     )
     plan = structs.replace(plan_of(1, {"a": "broadcast"}), groups=groups, device=True)
-    device = DeviceStaging(slots=2, sources=(), fills={})
+    device = Filling(slots=2, sources=(), fills={})
     route._learn(plan, device, ApplyFailed(0, cause, "it failed", touched=True), begun=True)
     assert [route.is_favoured(version) for version in (1, 2, 3, 4)] == [
         favoured,
