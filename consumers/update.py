@@ -39,6 +39,7 @@ from weightbus.consumers.manifest import Manifest, read_manifest
 from weightbus.consumers.pause import Pause
 from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cells
 from weightbus.consumers.round.config import Origin
+from weightbus.consumers.transfer.gpu import is_gpu
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
@@ -344,14 +345,15 @@ class Updater:
                 device=rank.device,
                 needs_digest=rank.needs_digest,
                 need_bytes=need_bytes,
-                free_bytes=self._room_bytes(rank.free_bytes),
+                free_bytes=self._room_bytes(0 if is_gpu(rank.device) else rank.free_bytes),
+                device_bytes=rank.free_bytes if is_gpu(rank.device) else 0,
                 routes=offered,
             )
             for rank, need_bytes in zip(binding.described, binding.need_bytes, strict=True)
         )
 
     def _room_bytes(self, free_bytes: int) -> int:
-        """What staging may take of the memory that a rank names; 0: not known."""
+        """What staging in memory of the host may take of what a rank names; 0: not known."""
         rooms = [route.room_bytes for route in self._routes.values()]
         limits = [max(1, room) for room in rooms if room is not None]
         return min([free_bytes, *limits]) if free_bytes else min(limits, default=0)

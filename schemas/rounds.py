@@ -59,8 +59,9 @@ class RankOffer(Struct, frozen=True, kw_only=True):
     needs_digest: ObjectDigest
     need_bytes: SizeBytes
     free_bytes: SizeBytes = 0
-    """Memory that staging of all ranks of its engine may take on this host; 0: any. Of a rank on a
-    GPU no more than is free there."""
+    """Memory that staging of all ranks of its engine may take on this host; 0: any."""
+    device_bytes: SizeBytes = 0
+    """What is free on its GPU; 0: not known, or it has none."""
     routes: Annotated[tuple[RouteName, ...], Meta(max_length=3)]
     """Routes this rank can take for this version, nearest first."""
 

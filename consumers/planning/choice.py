@@ -160,8 +160,10 @@ class Choice:
         return routes
 
     def _lanes(self, routes: Mapping[str, RouteName]) -> dict[str, int]:
-        """Engine id -> how many lanes it stages."""
+        """Engine id -> how many lanes it stages in memory of its host, of those who do."""
         lanes = lanes_of(plan_lanes(self._members(routes)))
+        if self._device_room(routes):
+            lanes = {engine: count for engine, count in lanes.items() if not self._is_near(engine)}
         for engine, route in routes.items():
             if route == "p2p":
                 lanes[engine] = len(self.joins[engine].ranks)
@@ -363,7 +365,7 @@ class Choice:
         members = self._members(routes)
         if not (members and all(map(is_on_gpus, members))):
             return 0
-        room = device_room(self._memory, plan_lanes(members))
+        room = device_room(members, plan_lanes(members))
         return room if room >= DEVICE_SLOTS * self._limits.staging.min_bucket_bytes else 0
 
     def _sizes(
@@ -420,11 +422,15 @@ class Choice:
             need_bytes=sum(needs),
             rank_bytes=max(needs),
             gpus=is_on_gpus(join),
-            near=self._source.memory == "host" and offers(join, "local"),
+            near=self._is_near(engine),
             links=assume(join.links),
             staging=staging,
             tree=any(offer.device == "cpu" for offer in join.ranks),
         )
+
+    def _is_near(self, engine: str) -> bool:
+        """Whether its workers can read the version in memory of their host."""
+        return self._source.memory == "host" and offers(self.joins[engine], "local")
 
     def _situation(self, *, ready: bool, device: bool) -> Situation:
         source, joins = self._source, list(self.joins.values())

@@ -81,6 +81,8 @@ class FleetEngine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """`cpu`: its groups are gloo's."""
     free_bytes: SizeBytes = 0
     """For staging of one engine's ranks on one host, together; 0: as much as may be."""
+    device_bytes: SizeBytes = 0
+    """Free on each of its GPUs; 0: enough."""
     routes: Annotated[tuple[RouteName, ...], Meta(min_length=1, max_length=3)] = (
         "broadcast",
         "p2p",
@@ -250,6 +252,7 @@ def _joins(described: FleetEngine, families: Sequence[Family]) -> list[tuple[str
                         needs_digest="0" * 64,
                         need_bytes=need,
                         free_bytes=described.free_bytes,
+                        device_bytes=described.device_bytes,
                         routes=described.routes,
                     )
                     for rank in range(part * per_host, min((part + 1) * per_host, described.tp))

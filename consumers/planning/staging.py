@@ -6,7 +6,8 @@ Engines of one host share its memory: together they take no more than the larges
 of them names.
 
 Lanes may lie in memory of GPUs instead, of each in that of the ranks that fill it. Of what is free
-there they take a quarter at most, and never more than `DEVICE_BYTES`.
+there they take a quarter at most, and never more than `DEVICE_BYTES`. Memory of the host they take
+only where a consumer must fetch what their workers cannot read.
 """
 
 from __future__ import annotations
@@ -103,21 +104,24 @@ def rooms(
     return found
 
 
-def device_room(memory: Memory, lanes: Iterable[Iterable[Member]]) -> int:
+def device_room(joins: Collection[Join], lanes: Iterable[Iterable[Member]]) -> int:
     """Bytes for each lane of a broadcast on the GPUs of its members, of the tightest of them.
 
     Args:
-        memory: of engines on GPUs: what they may take is no more than what is free on each.
+        joins: of its members; who does not know what is free on its GPU has enough.
         lanes: as `plan_lanes`.
     """
+    free = {
+        Member(join.engine, offer.rank): offer.device_bytes
+        for join in joins
+        for offer in join.ranks
+    }
     filled: dict[Member, int] = {}
     for lane in lanes:
         for member in lane:
             filled[member] = filled.get(member, 0) + 1
     rooms = [DEVICE_BYTES // max(filled.values(), default=1)]
-    for member, count in filled.items():
-        if member.engine in memory.engines:
-            rooms.append(memory.engines[member.engine] // DEVICE_PART // count)
+    rooms += [free[m] // DEVICE_PART // count for m, count in filled.items() if free[m]]
     return min(rooms)
 
 

@@ -181,6 +181,7 @@ _CONSUMER: Final[tuple[Message, ...]] = (
                 needs_digest=_NEEDS_DIGEST,
                 need_bytes=40,
                 free_bytes=2**30,
+                device_bytes=2**33,
                 routes=("local", "p2p"),
             ),
         ),

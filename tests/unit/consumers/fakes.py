@@ -139,6 +139,7 @@ class FakeEngine(Engine):
         self.entered: dict[str, anyio.Event] = {}
         """Call -> set when it hangs."""
         self.free_bytes = 0
+        self.device = "cpu"
         self.data = [DATA] * ranks
         """What an update leaves in the parameters of each rank."""
         self.report = EngineReport(version=version, paused=version < 0, touched=False, ranks=ranks)
@@ -189,6 +190,7 @@ class FakeEngine(Engine):
                 rank=rank,
                 world_size=self._ranks,
                 instance=self.held[rank].instance,
+                device=self.device,
                 free_bytes=self.free_bytes,
                 needs_digest=needs_digest(needs),
                 needs=needs,

@@ -187,6 +187,13 @@ async def test_offer_of_memory_keeps_to_what_staging_has_room_for(
     assert [offer.free_bytes for offer in prepared.offers] == [offered] * 2
 
 
+async def test_offers_tell_what_is_free_on_gpus_apart_from_room_for_staging() -> None:
+    engine, route = FakeEngine(2, 1), FakeRoute("p2p")
+    engine.device, engine.free_bytes, route.room = "cuda:0", 7, 5
+    prepared = await World(engine, route).updater.prepare(ready_of(2), LONG_S)
+    assert [(one.free_bytes, one.device_bytes) for one in prepared.offers] == [(5, 7)] * 2
+
+
 async def test_route_out_of_favour_is_offered_only_when_no_other_reaches() -> None:
     group, far = FakeRoute("broadcast"), FakeRoute("p2p")
     group.favoured = False

@@ -20,6 +20,7 @@ def offer(
     needs: str = "a",
     need_bytes: int = 1000,
     free_bytes: int = 0,
+    device_bytes: int = 0,
     device: str = "cpu",
 ) -> RankOffer:
     return RankOffer(
@@ -28,6 +29,7 @@ def offer(
         needs_digest=needs * 64,
         need_bytes=need_bytes,
         free_bytes=free_bytes,
+        device_bytes=device_bytes,
         routes=routes,
     )
 

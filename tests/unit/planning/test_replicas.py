@@ -39,7 +39,7 @@ def replica(
     tp: int = 2,
     *routes: RouteName,
     size: int = SIZE,
-    free_bytes: int = 0,
+    device_bytes: int = 0,
     device: str = "cuda",
     **fields: object,
 ) -> Join:
@@ -49,7 +49,7 @@ def replica(
             rank,
             *(routes or ROUTES),
             need_bytes=size // tp,
-            free_bytes=free_bytes,
+            device_bytes=device_bytes,
             device=device if device == "cpu" else f"{device}:{rank}",
         )
         for rank in range(tp)
@@ -158,7 +158,7 @@ def test_replicas_read_in_place_when_sharing_gains_them_little(size: int, links:
 def test_slots_take_a_quarter_of_what_is_free_on_a_gpu(
     free_mib: int, bucket_mib: int, slots: int
 ) -> None:
-    decision = shared(*(replica(e, 1, free_bytes=free_mib * MIB) for e in "ab"))
+    decision = shared(*(replica(e, 1, device_bytes=free_mib * MIB) for e in "ab"))
     plan = planned(decision)
     assert plan.device == bool(slots)
     if slots:
@@ -169,8 +169,19 @@ def test_slots_take_a_quarter_of_what_is_free_on_a_gpu(
 
 
 def test_replica_without_room_on_its_gpu_leaves_all_of_its_host_in_place() -> None:
-    decision = shared(replica("a", free_bytes=6 * MIB), replica("b"), replica("c"))
+    decision = shared(replica("a", device_bytes=6 * MIB), replica("b"), replica("c"))
     assert set(routes_of(decision).values()) == {"local"}
+
+
+def test_replicas_need_no_room_for_staging_in_memory_of_their_host() -> None:
+    fleet = [replica(e) for e in "ab"]
+    tight = [
+        structs.replace(
+            one, ranks=tuple(structs.replace(rank, free_bytes=MIB) for rank in one.ranks)
+        )
+        for one in fleet
+    ]
+    assert planned(shared(*tight)) == planned(shared(*fleet))
 
 
 def far(engine: str, host: str, **fields: object) -> Join:
@@ -219,7 +230,7 @@ def test_replicas_of_several_hosts_share_that_which_saves_most() -> None:
 
 def test_lanes_lie_in_memory_of_hosts_when_not_all_members_have_gpus_or_room_there() -> None:
     assert planned(shared(far("a", "h1"), far("b", "h2"))).device
-    tight = shared(far("a", "h1", free_bytes=7 * MIB), far("b", "h2"))
+    tight = shared(far("a", "h1", device_bytes=7 * MIB), far("b", "h2"))
     assert set(routes_of(tight).values()) == {"broadcast"}
     assert not planned(tight).device
     cpus = shared(far("a", "h1", device="cpu"), far("b", "h2", device="cpu"))
@@ -249,7 +260,7 @@ def near_fleets(draw: st.DrawFn) -> list[Join]:
                 tp,
                 *draw(st.sampled_from([ROUTES, ROUTES, ("broadcast", "p2p"), ("broadcast",)])),
                 size=draw(st.sampled_from([SIZE, SIZE // 2])),
-                free_bytes=draw(st.just(0) | st.integers(1, 2**30)),
+                device_bytes=draw(st.just(0) | st.integers(1, 2**30)),
                 device=draw(st.sampled_from(["cuda", "cuda", "cuda", "cpu"])),
                 host=draw(st.sampled_from(["h1", "h2"])),
                 links=draw(links),
@@ -314,7 +325,7 @@ def test_lanes_on_gpus_fit_into_what_is_free_there_when_fleets_are_random(
         ranks = by_id[member.engine].ranks
         assert all(rank.device.startswith("cuda") for rank in ranks)
         assert size <= DEVICE_BYTES
-        assert all(size <= rank.free_bytes // DEVICE_PART for rank in ranks if rank.free_bytes)
+        assert all(size <= rank.device_bytes // DEVICE_PART for rank in ranks if rank.device_bytes)
 
 
 def test_many_hosts_of_replicas_are_planned_in_time() -> None:
