@@ -5,9 +5,8 @@ for want of memory, may leave a peer alone, so that everyone is looked at again 
 changes. Then it compares: the broadcast of all who could share one, that of their fastest hosts
 alone, for a few numbers of hosts, and each for itself.
 
-Then replicas are looked at: engines of one host that could read its memory in place (`sharing.py`).
-They share a broadcast only if that is much sooner for each of them, and no other engine loses by
-it.
+Then replicas are looked at: engines of one host that could read its memory in place. They share a
+broadcast only if that is much sooner for each of them, and no other engine loses by it.
 
 - Whoever would take much longer in a broadcast than alone is not kept in it, unless the last
   engine of all ends sooner for it.
@@ -26,14 +25,8 @@ from weightbus.consumers.errors import PlanError
 from weightbus.consumers.planning.cost import RouteCost, Site, Situation, assume, predict
 from weightbus.consumers.planning.groups import lanes_of, plan_groups, plan_lanes
 from weightbus.consumers.planning.limits import PlanLimits
-from weightbus.consumers.planning.sharing import (
-    Sharing,
-    agreeing,
-    find_replicas,
-    find_sharers,
-    is_on_gpus,
-    offers,
-)
+from weightbus.consumers.planning.replicas import find_replicas, replica_sets
+from weightbus.consumers.planning.sharing import Sharing, find_sharers, is_on_gpus, offers
 from weightbus.consumers.planning.source import PlanSource
 from weightbus.consumers.planning.staging import (
     DEVICE_SLOTS,
@@ -51,8 +44,7 @@ from weightbus.schemas.rounds import Group, Join, Links
 __all__ = ("Choice", "Outcome", "Settled", "seconds_text")
 
 MAX_CUTS: Final = 12
-"""Broadcasts of the fastest hosts alone that are looked at: at the widest gaps between hosts.
-So many hosts of replicas are looked at, too: those that take longest."""
+"""Broadcasts of the fastest hosts alone that are looked at: at the widest gaps between hosts."""
 
 
 class Outcome(Struct, frozen=True):
@@ -199,7 +191,9 @@ class Choice:
 
     def _compare(self) -> Settled:
         best, whole, apart = self._among_far()
-        tried = [self._evaluate(self._routes(engines)) for engines in self._replica_sets()]
+        sets = replica_sets(self.joins, self.replicas, self._late | self._tight)
+        possible = filter(self._is_possible, sets)
+        tried = [self._evaluate(self._routes(engines)) for engines in possible]
         tried = [outcome for outcome in tried if outcome.device]
         worth = [outcome for outcome in tried if self._is_worth(outcome, best)]
         if worth:
@@ -223,35 +217,9 @@ class Choice:
         whole = together[0] if together else None
         return self._best([*fair, apart]), whole, apart
 
-    def _replica_sets(self) -> list[tuple[str, ...]]:
-        """Who could broadcast together with replicas: those of one host, of all hosts, and all.
-
-        A plan has one broadcast: that of one host's replicas leaves none to the others.
-        """
-        if not self.replicas:
-            return []
-        near = self._near()
-        needs: dict[str, int] = {}
-        for join in map(self.joins.__getitem__, near):
-            need = max(offer.need_bytes for offer in join.ranks)
-            needs[join.host_id] = max(needs.get(join.host_id, 0), need)
-        first = sorted(needs, key=lambda host: (-needs[host], host))[:MAX_CUTS]
-        barred = self._late | self._tight
-        far = {
-            engine
-            for engine, join in self.joins.items()
-            if engine not in barred and offers(join, "broadcast") and not offers(join, "local")
-        }
-        wanted = [set(self.replicas[host]) for host in first]
-        sets = dict.fromkeys(self._agreeing(engines) for engines in (*wanted, near, near | far))
-        return [engines for engines in sets if engines and self._is_possible(engines)]
-
     def _near(self) -> set[str]:
         """All replicas."""
         return {engine for replicas in self.replicas.values() for engine in replicas}
-
-    def _agreeing(self, engines: Collection[str]) -> tuple[str, ...]:
-        return agreeing({e: join for e, join in self.joins.items() if e in engines}).engines
 
     def _is_possible(self, engines: tuple[str, ...]) -> bool:
         """Whether nobody else must be with them, and all have the memory."""

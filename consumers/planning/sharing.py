@@ -1,8 +1,7 @@
 """Which engines could share one broadcast, and why the others could not. Pure.
 
-Who can read every segment in place depends on nobody, and shares none; but for *replicas*: engines
-of one host, all their ranks on GPUs, that could read the same memory of it, each by its own link,
-or share what all their links bring.
+Who can read every segment in place depends on nobody, and shares none; but for replicas
+(`replicas.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from weightbus.schemas.base import RouteName
 from weightbus.schemas.rounds import Join
 from weightbus.schemas.shared_memory import MAX_READERS
 
-__all__ = ("Sharing", "agreeing", "find_replicas", "find_sharers", "is_on_gpus", "offers")
+__all__ = ("Sharing", "agreeing", "find_sharers", "is_on_gpus", "offers")
 
 
 class Sharing(NamedTuple):
@@ -36,23 +35,6 @@ def offers(join: Join, route: RouteName) -> bool:
 def is_on_gpus(join: Join) -> bool:
     """Whether all ranks of an engine are on GPUs."""
     return _kind(join) == "cuda"
-
-
-def find_replicas(joins: Mapping[str, Join], barred: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The engines of every host that read its memory in place, and could share that instead.
-
-    Whose group broke reads in place: the round is not put at risk twice.
-
-    Returns:
-        Host -> two engines at least. Whether sharing is worth it is another question.
-    """
-    hosts: dict[str, dict[str, Join]] = {}
-    for engine, join in joins.items():
-        able = offers(join, "local") and offers(join, "broadcast") and is_on_gpus(join)
-        if able and engine not in barred and not join.broken_epoch:
-            hosts.setdefault(join.host_id, {})[engine] = join
-    shared = {host: agreeing(able).engines for host, able in hosts.items()}
-    return {host: replicas for host, replicas in shared.items() if replicas}
 
 
 def find_sharers(joins: Mapping[str, Join], barred: Mapping[str, str]) -> Sharing:

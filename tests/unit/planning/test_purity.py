@@ -19,6 +19,7 @@ MODULES = (
     "limits",
     "pieces",
     "regions",
+    "replicas",
     "routes",
     "shapes",
     "sharing",
