@@ -42,7 +42,8 @@ from weightbus.schemas.worker import LaneFill, StageTiming, Stream
 __all__ = ("Broadcaster", "FilledLane", "Filler", "Source", "root_runs")
 
 COPY_BYTES: Final = 8 * 2**20
-"""Copied at a time: what else goes to the device, such as a kernel's tables, gets in between."""
+"""Copied at a time, up to the next address that is a multiple: what else goes to the device, such
+as a kernel's tables, gets in between, and no copy leaves its registration (`REGISTERED_BYTES`)."""
 
 
 class Source(Protocol):
@@ -273,11 +274,13 @@ class Filler:
         return True
 
     def _queue_copy(self, destination: int, source: int, size_bytes: int) -> None:
-        for done in range(0, size_bytes, COPY_BYTES):
-            count = min(COPY_BYTES, size_bytes - done)
+        done = 0
+        while done < size_bytes:
+            count = min(COPY_BYTES - (source + done) % COPY_BYTES, size_bytes - done)
             self._cuda.copy_async(
                 self._device, destination + done, source + done, count, self._copying
             )
+            done += count
 
     def _see_copies(self, each: _Progress) -> None:
         before = each.fetched

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,11 @@ _logger = logging.getLogger(__name__)
 
 OpenCuda = Callable[[], CudaRuntime]
 """As `weightbus.bus.cuda.open_cuda`."""
+
+REGISTERED_BYTES: Final = 2**30
+"""Registered at a time, up to the next address that is a multiple: the driver holds a lock for 40
+ms meanwhile, which who serves may want, and it refuses 512 GiB at once. What a copy engine reads
+lies in one registration: no copy crosses a multiple. Kernels read across."""
 
 _CUDA: Final = "cuda"
 
@@ -99,6 +104,7 @@ class Gpu:
     Args:
         number: of the device in this process.
         uuids: of the GPUs of this host, also of those that this process was not given.
+        registered_bytes: see `REGISTERED_BYTES`; whole pages.
     """
 
     def __init__(
@@ -106,8 +112,12 @@ class Gpu:
         number: int,
         cuda: OpenCuda,
         uuids: Callable[[], Collection[str]] = host_device_uuids,
+        registered_bytes: int = REGISTERED_BYTES,
     ) -> None:
         self.number = number
+        self._registered_bytes = registered_bytes
+        self._registered: dict[int, list[int]] = {}
+        """Address of a mapping -> where its registrations begin."""
         self._open_cuda, self._uuids = cuda, uuids
         self._cuda: CudaRuntime | None = None
         self._handles: dict[bytes, OpenHandle] = {}
@@ -209,7 +219,7 @@ class Gpu:
         return os.O_RDONLY if self._read_only else os.O_RDWR
 
     def register(self, name: str, address: int, size_bytes: int, *, read_only: bool) -> bool:
-        """Let the device read a whole mapping at its host address.
+        """Let the device read a whole mapping at its host address. If that fails, none of it is.
 
         Returns: False: it refuses one that may only be read, and `access` says so from now on: the
             caller maps it again.
@@ -217,11 +227,13 @@ class Gpu:
         Raises:
             SegmentUnavailable: names block, bytes and device.
         """
+        cuda, done = self._runtime(name), list[int]()
         try:
-            self._runtime(name).register(
-                address, size_bytes, read_only=read_only, device=self.number
-            )
+            for first, count in self._cut(address, size_bytes):
+                cuda.register(first, count, read_only=read_only, device=self.number)
+                done.append(first)
         except CudaFailed as error:
+            self._unregister(name, done)
             if read_only:
                 _logger.info("blocks are mapped writable: %s", error)
                 self._read_only = False
@@ -229,6 +241,7 @@ class Gpu:
             found = f"{size_bytes:,} bytes that device {self.number} does not take ({error})"
             limit = "must be registered whole: host memory that can be locked, and not twice"
             raise SegmentUnavailable(name, found, limit) from error
+        self._registered[address] = done
         return True
 
     def unregister(self, name: str, address: int, memory: object) -> bool:
@@ -239,13 +252,29 @@ class Gpu:
 
         Returns: whether it may be unmapped.
         """
-        try:
-            self._runtime(name).unregister(address)
-        except CudaFailed as error:
-            _logger.warning("%s stays mapped: %s", name, error)
-            _LEFT.append(memory)
-            return False
-        return True
+        if self._unregister(name, self._registered.pop(address)):
+            return True
+        _LEFT.append(memory)
+        return False
+
+    def _unregister(self, name: str, addresses: Sequence[int]) -> bool:
+        """All of them, whatever becomes of one; whether none is left."""
+        left = 0
+        for address in addresses:
+            try:
+                self._runtime(name).unregister(address)
+            except CudaFailed as error:
+                _logger.warning("%s stays mapped: %s", name, error)
+                left += 1
+        return not left
+
+    def _cut(self, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """The parts of some memory that are registered one by one."""
+        first, end = address, address + size_bytes
+        while first < end:
+            border = (first // self._registered_bytes + 1) * self._registered_bytes
+            yield first, min(border, end) - first
+            first = border
 
     def _close(self, key: bytes) -> None:
         handle = self._handles.pop(key)

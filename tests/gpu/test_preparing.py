@@ -30,13 +30,14 @@ from weightbus.consumers.planning.tiles import plan_tiles
 from weightbus.consumers.reload.accelerator import CudaAccelerator
 from weightbus.consumers.reload.gpu import GpuExecutor
 from weightbus.consumers.reload.worker import ReloadWorker
+from weightbus.consumers.transfer.gpu import Gpu
 from weightbus.schemas.shared_memory import SHM_HEADER_BYTES, pack_shm_header
 from weightbus.schemas.worker import InPlace
 
 DEVICE: Final = "cuda:0"
 MIB: Final = 2**20
 SIZE: Final = 5 * MIB + 4096
-REGISTERED_BYTES: Final = 4 * 2**30
+SLOT_BYTES: Final = 8 * 2**30
 EXTRA_BYTES: Final = 16 * MIB
 """Of a worker's GPU, for the tables of a plan and scratch."""
 
@@ -128,15 +129,15 @@ def test_plan_of_a_large_model_takes_16_mib_at_most() -> None:
 
 def test_kernels_go_on_while_memory_is_registered() -> None:
     """As when an engine serves while its worker prepares a new slot."""
-    cuda = open_cuda()
-    memory = mmap.mmap(-1, REGISTERED_BYTES)
+    gpu = Gpu(0, open_cuda)
+    memory = mmap.mmap(-1, SLOT_BYTES)
     whole = np.frombuffer(memory, dtype=np.uint8)
     whole[::4096] = 1
     address, taken = int(whole.ctypes.data), []
 
     def register() -> None:
         start = time.monotonic()
-        cuda.register(address, REGISTERED_BYTES, read_only=False, device=0)
+        gpu.register("a slot", address, SLOT_BYTES, read_only=False)
         taken.append(time.monotonic() - start)
 
     served = torch.zeros(1024, device=DEVICE)
@@ -151,7 +152,7 @@ def test_kernels_go_on_while_memory_is_registered() -> None:
             longest_s = max(longest_s, time.monotonic() - start)
     finally:
         thread.join()
-        cuda.unregister(address)
+        gpu.unregister("a slot", address, memory)
         del whole
     assert longest_s < taken[0] / 2, f"one step of {longest_s:.3f} s in {taken[0]:.3f} s"
 

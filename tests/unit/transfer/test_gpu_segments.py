@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -16,7 +18,8 @@ from tests.unit.transfer.blocks import Block, open_block
 from weightbus.bus.cuda import CudaBlock
 from weightbus.bus.errors import CudaUnavailable
 from weightbus.consumers.errors import SegmentUnavailable, TornRead
-from weightbus.consumers.transfer.gpu import Gpu, check_cuda_segment, is_gpu
+from weightbus.consumers.transfer.device_filler import COPY_BYTES
+from weightbus.consumers.transfer.gpu import REGISTERED_BYTES, Gpu, check_cuda_segment, is_gpu
 from weightbus.consumers.transfer.segments import (
     KEPT_MAPPINGS,
     KEPT_OPENINGS,
@@ -344,6 +347,30 @@ def test_block_is_registered_once_whole_and_as_the_device_wants_it(*, read_only:
             assert cuda.contexts == {3}, "no other device costs a context"
         cuda.assert_clean()
         assert rights(block) == []
+
+
+def test_copies_cross_no_border_of_registrations() -> None:
+    assert REGISTERED_BYTES % COPY_BYTES == 0
+
+
+def test_memory_is_registered_part_by_part_and_let_go_of_whole() -> None:
+    """The parts end at multiples of their size, which no copy crosses; the last may be shorter."""
+    cuda, page = FakeCuda(), 4096
+    gpu = Gpu(0, lambda: cuda, registered_bytes=2 * page)
+    memory = mmap.mmap(-1, 6 * page)
+    data = np.frombuffer(memory, dtype=np.uint8)
+    address = int(data.ctypes.data) // (2 * page) * 2 * page + 3 * page  # the middle of a part
+    assert gpu.register("slot", address, 2 * page + 100, read_only=False)
+    parts = {address: page, address + page: page + 100}
+    assert {start: size for start, (size, _) in cuda.registered.items()} == parts
+    assert gpu.unregister("slot", address, memory)
+    assert not cuda.registered
+    cuda.fail("register", after=1)
+    with pytest.raises(SegmentUnavailable, match="must be registered whole"):
+        gpu.register("slot", address, 2 * page + 100, read_only=False)
+    assert not cuda.registered
+    del data
+    cuda.assert_clean()
 
 
 def test_block_is_mapped_writable_when_read_only_registration_fails_after_all() -> None:
