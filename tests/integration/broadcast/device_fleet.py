@@ -23,11 +23,11 @@ from tests.fake_cuda import FakeCuda
 from tests.unit.planning.worlds import World
 from tests.unit.transfer.blocks import Block, open_block
 from tests.unit.transfer.reading import Held, ThreadEngine, shard_bytes, shard_key
-from weightbus.consumers.errors import PeerLost, cause_of
+from weightbus.consumers.errors import PeerLost, ProofNeeded, cause_of
 from weightbus.consumers.planning.buckets import plan_buckets
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.transfer.broadcast import BroadcastRoute
-from weightbus.consumers.transfer.device_lanes import DeviceFeed, DeviceStaging
+from weightbus.consumers.transfer.device_lanes import DeviceFeed, DeviceLanes, DeviceStaging
 from weightbus.consumers.transfer.fetch import LocalSegments
 from weightbus.consumers.transfer.groups import Groups, open_meeting
 from weightbus.consumers.transfer.lanes import StagingCache, leave_lanes
@@ -110,8 +110,11 @@ class ExchangeCuda(FakeCuda):
 class RingMember:
     """As `Communicator`."""
 
-    def __init__(self, ring: Ring, place: int, cuda: ExchangeCuda, group: str) -> None:
+    def __init__(
+        self, ring: Ring, place: int, cuda: ExchangeCuda, group: str, rings: Rings
+    ) -> None:
         self._ring, self._place, self._cuda, self._group = ring, place, cuda, group
+        self._rings = rings
         self._queued = 0
 
     def broadcast(
@@ -123,6 +126,7 @@ class RingMember:
         *,
         check: Callable[[], None],
     ) -> None:
+        self._rings.before()
         self.check()
         with self._ring.lock:
             if self._queued == len(self._ring.operations):
@@ -150,6 +154,10 @@ class Rings:
         self._meetings, self._cuda = meetings, cuda
         self._mine: dict[str, tuple[str, Ring, RingMember]] = {}
         """Group -> (key of the plan, ...)."""
+        self.refusal: WeightBusError | None = None
+        """Why this worker can have none."""
+        self.before: Callable[[], None] = lambda: None
+        """Called before a broadcast is queued."""
 
     def open_all(
         self, fills: Sequence[LaneFill], deadline_s: float, check: Callable[[], None]
@@ -157,6 +165,8 @@ class Rings:
         return [self._open(fill, min(deadline_s, FORM_S), check) for fill in fills]
 
     def _open(self, fill: LaneFill, deadline_s: float, check: Callable[[], None]) -> RingMember:
+        if self.refusal is not None:
+            raise self.refusal
         known = self._mine.get(fill.group)
         if known is not None and known[0] == fill.key and not known[1].broken:
             return known[2]
@@ -172,7 +182,7 @@ class Rings:
                 ring.broken = f"place {fill.place} did not meet the others"
                 raise PeerLost(fill.group, ["another place"], ring.broken)
             time.sleep(POLL_S)
-        member = RingMember(ring, fill.place, self._cuda, fill.group)
+        member = RingMember(ring, fill.place, self._cuda, fill.group, self)
         self._mine[fill.group] = (fill.key, ring, member)
         return member
 
@@ -215,10 +225,13 @@ class DeviceEngine(ThreadEngine):
         self._blocks: list[StagingCache] = []
         self._segments: list[SegmentCache] = []
         self._staging: list[DeviceStaging] = []
+        self.rings: list[Rings] = []
+        """Of every rank."""
         for device, cuda in zip(self.devices, cudas, strict=True):
             self._blocks.append(StagingCache(device, cuda.itself))
             self._segments.append(SegmentCache(host_id, (), device, cuda.itself))
-            self._staging.append(DeviceStaging(device, cuda.itself, Rings(meetings, cuda)))
+            self.rings.append(Rings(meetings, cuda))
+            self._staging.append(DeviceStaging(device, cuda.itself, self.rings[-1]))
 
     def close(self) -> None:
         super().close()
@@ -258,7 +271,10 @@ class DeviceEngine(ThreadEngine):
             for shard in fed.plan.layout.shards:
                 shards.setdefault(shard.segment // fed.plan.lanes, []).append(shard)
             try:
-                with self._staging[rank].open_lanes(fed, budget) as lanes:
+                with (
+                    self._staging[rank].open_lanes(fed, budget) as lanes,
+                    _serving_others(lanes),
+                ):
                     for bucket in range(fed.plan.buckets):
                         lanes.wait_filled(bucket)
                         self.before(rank, bucket)
@@ -280,6 +296,16 @@ class DeviceEngine(ThreadEngine):
         opened = self._blocks[rank].open_all(feed.lanes, 0, feed.turn, budget, is_read=False)
         with opened as blocks:
             yield DeviceFeed(feed, blocks, plan, sizes, self._blocks[rank], self._segments[rank])
+
+
+@contextmanager
+def _serving_others(lanes: DeviceLanes) -> Iterator[None]:
+    """As a worker does that finds that it cannot stream."""
+    try:
+        yield
+    except ProofNeeded:
+        lanes.serve()
+        raise
 
 
 @dataclass(eq=False, kw_only=True)
