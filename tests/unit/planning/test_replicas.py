@@ -40,6 +40,7 @@ def replica(
     *routes: RouteName,
     size: int = SIZE,
     device_bytes: int = 0,
+    free_bytes: int = 0,
     device: str = "cuda",
     **fields: object,
 ) -> Join:
@@ -50,6 +51,7 @@ def replica(
             *(routes or ROUTES),
             need_bytes=size // tp,
             device_bytes=device_bytes,
+            free_bytes=free_bytes,
             device=device if device == "cpu" else f"{device}:{rank}",
         )
         for rank in range(tp)
@@ -210,14 +212,51 @@ def test_replicas_leave_the_broadcast_to_others_who_need_it() -> None:
     assert decision.costs["x0"].seconds == pytest.approx(alone.costs["x0"].seconds)
 
 
+QUICK = Links(network=400 * GB, broadcast=400 * GB, p2p=400 * GB)
+LARGE = PlanSource(layout_bytes=4 * SIZE, memory="host", links=QUICK)
+"""Over such a network, and of so much, hosts could share a broadcast, too."""
+
+
+def near_and_quick() -> list[Join]:
+    return [replica(engine, links=QUICK, size=4 * SIZE) for engine in "ab"]
+
+
 def test_replicas_and_others_share_one_broadcast_when_the_network_is_as_fast() -> None:
-    links = Links(network=400 * GB, broadcast=400 * GB, p2p=400 * GB)
-    others = [far(f"x{n}", f"h{n}", links=links, groups=()) for n in range(2)]
-    near = [replica(engine, links=links, size=4 * SIZE) for engine in "ab"]
-    source = PlanSource(layout_bytes=4 * SIZE, memory="host", links=links)
-    decision = shared(*near, *others, source=source)
+    others = [far(f"x{n}", f"h{n}", links=QUICK) for n in range(2)]
+    decision = shared(*near_and_quick(), *others, source=LARGE)
     assert set(routes_of(decision).values()) == {"broadcast"}
     assert planned(decision).device
+    one = shared(*near_and_quick(), others[0], source=LARGE)
+    assert set(routes_of(one).values()) == {"broadcast"}
+
+
+def test_engine_of_another_host_pulls_when_it_has_no_memory_for_lanes_of_replicas() -> None:
+    small = replica(
+        "x", 1, "broadcast", "p2p", size=4 * SIZE, host="h1", links=QUICK, free_bytes=2 * MIB
+    )
+    assert routes_of(shared(*near_and_quick(), small, source=LARGE))["x"] == "p2p"
+
+
+def test_replicas_of_another_layout_are_in_no_broadcast_that_others_need() -> None:
+    others = [
+        replica("x", 2, "broadcast", size=4 * SIZE, host="h1", links=QUICK),
+        replica("y", 2, "broadcast", "p2p", size=4 * SIZE, host="h2", links=QUICK),
+    ]
+    near = [structs.replace(one, layout_digest="b" * 64) for one in near_and_quick()]
+    decision = shared(*near, *others, source=LARGE)
+    assert routes_of(decision) == {"a": "local", "b": "local", "x": "broadcast", "y": "broadcast"}
+
+
+def test_replicas_read_in_place_when_many_others_would_lose_a_little_each() -> None:
+    links = Links(network=400 * GB, broadcast=17 * GB, p2p=30 * GB, device=500 * GB)
+    others = [far(f"x{n}", f"h{n}", links=links, groups=()) for n in range(12)]
+    source = PlanSource(layout_bytes=SIZE, memory="host", links=QUICK, hosts=8)
+    together = shared(*others, source=source)
+    assert set(routes_of(together).values()) == {"broadcast"}
+    lost_s = together.others["x0"].seconds - together.costs["x0"].seconds
+    assert 0.06 < lost_s < PlanLimits().tie_s
+    decision = shared(replica("a"), replica("b"), *others, source=source)
+    assert routes_of(decision) == routes_of(together) | {"a": "local", "b": "local"}
 
 
 def test_replicas_of_several_hosts_share_that_which_saves_most() -> None:
