@@ -240,7 +240,7 @@ def test_engine_of_another_host_pulls_when_it_has_no_memory_for_lanes_of_replica
 def test_replicas_of_another_layout_are_in_no_broadcast_that_others_need() -> None:
     others = [
         replica("x", 2, "broadcast", size=4 * SIZE, host="h1", links=QUICK),
-        replica("y", 2, "broadcast", "p2p", size=4 * SIZE, host="h2", links=QUICK),
+        replica("y", 2, "broadcast", size=4 * SIZE, host="h2", links=QUICK),
     ]
     near = [structs.replace(one, layout_digest="b" * 64) for one in near_and_quick()]
     decision = shared(*near, *others, source=LARGE)
