@@ -28,6 +28,7 @@ from weightbus.consumers.errors import (
     EngineUnavailable,
     WorkerLost,
 )
+from weightbus.schemas.worker import Feed, InPlace
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("kind", list(KINDS))]
 
@@ -118,6 +119,35 @@ async def test_engine_holds_each_version_bit_for_bit_when_updated(running: Engin
         assert all(rank.direct_parameters > 0 for rank in applied)
     assert [answer.version for answer in answers] == [1, 2, 3]
     assert len({str(answer.content) for answer in answers}) == 3
+
+
+async def test_engine_serves_while_it_prepares_and_holds_the_version_then(
+    running: EngineUnderTest,
+) -> None:
+    checkpoints = running.checkpoints
+    digest = checkpoints.layout_digest
+    async with running.open_consumer() as engine:
+        updates = Updates(engine, checkpoints)
+        await updates.prepare()
+        await updates.update(1)
+        feeds: dict[int, Feed] = {
+            rank: InPlace(sources=checkpoints.sources(2)) for rank in reversed(range(engine.ranks))
+        }
+        waiting = dict(feeds)
+        with anyio.fail_after(LONG_S):
+            while waiting:
+                replies = await engine.prepare(digest, waiting, LONG_S)
+                assert [reply.rank for reply in replies] == list(waiting)
+                assert [reply.reason for reply in replies] == [""] * len(replies)
+                for reply in replies:
+                    if reply.ready:
+                        del waiting[reply.rank]
+                assert (await running.ask()).version == 1
+        assert not await is_touched(engine)
+        with pytest.raises(ApplyFailed):
+            await engine.prepare("0" * 64, feeds, LONG_S)
+        await updates.update(2)
+        assert await running.fingerprints() == checkpoints.fingerprints(2)
 
 
 async def test_engine_serves_nothing_when_it_was_never_updated(running: EngineUnderTest) -> None:
