@@ -94,11 +94,18 @@ class ReloadWorker:
     """
 
     def __init__(
-        self, host: ModelHost, rank: int, world_size: int, cuda: OpenCuda = open_cuda
+        self,
+        host: ModelHost,
+        rank: int,
+        world_size: int,
+        cuda: OpenCuda = open_cuda,
+        lanes: DeviceStaging | None = None,
     ) -> None:
         """
         Args:
             cuda: asked for when a GPU first needs it.
+            lanes: what it fills and reads device lanes with, from now on its own; None: that of the
+                host's device.
         """
         self.rank = rank
         self.world_size = world_size
@@ -114,7 +121,7 @@ class ReloadWorker:
         self._lost: DeviceLost | None = None
         self._segments = SegmentCache("", (), host.device, cuda)
         self._staging = StagingCache(host.device, cuda)
-        self._device_staging = DeviceStaging(host.device, cuda)
+        self._device_staging = lanes or DeviceStaging(host.device, cuda)
         self._readable: tuple[str, tuple[str, ...]] = ("", ())
         self._preparing = Preparing()
 

@@ -69,15 +69,18 @@ class StreamingCuda(FakeCuda):
         self._running: dict[int, _Stream] = {}
         self.copied: list[tuple[int, int, int]] = []
         """(Destination, source, bytes) of every copy, as they were queued."""
+        self.before_copy: Callable[[int], None] = lambda number: None
 
     def copy_async(
         self, device: int, destination: int, source: int, size_bytes: int, stream: int
     ) -> None:
         self._enter("copy_async", device)
         pause_s = self._random.uniform(0, self._slowly_s)
+        number = len(self.copied)
         self.copied.append((destination, source, size_bytes))
 
         def copy() -> None:
+            self.before_copy(number)
             ctypes.memset(destination, SPOILED, size_bytes)
             time.sleep(pause_s)
             ctypes.memmove(destination, source, size_bytes)
