@@ -71,11 +71,15 @@ class Engines:
         self._last_version += 1
         return self._last_version
 
-    def get(self, name: str, ranks: int = 1) -> EngineProcess:
-        """The engine of that name, ready; started if need be. Blocking."""
+    def get(self, name: str, ranks: int = 1, first_gpu: int = 0) -> EngineProcess:
+        """The engine of that name, ready; started if need be. Blocking.
+
+        Args:
+            first_gpu: of rank 0; the others follow. Nothing on CPUs.
+        """
         engine = self._running.get(name)
         if engine is None:
-            engine = self._running[name] = self._start(name, ranks)
+            engine = self._running[name] = self._start(name, ranks, first_gpu)
             engine.wait_until_ready()
         assert engine.ranks == ranks, f"engine {name} has {engine.ranks} ranks"
         return engine
@@ -96,7 +100,7 @@ class Engines:
         for name in tuple(self._running):
             self.end(name)
 
-    def _start(self, name: str, ranks: int) -> EngineProcess:
+    def _start(self, name: str, ranks: int, first_gpu: int) -> EngineProcess:
         self._started += 1
         directory = self._directory / f"{name}{self._started}"
         directory.mkdir(mode=0o700)
@@ -104,7 +108,7 @@ class Engines:
             "--architecture": ARCHITECTURE,
             "--config": json.dumps(CONFIG),
             "--tp": str(ranks),
-            "--device": self._device,
+            "--device": f"{self._device}:{first_gpu}" if first_gpu else self._device,
             "--dir": str(directory),
         }
         command = [sys.executable, "-m", "weightbus", "engine"]

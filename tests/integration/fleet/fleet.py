@@ -130,13 +130,14 @@ class Fleet:
         name: str,
         *,
         ranks: int = 1,
+        first_gpu: int = 0,
         hold: Moment | None = None,
         settings: BusSettings | None = None,
         **changes: Any,
     ) -> AsyncIterator[Follower]:
         """A consumer beside the engine `name`, held where it first comes to `hold`; no mix may be
         seen while it runs."""
-        process = await self.engine(name, ranks)
+        process = await self.engine(name, ranks, first_gpu)
         config = self.config(name, **changes)
         async with (
             open_torch_client(process.directory) as client,
@@ -165,10 +166,10 @@ class Fleet:
                     process=process,
                 )
 
-    async def engine(self, name: str, ranks: int = 1) -> EngineProcess:
+    async def engine(self, name: str, ranks: int = 1, first_gpu: int = 0) -> EngineProcess:
         """An engine without a consumer."""
         self.used.add(name)
-        return await anyio.to_thread.run_sync(self.engines.get, name, ranks)
+        return await anyio.to_thread.run_sync(self.engines.get, name, ranks, first_gpu)
 
     @asynccontextmanager
     async def watched(self, client: TorchEngineClient) -> AsyncIterator[Probe]:
