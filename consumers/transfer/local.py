@@ -90,9 +90,8 @@ class LocalRoute(Route):
         try:
             return await self._bring(transfer, sources, clock)
         except ApplyFailed as error:
-            on_gpus = any(isinstance(source, CudaSegment) for source in sources)
-            others = _without_gpus(transfer.placement)
-            if error.cause != SegmentUnavailable.__name__ or not (on_gpus and all(others)):
+            others = _others(transfer.placement, sources)
+            if error.cause != SegmentUnavailable.__name__ or others is None:
                 raise
             _logger.warning("memory of GPUs is not read, but what is offered beside it: %s", error)
             refused = _refused_devices(sources, error.reason)
@@ -115,7 +114,10 @@ class LocalRoute(Route):
                 if error.cause != ProofNeeded.__name__:
                     raise
         feeds = dict.fromkeys(transfer.ranks, InPlace(sources=tuple(sources)))
-        await prepare_ranks(transfer, feeds, clock.left_s)
+        for rank, reason in (await prepare_ranks(transfer, feeds, clock.left_s)).items():
+            cause = SegmentUnavailable.__name__
+            if reason.startswith(cause) and _others(transfer.placement, sources) is not None:
+                raise ApplyFailed(rank, cause, reason, touched=False)  # before anybody is paused
         await transfer.begin_write()
         return await apply_checked(transfer, feeds, clock.left_s())
 
@@ -154,8 +156,11 @@ def _refused_devices(sources: Sequence[Segment], reason: str) -> frozenset[str]:
     return frozenset(source.device_uuid for source in named or tried)
 
 
-def _without_gpus(placement: Placement) -> Placement:
-    """A segment may be left without a way."""
-    return tuple(
+def _others(placement: Placement, sources: Sequence[Segment]) -> Placement | None:
+    """What is offered beside memory of GPUs; None: that is not read, or something is left without
+    a way."""
+    others = tuple(
         tuple(way for way in ways if not isinstance(way, CudaSegment)) for ways in placement
     )
+    on_gpus = any(isinstance(source, CudaSegment) for source in sources)
+    return others if on_gpus and all(others) else None

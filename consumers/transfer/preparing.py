@@ -29,8 +29,9 @@ _logger = logging.getLogger(__name__)
 
 async def prepare_ranks(
     transfer: Transfer, feeds: Mapping[int, Feed], left_s: Callable[[], float]
-) -> None:
-    """Return when every rank is ready for its feed, or has said why it cannot be.
+) -> dict[int, str]:
+    """Return when every rank is ready for its feed, or has said why it cannot be: by rank, those
+    that cannot. A reason begins with the name of the error.
 
     Called before `transfer.begin_write`.
 
@@ -43,14 +44,16 @@ async def prepare_ranks(
         DeadlineExceeded: the transfer's time is up.
     """
     waiting, pause_s = dict(feeds), FIRST_PAUSE_S
+    reasons: dict[int, str] = {}
     while True:
         replies = await transfer.engine.prepare(transfer.layout_digest, waiting, left_s())
         for reply in replies:
             if reply.ready:
                 waiting.pop(reply.rank, None)
             if reply.reason:
+                reasons[reply.rank] = reply.reason
                 _logger.info("rank %d is not prepared: %s", reply.rank, reply.reason)
         if not waiting:
-            return
+            return reasons
         await anyio.sleep(min(pause_s, left_s()))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

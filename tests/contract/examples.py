@@ -364,7 +364,7 @@ _WORKER: Final[tuple[Message, ...]] = (
         feed=InPlace(sources=(_PLACEMENT[0][0], _PLACEMENT[1][1])),
         deadline_s=60.0,
     ),
-    Prepared(request=6, rank=0, ready=True, reason="segment 0 is gone"),
+    Prepared(request=6, rank=0, ready=True, reason="SegmentUnavailable: it is gone"),
     Apply(
         request=3,
         version=7,

@@ -60,12 +60,16 @@ class OneRank:
     Args:
         failing: kind of segment -> the error that its worker answers.
         busy: how often it says that it is not ready yet.
+        unprepared: kind of segment -> why its worker cannot prepare it.
     """
 
     def __init__(
-        self, failing: Mapping[type[Segment], ApplyFailed] | None = None, busy: int = 0
+        self,
+        failing: Mapping[type[Segment], ApplyFailed] | None = None,
+        busy: int = 0,
+        unprepared: Mapping[type[Segment], str] | None = None,
     ) -> None:
-        self._failing = failing or {}
+        self._failing, self._unprepared = failing or {}, unprepared or {}
         self._busy = busy
         self.taken: list[type[Segment]] = []
         self.events: list[str] = []
@@ -75,8 +79,10 @@ class OneRank:
     ) -> tuple[Prepared, ...]:
         self.events.append("prepare")
         self._busy -= 1
-        ready = self._busy < 0
-        return (Prepared(request=1, rank=0, ready=ready, reason="no room" if ready else ""),)
+        ready, feed = self._busy < 0, feeds[0]
+        assert isinstance(feed, InPlace)
+        reason = self._unprepared.get(type(feed.sources[0]), "") if ready else ""
+        return (Prepared(request=1, rank=0, ready=ready, reason=reason),)
 
     async def apply(
         self, version: int, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
@@ -193,13 +199,27 @@ async def test_first_failure_is_told_when_nothing_else_would_help(cause: str) ->
 
 
 async def test_engine_is_paused_only_when_its_ranks_are_ready_or_cannot_be() -> None:
-    engine, route = OneRank(busy=2), LocalRoute("host")
+    reason: dict[type[Segment], str] = {SharedMemorySegment: "OSError: no room"}
+    engine, route = OneRank(busy=2, unprepared=reason), LocalRoute("host")
     with open_block(bytes(8), "host") as block:
         await route.transfer(transfer_of(engine, ((block.segment(),),)))
         assert engine.events == [*["prepare"] * 3, "pause", "apply"]
         engine.events.clear()
         await route.transfer(transfer_of(engine, ((block.segment(),),)))
     assert engine.events == ["prepare", "pause", "apply"]
+
+
+async def test_other_memory_is_taken_before_the_pause_when_that_of_a_gpu_cannot_be_prepared() -> (
+    None
+):
+    why = f"{SegmentUnavailable.__name__}: segment {name_of(ON_GPU)} is out of reach"
+    engine, route = OneRank(unprepared={CudaSegment: why}), LocalRoute("host")
+    route.know_devices(["cuda:0"])
+    with open_block(bytes(8), "host") as block:
+        await route.transfer(transfer_of(engine, ((ON_GPU, block.segment()),)))
+        assert engine.events == ["prepare", "prepare", "pause", "apply"]
+        await route.transfer(transfer_of(engine, ((ON_GPU,),)))  # or nothing at all
+    assert engine.taken == [SharedMemorySegment, CudaSegment]
 
 
 async def test_transfer_ends_unpaused_at_its_deadline_when_a_rank_is_never_ready() -> None:
