@@ -202,7 +202,8 @@ class DeviceLanes(Lanes):
                 found = "filled in other slots"
                 raise SegmentUnavailable(block.name, found, "must stay where they were opened")
         super().done(bucket)
-        self._filler.step()
+        if not self._filler.is_done:
+            self._filler.step()
 
     def serve(self) -> None:
         """Read nothing more, but fill to the end what others still want.

@@ -186,9 +186,9 @@ class DeviceSlots:
         kept = self._opened.get(block.name)
         if kept is None or kept.named != named:
             handle = block.header_bytes(SHM_HANDLE_OFFSET, CUDA_HANDLE_BYTES)
-            stale = [name for name, peer in self._opened.items() if peer.handle == handle]
-            for name in {block.name, *stale}:
-                if name in self._opened and self._opened[name].used < self._opening:
+            for name, peer in list(self._opened.items()):
+                is_stale = peer.handle == handle and peer.used < self._opening
+                if is_stale or name == block.name:
                     self._close_peer(name)
             kept = _Opened(handle, self._open(block.name, handle, size_bytes), named)
             self._opened[block.name] = kept

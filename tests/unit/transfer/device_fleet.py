@@ -41,7 +41,18 @@ from weightbus.schemas.shared_memory import (
 )
 from weightbus.schemas.worker import LaneFill, StageTiming, Stream
 
-__all__ = ("Fleet", "Host", "Shape", "open_fleet")
+__all__ = (
+    "HOST_ID",
+    "Fleet",
+    "Host",
+    "Member",
+    "Shape",
+    "Worker",
+    "clean",
+    "open_fleet",
+    "open_hosts",
+    "wait_until",
+)
 
 DEADLINE_S = 30.0
 HOST_ID = "host"
@@ -234,6 +245,12 @@ class Worker:
                 self.held[shard_key(shard)] = ctypes.string_at(address, size_bytes)
             lanes.done(bucket)
 
+    def wrong(self, plan: BucketPlan, parts: Sequence[bytearray]) -> list[object]:
+        """What it has not read as it is."""
+        expected = shards_of(plan.layout, parts)
+        assert self.held.keys() == expected.keys()
+        return [key for key, data in expected.items() if self.held[key] != data]
+
     def close(self) -> None:
         self.device.close()
         self.staging.close()
@@ -248,7 +265,7 @@ class Host:
     owner: Owner
     segments: list[Block]
     workers: list[Worker]
-    sources: list[Segment] = field(default_factory=list)
+    sources: list[Segment | None] = field(default_factory=list)
 
 
 class Fleet:
@@ -258,6 +275,7 @@ class Fleet:
         self.layout, self.shape, self.hosts = layout, shape, hosts
         self.plan = plan_buckets(layout, shape.bucket_bytes, shape.lanes)
         self.weights: list[bytes] = []
+        self.rendezvous = ""
         self.withheld: Callable[[int], bool] = lambda bucket: False
         """Whether owners do not go on to a bucket."""
 
@@ -293,7 +311,15 @@ class Fleet:
                 base,
                 reader=number,
                 fills=tuple(
-                    LaneFill(lane, lane, host.number, shape.hosts, f"g{lane}")
+                    LaneFill(
+                        lane=lane,
+                        number=lane,
+                        place=host.number,
+                        size=shape.hosts,
+                        group=f"g{lane}",
+                        rendezvous=self.rendezvous,
+                        key=f"turn {turn}",
+                    )
                     for lane in range(shape.lanes)
                     if lane % shape.workers == number
                 ),
@@ -343,12 +369,11 @@ class Fleet:
 
     def check(self, workers: Sequence[Worker] = ()) -> None:
         """Every worker, or some, have read every byte."""
-        expected = shards_of(self.plan.layout, _staged(self.plan, self.weights))
+        parts = _staged(self.plan, self.weights)
         for worker in workers or self.workers:
             assert worker.failure is None, repr(worker.failure)
-            assert worker.held.keys() == expected.keys()
-            wrong = [key for key, data in expected.items() if worker.held[key] != data]
-            assert not wrong, f"worker {worker.number} has read other bytes of {wrong[:5]}"
+            wrong = worker.wrong(self.plan, parts)
+            assert not wrong, f"worker {worker.number} has read other bytes: {wrong[:5]}"
 
     def give_up(self, turn: int) -> None:
         for host in self.hosts:
@@ -436,28 +461,37 @@ def _staged(plan: BucketPlan, weights: Sequence[bytes]) -> list[bytearray]:
 @contextmanager
 def open_fleet(layout: Layout, shape: Shape) -> Iterator[Fleet]:
     """Hosts that hold no version yet. At the end nobody has left anything on a device."""
+    groups: dict[str, Group] = {}
+    machines = [StreamingCuda(slowly_s=shape.slowly_s) for _ in range(shape.hosts)]
+
+    def make(host: int, number: int) -> Worker:
+        cuda = StreamingCuda(slowly_s=shape.slowly_s, other=machines[host])
+        return Worker(cuda, number, groups)
+
+    with open_hosts(layout, shape, make) as fleet:
+        yield fleet
+    for machine in machines:
+        clean(machine)
+
+
+@contextmanager
+def open_hosts(layout: Layout, shape: Shape, make: Callable[[int, int], Worker]) -> Iterator[Fleet]:
+    """Hosts of workers that are made by the numbers of host and worker, and closed at the end."""
     with ExitStack() as stack:
-        groups: dict[str, Group] = {}
         hosts: list[Host] = []
         for number in range(shape.hosts):
-            first = StreamingCuda(slowly_s=shape.slowly_s)
-            processes = [
-                StreamingCuda(slowly_s=shape.slowly_s, other=first) for _ in range(shape.workers)
-            ]
             host_bytes = shape.slots * shape.bucket_bytes if shape.staged else 0
             owner = stack.enter_context(open_staging(shape.lanes, host_bytes))
             segments = [
                 stack.enter_context(open_block(bytes(segment.size_bytes), HOST_ID))
                 for segment in layout.segments
             ]
-            workers = [Worker(cuda, place, groups) for place, cuda in enumerate(processes)]
+            workers = []
+            for place in range(shape.workers):
+                workers.append(make(number, place))
+                stack.callback(workers[-1].close)
             hosts.append(Host(number, owner, segments, workers))
-        fleet = Fleet(layout, shape, hosts)
-        yield fleet
-        for host in hosts:
-            for worker in host.workers:
-                worker.close()
-            clean(host.workers[0].cuda)
+        yield Fleet(layout, shape, hosts)
 
 
 def clean(cuda: StreamingCuda) -> None:
