@@ -240,8 +240,8 @@ class Prepared(WorkerMessage, frozen=True, kw_only=True):
     ready: bool
     """False: something is under way still, for this feed or an earlier one: ask again."""
     reason: Reason = ""
-    """Why it could not be prepared: the name of the error class, a colon, what it says. `Apply` tries
-    again, and fails with the error if it lasts. Empty: it was, or is not ready."""
+    """Why it could not be prepared: the name of the error class, a colon, what it says. `Apply`
+    tries again, and fails with the error if it lasts. Empty: it was, or is not ready."""
 
 
 class Apply(WorkerMessage, frozen=True, kw_only=True):
