@@ -21,7 +21,6 @@ from typing import ClassVar, Final
 
 import anyio
 
-from weightbus.bus.errors import NcclFailed
 from weightbus.consumers.errors import (
     ApplyFailed,
     PeerLost,
@@ -29,7 +28,6 @@ from weightbus.consumers.errors import (
     RouteUnavailable,
     SegmentUnavailable,
     TornRead,
-    cause_of,
 )
 from weightbus.consumers.planning.hosts import HostShare, host_share, turn_of
 from weightbus.consumers.transfer.alone import bring_alone
@@ -62,9 +60,6 @@ __all__ = ("BroadcastRoute",)
 _logger = logging.getLogger(__name__)
 
 GRAVE_POLL_S: Final = 0.02
-
-_NOT_FORMED: Final = frozenset({PeerLost.__name__, RouteUnavailable.__name__, NcclFailed.__name__})
-"""What a worker says whose communicators do not form."""
 
 _NOT_OF_SHARING: Final = frozenset({PeerLost.__name__, ProofNeeded.__name__, TornRead.__name__})
 """What a worker says that would have failed in place, too, or whose neighbour failed."""
@@ -281,22 +276,24 @@ class BroadcastRoute(Route):
         failure = error.__cause__ if isinstance(error.__cause__, ApplyFailed) else error
         if not isinstance(failure, ApplyFailed):
             return
-        alone = all(len(group.members) == 1 for group in plan.groups)
-        if alone and failure.cause not in _NOT_OF_SHARING:
+        forming = _forming(plan)
+        on_gpus = any(isinstance(source, CudaSegment) for source in device.sources)
+        if failure.cause == PeerLost.__name__ and forming and not begun:
+            self._miss(plan, forming[0].rendezvous, error)
+        elif failure.cause == SegmentUnavailable.__name__ and on_gpus and self._reads_gpus:
+            _logger.warning("memory of GPUs is not read, but what is offered beside it: %s", error)
+            self._reads_gpus = False
+        elif failure.cause not in _NOT_OF_SHARING and (self._is_alone(plan) or not begun):
             _logger.warning(
-                "the next %d versions are not shared with other engines of this host: %s",
+                "the next %d versions are not shared with other engines: %s",
                 self._favour.missed(plan.version),
                 error,
             )
-        if begun:
-            return
-        forming = _forming(plan)
-        if failure.cause in _NOT_FORMED and forming:
-            self._miss(plan, forming[0].rendezvous, error)
-        on_gpus = any(isinstance(source, CudaSegment) for source in device.sources)
-        if cause_of(error) == SegmentUnavailable.__name__ and on_gpus:
-            _logger.warning("memory of GPUs is not read, but what is offered beside it: %s", error)
-            self._reads_gpus = False
+
+    @staticmethod
+    def _is_alone(plan: RoundPlan) -> bool:
+        """Whether no other host takes part."""
+        return all(len(group.members) == 1 for group in plan.groups)
 
     def _readers(self, share: HostShare) -> list[Reader]:
         return [
