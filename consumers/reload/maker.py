@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from weightbus.bus.errors import CudaFailed
@@ -90,11 +90,11 @@ class Maker:
         """Nothing can be made on the device."""
         self._tensors: DeviceTensors | None = None
         self._executor: Executor | None = None
-        """Of parameters on the device."""
+        """Of parameters on the device, and of the cells that copies hold."""
 
     def attach(self, cells: tuple[Cell, ...]) -> None:
         """Digest these from now on."""
-        self._cells, self._tensors = cells, None
+        self._cells, self._tensors, self._executor = cells, None, None
 
     def plan(self) -> None:
         """What takes seconds for a large model, and touches no parameter.
@@ -105,12 +105,17 @@ class Maker:
         self._planned_executor()
         self._planned_tensors()
 
-    def finish(self, *, loads_again: bool) -> None:
+    def finish(self, *, loads_again: bool) -> Executor | None:
         """There is a proof: what it took goes, and with it what the engine was given, unless it
-        loads some of it in every update."""
-        self._executor = None
+        loads some of it in every update.
+
+        Returns: what has made parameters on the device: it writes all of them, and digests the
+        cells that copies hold, by their order; None: nothing has.
+        """
+        executor, self._executor = self._executor, None
         if not loads_again:
             self._tensors = None
+        return executor
 
     @contextmanager
     def reading(self, version: Reading, tensors: Iterable[int], cells: CellsOf) -> Iterator[Read]:
@@ -156,6 +161,7 @@ class Maker:
             executor = CpuExecutor(self._layout, plan.needs, (), self._threads)
             gpu, most_bytes = None, MADE_BYTES
         move, device, room_bytes = executor.move, executor.device, most_bytes
+        plan = replace(plan, tiles=plan.tiles[:0])  # executors run pieces, and tiles take long
         with StagedSources(version.segments, gpu) as sources, returned_memory(device):
             yield lambda numbers: made_parameters(
                 plan, numbers, sources, move, version.deadline, device, room_bytes
@@ -178,9 +184,10 @@ class Maker:
     def _planned_executor(self) -> Executor | None:
         """The same of parameters."""
         if self._executor is None:
+            held = [cell for cell in self._cells if cell.copy >= 0]
             self._executor = self._planned(
                 lambda needs: make_executor(
-                    self._host.device, self._layout, needs, (), self._threads
+                    self._host.device, self._layout, needs, held, self._threads
                 )
             )
         return self._executor

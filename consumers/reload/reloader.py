@@ -37,7 +37,7 @@ from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
 from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, shards_by_tensor
 from weightbus.consumers.reload.deadline import Deadline
-from weightbus.consumers.reload.executor import check_device
+from weightbus.consumers.reload.executor import Executor, check_device
 from weightbus.consumers.reload.faults import settle
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.loading import CellsOf
@@ -194,9 +194,8 @@ class Reloader:
             version.outcome.reason = self.untraced_reason
         elif split is None:
             trace, plan = self._traced
-            split = self._split_or_give_up(
-                version, plan, self._load_and_prove(version, trace, plan)
-            )
+            proof = self._load_and_prove(version, trace, plan)
+            split = self._split_or_give_up(version, plan, proof)
         else:
             self._load_processed(version, split)
             self._move(version, split)
@@ -301,14 +300,21 @@ class Reloader:
             DeviceLost: that is why.
         """
         try:
-            return self._split_by(plan, proof, self._cells)
+            executor = self._maker.finish(loads_again=bool(proof.modules))
+            return self._split_by(plan, proof, self._cells, executor)
         except (PlanError, CudaFailed) as error:
             settle(self._host)
             self._traced, self.untraced_reason = None, str(error)
             version.outcome.reason = self.untraced_reason
             return None
 
-    def _split_by(self, plan: TilePlan, proof: Proof, cells: Sequence[Cell]) -> Split:
+    def _split_by(
+        self,
+        plan: TilePlan,
+        proof: Proof,
+        cells: Sequence[Cell],
+        executor: Executor | None = None,
+    ) -> Split:
         return split_update(
             self.layout,
             plan,
@@ -316,6 +322,7 @@ class Reloader:
             cells,
             threads=self._threads,
             device=self._host.device,
+            executor=executor,
         )
 
     # -- through the engine's own loader
@@ -332,7 +339,6 @@ class Reloader:
         self._host.synchronize()
         with self._maker.making(version.reading, plan) as make:
             proof = prove(trace, self._host.live_model(), make)
-        self._maker.finish(loads_again=bool(proof.modules))
         version.outcome.processed = len(trace.needs.parameters)
         version.outcome.reason = f"proof of the plan, {_summary(proof)}"
         return proof

@@ -75,6 +75,7 @@ def split_update(
     portion_bytes: int | None = None,
     threads: Threads | None = None,
     device: str = "cpu",
+    executor: Executor | None = None,
 ) -> Split:
     """Split a plan and its cells into what is direct and the rest, and prepare all steps.
 
@@ -83,6 +84,8 @@ def split_update(
 
     Args:
         device: the parameters'.
+        executor: there, of all parameters and of the cells that copies hold; it is taken if all of
+            them are direct. None: one is made.
 
     Raises:
         PlanError: nothing writes to the device.
@@ -97,9 +100,10 @@ def split_update(
             moved.append(number)
         else:
             loose.setdefault(cell.tensor, []).append(number)
-    executor = make_executor(
-        device, layout, part.needs, [cells[number] for number in moved], threads
-    )
+    if executor is None or proof.processed:
+        executor = make_executor(
+            device, layout, part.needs, [cells[number] for number in moved], threads
+        )
     portion_bytes = portion_bytes or executor.portion_bytes
     portions = cut_portions(part, portion_bytes)
     for portion in portions:
