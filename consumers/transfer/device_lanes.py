@@ -12,8 +12,8 @@ fill whenever it waits for what it reads.
 Invariants:
     However a transfer ends, nothing that was queued for it still runs when `open_lanes` is left:
     communicators of one that failed are dropped, streams are waited for.
-    Slots are announced before anything is waited for that other workers do, so that no two of them
-    wait for each other's.
+    Slots are announced, and filled as far as there is room, before anything is waited for that
+    other workers of the host do: no two of them wait for each other's.
     The words of a reader count only what it has read; its own slots are no exception.
 
 Blocking: runs in workers. Not for several threads at once.
@@ -259,7 +259,6 @@ class DeviceStaging:
             fillers: list[Filler] = []
             stack.enter_context(self._settled(feed, lambda: bool(fillers) and fillers[0].is_done))
             groups = self._open_groups(feed, blocks, budget)
-            addresses = _addresses(slots, blocks, feed, own, budget)
             filler = Filler(
                 plan,
                 feed,
@@ -280,6 +279,7 @@ class DeviceStaging:
             )
             fillers.append(filler)
             stack.callback(filler.close)
+            addresses = _addresses(slots, blocks, feed, own, budget, step=filler.step)
             yield DeviceLanes(blocks, feed, budget, addresses, filler, slots.is_current)
         slots.end()
 
@@ -458,11 +458,15 @@ def _addresses(
     feed: Stream,
     own: Mapping[int, LaneSlots],
     budget: Budget,
+    *,
+    step: Callable[[], None] = lambda: None,
     patience_s: float | None = None,
 ) -> list[int]:
     """Of every lane's first slot, for this worker's GPU; its own are where they are.
 
     Args:
+        step: called meanwhile: what can be filled is filled, although a peer's engine may not be
+            paused yet.
         patience_s: so long is waited for peers to tell theirs; None: as long as the budget allows.
             Those that are not there then are left out.
     """
@@ -471,11 +475,12 @@ def _addresses(
     end = None if patience_s is None else time.monotonic() + patience_s
 
     def are_open() -> bool:
+        step()
         for lane, block in enumerate(blocks):
             block.filled(feed.turn)
             if lane not in found and block.count(SHM_FETCHED_OFFSET, feed.turn) >= 0:
                 found[lane] = slots.open_peer(block, size_bytes)
         return len(found) == len(blocks) or (end is not None and time.monotonic() >= end)
 
-    wait_for(are_open, blocks, budget)
+    wait_for(are_open, blocks, budget, eager_s=EAGER_S)
     return [found[lane] for lane in sorted(found)]

@@ -193,6 +193,8 @@ class Worker:
         self.failure: Exception | None = None
         self.before: Callable[[int], None] = lambda bucket: None
         """Called when a bucket can be read, before it is."""
+        self.before_run: Callable[[Stream], None] = lambda feed: None
+        """Called before anything of a transfer is done."""
 
     def open(self) -> None:
         self.staging = StagingCache("cuda:0", lambda: self.cuda)
@@ -214,6 +216,7 @@ class Worker:
         budget = Deadline("reload", deadline_s)
         self.held, self.failure = {}, None
         try:
+            self.before_run(feed)
             opened = self.staging.open_all(feed.lanes, 0, feed.turn, budget, is_read=False)
             with opened as blocks:
                 try:

@@ -7,12 +7,14 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.unit.planning.worlds import make_world
+from tests.unit.transfer.blocks import Block
 from tests.unit.transfer.device_fleet import Fleet, Member, Shape, open_fleet, wait_until
 from tests.unit.transfer.staging import open_staging
 from tests.unit.transfer.streaming_cuda import StreamingCuda
@@ -24,7 +26,11 @@ from weightbus.consumers.transfer.device_filler import FilledLane, Filler
 from weightbus.consumers.transfer.device_lanes import number_of
 from weightbus.consumers.transfer.lanes import StagingCache
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
-from weightbus.schemas.shared_memory import SHM_FETCHED_OFFSET, SHM_HANDLE_SET_OFFSET
+from weightbus.schemas.shared_memory import (
+    SHM_FETCHED_OFFSET,
+    SHM_FILLED_OFFSET,
+    SHM_HANDLE_SET_OFFSET,
+)
 from weightbus.schemas.worker import LaneFill, Stream
 
 
@@ -175,6 +181,25 @@ def test_lanes_are_filled_ahead_of_their_readers_when_there_are_slots() -> None:
         assert timing.stage == "fetch"
         assert timing.bytes == int(fleet.plan.runs["size_bytes"].sum())
         assert 0 < timing.start_ns < timing.end_ns
+
+
+def test_slots_are_filled_while_a_peer_has_not_begun() -> None:
+    """Its engine may be paused much later; who fills is not to be taken for lost."""
+    shape = Shape(hosts=2, workers=2, lanes=2, slots=2)
+    with open_fleet(BIG, shape) as fleet:
+        fleet.write(random_weights(BIG, 0))
+        late = [host.workers[1] for host in fleet.hosts]
+        seen: list[int] = []
+
+        def see(block: Block, feed: Stream) -> None:
+            wait_until(lambda: block.word(SHM_FILLED_OFFSET) == feed.turn << 32 | shape.slots)
+            seen.append(shape.slots)
+
+        for host, worker in zip(fleet.hosts, late, strict=True):
+            worker.before_run = partial(see, host.owner.blocks[0])
+        fleet.transfer()
+        fleet.check()
+        assert seen == [shape.slots] * 2
 
 
 def test_long_runs_are_copied_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
