@@ -108,7 +108,7 @@ def test_large_tables_take_no_more_than_the_drivers_granularity() -> None:
     assert torch.cuda.memory_reserved(0) == reserved
     assert before - free_bytes(cuda) <= 8 * MIB
     del table, scratch
-    assert free_bytes(cuda) == before
+    assert free_bytes(cuda) >= before
 
 
 def test_plan_of_a_large_model_takes_16_mib_at_most() -> None:
