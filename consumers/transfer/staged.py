@@ -20,12 +20,14 @@ import anyio
 import anyio.to_thread
 from msgspec import structs
 
+from weightbus.bus.errors import NcclFailed
 from weightbus.consumers.errors import (
     ApplyFailed,
     ConsumerError,
     DeadlineExceeded,
     PeerLost,
     ProofNeeded,
+    RouteUnavailable,
     SegmentUnavailable,
     cause_of,
 )
@@ -66,6 +68,10 @@ SERVE_SHARE: Final = 0.95
 
 PLANS_KEPT: Final = 4
 """Plans of buckets that are kept: layouts come and go seldom."""
+
+
+_LASTING: Final = frozenset({PeerLost.__name__, RouteUnavailable.__name__, NcclFailed.__name__})
+"""What a worker says that prepares, and will say again: communicators are tried once for a plan."""
 
 
 class Clock:
@@ -368,7 +374,7 @@ async def _beside(
             with entering:
                 if pipeline is not None:
                     await pipeline.begun.wait()
-                    await prepare_ranks(transfer, feeds, clock.left_s)
+                    _check_prepared(await prepare_ranks(transfer, feeds, clock.left_s))
                     await pipeline.primed.wait()
                 await transfer.begin_write()
             if not failures:
@@ -392,6 +398,21 @@ async def _beside(
     if failures:
         raise _touching(failures[0]) if touched else failures[0]
     return applied
+
+
+def _check_prepared(reasons: Mapping[int, str]) -> None:
+    """Where workers do not come together they will not do so for this plan: no engine is paused.
+
+    Args:
+        reasons: of `prepare_ranks`.
+
+    Raises:
+        ApplyFailed: as the rank would fail.
+    """
+    for rank, said in reasons.items():
+        cause, _, reason = said.partition(": ")
+        if cause in _LASTING:
+            raise ApplyFailed(rank, cause, reason, touched=False)
 
 
 def _fingerprint(layout_digest: str, plan: BucketPlan, *, on_device: bool) -> bytes:

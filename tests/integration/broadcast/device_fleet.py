@@ -243,24 +243,32 @@ class DeviceEngine(ThreadEngine):
     async def prepare(
         self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
     ) -> tuple[Prepared, ...]:
+        reasons: dict[int, str] = {}
+
         async def prepare(rank: int) -> None:
-            await anyio.to_thread.run_sync(self._prepare, rank, feeds[rank], deadline_s)
+            reasons[rank] = await anyio.to_thread.run_sync(
+                self._prepare, rank, feeds[rank], deadline_s
+            )
 
         async with anyio.create_task_group() as tasks:
             for rank in feeds:
                 tasks.start_soon(prepare, rank)
-        return tuple(Prepared(request=0, rank=rank, ready=True) for rank in feeds)
+        return tuple(
+            Prepared(request=0, rank=rank, ready=True, reason=reasons[rank]) for rank in feeds
+        )
 
-    def _prepare(self, rank: int, feed: Feed, deadline_s: float) -> None:
+    def _prepare(self, rank: int, feed: Feed, deadline_s: float) -> str:
+        """Why it could not be prepared."""
         if not isinstance(feed, Stream) or not feed.device:
-            return
+            return ""
         budget = Deadline("prepare", deadline_s)
         try:
             with self._fed(rank, feed, budget) as fed:
                 self._staging[rank].prepare(fed, budget)
-        except WeightBusError:
-            return  # it fails when it is applied
+        except WeightBusError as error:
+            return f"{type(error).__name__}: {error}"
         self.prepared += 1
+        return ""
 
     def _stream(self, rank: int, feed: Stream, budget: Deadline) -> Held:
         if not feed.device:

@@ -207,6 +207,7 @@ async def test_next_versions_come_without_a_broadcast_when_workers_cannot_meet(
             "b": "RouteUnavailable",
         }
         assert not fleet.sites["b"].route.is_favoured(2)
+        assert {site.pauses for site in fleet.sites.values()} == {0}, "no engine was paused in vain"
         fleet.sites["b"].engine.rings[0].refusal = None
         await finishes(fleet, 2)
         assert fleet.sites["b"].route.is_favoured(3)
