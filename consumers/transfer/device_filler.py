@@ -41,7 +41,7 @@ from weightbus.schemas.worker import LaneFill, StageTiming, Stream
 
 __all__ = ("Broadcaster", "FilledLane", "Filler", "Source", "root_runs")
 
-COPY_BYTES: Final = 8 * 2**20
+COPY_BYTES: Final = 16 * 2**20
 """Copied at a time, up to the next address that is a multiple: what else goes to the device, such
 as a kernel's tables, gets in between, and no copy leaves its registration (`REGISTERED_BYTES`)."""
 
