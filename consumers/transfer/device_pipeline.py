@@ -17,7 +17,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Final
+
+import anyio
+import anyio.lowlevel
 
 from weightbus.consumers.errors import PeerLost, WorkerLost
 from weightbus.consumers.planning.buckets import BucketPlan
@@ -28,6 +31,9 @@ from weightbus.consumers.transfer.watch import BEGIN_S_PER_TENSOR, Reader
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("DevicePipeline",)
+
+EAGER_S: Final = 5e-3
+"""Longer than a bucket takes; shorter than anything that an engine is waited for."""
 
 
 class DevicePipeline(Pipeline):
@@ -65,6 +71,7 @@ class DevicePipeline(Pipeline):
         )
         self._slots, self._brought = device.slots, device.brought
         assert not self._brought or all(lane.block.slots == device.slots for lane in lanes)
+        self._in_groups = any(lane.group is not None for lane in lanes)
         self._tasks = (self._stage, self._admit, self._follow)
         begin_s = BEGIN_S_PER_TENSOR * len(plan.layout.tensors)
         self._fillers = {
@@ -160,6 +167,16 @@ class DevicePipeline(Pipeline):
         if not self._brought:
             return []
         return [read for read in super()._reads(lane, bucket) if read.segment in self._brought]
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """A bucket takes a millisecond, and so does the event loop's shortest sleep: where buckets
+        wait to be admitted, they are looked at again at once for a while."""
+        eager_end = anyio.current_time() + (EAGER_S if self._in_groups else 0.0)
+        while not condition():
+            if anyio.current_time() >= eager_end:
+                await super()._until(condition)
+                return
+            await anyio.lowlevel.checkpoint()
 
     def _look_if_primed(self) -> None:
         ahead = min(self._slots, self._plan.buckets)
