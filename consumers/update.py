@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -42,7 +41,6 @@ from weightbus.consumers.planning.cells import CellPlan, plan_cells, verify_cell
 from weightbus.consumers.round.config import Origin
 from weightbus.consumers.transfer.gpu import is_gpu
 from weightbus.consumers.transfer.route import Route, Transfer
-from weightbus.consumers.transfer.together import run_together
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -157,27 +155,20 @@ class Updater:
         """A `prepare` that is cancelled lets go of the engine before the next one takes it."""
 
     async def prepare(self, ready: CheckpointReady, deadline_s: float) -> Prepared:
-        """Everything that can be got before a plan. The engine goes on serving. No byte of a
-        segment is read before the lease is there, but what they mean for the engine is asked.
+        """Everything that can be got before a plan. The engine goes on serving.
 
         Takes the version's reader lease; it is kept, also on failure, until `let_go_nowait`.
 
         Raises:
             WeightBusError: the version cannot be taken, and why; the engine is as it was.
         """
-        bound: list[tuple[Manifest, tuple[Inspected, ...], Binding]] = []
-
-        async def bind() -> None:
-            manifest = await self._manifest(ready)
-            async with self._engine_turn:
-                inspected = await self._engine.inspect(None, deadline_s)
-                binding = await self._bind(manifest, inspected, deadline_s)
-            bound.append((manifest, inspected, binding))
-
         try:
             with anyio.fail_after(deadline_s):
-                await run_together((partial(self._take_lease, ready), bind))
-                ((manifest, inspected, binding),) = bound
+                await self._take_lease(ready)
+                manifest = await self._manifest(ready)
+                async with self._engine_turn:
+                    inspected = await self._engine.inspect(None, deadline_s)
+                    binding = await self._bind(manifest, inspected, deadline_s)
                 for route in self._routes.values():
                     route.know_devices([rank.device for rank in binding.described])
                 routes = await self._reachable(manifest, ready)
