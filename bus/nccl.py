@@ -55,11 +55,11 @@ OLDEST_VERSION: Final = 2_18_00
 NCCL_ID_BYTES: Final = 128
 """Of the id by which the members of a communicator find each other: NCCL_UNIQUE_ID_BYTES."""
 
-MAX_CTAS: Final = 8
+MAX_CTAS: Final = 4
 """Blocks of a kernel, each with a channel of its own to the next member. A channel moves some
 20 GB/s over NVLink and takes some 12 MiB of device memory (buffers of the protocols LL 0.5, LL128
-4.7 and Simple 4 MiB, in pages of 2 MiB; over a network up to twice as much): 8 are faster than PCIe
-and network cards are, and leave nearly all of the GPU to others."""
+4.7 and Simple 4 MiB, in pages of 2 MiB; over a network up to twice as much): 4 are faster than a
+GPU's PCIe link and most network cards are, and leave nearly all of the GPU to others."""
 
 MAPS: Final = Path("/proc/self/maps")
 

@@ -30,8 +30,8 @@ from weightbus.schemas.errors import WeightBusError
 
 __all__ = ("OURS", "OurRun", "engines_of", "first_of", "measure_ours")
 
-WARM_UPS: Final = 2
-"""After the first version: one in each slot."""
+WARM_UPS: Final = 3
+"""After the first version: one in each slot, and one by the route that is taken from then on."""
 
 KEPT_BACK: Final = 3
 """Times that a repetition takes: so much must be left of the run's time for another one."""

@@ -2,7 +2,7 @@
 
 Every line on stdin is a JSON object: `do` (`prepare`, `run` or `close`), and for the first two
 `feed` and `layout` (MessagePack, hexadecimal), `deadline_s`, and `die_at`: the bucket before which
-the process ends. Every line of its answers is one: `parts` (SHA-256 of what was read of each),
+the process ends. Every line of its answers is one: `parts` (SHA-256 of the runs of each),
 `seconds` and `bytes` that it copied, or `error` and `reason`.
 """
 
@@ -76,13 +76,14 @@ class LaneWorker:
             if bucket == die_at:
                 os._exit(3)
             for lane in range(fed.plan.lanes):
-                address = lanes.address(bucket, lane)
-                size_bytes = fed.plan.part_bytes(bucket * fed.plan.lanes + lane)
                 found = hashlib.sha256()
-                for begin in range(0, size_bytes, PIECE_BYTES):
-                    piece = memoryview(buffer)[: min(PIECE_BYTES, size_bytes - begin)]
-                    self._cuda.read_into(self._number, address + begin, piece)
-                    found.update(piece)
+                for run in fed.plan.runs_of(bucket * fed.plan.lanes + lane):
+                    address = lanes.address(bucket, lane) + int(run["staged"])
+                    size_bytes = int(run["size_bytes"])
+                    for begin in range(0, size_bytes, PIECE_BYTES):
+                        piece = memoryview(buffer)[: min(PIECE_BYTES, size_bytes - begin)]
+                        self._cuda.read_into(self._number, address + begin, piece)
+                        found.update(piece)
                 parts.append(found.hexdigest())
             lanes.done(bucket)
         return parts
