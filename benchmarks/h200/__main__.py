@@ -118,6 +118,7 @@ class Bench:
             say(f"{', '.join(names)}: {first_of(failed)!r}")
 
     async def _measure_theirs(self, fleet: Fleet) -> None:
+        await fleet.make_room()
         await measure_theirs(
             self._setup,
             fleet.processes,

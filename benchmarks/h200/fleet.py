@@ -112,8 +112,8 @@ class Fleet:
     async def ready_for(self, setups: Sequence[EngineSetup], slots: SlotKind) -> Engines:
         """Engines that run, none of which follows anything, and trainers with both slots of this
         kind, and none on GPUs of the other, whose room engines may need."""
-        if slots != "gpu" and self._published.pop("gpu", 0):
-            await self._command(Release(slots="gpu"), Released)
+        if slots != "gpu":
+            await self._release_gpus()
         engines = self._engines
         if engines is not None and engines.setups != tuple(setups):
             await self.end_engines()
@@ -220,6 +220,16 @@ class Fleet:
             async with anyio.create_task_group() as tasks:
                 for name in names:
                     tasks.start_soon(self.processes.end, name)
+
+    async def make_room(self) -> None:
+        """Nothing of ours takes room on a GPU afterwards but the trainers' tensors."""
+        await self.end_engines()
+        await self._release_gpus()
+
+    async def _release_gpus(self) -> None:
+        """The slots there."""
+        if self._published.pop("gpu", 0):
+            await self._command(Release(slots="gpu"), Released)
 
     async def end_engines(self) -> None:
         """Also those that were not started to the end."""

@@ -1,7 +1,7 @@
 """Our runs: a version is published, brought to engines by their consumers, and checked.
 
 Every run has its warm-up (the first version, which the engine's own loader takes and which proves
-the plan, and one in each slot), its timed repetitions, and one whose memory is sampled: sampling
+the plan, and some more: `WARM_UPS`), its timed repetitions, and one whose memory is sampled: sampling
 is kept out of what is timed.
 """
 
@@ -179,8 +179,7 @@ async def _measure(
         await bench.sample_memory(engines, measured)
     if bench.run.undigested:
         async with bench.following(engines, digest=False):
-            for _ in range(WARM_UPS):
-                await bench.update(engines, digest=False)
+            await bench.update(engines, digest=False)
             for _ in range(UNDIGESTED):
                 update = await bench.update(engines, digest=False)
                 await bench.check(engines)

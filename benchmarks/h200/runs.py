@@ -7,7 +7,7 @@ from typing import Final, Literal, get_args
 __all__ = ("KINDS", "Kind", "kind_of", "run_name")
 
 Kind = Literal[
-    "link_h2d", "link_peer", "host_tp", "ce_broadcast", "host_dp2", "staged_2hosts", "gpu_tp"
+    "link_h2d", "link_peer", "host_tp", "gpu_tp", "host_dp2", "staged_2hosts", "ce_broadcast"
 ]
 """As the command takes them."""
 
