@@ -1,8 +1,8 @@
 """Our runs: a version is published, brought to engines by their consumers, and checked.
 
 Every run has its warm-up (the first version, which the engine's own loader takes and which proves
-the plan, and some more: `WARM_UPS`), its timed repetitions, and one whose memory is sampled: sampling
-is kept out of what is timed.
+the plan, and some more: `WARM_UPS`), its timed repetitions, and one whose memory is sampled:
+sampling is kept out of what is timed.
 """
 
 from __future__ import annotations
