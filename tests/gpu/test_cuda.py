@@ -180,7 +180,7 @@ def test_registered_memory_is_read_at_its_host_address(
 
     if read_only and not cuda.can_register_read_only(0):
         pytest.skip("this device knows no read-only registration")
-    torch.cuda.init()  # before that torch calls no memory pinned
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # before that torch calls no memory pinned
     data = some_bytes(SIZE, seed=3)
     with open_block(data, "h") as block:
         access = mmap.PROT_READ if read_only else mmap.PROT_READ | mmap.PROT_WRITE
