@@ -6,10 +6,10 @@ Needs torch and Triton, hence imported only by producers and consumers, and only
 GPU. Both sides may use it and neither may import the other, as with the digest itself.
 
 `plan_tiles` cuts boxes into tiles once per layout; it is pure. A kernel takes one tile per program:
-units of 4, 2 or 1 bytes, whichever the tile's place in its *tensor* is aligned to, are shifted to
-where they lie in their word, and the products are summed up, without the common factor MULTIPLIER,
-which is applied to the sums in the end. One atomic addition per tile; integers commute, so the sums
-are the same in any order.
+units of 4, 2 or 1 bytes, whichever the tile's places in its tensor and in the data are aligned to,
+are shifted to where they lie in their word, and the products are summed up, without the common
+factor MULTIPLIER, which is applied to the sums in the end. One atomic addition per tile; integers
+commute, so the sums are the same in any order.
 """
 
 from __future__ import annotations
@@ -225,8 +225,9 @@ def _rows_apart(strips: Integers) -> Integers:
 
 
 def _by_alignment(runs: Integers) -> Iterator[tuple[Integers, int]]:
-    """Runs by the unit to read them in. The last bytes of an aligned one are a run of their own."""
-    phase = runs[:, _FIRST] % WORD_BYTES
+    """Runs by the unit to read them in: they are aligned to it, in the tensor and in the data. The
+    last bytes of an aligned one are a run of their own."""
+    phase = (runs[:, _FIRST] | runs[:, _OFFSET]) % WORD_BYTES
     aligned, halves = runs[phase == 0], runs[(phase == 2) & (runs[:, _ROW_BYTES] % 2 == 0)]
     bodies, rests = aligned.copy(), aligned.copy()
     rest_bytes = aligned[:, _ROW_BYTES] % WORD_BYTES

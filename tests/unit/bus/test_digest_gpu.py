@@ -141,6 +141,9 @@ def test_tiles_take_every_byte_once_when_boxes_are_of_all_kinds(gpu: ModuleType)
     slot.add((90, 7_001), 2, (3, 2), (80, 6_001))
     slot.add((4, 5, 6, 7), 1, (1, 1, 1, 1), (3, 4, 5, 6))
     slot.add((500, 3), 4, (0, 1), (500, 2))
+    slot.add((3, 8_194), 2, sizes=(3, 8_193))  # a row is aligned in the tensor, or in the data
+    slot.add((3, 16_388), 1, sizes=(3, 16_387))
+    slot.add((3, 16_385), 1, sizes=(3, 16_384))
     taken = np.zeros(len(slot.data), dtype=np.int64)
     for kind, tiles in gpu.plan_tiles(slot.boxes).items():
         for begin, units, row_units, first_byte, step_bytes, _ in tiles.tolist():
