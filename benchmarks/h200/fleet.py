@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import anyio
 import anyio.to_thread
 import msgspec
-from msgspec import structs
+from msgspec import Struct, structs
 
 from benchmarks.h200 import consumer, trainer
 from benchmarks.h200.memory import Memory
@@ -64,6 +64,15 @@ class Engines:
     """They have been brought a version."""
 
 
+class Publishing(Struct, frozen=True, kw_only=True):
+    """How long trainers took for one version."""
+
+    publish_s: float
+    """From the first one's beginning until it was announced."""
+    blocked_s: float
+    """The most that one of them could do nothing else."""
+
+
 class Fleet:
     """Made by `open_fleet`."""
 
@@ -81,16 +90,16 @@ class Fleet:
         """Engine processes."""
         self._models: set[str] = set()
 
-    async def publish(self, slots: SlotKind) -> tuple[CheckpointReady, float]:
-        """The next version, by all trainers: (its event, seconds until all of them could go on)."""
+    async def publish(self, slots: SlotKind) -> tuple[CheckpointReady, Publishing]:
+        """The next version, by all trainers: (its event, how long they took)."""
         self.version += 1
         answers = await self._command(Publish(version=self.version, slots=slots), Published)
         self._published[slots] = self._published.get(slots, 0) + 1
-        end_ns, start_ns = (
-            max(answer.end_ns for answer in answers),
-            min(answer.start_ns for answer in answers),
+        start_ns = min(answer.start_ns for answer in answers)
+        return answers[0].ready, Publishing(
+            publish_s=(max(answer.end_ns for answer in answers) - start_ns) / 1e9,
+            blocked_s=max(answer.free_ns - answer.start_ns for answer in answers) / 1e9,
         )
-        return answers[0].ready, (end_ns - start_ns) / 1e9
 
     async def announce(
         self, model: str, ready: CheckpointReady, *, hosts: Sequence[str] = (), digest: bool = True
@@ -133,8 +142,8 @@ class Fleet:
 
     async def _fill(self, slots: SlotKind) -> None:
         while self._published.get(slots, 0) < 2:
-            _, seconds = await self.publish(slots)
-            say(f"a slot of the trainers ({slots}) is filled, in {seconds:.1f} s")
+            _, took = await self.publish(slots)
+            say(f"a slot of the trainers ({slots}) is filled, in {took.publish_s:.1f} s")
 
     @asynccontextmanager
     async def following(

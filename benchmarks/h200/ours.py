@@ -15,7 +15,7 @@ from typing import Final
 import anyio
 from msgspec import Struct
 
-from benchmarks.h200.fleet import Engines, Fleet
+from benchmarks.h200.fleet import Engines, Fleet, Publishing
 from benchmarks.h200.processes import BenchFailed
 from benchmarks.h200.progress import say
 from benchmarks.h200.report import Run, run_of
@@ -87,7 +87,7 @@ class Measured:
     """What was measured so far."""
 
     timed: list[Times] = field(default_factory=list)
-    published_s: list[float] = field(default_factory=list)
+    published: list[Publishing] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
     """The first version, by the engine's own loader."""
     undigested: list[Times] = field(default_factory=list)
@@ -104,6 +104,10 @@ class Measured:
             for field in Times.__struct_fields__
             if field != "seconds"
         }
+        published = {
+            field: [getattr(one, field) for one in self.published]
+            for field in Publishing.__struct_fields__
+        }
         off = {
             "undigested_s": [times.seconds for times in self.undigested],
             "undigested_transfer_s": [times.transfer_s for times in self.undigested],
@@ -112,7 +116,7 @@ class Measured:
             name,
             [times.seconds for times in self.timed],
             size_bytes,
-            {**parts, "publish_s": self.published_s, "first_version_s": self.first_s, **off},
+            {**parts, **published, "first_version_s": self.first_s, **off},
             extra_gpu_bytes=self.extra_gpu_bytes,
             page_table_bytes=registered_bytes // PAGE_TABLE_SHARE,
             note="; ".join(filter(None, (note, self._said()))),
@@ -170,7 +174,7 @@ async def _measure(
             update = await bench.update(engines)
             measured.checked_bytes += await bench.check(engines)
             measured.timed.append(update.times)
-            measured.published_s.append(update.published_s)
+            measured.published.append(update.published)
             measured.routes |= update.routes
             on_timed()
             left_s = anyio.current_effective_deadline() - anyio.current_time()
@@ -190,7 +194,7 @@ class Update(Struct, frozen=True, kw_only=True):
     """One version that was brought."""
 
     ready: CheckpointReady
-    published_s: float
+    published: Publishing
     routes: frozenset[str]
     times: Times
 
@@ -238,7 +242,7 @@ class _Bench:
         Raises:
             BenchFailed: an engine does not come to serve it, or not as it should.
         """
-        ready, published_s = await self._fleet.publish(self.run.slots)
+        ready, published = await self._fleet.publish(self.run.slots)
         model = self._followed(digest)
         if model != self._model:
             hosts = self.run.hosts
@@ -249,7 +253,7 @@ class _Bench:
         times = times_of(ready, heard)
         say(f"version {ready.version} of {model}: {times.seconds:.4f} s")
         routes = frozenset(route for one in heard for route in one.complete.routes)
-        return Update(ready=ready, published_s=published_s, routes=routes, times=times)
+        return Update(ready=ready, published=published, routes=routes, times=times)
 
     async def check(self, engines: Engines) -> int:
         return await self._fleet.check(engines, self._fleet.version)

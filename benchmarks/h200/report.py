@@ -31,7 +31,14 @@ EXTRA_MIB: Final[Mapping[Kind, int]] = {
 }
 """Targets. Replicas of one host share what is staged; those of `MOST_S` are for four GPUs."""
 
-SHOWN_PARTS: Final = ("event_to_plan_s", "pause_s", "transfer_s", "resume_s", "publish_s")
+SHOWN_PARTS: Final = (
+    "event_to_plan_s",
+    "pause_s",
+    "transfer_s",
+    "resume_s",
+    "publish_s",
+    "blocked_s",
+)
 
 
 class Run(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -31,6 +31,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 
 __all__ = ("Arguments", "Publish", "Published", "Release", "Released", "model_of", "owned_by")
 
+PUBLISH_S = 180.0
 DIGEST_SHARE = 0.8
 """Of the processors, shared among the ranks, for what digests on the CPU."""
 
@@ -65,9 +66,12 @@ class Published(Struct, frozen=True, kw_only=True):
     """What one rank did."""
 
     start_ns: int
-    """When `publish` was called."""
+    """When it was told to publish."""
+    free_ns: int
+    """When the trainer's next work could begin: it may touch its tensors, and what was queued on
+    its stream before is done."""
     end_ns: int
-    """When the trainer could go on."""
+    """When the version was announced."""
     ready: CheckpointReady
 
 
@@ -131,8 +135,12 @@ class Trainer:
             torch.cuda.empty_cache()
         publisher = self._publisher(command.slots)
         start_ns = time.time_ns()
-        ready = publisher.publish(self._part, command.version)
-        return Published(start_ns=start_ns, end_ns=time.time_ns(), ready=ready)
+        publication = publisher.start(self._part, command.version)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        free_ns = time.time_ns()
+        ready = publication.result(PUBLISH_S)
+        return Published(start_ns=start_ns, free_ns=free_ns, end_ns=time.time_ns(), ready=ready)
 
     def _publisher(self, slots: SlotKind) -> BlockingPublisher:
         """Opened with its first version, by all ranks at once."""

@@ -11,7 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 END_S = 280
-PARTS = {"event_to_plan_s", "pause_s", "transfer_s", "resume_s", "publish_s", "undigested_s"}
+PARTS = {
+    "event_to_plan_s",
+    "pause_s",
+    "transfer_s",
+    "resume_s",
+    "publish_s",
+    "blocked_s",
+    "undigested_s",
+}
 
 
 @pytest.mark.timeout(300)
