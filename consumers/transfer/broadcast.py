@@ -277,10 +277,12 @@ class BroadcastRoute(Route):
         if not isinstance(failure, ApplyFailed):
             return
         forming = _forming(plan)
+        of_neighbour = isinstance(error, PeerLost)  # what it missed is not a segment, but a lane
         on_gpus = any(isinstance(source, CudaSegment) for source in device.sources)
+        missed_segment = failure.cause == SegmentUnavailable.__name__ and not of_neighbour
         if failure.cause == PeerLost.__name__ and forming and not begun:
             self._miss(plan, forming[0].rendezvous, error)
-        elif failure.cause == SegmentUnavailable.__name__ and on_gpus and self._reads_gpus:
+        elif missed_segment and on_gpus and self._reads_gpus:
             _logger.warning("memory of GPUs is not read, but what is offered beside it: %s", error)
             self._reads_gpus = False
         elif failure.cause not in _NOT_OF_SHARING and (self._is_alone(plan) or not begun):

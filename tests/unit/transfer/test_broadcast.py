@@ -189,6 +189,20 @@ def test_memory_of_gpus_is_not_read_again_when_a_worker_could_not_open_it(cause:
     assert filling_of(route, group, **ways).sources == (on_gpu,), "other GPUs may reach it"
 
 
+def test_memory_of_gpus_is_read_again_when_a_worker_missed_the_lane_of_a_neighbour() -> None:
+    on_gpu = CudaSegment(handle=bytes(64), host_id="h", device_uuid="MIG-1", generation=2)
+    route, group = route_of(), Group(id="g", members=(Member("a", 0),))
+    ways: Any = {
+        "placement": ((on_gpu, FileSegment(path="/x")),),
+        "ways": (FileSegment(path="/x"),),
+    }
+    plan = structs.replace(plan_of(1, {"a": "broadcast"}), groups=(group,), device=True)
+    lost = PeerLost("of this host's lanes", ["lane of b"], "given up by its owner")
+    lost.__cause__ = ApplyFailed(0, "SegmentUnavailable", "given up by its owner", touched=True)
+    route._learn(plan, filling_of(route, group, **ways), lost, begun=True)
+    assert filling_of(route, group, **ways).sources == (on_gpu,)
+
+
 @pytest.mark.parametrize(
     ("cause", "rendezvous", "begun", "favoured"),
     [
