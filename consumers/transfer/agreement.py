@@ -16,6 +16,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -93,6 +94,8 @@ def agree(fill: LaneFill, post: Post, make_id: MakeId, end: float, check: Check)
     except _MeetingFailed as error:
         found = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
         reason = f"its members did not meet at {fill.rendezvous}: {found}"
+        for one in (error, error.cause):
+            one.__traceback__ = None  # it keeps the connection open, and is kept itself
         raise PeerLost(fill.group, others, reason) from error.cause
 
 
@@ -174,13 +177,22 @@ def _meet(fill: LaneFill, post: Post, make_id: MakeId, left: Callable[[], bool])
             posts = [_wait_key(keys, name, Post, left) for name in places]
             decision = _decide(posts, make_id)
             keys.set("decision", _packed(decision))
-            return decision
-        decision = _wait_key(keys, "decision", Decision, left)
-        if not (decision.keep or decision.reason or len(decision.id) == NCCL_ID_BYTES):
-            raise ValueError(f"place 0 has decided for an id of {len(decision.id)} bytes")
-        return decision
+        else:
+            decision = _wait_key(keys, "decision", Decision, left)
+            if not (decision.keep or decision.reason or len(decision.id) == NCCL_ID_BYTES):
+                raise ValueError(f"place 0 has decided for an id of {len(decision.id)} bytes")
     except Exception as error:
         raise _MeetingFailed(error) from error
+    with suppress(Exception):  # what is decided is decided
+        _clear(keys, fill.size)
+    return decision
+
+
+def _clear(keys: Any, size: int) -> None:
+    """Whoever leaves last removes what was said: the store lasts as long as its consumer."""
+    if keys.add("left", 1) == size:
+        for name in (*(f"place {place}" for place in range(size)), "decision", "left"):
+            keys.delete_key(name)
 
 
 def _decide(posts: Sequence[Post], make_id: MakeId) -> Decision:

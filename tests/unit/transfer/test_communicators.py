@@ -198,6 +198,15 @@ def test_communicator_is_kept_for_the_next_plan_when_all_members_have_it(hosts: 
     assert hosts.stub.stub_communicators() == 3
 
 
+def test_nothing_is_left_where_members_have_met_plan_after_plan(hosts: Hosts) -> None:
+    where, dist = urlsplit(hosts.rendezvous), cast(Any, torch.distributed)
+    store = dist.TCPStore(where.hostname, where.port)
+    before = store.num_keys()
+    for number in range(3):
+        hosts.formed("g", f"plan {number}")
+    assert store.num_keys() == before
+
+
 def test_another_one_is_formed_when_one_member_has_lost_it(hosts: Hosts) -> None:
     before = hosts.formed("g", "plan 1")
     hosts.workers[2].drop("g")
@@ -377,6 +386,20 @@ def test_group_is_lost_when_what_place_0_says_makes_no_sense(
     store.set("nccl/g/plan 1/decision", decision)
     with pytest.raises(PeerLost, match=expected):
         hosts.workers[1].open(hosts.fill(1, "g", "plan 1"), DEADLINE_S)
+
+
+def test_connection_is_closed_when_the_members_do_not_meet(hosts: Hosts) -> None:
+    where, dist = urlsplit(hosts.rendezvous), cast(Any, torch.distributed)
+    store = dist.TCPStore(where.hostname, where.port)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in range(5):
+        store.set(f"nccl/g/plan {number}/decision", b"\xc1")
+        with pytest.raises(PeerLost):
+            hosts.workers[1].open(hosts.fill(1, "g", f"plan {number}"), DEADLINE_S)
+    end = time.monotonic() + DEADLINE_S
+    while (after := len(list(Path("/proc/self/fd").iterdir()))) > before:
+        assert time.monotonic() < end, f"{after} descriptors, before {before}"
+        time.sleep(1e-2)
 
 
 def test_nothing_is_opened_while_too_many_are_buried_or_another_thread_opens(
