@@ -51,15 +51,23 @@ ALLOWED: Final[Mapping[str, str]] = {
     "outbox.py:Outbox._run_progress": IDLE,
     "reload/accelerator.py:CudaAccelerator._wait": "a device cannot be stopped: the worker answers "
     "nothing while it may write, and its consumer gives it up in time",
+    "reload/preparing.py:_Job.join": "called by `finish` only",
+    "reload/preparing.py:Preparing.finish": "the work looks at its own budget wherever it waits "
+    "for others; else it computes, or asks a driver that cannot be stopped: it uses what the next "
+    "request changes, so the worker answers nothing, and its consumer gives it up in time",
     "service.py:Consumer._start": "each step is a request to the bus with the bus's own deadline",
     "service.py:Consumer._run_lease_renewal": IDLE,
     "service.py:Consumer._run_machine": IDLE,
+    "transfer/agreement.py:agree": "until `end`, a time of the clock, and the wait looks at it",
     "transfer/copies.py:_ask": "each try has the bus's own deadline, and a bus that is gone "
     "ends the service",
     "transfer/copies.py:_listen": IDLE,
     "transfer/copies.py:_watch": IDLE,
     "transfer/copies.py:open_copies": "a request to the bus, tried again: see `_catch_up`",
     "transfer/compose.py:open_routes": SELF,
+    "transfer/device_lanes.py:DeviceStaging._wait_idle": "a device cannot be stopped, and what "
+    "waits for lost members was ended before: the worker leaves no memory that is still written, "
+    "and its consumer gives it up in time",
     "transfer/groups.py:_Forming.wait": "called by `Groups._form` only, under its deadline",
     "transfer/remote.py:RemoteFetcher._fetch_some.read_share": "called by `fetch` only, under its "
     "deadline",
