@@ -94,7 +94,7 @@ class Lane:
     fetched_s: float = 0.0
     """When a fetch last made progress."""
     failure: WeightBusError | None = None
-    """Why nothing more can be fetched."""
+    """Why this member cannot go on, whatever it hears of others."""
     filled: int = 0
     """The first so many buckets are filled."""
 
@@ -226,6 +226,11 @@ class Pipeline:
             well = True
         except TimeoutError as error:
             raise self._too_late(deadline_s) from error
+        except PeerLost as error:
+            for lane in self.lanes:
+                if lane.failure not in (None, error):  # in another lane others were as early
+                    raise lane.failure from error
+            raise
         finally:
             if not well:
                 for lane in self.lanes:
@@ -371,7 +376,8 @@ class Pipeline:
             if ready():
                 return READY
             self._check_waiting(lane, bucket, since_s)
-        except WeightBusError:
+        except WeightBusError as error:
+            lane.failure = error
             with suppress(PeerLost):
                 await exchange.roll_call(LEAVING, 2 * self._roll_call_s)
             raise

@@ -9,7 +9,7 @@ import anyio
 
 from weightbus.consumers.errors import ConsumerError, PeerLost
 from weightbus.consumers.planning.buckets import BucketPlan, plan_buckets
-from weightbus.consumers.transfer.exchange import READY, WAITING, Exchange
+from weightbus.consumers.transfer.exchange import LEAVING, READY, WAITING, Exchange
 from weightbus.consumers.transfer.fetch import Fetcher, Read
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 
@@ -103,6 +103,8 @@ class StepExchange(Exchange):
     async def roll_call(self, answer: bytes, deadline_s: float) -> tuple[bytes, ...]:
         await anyio.lowlevel.checkpoint()
         self.said.append(answer)
+        if answer == LEAVING:
+            await self._steps.take("leave")
         other = answer
         if len(answer) == 1:
             other = READY if self.other_is_ready else WAITING

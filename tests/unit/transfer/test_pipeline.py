@@ -408,6 +408,38 @@ async def test_members_hear_it_when_a_fetch_fails(pool: BlockPool) -> None:
     assert told.exchange.said[-1] == LEAVING
 
 
+async def test_member_says_why_it_left_when_others_leave_another_lane_meanwhile(
+    pool: BlockPool,
+) -> None:
+    """Members that fail at once hear of each other: or nobody would say what is the matter."""
+    world = World(pool, slots=1, lanes=2)
+    ours, theirs = StepExchange(world.steps), StepExchange(world.steps)
+    theirs.other_is_ready = False
+    world.steps.hold("leave")
+    lanes = [
+        Lane(number=n, block=block, rank=n, exchange=exchange)
+        for n, (block, exchange) in enumerate(zip(world.blocks, (ours, theirs), strict=True))
+    ]
+    fetcher = StepFetcher(world.steps, [0])
+    fetcher.error = TornRead("s", 2, 4)
+    pipeline = Pipeline(lanes, plan_of(3, 2), fetcher, [OWN], turn=TURN, stall_s=DEADLINE_S)
+    errors: list[ConsumerError] = []
+
+    async def run() -> None:
+        try:
+            await pipeline.run(DEADLINE_S)
+        except ConsumerError as error:
+            errors.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        await world.steps.until("leave")
+        theirs.other_says[1] = LEAVING
+    (error,) = errors
+    assert isinstance(error, TornRead)
+    assert isinstance(error.__cause__, PeerLost)
+
+
 async def test_reader_is_named_when_its_words_differ_between_lanes(pool: BlockPool) -> None:
     """It was stopped between two words."""
     world = World(pool, slots=1, lanes=2)
