@@ -366,7 +366,7 @@ class ReloadWorker:
         if isinstance(feed, InPlace):
             if len(feed.sources) != len(sizes):
                 raise PlanError("sources", f"{len(feed.sources)} long", f"must be {len(sizes)}")
-            with self._segments.open_all(feed.sources, sizes) as segments:
+            with self._segments.open_all(feed.sources, sizes, deadline.check) as segments:
                 yield segments
             return
         size_bytes = feed.slots * feed.window_bytes

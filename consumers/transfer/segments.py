@@ -217,13 +217,20 @@ class SegmentCache:
 
     @contextmanager
     def open_all(
-        self, sources: Iterable[Segment], sizes_bytes: Iterable[int]
+        self,
+        sources: Iterable[Segment],
+        sizes_bytes: Iterable[int],
+        check: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[OpenSegment, ...]]:
         """Open every segment of one version; mappings and handles are kept for the next one.
 
         To open a version and close it at once prepares it: the next opening has little to do.
 
         Whoever leaves this has the device synchronised.
+
+        Args:
+            check: called before each is opened, which may take seconds; what it raises is let
+                through, and what was opened by then is kept.
 
         Raises:
             SegmentUnavailable: one is absent, too short, elsewhere, or may not be read.
@@ -234,6 +241,7 @@ class SegmentCache:
         opened: list[OpenSegment] = []
         try:
             for segment, size_bytes in zip(sources, sizes_bytes, strict=True):
+                check()
                 opened.append(self._open(segment, size_bytes))
             yield tuple(opened)
         finally:

@@ -59,13 +59,13 @@ def client(trainer: Trainer) -> Iterator[Client]:
     client.worker.close()
 
 
-def ask(client: Client, feed: Feed) -> Prepared:
+def ask(client: Client, feed: Feed, deadline_s: float = DEADLINE_S) -> Prepared:
     reply = client.worker.handle(
         Prepare(
             request=9,
             layout_digest=client.trainer.layout_digest,
             feed=feed,
-            deadline_s=DEADLINE_S,
+            deadline_s=deadline_s,
         )
     )
     assert isinstance(reply, Prepared), reply
@@ -128,6 +128,15 @@ def test_failure_is_told_and_apply_fails_with_it_when_it_lasts(
     failed = client.fail(client.request((torn, *sources[1:]), 1))
     assert (failed.error, failed.touched) == ("TornRead", False)
     client.apply(make_tensors(2), 2)
+
+
+def test_no_more_is_mapped_once_the_time_to_prepare_is_up(client: Client, trainer: Trainer) -> None:
+    feed = InPlace(sources=trainer.publish(make_tensors(1), 1))
+    budget = Deadline("prepare", DEADLINE_S)
+    while not (reply := ask(client, feed, deadline_s=1e-9)).ready:
+        budget.check()
+    assert reply.reason.startswith("DeadlineExceeded: ")
+    assert mapped(feed) == 0
 
 
 def test_apply_of_another_feed_does_not_wait_for_what_never_comes(client: Client) -> None:
