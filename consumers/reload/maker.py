@@ -96,13 +96,17 @@ class Maker:
         """Digest these from now on."""
         self._cells, self._tensors, self._executor = cells, None, None
 
-    def plan(self) -> None:
+    def plan(self, *, proves: bool) -> None:
         """What takes seconds for a large model, and touches no parameter.
+
+        Args:
+            proves: a proof is to be made; else the engine only loads.
 
         Raises:
             DeviceLost
         """
-        self._planned_executor()
+        if proves:
+            self._planned_executor()
         self._planned_tensors()
 
     def finish(self, *, loads_again: bool) -> Executor | None:

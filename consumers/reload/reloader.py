@@ -160,8 +160,8 @@ class Reloader:
             split = self._split_by(split.whole, split.proof, attached)
         self._cells, self._split, self._loose = attached, split, None
         self._maker.attach(attached)
-        if split is None:
-            self._maker.plan()
+        if split is None or split.proof.modules:
+            self._maker.plan(proves=split is None)
 
     def apply(self, segments: Sequence[OpenSegment], deadline: Deadline) -> Outcome:
         """Write one version into the live model, which is touched from here on.

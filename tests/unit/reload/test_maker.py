@@ -189,6 +189,12 @@ def test_processed_module_is_found_and_loaded_on_the_device(
         assert hosts[0].reloads == hosts[1].reloads
         assert device.made.count("loading") == 1, "what is loaded again is not planned again"
         assert device.made.count("loose") == 1, "and what nobody needs is planned once, too"
+        clients[0].attach()
+        assert device.made.count("loading") == 2, "it is planned while the engine serves"
+        found = [said(client.apply(make_tensors(40), 4), client) for client in clients]
+        assert found[0] == found[1]
+        assert device.made.count("loading") == 2
+        assert device.made.count("maker") == 1, "there is nothing to prove"
         for client in clients:
             client.worker.close()
 
