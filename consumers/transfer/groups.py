@@ -34,6 +34,7 @@ from typing import Any, Final, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
+import anyio.lowlevel
 
 from weightbus.consumers.errors import DeadlineExceeded, PeerLost, RouteUnavailable
 from weightbus.consumers.transfer.exchange import Exchange
@@ -60,6 +61,10 @@ is progress."""
 
 GRAVES: Final = 64
 """Groups that are buried at once, at most; before there are more, no group is formed."""
+
+EAGER_S: Final = 5e-3
+"""So long the end of an operation is looked for at once: the event loop's shortest sleep is a
+millisecond, and a roll call takes a fraction of that."""
 
 _POLL_MIN_S: Final = 1e-4
 _POLL_MAX_S: Final = 1e-3
@@ -206,9 +211,12 @@ class GlooExchange(Exchange):
     async def _until_completed(
         self, works: Sequence[Any], number: int, what: str, stall_s: float
     ) -> None:
-        pause_s = _POLL_MIN_S
+        pause_s, eager_end = _POLL_MIN_S, anyio.current_time() + EAGER_S
         with anyio.move_on_after(stall_s):
             while not works[number].is_completed():
+                if anyio.current_time() < eager_end:
+                    await anyio.lowlevel.checkpoint()
+                    continue
                 await anyio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _POLL_MAX_S)
         if not works[number].is_completed():
