@@ -49,7 +49,7 @@ COMMUNICATORS_KEPT: Final = 2
 """Communicators that are kept beyond those of the plan in hand: each holds device memory."""
 
 FORM_S: Final = 10.0
-"""So long the members wait for each other, at every step of forming a communicator."""
+"""So long the members wait for each other once they have met: then all of them are at it."""
 
 QUEUE_S: Final = 10.0
 """A broadcast is queued after so long at the latest: no other member is needed for that."""
@@ -214,7 +214,7 @@ class Communicators:
     Args:
         device: number of the worker's GPU.
         nccl, cuda: asked for when a group of several is opened.
-        form_s: so long the members wait for each other at every step.
+        form_s: so long the members wait for each other once they have met.
     """
 
     def __init__(
@@ -340,7 +340,8 @@ class Communicators:
             raise
 
     def _meet(self, fill: LaneFill, end: float, check: Check) -> Communicator:
-        """Agree with the other members, and form what they have agreed on."""
+        """Agree with the other members, and form what they have agreed on. Whoever has much to
+        register comes late: he is waited for as long as the transfer may take."""
         ready = self._ready.get(fill.group)
         if ready is not None and not _is_well(ready):
             self.drop(fill.group)
@@ -356,7 +357,7 @@ class Communicators:
             assert nccl is not None, "who has none has refused"
             return nccl.make_id(fill.group, fill.place)
 
-        decision = agree(fill, post, make_id, min(end, time.monotonic() + self._form_s), check)
+        decision = agree(fill, post, make_id, end, check)
         if nccl is None:
             raise RouteUnavailable("broadcast", post.refusal) from unavailable
         if decision.reason:

@@ -257,6 +257,27 @@ def test_group_is_lost_when_a_member_does_not_come(hosts: Hosts) -> None:
     broadcast(hosts, hosts.formed("g", "plan 2"), 0, 1000)
 
 
+def test_member_that_comes_late_is_waited_for_until_the_deadline(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have hundreds of gigabytes to register before."""
+    late, begin = threading.Event(), time.monotonic()
+    for worker in hosts.workers[:2]:
+        monkeypatch.setattr(worker, "_form_s", SHORT_S)
+
+    def check() -> None:
+        if time.monotonic() > begin + 2 * SHORT_S:
+            late.set()
+
+    def open_on(place: int) -> Communicator:
+        assert place < 2 or late.wait(DEADLINE_S)
+        return hosts.workers[place].open(hosts.fill(place, "g", "plan 1"), DEADLINE_S, check)
+
+    with ThreadPoolExecutor(3) as threads:
+        members = list(threads.map(open_on, range(3)))
+    broadcast(hosts, members, 1, 1000)
+
+
 @pytest.mark.parametrize("rendezvous", ["", "nowhere", "tcp://127.0.0.1", "udp://127.0.0.1:1"])
 def test_group_is_lost_when_its_rendezvous_makes_no_sense(hosts: Hosts, rendezvous: str) -> None:
     with pytest.raises(PeerLost, match="tcp://host:port"):
