@@ -280,6 +280,22 @@ def test_all_fail_and_go_on_when_a_worker_fails(hosts: int) -> None:
         again(fleet)
 
 
+def test_first_error_is_told_when_the_device_refuses_to_forget_an_event() -> None:
+    with open_fleet(BIG, Shape(slots=4, slowly_s=5e-3)) as fleet:
+        fleet.write(random_weights(BIG, 0))
+        worker = fleet.workers[0]
+
+        def stop(bucket: int) -> None:
+            worker.cuda.fail("destroy_event")
+            raise Stop
+
+        worker.before = stop
+        fleet.transfer()
+        assert errors(fleet)[0] == "Stop"
+        assert len(worker.cuda.events) == 1, "all others are forgotten"
+        worker.cuda.events.clear()
+
+
 def test_wait_ends_when_an_owner_is_gone() -> None:
     with open_fleet(BIG, Shape(staged=frozenset({0, 1}))) as fleet:
         fleet.write(random_weights(BIG, 0))
