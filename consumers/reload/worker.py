@@ -263,6 +263,8 @@ class ReloadWorker:
     def _prepare_feed(self, reloader: Reloader, feed: Feed, budget: Deadline) -> None:
         """What takes long of `_apply`, on the preparing thread: map and register what is read, and
         plan what is streamed."""
+        if not (isinstance(feed, Stream) and feed.device):
+            self._device_staging.rest()
         if isinstance(feed, Stream):
             with self._blocks(feed, budget) as blocks:
                 plan = reloader.prepare_stream(feed.bucket_bytes, len(blocks))

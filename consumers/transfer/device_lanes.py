@@ -42,7 +42,7 @@ from weightbus.consumers.transfer.device_filler import (
     Source,
     root_runs,
 )
-from weightbus.consumers.transfer.device_slots import DeviceSlots, LaneSlots
+from weightbus.consumers.transfer.device_slots import KEPT_OPENINGS, DeviceSlots, LaneSlots
 from weightbus.consumers.transfer.gpu import OpenCuda, is_gpu
 from weightbus.consumers.transfer.lanes import (
     Budget,
@@ -235,6 +235,8 @@ class DeviceStaging:
         self._device, self._open_cuda, self._groups = device, cuda, groups
         self._slots: DeviceSlots | None = None
         self._streams: tuple[int, int] | None = None
+        self._rests = 0
+        """Transfers in a row that went without device lanes."""
 
     @contextmanager
     def open_lanes(self, fed: DeviceFeed, budget: TimedBudget) -> Iterator[DeviceLanes]:
@@ -304,6 +306,16 @@ class DeviceStaging:
             _addresses(slots, blocks, feed, own, budget, patience_s=PREPARE_S)
         slots.end()
 
+    def rest(self) -> None:
+        """A transfer goes without device lanes: after a few of them memory of the GPU that is kept
+        for lanes is let go of. Does not wait."""
+        self._rests += 1
+        if self._slots is not None:
+            self._slots.begin()
+            self._slots.end()
+        if self._rests == KEPT_OPENINGS and self._groups is not None:
+            self._groups.close(0.0)
+
     def close(self) -> None:
         """Let go of everything. Nothing of it is used on the device."""
         if self._groups is not None:
@@ -324,6 +336,7 @@ class DeviceStaging:
         if self._slots is None:
             self._slots = DeviceSlots(number_of(self._device), self._runtime)
         self._slots.begin()
+        self._rests = 0
         return self._slots
 
     def _open_groups(

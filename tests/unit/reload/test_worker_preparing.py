@@ -20,6 +20,7 @@ from tests.unit.reload.test_worker import (
 from tests.unit.transfer.publishing import Trainer, cut_layout, open_trainer
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.worker import ReloadWorker
+from weightbus.consumers.transfer.device_lanes import DeviceStaging
 from weightbus.schemas.placement import SharedMemorySegment
 from weightbus.schemas.worker import (
     Detach,
@@ -115,6 +116,22 @@ def test_memory_is_registered_once_and_before_apply_when_the_worker_is_on_a_gpu(
     assert cuda.calls["register"] == len(feed.sources)
     worker.close()
     cuda.assert_clean()
+
+
+def test_lanes_rest_when_a_feed_without_them_is_prepared(trainer: Trainer) -> None:
+    class Lanes(DeviceStaging):
+        rests = 0
+
+        def rest(self) -> None:
+            self.rests += 1
+
+    lanes = Lanes("cpu")
+    client = Client(ReloadWorker(ModuleHost(Fused, load_fused), 0, 1, lanes=lanes), trainer)
+    client.attach()
+    prepare(client, InPlace(sources=trainer.publish(make_tensors(1), 1)))
+    ask(client, structs.replace(NEVER_FILLED, device=True, readers=1))
+    client.worker.close()
+    assert lanes.rests == 1
 
 
 def test_failure_is_told_and_apply_fails_with_it_when_it_lasts(

@@ -178,6 +178,8 @@ class Members:
         return 0
 
     def close(self, deadline_s: float) -> int:
+        for group in list(self.members):
+            self.drop(group)
         return 0
 
 

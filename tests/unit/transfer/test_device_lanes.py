@@ -24,6 +24,7 @@ from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.transfer import device_filler
 from weightbus.consumers.transfer.device_filler import FilledLane, Filler
 from weightbus.consumers.transfer.device_lanes import number_of
+from weightbus.consumers.transfer.device_slots import KEPT_OPENINGS
 from weightbus.consumers.transfer.lanes import StagingCache
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 from weightbus.schemas.shared_memory import (
@@ -104,6 +105,19 @@ def test_many_buckets_come_right_version_after_version(shape: Shape) -> None:
 
 
 BIG = flat_layout(60_001, 20_003)
+
+
+def test_gpus_are_let_go_of_when_transfers_go_without_device_lanes() -> None:
+    with open_fleet(BIG, Shape(hosts=2)) as fleet:
+        run(fleet, 0)
+        for number in range(KEPT_OPENINGS):
+            assert all(worker.cuda.allocated for worker in fleet.workers), number
+            assert all(worker.groups.members for worker in fleet.workers), number
+            for worker in fleet.workers:
+                worker.device.rest()
+        assert not any(worker.cuda.allocated for worker in fleet.workers)
+        assert not any(worker.groups.members for worker in fleet.workers)
+        again(fleet)
 
 
 class Stop(Exception):
