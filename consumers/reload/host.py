@@ -4,7 +4,8 @@ Does no I/O. One `ModelHost` stands for one rank's model. Everything else about 
 (tracing, proof, plan, move, digest) is engine-independent and lives beside this file.
 
 Every method is called on the worker's main thread, by `ReloadWorker` only, and never while a
-forward pass runs if it changes the live model. Whatever a method raises becomes a `Failed` reply.
+forward pass runs if it changes the live model; `device` and `live_model` are also asked for on the
+thread that prepares, beside forward passes. Whatever a method raises becomes a `Failed` reply.
 """
 
 from __future__ import annotations

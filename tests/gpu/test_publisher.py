@@ -259,6 +259,22 @@ async def test_digests_of_boxes_add_up_when_a_tensor_is_cut(model: str, seed: in
     assert ready.weights_digest == digest_of({"w": whole})
 
 
+@pytest.mark.parametrize("slots", ["host", "device"])
+@pytest.mark.parametrize("column", [16_384, 16_386, 16_387])
+async def test_digests_add_up_when_rows_are_aligned_in_the_tensor_or_in_the_slot_alone(
+    model: str, slots: SlotsIn, column: int
+) -> None:
+    shape = (5, column + 1 + column % 2)
+    whole = torch.randint(0, 256, shape, dtype=torch.uint8).cuda()
+    boxes = [
+        Shard("w", whole[:, :column], shape, (0, 0)),
+        Shard("w", whole[:, column:], shape, (0, column)),
+    ]
+    async with publishing(model, slots, FakeBus()) as publisher:
+        ready = await publisher.publish(boxes, 1)
+    assert ready.weights_digest == digest_of({"w": whole})
+
+
 @pytest.mark.parametrize("slots", ["host", "device", "both"])
 def test_trainer_s_order_is_kept_when_it_works_on_a_stream_of_its_own(
     gpu_server: NatsServer, model: str, slots: SlotsIn
