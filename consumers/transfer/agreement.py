@@ -38,7 +38,10 @@ STORE_S: Final = 10.0
 REASON_CHARS: Final = 4096
 
 _LOOK_S: Final = 1e-3
-_STORE_LOOK_S: Final = 2e-3
+_FIRST_PAUSE_S: Final = 2e-4
+_LONGEST_PAUSE_S: Final = 10e-3
+"""Members that have all they need meet within a millisecond; who is late may be so by minutes, and
+the store is asked by all members of all groups."""
 
 Check = Callable[[], None]
 """Raises what ends a wait early: that the transfer was given up, or its time is over."""
@@ -214,10 +217,12 @@ def _decide(posts: Sequence[Post], make_id: MakeId) -> Decision:
 
 def _wait_key(keys: Any, name: str, kind: type[T], left: Callable[[], bool]) -> T:
     """What somebody sets; asks again and again: nobody is to wait in the store itself."""
+    pause_s = _FIRST_PAUSE_S
     while not keys.check([name]):
         if left():
             raise TimeoutError(f"{name} was not set in time")
-        time.sleep(_STORE_LOOK_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     return msgspec.msgpack.decode(bytes(keys.get(name)), type=kind)
 
 
