@@ -159,6 +159,7 @@ class Reloader:
         if split is not None:
             split = self._split_by(split.whole, split.proof, attached)
         self._cells, self._split, self._loose = attached, split, None
+        self._forget_others()
         self._maker.attach(attached)
         if split is None or split.proof.modules:
             self._maker.plan(proves=split is None)
@@ -203,6 +204,7 @@ class Reloader:
         for segment in segments:
             segment.check()
         self._split = split
+        self._forget_others()
         return version.outcome
 
     def prepare_stream(self, bucket_bytes: int, lanes: int) -> BucketPlan:
@@ -270,6 +272,12 @@ class Reloader:
         """Whether the live parameters are where the proof, if there is one, found them."""
         split = self._split
         return split is not None and split.proof.memory == memory_of(self._host.live_model())
+
+    def _forget_others(self) -> None:
+        """What was planned by another proof or for other cells goes, and its tables with it."""
+        self._streams = {key: kept for key, kept in self._streams.items() if kept[0] is self._split}
+        if self._live is not None and self._live[0] is not self._split:
+            self._live = None
 
     def _stream_plan(self, split: Split, buckets: tuple[int, int]) -> StreamPlan:
         """Made once for a split, and bytes and lanes of the buckets."""

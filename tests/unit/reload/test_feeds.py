@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -455,6 +456,30 @@ def test_stream_is_planned_anew_when_other_cells_are_attached(tmp_path: Path) ->
         client.attach()
         applied = feeder.streamed(make_tensors(30), 3, 1024, 1, 1)
         assert reply.cell_digests == applied.cell_digests[8:16]
+
+
+@pytest.mark.parametrize("change", ["other cells", "a new proof"])
+def test_tables_of_earlier_plans_go_when_there_is_another(change: str, tmp_path: Path) -> None:
+    host = ModuleHost(Fused, load_fused)
+    with open_feeder(host, make_tensors(0), tmp_path) as feeder:
+        feeder.relay(make_tensors(10), 1)
+        feeder.relay(make_tensors(20), 2)
+        feeder.streamed(make_tensors(30), 3, 1024, 1, 1)
+        (known,) = feeder.client.worker._known.values()
+        split = known.reloader._split
+        assert split is not None
+        executors = [weakref.ref(split.executor)]
+        executors += [weakref.ref(plan.executor) for _, plan in known.reloader._streams.values()]
+        del split
+        assert len(executors) == 2
+        if change == "other cells":
+            feeder.client.attach()
+        else:
+            moved = nn.Parameter(torch.zeros(3, 7), requires_grad=False)
+            host.live.head.weight = moved  # type: ignore[union-attr]
+            feeder.relay(make_tensors(40), 4)
+        gc.collect()
+        assert [executor() is None for executor in executors] == [True, True]
 
 
 def test_update_is_touched_once_its_first_bucket_has_been_moved(tmp_path: Path) -> None:
