@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from weightbus.bus.cuda import open_cuda
@@ -37,7 +36,7 @@ from weightbus.consumers.planning.tiles import TilePlan, bind_tiles, plan_tiles
 from weightbus.consumers.reload.cells import check_cells
 from weightbus.consumers.reload.checkpoint import Checkpoint, shards_by_tensor
 from weightbus.consumers.reload.deadline import Deadline
-from weightbus.consumers.reload.executor import Executor, check_device
+from weightbus.consumers.reload.executor import Executor, Sums, check_device
 from weightbus.consumers.reload.faults import settle
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.loading import CellsOf
@@ -61,8 +60,6 @@ __all__ = ("Outcome", "Reloader")
 
 STREAMS_KEPT: Final = 2
 """Plans of streams that are kept: groups change, and with them lanes and their buckets."""
-
-Sums = npt.NDArray[np.uint64]
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ Invariant: every cell is either of a copy to a direct parameter, and digested as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,16 +15,14 @@ import numpy.typing as npt
 
 from weightbus.consumers.planning.tiles import TilePlan
 from weightbus.consumers.reload.executor import PORTION_BYTES, Executor, make_executor
+from weightbus.consumers.reload.loading import CellsOf
 from weightbus.consumers.reload.portions import Portion, cut_portions, part_of_plan
 from weightbus.consumers.reload.proof import Proof
 from weightbus.consumers.reload.threads import Threads
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.worker import Cell
 
-__all__ = ("CellsOf", "Split", "split_update")
-
-CellsOf = Mapping[int, Sequence[int]]
-"""Tensor -> numbers of some of its cells."""
+__all__ = ("Split", "split_update")
 
 Steps = tuple[tuple[Portion, npt.NDArray[np.int64]], ...]
 

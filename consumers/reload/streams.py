@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from weightbus.consumers.errors import ProofNeeded
 from weightbus.consumers.planning.boxes import Box
@@ -28,7 +27,7 @@ from weightbus.consumers.planning.pieces import chosen_pieces
 from weightbus.consumers.planning.tables import Integers
 from weightbus.consumers.planning.tiles import BoundTiles, TilePlan, bind_tiles, plan_tiles
 from weightbus.consumers.reload.deadline import Deadline
-from weightbus.consumers.reload.executor import Executor, make_executor
+from weightbus.consumers.reload.executor import Executor, Sums, make_executor
 from weightbus.consumers.reload.shards import ShardIndex
 from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.transfer.lanes import Lanes
@@ -38,7 +37,6 @@ from weightbus.schemas.worker import Cell
 
 __all__ = ("StreamPlan", "Streamed", "move_stream", "plan_stream")
 
-Sums = npt.NDArray[np.uint64]
 Chosen = slice | Integers
 
 
