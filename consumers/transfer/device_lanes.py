@@ -57,7 +57,7 @@ from weightbus.schemas.placement import Segment
 from weightbus.schemas.shared_memory import SHM_FETCHED_OFFSET, SHM_FILLED_OFFSET
 from weightbus.schemas.worker import LaneFill, StageTiming, Stream
 
-__all__ = ("DeviceFeed", "DeviceLanes", "DeviceStaging", "Groups", "TimedBudget", "number_of")
+__all__ = ("Broadcasters", "DeviceFeed", "DeviceLanes", "DeviceStaging", "TimedBudget", "number_of")
 
 EAGER_S: Final = 20e-3
 """A bucket takes a millisecond: for so long a worker looks again at once."""
@@ -82,7 +82,7 @@ class TimedBudget(Budget, Protocol):
         """Seconds; 0: nothing is left."""
 
 
-class Groups(Protocol):
+class Broadcasters(Protocol):
     """As `weightbus.consumers.transfer.communicators.Communicators`."""
 
     def open_all(
@@ -230,7 +230,7 @@ class DeviceStaging:
     """
 
     def __init__(
-        self, device: str, cuda: OpenCuda = open_cuda, groups: Groups | None = None
+        self, device: str, cuda: OpenCuda = open_cuda, groups: Broadcasters | None = None
     ) -> None:
         self._device, self._open_cuda, self._groups = device, cuda, groups
         self._slots: DeviceSlots | None = None
@@ -372,7 +372,8 @@ class DeviceStaging:
                 for fill in feed.fills:
                     if fill.size > 1:
                         self._groups.drop(fill.group)
-                self._groups.wait_burials(BURIAL_S)
+                if left := self._groups.wait_burials(BURIAL_S):
+                    _logger.warning("%d broadcasts go on after %g s", left, BURIAL_S)
             with suppress(CudaFailed):  # the device does nothing any more: its host finds that out
                 self._wait_idle()
             raise
@@ -392,7 +393,7 @@ class DeviceStaging:
             self._streams = cuda.create_stream(device), cuda.create_stream(device)
         return self._streams
 
-    def _communicators(self) -> Groups:
+    def _communicators(self) -> Broadcasters:
         if self._groups is None:
             self._groups = Communicators(number_of(self._device), cuda=self._open_cuda)
         return self._groups

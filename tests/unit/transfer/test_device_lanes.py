@@ -310,6 +310,19 @@ def test_first_error_is_told_when_the_device_refuses_to_forget_an_event() -> Non
         worker.cuda.events.clear()
 
 
+def test_broadcasts_that_do_not_end_are_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_fleet(BIG, Shape(hosts=2, slowly_s=1e-3)) as fleet:
+        fleet.write(random_weights(BIG, 0))
+        worker = fleet.workers[0]
+        monkeypatch.setattr(worker.groups, "wait_burials", lambda deadline_s: 3)
+        worker.before = at(1, failing(Stop()))
+        fleet.transfer()
+        assert "3 broadcasts go on after 2 s" in caplog.text
+        again(fleet)
+
+
 def test_wait_ends_when_an_owner_is_gone() -> None:
     with open_fleet(BIG, Shape(staged=frozenset({0, 1}))) as fleet:
         fleet.write(random_weights(BIG, 0))
