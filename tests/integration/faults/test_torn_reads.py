@@ -81,23 +81,36 @@ async def publish_torn(a: Follower, b: Follower, trainer: Trainer) -> Checkpoint
     ready = await trainer.publish(filler=torch.zeros(FILLER_BYTES, dtype=torch.uint8))
     await hold.reached.wait()
     await b.completes(ready.version)
-    pid = (await a.state()).pids[0]
+    pid, block = (await a.state()).pids[0], block_of(ready)
     with stopped(pid):
+        prepared_bytes = touched_bytes(pid, block)
         hold.release()
-        await anyio.to_thread.run_sync(step_until_mapped, pid, block_of(ready))
+        await anyio.to_thread.run_sync(step_until_read, pid, block, prepared_bytes)
         if not (await a.state()).touched:
             return None
         overwrite(ready)
     return ready
 
 
-def step_until_mapped(pid: int, block: Path) -> None:
-    """Let a stopped process go on in small steps, until it has opened a block."""
-    maps = Path(f"/proc/{pid}/maps")
-    while str(block) not in maps.read_text():
+def step_until_read(pid: int, block: Path, prepared_bytes: int) -> None:
+    """Let a stopped process go on in small steps, until it has read more of a block than when that
+    was prepared."""
+    while touched_bytes(pid, block) <= prepared_bytes:
         os.kill(pid, signal.SIGCONT)
         time.sleep(STEP_S)
         os.kill(pid, signal.SIGSTOP)
+
+
+def touched_bytes(pid: int, block: Path) -> int:
+    """Of a block, by a process that maps it."""
+    touched, is_block = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if "-" in name:  # addresses: the next mapping begins
+            is_block = line.endswith(str(block))
+        elif is_block and name == "Rss:":
+            touched += int(words[0]) * 1024
+    return touched
 
 
 async def test_engine_catches_up_when_its_consumer_slept_until_its_slot_was_written_again(
