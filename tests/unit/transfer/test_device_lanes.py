@@ -294,10 +294,23 @@ def test_all_fail_and_go_on_when_a_worker_fails(hosts: int) -> None:
         again(fleet)
 
 
-def test_first_error_is_told_when_the_device_refuses_to_forget_an_event() -> None:
-    with open_fleet(BIG, Shape(slots=4, slowly_s=5e-3)) as fleet:
+def test_first_error_is_told_when_the_device_refuses_to_forget_an_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with open_fleet(BIG, Shape(slots=4)) as fleet:
         fleet.write(random_weights(BIG, 0))
-        worker = fleet.workers[0]
+        worker, idle = fleet.workers[0], threading.Event()
+        is_done = worker.cuda.is_done
+
+        def wait_idle(device: int, stream: int) -> bool:
+            idle.set()
+            return is_done(device, stream)
+
+        def hold_later_buckets(number: int) -> None:
+            assert number < 2 or idle.wait(30.0)
+
+        monkeypatch.setattr(worker.cuda, "is_done", wait_idle)
+        worker.cuda.before_copy = hold_later_buckets
 
         def stop(bucket: int) -> None:
             worker.cuda.fail("destroy_event")
