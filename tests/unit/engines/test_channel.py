@@ -203,9 +203,13 @@ async def test_requests_die_with_their_consumer_when_not_yet_read(path: Path) ->
                 await ask(first)
             with pytest.raises(DeadlineExceeded):
                 await first.request(0, Detach(request=0, deadline_s=1.0), SHORT_S)
-        async with open_channel(path, 1, REPLIES) as second, open_background() as tasks:
-            tasks.start_soon(ask, second)
-            request = await receive(endpoint)
+            connected = endpoint.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        with connected:  # by then zmq has noticed the end of the first
+            async with open_channel(path, 1, REPLIES) as second, open_background() as tasks:
+                assert await anyio.to_thread.run_sync(connected.poll, int(LONG_S * 1000))
+                tasks.start_soon(ask, second)
+                request = await receive(endpoint)
+            endpoint.socket.disable_monitor()
     assert isinstance(request, Inspect), "what the first consumer had asked for came late"
 
 
