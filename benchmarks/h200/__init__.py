@@ -2,7 +2,7 @@
 
     python -m benchmarks.h200 [--layers 48] [--repetitions 5] [--only host_tp,gpu_tp]
     python -m benchmarks.h200 --cpu                                # the same flow, without a GPU
-    python -m benchmarks.h200 --plot benchmarks/results/h200x4.json h200x4.png
+    python -m benchmarks.h200 --plot benchmarks/results/h200x2.json h200x2.png
 
 All runs move the same tensors. Ours go through the whole product: an embedded NATS server, one
 trainer process for each GPU (`trainer.py`), consumer processes (`consumer.py`), and engines whose

@@ -62,6 +62,8 @@ class Engines:
     """GPU memory in use before any version came, less what others took; empty: no GPU."""
     proven: bool = False
     """They have been brought a version."""
+    registered: bool = False
+    """They have read slots in host memory, and keep them registered."""
 
 
 class Publishing(Struct, frozen=True, kw_only=True):

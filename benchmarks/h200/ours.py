@@ -95,6 +95,8 @@ class Measured:
     kept_gpu_bytes: int | None = None
     routes: set[str] = field(default_factory=set)
     """By which the timed updates came."""
+    registered: bool = False
+    """Whether slots in host memory are registered with the GPUs."""
     checked_bytes: int = 0
     """Compared, over all timed updates."""
 
@@ -142,9 +144,10 @@ async def measure_ours(
     the reason if the run had to end early."""
     measured, note = Measured(), ""
     name, run = run_name(kind, fleet.setup.devices), OURS[kind]
-    registered_bytes = SLOTS * size_bytes if run.slots == "host" and not fleet.setup.cpu else 0
+    slots_bytes = SLOTS * size_bytes
 
     def tell() -> None:
+        registered_bytes = slots_bytes if measured.registered else 0
         on_run(measured.run(name, size_bytes, registered_bytes, note))
 
     try:
@@ -164,6 +167,8 @@ async def _measure(
     bench: _Bench, repetitions: int, measured: Measured, on_timed: Callable[[], None]
 ) -> None:
     engines = await bench.start()
+    engines.registered |= bench.run.slots == "host"
+    measured.registered = engines.registered and bool(engines.rest)
     if not engines.proven:
         measured.first_s.append(await bench.prove(engines))
     async with bench.following(engines):

@@ -13,7 +13,7 @@ __all__ = ("plot_report",)
 
 SHOWN: Final[Mapping[Kind, str]] = {
     "ce_broadcast": "checkpoint-engine\ngather_metas + broadcast update",
-    "staged_2hosts": "Weight bus, two hosts x {half} GPUs\nstaged broadcast",
+    "staged_2hosts": "Weight bus, engines of TP{half}\non two virtual hosts",
     "host_dp2": "Weight bus, host memory\nto two TP{half} engines",
     "host_tp": "Weight bus, host memory\nto one TP{gpus} engine",
     "link_h2d": "the link itself\nmemcpy host to GPUs",

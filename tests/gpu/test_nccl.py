@@ -23,8 +23,9 @@ STALL_S: Final = 3.0
 DEADLINE_S: Final = 60.0
 CHANNEL_BYTES: Final = 24 * MIB
 """Of device memory, at most, for each channel of a communicator; see `MAX_CTAS`."""
-FIXED_BYTES: Final = 128 * MIB
-"""Of device memory, at most, for a communicator besides."""
+FIXED_BYTES: Final = 416 * MIB
+"""Of device memory, at most, besides: NCCL's kernels and what it keeps for itself, some 360 MiB as
+measured with NCCL 2.28 on H200."""
 
 
 @pytest.fixture
