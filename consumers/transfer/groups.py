@@ -8,8 +8,9 @@ Invariants, and what was measured of gloo:
 - A group whose operation failed, or was left, is never used again: it is dropped, and its members
   form another one, under keys of their own (a group's id, and the plan that forms it).
 - Nothing ends an operation whose peer stands still but its own timeout: `abort` does not, and
-  destroying the group waits for it. So groups are destroyed in daemon threads; memory that an
-  operation may still write to is let go of after that, and nothing else waits for it. The timeout
+  destroying the group waits for it. So groups are destroyed in daemon threads, which are the last
+  to refer to them: not even an error does. Memory that an operation may still write to is let go
+  of after that, and nothing else waits for it. The timeout
   of an operation is hardly longer than anybody waits for it: graves are soon closed.
 - Operations of different lengths abort the process in C++: no member may ask for another length
   than the others.
@@ -196,8 +197,11 @@ class GlooExchange(Exchange):
         works: list[Any] = []
         self._left = True
         try:
-            start = getattr(self._process_group, operation)
-            works.extend(start([tensor], options) for tensor in tensors)
+            # Nothing here names the group: tracebacks keep what is named, and whoever frees them
+            # would destroy it, and wait for the operation: the event loop.
+            works.extend(
+                getattr(self._process_group, operation)([tensor], options) for tensor in tensors
+            )
             for number in range(len(works)):
                 await self._until_completed(works, number, what, stall_s)
                 works[number].wait(timedelta(seconds=stall_s))

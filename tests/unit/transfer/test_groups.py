@@ -207,6 +207,29 @@ async def test_memory_is_let_go_only_after_the_operation_that_stood_still(hosts:
     assert STALL_S + MARGIN_S / 2 < took_s < OPERATION_S, "a grave is soon closed"
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_group_ends_in_its_grave_when_somebody_keeps_the_error(
+    hosts: Hosts, is_cancelled: bool
+) -> None:
+    """Else whoever lets go of the error destroys the group, and waits for its operation: the
+    garbage collector does so in the event loop."""
+    opened = await hosts.open_all(["x"], 1)
+    kept: list[BaseException] = []
+    begin = anyio.current_time()
+    with anyio.move_on_after(STALL_S / 3 if is_cancelled else DEADLINE_S):
+        try:
+            await opened[0][0].roll_call(b"\1", STALL_S)
+        except BaseException as error:
+            kept.append(error)
+            if not isinstance(error, PeerLost):
+                raise
+    assert [isinstance(error, PeerLost) for error in kept] == [not is_cancelled]
+    hosts.groups[0].drop_nowait(["x"])
+    assert await anyio.to_thread.run_sync(hosts.groups[0].close, 2 * OPERATION_S) == 0
+    took_s = anyio.current_time() - begin
+    assert took_s > STALL_S + MARGIN_S / 2, f"buried after {took_s} s, and its operation goes on"
+
+
 async def test_closing_does_not_outlast_its_deadline(hosts: Hosts) -> None:
     opened = await hosts.open_all(["x", "y"], 1)
     memory = np.zeros(1000, dtype=np.uint8)
