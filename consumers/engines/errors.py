@@ -1,10 +1,10 @@
-"""Errors of engines as seen by those who send them requests. Does no I/O."""
+"""Errors of engines as seen by those who send them requests, or turns. Does no I/O."""
 
 from __future__ import annotations
 
 from weightbus.consumers.errors import ConsumerError
 
-__all__ = ("RequestFailed", "RequestRefused")
+__all__ = ("DraftUnknown", "EngineAsleep", "RequestFailed", "RequestRefused", "TurnMissed")
 
 
 class RequestRefused(ConsumerError):
@@ -22,3 +22,27 @@ class RequestFailed(ConsumerError):
     def __init__(self, cause: str, reason: str) -> None:
         self.cause, self.reason = cause, reason
         super().__init__(f"{cause}: {reason}")
+
+
+class TurnMissed(ConsumerError):
+    """A worker did not carry out the request that its turn was for."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        self.number, self.reason = number, reason
+        super().__init__(f"request {number} was not carried out: {reason}")
+
+
+class EngineAsleep(ConsumerError):
+    """The engine's parameters are not in the memory of its device: wake it first."""
+
+    def __init__(self, request: str) -> None:
+        self.request = request
+        super().__init__(f"{request} is refused: the engine sleeps, its parameters are not there")
+
+
+class DraftUnknown(ConsumerError):
+    """A worker does not know the drafter that its checkpoint makes beside the model."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        super().__init__(f"the drafter of {model} has not been shown to this worker yet")

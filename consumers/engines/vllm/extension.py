@@ -1,0 +1,61 @@
+"""Weight bus as an extension of vLLM's workers, for versions without free backend names:
+`--worker-extension-cls weightbus.consumers.engines.vllm.extension.WeightBusExtension`.
+
+vLLM makes the class a base of its worker's: `self` is the worker. Its methods are called by
+`collective_rpc`, on the worker's main thread, with strings only, so that no unsafe serialization is
+needed. Names begin with `weightbus`, since none may be one that the worker has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from weightbus.consumers.engines.turns import Turn
+from weightbus.consumers.engines.vllm.worker import VllmWorker, drafts_from_checkpoint
+
+__all__ = ("WeightBusExtension",)
+
+
+class WeightBusExtension:
+    def weightbus_open(self, directory: str) -> dict[str, Any]:
+        """Make our end in this worker, if there is none, and connect it; says which rank this is.
+
+        Raises:
+            EngineUnavailable: see `VllmWorker.open`.
+        """
+        worker: Any = self
+        ours: VllmWorker | None = getattr(self, "_weightbus", None)
+        if ours is None:
+            config = worker.vllm_config
+            ours = VllmWorker(config, worker.model_runner.get_model(), worker.device)
+            if drafts_from_checkpoint(config):
+                find_draft = getattr(worker.model_runner, "get_draft_model", None)
+                draft = None if find_draft is None else find_draft()
+                if draft is not None:
+                    ours.show_draft(draft, config.speculative_config.draft_model_config)
+            self._weightbus = ours
+        ours.open(directory)
+        return {"rank": worker.vllm_config.parallel_config.rank}
+
+    def weightbus_turn(self, turn: str) -> None:
+        """One turn, as JSON.
+
+        Raises:
+            ValueError: it is none, or no consumer has opened this worker.
+        """
+        ours: VllmWorker | None = getattr(self, "_weightbus", None)
+        if ours is None:
+            raise ValueError("no consumer has opened this worker")
+        try:
+            decoded = msgspec.json.decode(turn, type=Turn)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"not a turn: {error}") from None
+        ours.take(decoded)
+
+    def weightbus_close(self) -> None:
+        """Leave the consumer."""
+        ours: VllmWorker | None = getattr(self, "_weightbus", None)
+        if ours is not None:
+            ours.close()

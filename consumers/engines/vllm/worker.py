@@ -1,0 +1,120 @@
+"""What the backend and the extension have in common: our end in one of vLLM's workers.
+
+Owns the rank's `TurnTaker`. Everything here is called on the worker's main thread, within a call of
+vLLM's own, so nothing runs beside a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
+from weightbus.consumers.engines.taking import TurnTaker
+from weightbus.consumers.engines.turns import Turn
+from weightbus.consumers.errors import EngineUnavailable
+from weightbus.consumers.reload.host import ModelHost
+from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.worker import Apply, Attach, Inspect, WorkerRequest
+
+__all__ = ("Draft", "VllmWorker", "drafts_from_checkpoint")
+
+Draft = tuple[nn.Module, Any]
+"""A drafter and its `ModelConfig`."""
+
+_ALLOCATORS: Final = (
+    ("vllm.device_allocator.cumem", "CuMemAllocator"),
+    ("vllm.device_allocator.xpumem", "XpuMemAllocator"),
+)
+"""Modules and classes of vLLM that take parameters off a device when the engine sleeps."""
+
+_logger = logging.getLogger(__name__)
+
+
+class VllmWorker:
+    """One rank's end."""
+
+    def __init__(self, vllm_config: Any, model: nn.Module, device: torch.device) -> None:
+        self._vllm_config = vllm_config
+        self._model = model
+        self._device = device
+        self._draft: Draft | None = None
+        self._needs_draft = drafts_from_checkpoint(vllm_config)
+        parallel = vllm_config.parallel_config
+        self._taker = TurnTaker(self._make_host, parallel.rank, parallel.world_size, self._refusal)
+
+    def open(self, directory: str) -> None:
+        """
+        Raises:
+            EngineUnavailable: the engine is data parallel, or there is no such directory of ours.
+        """
+        copies = self._vllm_config.parallel_config.data_parallel_size
+        if copies > 1:
+            raise EngineUnavailable(
+                self._vllm_config.model_config.model,
+                f"it is data parallel ({copies} copies): start every copy as a server of its own",
+            )
+        self._taker.open(Path(directory))
+
+    def show_draft(self, model: nn.Module, model_config: Any) -> None:
+        """The drafter, before the first request; later it is of no consequence."""
+        self._draft = (model, model_config)
+
+    def take(self, turn: Turn) -> None:
+        """See `TurnTaker.take`. If the device is lost, this process ends once that is said."""
+        self._taker.take(turn)
+        lost = self._taker.lost
+        if lost is None:
+            return
+        _logger.critical("%s: this worker ends", lost)
+        self._taker.close()  # hands over the reply
+        if multiprocessing.parent_process() is not None:
+            os._exit(1)  # leaving in order would wait for the device
+        raise lost  # it is the user's own process, in which the engine runs
+
+    def close(self) -> None:
+        self._taker.close()
+
+    def _make_host(self) -> ModelHost:
+        from weightbus.consumers.engines.vllm.host import VllmHost
+
+        return VllmHost(self._vllm_config, self._model, self._device, self._draft)
+
+    def _refusal(self, request: WorkerRequest) -> WeightBusError | None:
+        if self._needs_draft and self._draft is None:
+            return DraftUnknown(self._vllm_config.model_config.model)
+        touches = isinstance(request, Attach | Apply) or (
+            isinstance(request, Inspect) and request.layout_digest is not None
+        )
+        if touches and _weights_are_asleep():
+            return EngineAsleep(type(request).__name__)
+        return None
+
+
+def drafts_from_checkpoint(vllm_config: Any) -> bool:
+    """Whether the engine has a drafter that is made of the same checkpoint as its model."""
+    speculative = vllm_config.speculative_config
+    draft_config = getattr(speculative, "draft_model_config", None)
+    if draft_config is None or draft_config is vllm_config.model_config:
+        return False
+    return bool(draft_config.model == vllm_config.model_config.model)
+
+
+def _weights_are_asleep() -> bool:
+    """Whether vLLM's sleep mode has taken the parameters off their device: whoever writes to them
+    then faults."""
+    for module, name in _ALLOCATORS:
+        allocator = getattr(getattr(sys.modules.get(module), name, None), "instance", None)
+        if allocator is None:
+            continue
+        for allocation in allocator.pointer_to_data.values():
+            if allocation.tag == "weights" and getattr(allocation, "is_asleep", False):
+                return True
+    return False
