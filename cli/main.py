@@ -37,6 +37,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 """Name -> one line of help; the command is `weightbus.cli.<name>.command`."""
 
 EXTRA_OF: Final[Mapping[str, str]] = {
+    "httpx": "http",
     "numpy": "torch",
     "safetensors": "torch",
     "torch": "torch",

@@ -1,40 +1,39 @@
-"""The processes of the demo: one trainer, and a consumer with its engine per engine id.
+"""The processes of the demo: one trainer, and for every engine its consumer and what that needs.
 
 Owns every process it starts, each in a session of its own, with its output in a log file; leaving
-`open_fleet` ends them all, in order if they can, by force if they must.
+`open_fleet` ends them all, in order if they can, by force if they must. An engine's consumer has
+the engine's name; what else belongs to an engine has a name of its own after a dot: `a.vllm`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import anyio
 import anyio.to_thread
-import msgspec
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
-from msgspec import Struct
 
 from weightbus.bus.guard import guarded_command
 from weightbus.bus.sweep import sweep_staging
+from weightbus.cli.demo.kinds import EngineSpec
 from weightbus.schemas.errors import WeightBusError
 
-__all__ = ("DemoFailed", "EngineSpec", "Fleet", "open_fleet")
+__all__ = ("DemoFailed", "Fleet", "open_fleet")
 
 STOP_S = 20.0
 """How long a process may take to end in order."""
 
-JOIN_WINDOW_S = 1.0
-"""How long a leader waits for an engine that is present: small machines are slow."""
-
 LOG_TAIL_LINES = 12
 MAX_ANSWER_BYTES = 1 << 20
+TRAINER: Final = "trainer"
 
 
 class DemoFailed(WeightBusError):
@@ -43,18 +42,6 @@ class DemoFailed(WeightBusError):
     def __init__(self, what: str, detail: str) -> None:
         self.what, self.detail = what, detail
         super().__init__(f"{what}: {detail}")
-
-
-class EngineSpec(Struct, frozen=True, kw_only=True):
-    """One engine of the demo."""
-
-    engine: str
-    model: str
-    architecture: str
-    config: Mapping[str, Any] = {}
-    ranks: int = 1
-    host: str = ""
-    """Host id of its own, as if it were another machine; empty: this host's."""
 
 
 class Fleet:
@@ -78,23 +65,24 @@ class Fleet:
         return self._directory / engine
 
     async def start_engine(self, spec: EngineSpec) -> None:
-        """Start a consumer that starts its engine; returns at once. Both die with this process."""
+        """Start an engine and its consumer, as its kind does; they die with this process.
+
+        Raises:
+            DemoFailed: a process that must answer first has not.
+        """
         self._models.add(spec.model)
-        consume = [
-            *(sys.executable, "-m", "weightbus", "consume"),
-            *("--model", spec.model, "--engine-id", spec.engine),
-            *("--engine-dir", str(self.engine_directory(spec.engine))),
-            *("--architecture", spec.architecture, "--tp", str(spec.ranks)),
-            *("--config", msgspec.json.encode(spec.config).decode()),
-            *("--join-window", str(JOIN_WINDOW_S)),
-            *(("--host-id", spec.host) if spec.host else ()),
-        ]
-        await self._start(spec.engine, guarded_command(consume))
+        await spec.kind.start(self, spec)
+
+    async def start(
+        self, name: str, argv: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start a process that dies with this one; returns at once."""
+        await self._start(name, guarded_command(argv), environment or {})
 
     async def start_trainer(self) -> None:
         """Start the trainer; returns at once."""
         trainer = await self._start(
-            "trainer", [sys.executable, "-m", "weightbus.cli.demo.trainer"], answers=True
+            TRAINER, [sys.executable, "-m", "weightbus.cli.demo.trainer"], {}, answers=True
         )
         if trainer.stdout is not None:
             self._answers = BufferedByteReceiveStream(trainer.stdout)
@@ -105,24 +93,29 @@ class Fleet:
         Raises:
             DemoFailed: the trainer is gone, or did not answer in time.
         """
-        trainer = self._processes["trainer"]
+        trainer = self._processes[TRAINER]
         try:
             with anyio.fail_after(deadline_s):
                 if trainer.stdin is None or self._answers is None:
-                    raise DemoFailed("trainer", "has no pipes")
+                    raise DemoFailed(TRAINER, "has no pipes")
                 await trainer.stdin.send(command + b"\n")
                 return await self._answers.receive_until(b"\n", MAX_ANSWER_BYTES)
         except TimeoutError:
-            raise DemoFailed("trainer", f"did not answer within {deadline_s:g} s") from None
+            raise DemoFailed(TRAINER, f"did not answer within {deadline_s:g} s") from None
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.IncompleteRead):
-            raise DemoFailed("trainer", f"is gone: {self.log_tail('trainer')}") from None
+            raise DemoFailed(TRAINER, f"is gone: {self.log_tail(TRAINER)}") from None
 
-    async def kill(self, name: str) -> None:
-        """SIGKILL a process, and with a consumer the engine that hangs on it."""
-        process = self._processes.pop(name)
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    async def kill(self, engine: str) -> None:
+        """SIGKILL a consumer, and the engine that hangs on it or belongs to it, all at once."""
+        killed = [
+            self._processes.pop(name)
+            for name in tuple(self._processes)
+            if name.partition(".")[0] == engine
+        ]
+        for process in killed:
+            _kill(process)
+        for process in killed:
+            await process.wait()
 
     def check(self) -> None:
         """
@@ -141,22 +134,31 @@ class Fleet:
         return "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "it printed nothing"
 
     async def stop(self) -> None:
-        """End every process by the end of its input: the engines', then the trainer."""
-        trainer = self._processes.pop("trainer", None)
-        await _end(list(self._processes.values()))
+        """End every process by the end of its input: consumers, servers, then the trainer."""
+        trainer = self._processes.pop(TRAINER, None)
+        await _end(process for name, process in self._processes.items() if "." not in name)
+        await _end(process for name, process in self._processes.items() if "." in name)
+        self._processes.clear()
         if trainer is not None:
             await _end([trainer])
         for model in sorted(self._models):  # a consumer that was killed has left its blocks
             await anyio.to_thread.run_sync(sweep_staging, model)
 
-    async def _start(self, name: str, argv: Sequence[str], *, answers: bool = False) -> Process:
+    async def _start(
+        self,
+        name: str,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        answers: bool = False,
+    ) -> Process:
         with (self._directory / f"{name}.log").open("ab") as log:
             process = await anyio.open_process(
                 list(argv),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if answers else log,
                 stderr=log,
-                env=self._environment,
+                env={**self._environment, **environment},
                 start_new_session=True,
             )
         self._processes[name] = process
@@ -168,15 +170,27 @@ def _is_ours(variable: str) -> bool:
     return variable.startswith("WEIGHTBUS_")
 
 
-async def _end(processes: Sequence[Process]) -> None:
+def _kill(process: Process) -> None:
+    """Kill what a guard guards, which leads a process group of its own; the guard ends with it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with suppress(OSError):  # the guard, or what it guards, has ended
+        for child in children.read_text().split():
+            os.killpg(int(child), signal.SIGKILL)
+            return
+    with suppress(ProcessLookupError):
+        process.kill()
+
+
+async def _end(processes: Iterable[Process]) -> None:
     """Close their input; kill those that have not ended in time."""
-    for process in processes:
+    ending = list(processes)
+    for process in ending:
         if process.stdin is not None:
             await process.stdin.aclose()
     with anyio.move_on_after(STOP_S):
-        for process in processes:
+        for process in ending:
             await process.wait()
-    for process in processes:
+    for process in ending:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.kill()

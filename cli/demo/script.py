@@ -1,4 +1,4 @@
-"""What the demo does, step by step. Owns nothing: story and fleet are the command's.
+"""What the demos do, step by step. Owns nothing: story and fleet are the command's.
 
 Other hosts are virtual: host ids of their own, so that nothing is mapped, and every byte takes the
 way that it would take between machines.
@@ -6,25 +6,63 @@ way that it would take between machines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from weightbus.cli.demo.fleet import EngineSpec, Fleet
+from msgspec import Struct
+
+from weightbus.cli.demo.fleet import Fleet
+from weightbus.cli.demo.kinds import EngineSpec
 from weightbus.cli.demo.story import Say, Story
+from weightbus.cli.demo.torch_kind import TorchKind
 from weightbus.cli.demo.words import DECODER_CONFIG, Expected
 
-__all__ = ("tell", "tell_local")
-
-A = EngineSpec(engine="a", model="minilm", architecture="minilm")
-B = EngineSpec(engine="b", model="minilm", architecture="minilm", host="host-b")
-C = EngineSpec(engine="c", model="minilm", architecture="minilm", host="host-c")
-D = EngineSpec(engine="d", model="minilm", architecture="minilm", host="host-d")
-B_LOCAL = EngineSpec(engine="b", model="minilm", architecture="minilm")
-MOE = EngineSpec(
-    engine="moe", model="decoder", architecture="decoder", config=DECODER_CONFIG, ranks=2
-)
+__all__ = ("Script", "choose_script", "choose_vllm_script")
 
 
-async def tell(story: Story, fleet: Fleet, say: Say) -> None:
+MINILM = TorchKind("minilm")
+A = EngineSpec(engine="a", model="minilm", kind=MINILM)
+B = EngineSpec(engine="b", model="minilm", kind=MINILM, host="host-b")
+C = EngineSpec(engine="c", model="minilm", kind=MINILM, host="host-c")
+D = EngineSpec(engine="d", model="minilm", kind=MINILM, host="host-d")
+B_LOCAL = EngineSpec(engine="b", model="minilm", kind=MINILM)
+MOE = EngineSpec(engine="moe", model="decoder", kind=TorchKind("decoder", DECODER_CONFIG), ranks=2)
+
+
+class Script(Struct, frozen=True):
+    """One demo."""
+
+    tell: Callable[[Story, Fleet, Say], Awaitable[None]]
+    routes: tuple[str, ...]
+    """All that it takes, in order of their names, where there is a transfer engine."""
+
+
+def choose_script(say: Say, *, elsewhere: bool) -> Script:
+    """Of torch engines; `elsewhere`: some can be on other hosts."""
+    del say
+    return Script(_tell if elsewhere else _tell_local, ("broadcast", "local", "p2p"))
+
+
+def choose_vllm_script(say: Say, *, elsewhere: bool) -> Script:
+    """Of vLLM servers; `elsewhere`: one can be on another host.
+
+    Raises:
+        DemoFailed: a package is missing.
+    """
+    from weightbus.cli.demo.vllm_kind import START_TOLD_S, VllmKind, serve_command
+
+    kind = VllmKind(serve_command(), say)
+    say(f"without a GPU every start of vLLM takes {START_TOLD_S} and 3 GB: three starts, five")
+    say("minutes in all; its logs are shown if something fails")
+    near = EngineSpec(engine="a", model="minilm", kind=kind)
+    late = EngineSpec(engine="b", model="minilm", kind=kind, host="host-b" if elsewhere else "")
+
+    async def tell(story: Story, fleet: Fleet, say: Say) -> None:
+        await _tell_vllm(story, fleet, say, near, late)
+
+    return Script(tell, ("local", "p2p"))
+
+
+async def _tell(story: Story, fleet: Fleet, say: Say) -> None:
     """Four versions by three routes; one engine comes late, one is killed and comes back."""
     await fleet.start_trainer()
     await story.start((A, B, C, MOE))
@@ -48,7 +86,7 @@ async def tell(story: Story, fleet: Fleet, say: Say) -> None:
     await _step(story, 4, (A, B, C, D), decoder=True)
 
 
-async def tell_local(story: Story, fleet: Fleet, say: Say) -> None:
+async def _tell_local(story: Story, fleet: Fleet, say: Say) -> None:
     """The same on one host, where the libraries of the other routes are missing."""
     await fleet.start_trainer()
     await story.start((A, B_LOCAL, MOE))
@@ -63,6 +101,33 @@ async def tell_local(story: Story, fleet: Fleet, say: Say) -> None:
     await story.check(B_LOCAL, missed)
 
     await _step(story, 4, (A, B_LOCAL), decoder=True)
+
+
+async def _tell_vllm(
+    story: Story, fleet: Fleet, say: Say, near: EngineSpec, late: EngineSpec
+) -> None:
+    """Four versions in vLLM servers; one comes late, one is killed and comes back."""
+    await fleet.start_trainer()
+    await story.start((near,))
+    say("a shares the trainer's host: its worker reads the trainer's memory in place")
+    await _step(story, 1, (near,), decoder=False)
+    say("the first version went through vLLM's own loader, which proved the plan made of it;")
+    say("from now on every byte goes straight into the parameters that vLLM serves from")
+    second = await _step(story, 2, (near,), decoder=False)
+
+    where = ", on a host of its own: it pulls by p2p" if late.host else ""
+    say(f"engine b joins, late{where}")
+    await story.start((late,))
+    await story.check(late, second)
+
+    say("engine a is killed (SIGKILL: server and consumer), and a version is published without it")
+    await fleet.kill(near.engine)
+    missed = await _step(story, 3, (late,), decoder=False)
+    say("engine a starts again, with random weights, and catches up")
+    await story.start((near,))
+    await story.check(near, missed)
+
+    await _step(story, 4, (near, late), decoder=False)
 
 
 async def _step(

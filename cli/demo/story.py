@@ -1,9 +1,8 @@
 """What has happened in the demo, and how it knows that every step was right.
 
 Owns nothing: bus and fleet are the command's. An engine's version counts as verified only if the
-digest that its ranks added up is the publisher's, the SHA-256 over what each rank holds is what
-the engine's own loader makes of the trainer's tensors, and the engine embeds a sentence as the
-trainer does.
+digest that its ranks added up is the publisher's, and the engine, asked by other ways, shows no
+fault (`EngineKind.faults`): it embeds a sentence as the trainer does, and more where it can tell.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from msgspec import Struct
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.received import Received
-from weightbus.cli.demo.fleet import DemoFailed, EngineSpec, Fleet
-from weightbus.cli.demo.sentences import PROBE
+from weightbus.cli.demo.fleet import DemoFailed, Fleet
+from weightbus.cli.demo.kinds import EngineSpec
 from weightbus.cli.demo.words import Expected, Publish
-from weightbus.consumers.engines.torch.client import open_torch_client
-from weightbus.consumers.engines.torch.messages import Inputs
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter, UpdateComplete, UpdateFailed
 from weightbus.tracing.narration import narrate
@@ -32,10 +29,9 @@ __all__ = ("Checked", "Say", "Story")
 START_S = 150.0
 """From the start of processes that import torch, on a small machine, to their first answer."""
 STEP_S = 60.0
-"""Training and publishing one more version; also one request to an engine."""
+"""Training and publishing one more version."""
 POLL_S = 0.5
 """How often the processes are looked at while something is waited for."""
-EMBEDDING_TOLERANCE = 1e-5
 
 Say = Callable[[str], None]
 """Shows one line of plain text."""
@@ -85,12 +81,11 @@ class Story:
     async def start(self, engines: Sequence[EngineSpec]) -> None:
         """Start engines; returns once every one of them is present."""
         for spec in engines:
-            await self._fleet.start_engine(spec)
             self._say(
-                f"starting engine {spec.engine}: {spec.architecture}, {spec.ranks} rank"
-                f"{'s' if spec.ranks > 1 else ''}, follows {spec.model}"
+                f"starting engine {spec.engine}: {spec.kind.describe(spec)}, follows {spec.model}"
                 f"{spec.host and f', on {spec.host}'}"
             )
+            await self._fleet.start_engine(spec)
         for spec in engines:
             await self.wait_present(spec)
 
@@ -101,7 +96,7 @@ class Story:
             engines = await self._bus.presence.list(spec.model)
             return any(state.engine == spec.engine for state in engines)
 
-        await self._wait(present, START_S, f"engine {spec.engine}", "is not present")
+        await self._wait(present, spec.kind.start_s, f"engine {spec.engine}", "is not present")
 
     async def publish(self, model: str, version: int) -> Expected:
         """Let the trainer train on and publish."""
@@ -123,29 +118,16 @@ class Story:
 
         await self._wait(served, START_S, f"engine {spec.engine}", f"is not at {expected.version}")
         update = self._updates[key]
-        faults = [*_digest_faults(update, expected), *await self._state_faults(spec, expected)]
+        faults = [
+            *_digest_faults(update, expected),
+            *await spec.kind.faults(self._fleet, spec, expected),
+        ]
         self.checked.append(Checked(spec=spec, update=update, faults=tuple(faults)))
         self._say(
-            f"  {spec.engine} holds version {expected.version}, bit for bit"
+            f"  {spec.engine} holds version {expected.version}, {spec.kind.holds}"
             if not faults
             else f"  {spec.engine} is WRONG at version {expected.version}: {'; '.join(faults)}"
         )
-
-    async def _state_faults(self, spec: EngineSpec, expected: Expected) -> list[str]:
-        faults = []
-        async with open_torch_client(self._fleet.engine_directory(spec.engine)) as client:
-            report = await client.fingerprint(STEP_S)
-            if report.version != expected.version:
-                faults.append(f"it serves version {report.version}")
-            if report.fingerprints != expected.fingerprints:
-                faults.append("what its ranks hold is not what the trainer's tensors make")
-            if expected.embedding:
-                answer = await client.infer(Inputs(sentences=(PROBE,)), STEP_S)
-                (vector,) = answer.outputs.vectors
-                pairs = zip(vector, expected.embedding, strict=True)
-                if (worst := max(abs(x - y) for x, y in pairs)) > EMBEDDING_TOLERANCE:
-                    faults.append(f"its embedding is off by {worst:.2e}")
-        return faults
 
     async def _wait(
         self, done: Callable[[], Awaitable[bool]], deadline_s: float, who: str, what: str

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from weightbus.cli.demo.fleet import EngineSpec
+from weightbus.cli.demo.kinds import EngineSpec
 from weightbus.cli.demo.result import Result, result_of, verdict
 from weightbus.cli.demo.story import Checked
+from weightbus.cli.demo.torch_kind import TorchKind
 from weightbus.schemas.progress import UpdateComplete
 
+ROUTES = ("broadcast", "local", "p2p")
 MISSING = "no transfer engine: libnuma.so.1. To get it: apt-get install libnuma1"
 
 
@@ -29,7 +31,7 @@ def checked(engine: str, route: Any, version: int = 1, *faults: str) -> Checked:
         paused_s=0.0,
         trace_id=f"{version}",
     )
-    spec = EngineSpec(engine=engine, model="m", architecture="minilm")
+    spec = EngineSpec(engine=engine, model="m", kind=TorchKind("minilm"))
     return Checked(spec=spec, update=update, faults=faults)
 
 
@@ -38,7 +40,7 @@ PULLED = checked("b", "p2p", 1)
 
 
 def told(*updates: Checked, dead_letters: int = 0, missing: str = "") -> tuple[Result, str]:
-    result = result_of(updates, dead_letters, missing)
+    result = result_of(updates, dead_letters, missing, ROUTES)
     return result, verdict(result)
 
 
