@@ -1,0 +1,114 @@
+"""Speaks to the HTTP server of an engine on this host: JSON, one deadline per request.
+
+Owns one pool of connections. What each request means is the engine's adapter's to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import anyio
+import httpx
+
+from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
+
+__all__ = ("HttpRefused", "JsonServer", "open_json_server")
+
+KEEP_ALIVE_S: Final = 2.0
+"""Less than the 5 s after which uvicorn closes: no request meets a connection that just ends."""
+
+_MAX_REASON: Final = 500
+
+Query = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+class HttpRefused(EngineUnavailable):
+    """The engine's server answered a request with a status that is no success."""
+
+    def __init__(self, engine: str, path: str, status: int, said: str) -> None:
+        self.status, self.said = status, said
+        super().__init__(engine, f"{path} answered {status}: {said}")
+
+
+class JsonServer:
+    """The server of one engine."""
+
+    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
+        self.url = url
+        self._client = client
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        deadline_s: float,
+        *,
+        query: Query = (),
+        body: Mapping[str, Any] | None = None,
+        key: str = "",
+    ) -> dict[str, Any]:
+        """The JSON object that was answered; empty if it was something else.
+
+        Args:
+            path: begins with a slash.
+            key: of the API, sent as a bearer token; empty: none.
+
+        Raises:
+            HttpRefused: it answered, and refused.
+            EngineUnavailable: it did not answer.
+            DeadlineExceeded: not in time; it may still do what it was asked for.
+        """
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            with anyio.fail_after(deadline_s):
+                answer = await self._client.request(
+                    method, path, params=httpx.QueryParams(query), json=body, headers=headers
+                )
+        except TimeoutError:
+            raise DeadlineExceeded(f"{path} of {self.url}", deadline_s) from None
+        except httpx.HTTPError as error:
+            reason = f"{path}: {error or type(error).__name__}"
+            raise EngineUnavailable(self.url, reason) from None
+        if not answer.is_success:
+            raise HttpRefused(self.url, path, answer.status_code, _said(answer))
+        decoded = _decoded(answer)
+        return decoded if isinstance(decoded, dict) else {}
+
+
+@asynccontextmanager
+async def open_json_server(url: str) -> AsyncIterator[JsonServer]:
+    """The server at `http://host:port`; nothing is asked of it yet.
+
+    Raises:
+        EngineUnavailable: that is no URL.
+    """
+    try:
+        client = httpx.AsyncClient(
+            base_url=url,
+            timeout=None,  # every request has a deadline of its own
+            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_S),
+            trust_env=False,  # it is on this host: no proxy leads there
+        )
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise EngineUnavailable(url, f"not a URL: {error}") from None
+    async with client:
+        yield JsonServer(url, client)
+
+
+def _decoded(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        return None
+
+
+def _said(answer: httpx.Response) -> str:
+    """What an answer that is no success says, in one line."""
+    said: Any = _decoded(answer)
+    for key in ("error", "message", "detail"):
+        if isinstance(said, dict) and key in said:
+            said = said[key]
+    text = said if isinstance(said, str) else answer.text
+    return " ".join(text.split())[:_MAX_REASON] or answer.reason_phrase
