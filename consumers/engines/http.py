@@ -5,7 +5,7 @@ Owns one pool of connections. What each request means is the engine's adapter's 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -21,14 +21,14 @@ KEEP_ALIVE_S: Final = 2.0
 
 _MAX_REASON: Final = 500
 
-Query = Mapping[str, str] | Sequence[tuple[str, str]]
+Query = Mapping[str, str] | tuple[tuple[str, str], ...]
 
 
 class HttpRefused(EngineUnavailable):
     """The engine's server answered a request with a status that is no success."""
 
     def __init__(self, engine: str, path: str, status: int, said: str) -> None:
-        self.status, self.said = status, said
+        self.path, self.status, self.said = path, status, said
         super().__init__(engine, f"{path} answered {status}: {said}")
 
 
@@ -64,12 +64,12 @@ class JsonServer:
         try:
             with anyio.fail_after(deadline_s):
                 answer = await self._client.request(
-                    method, path, params=httpx.QueryParams(query), json=body, headers=headers
+                    method, path, params=_params(query), json=body, headers=headers
                 )
         except TimeoutError:
             raise DeadlineExceeded(f"{path} of {self.url}", deadline_s) from None
         except httpx.HTTPError as error:
-            reason = f"{path}: {error or type(error).__name__}"
+            reason = f"{path}: {str(error) or type(error).__name__}"
             raise EngineUnavailable(self.url, reason) from None
         if not answer.is_success:
             raise HttpRefused(self.url, path, answer.status_code, _said(answer))
@@ -95,6 +95,11 @@ async def open_json_server(url: str) -> AsyncIterator[JsonServer]:
         raise EngineUnavailable(url, f"not a URL: {error}") from None
     async with client:
         yield JsonServer(url, client)
+
+
+def _params(query: Query) -> httpx.QueryParams:
+    pairs = query.items() if isinstance(query, Mapping) else query
+    return httpx.QueryParams(tuple(pairs))
 
 
 def _decoded(answer: httpx.Response) -> Any:
