@@ -28,7 +28,7 @@ import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, cast
@@ -76,9 +76,9 @@ class _Pending:
     def __init__(self, rank: int, instance: bytes) -> None:
         self.rank, self.instance = rank, instance
         self.settled = anyio.Event()
-        self.reply: WorkerMessage | WorkerLost | None = None
+        self.reply: WorkerMessage | WeightBusError | None = None
 
-    def settle(self, reply: WorkerMessage | WorkerLost) -> None:
+    def settle(self, reply: WorkerMessage | WeightBusError) -> None:
         if self.reply is None:
             self.reply = reply
             self.settled.set()
@@ -98,18 +98,34 @@ class WorkerChannel:
         self._instances: dict[int, bytes] = {}
         self._closed = False
 
+    def next_number(self) -> int:
+        """A number for a request that somebody else has to know, too."""
+        return next(self._numbers)
+
     async def request_each(
-        self, requests: Mapping[int, WorkerMessage], deadline_s: float, *, adopt: bool = False
+        self,
+        requests: Mapping[int, WorkerMessage],
+        deadline_s: float,
+        *,
+        adopt: bool = False,
+        numbers: Mapping[int, int] | None = None,
     ) -> dict[int, WorkerMessage | WeightBusError]:
         """Ask several workers at once: the reply of each rank, or why there is none.
 
-        Returns when every rank has replied, is lost, or the time is up. See `request`.
+        Returns when every rank has replied, is lost, or the time is up. `numbers` are those of the
+        requests, by rank, each from `next_number`. See `request`.
         """
         outcomes: dict[int, WorkerMessage | WeightBusError] = {}
 
         async def ask(rank: int, request: WorkerMessage) -> None:
             try:
-                outcomes[rank] = await self.request(rank, request, deadline_s, adopt=adopt)
+                outcomes[rank] = await self.request(
+                    rank,
+                    request,
+                    deadline_s,
+                    adopt=adopt,
+                    number=None if numbers is None else numbers[rank],
+                )
             except WeightBusError as error:
                 outcomes[rank] = error
 
@@ -119,9 +135,16 @@ class WorkerChannel:
         return {rank: outcomes[rank] for rank in requests}
 
     async def request(
-        self, rank: int, request: WorkerMessage, deadline_s: float, *, adopt: bool = False
+        self,
+        rank: int,
+        request: WorkerMessage,
+        deadline_s: float,
+        *,
+        adopt: bool = False,
+        number: int | None = None,
     ) -> WorkerMessage:
-        """Ask one worker and wait for its reply. The request's number is set here.
+        """Ask one worker and wait for its reply. The request's number is set here; by default it is
+        the next one.
 
         A rank's worker is the one that answered first; from then on only that process is spoken to.
         With `adopt`, or before the first answer, whoever is there is waited for and taken.
@@ -130,8 +153,9 @@ class WorkerChannel:
             DeadlineExceeded: no reply in time. The worker may still carry the request out.
             WorkerLost: the worker died, was replaced, never came, or said what cannot be read.
             MessageInvalid: the request breaks the contract; it was not sent.
+            WeightBusError: what `give_up_nowait` was told.
         """
-        number = next(self._numbers)
+        number = self.next_number() if number is None else number
         payload = encode(msgspec.structs.replace(request, request=number))
         instance = _ANYONE if adopt else self._instances.get(rank, _ANYONE)
         pending = _Pending(rank, instance)
@@ -148,10 +172,20 @@ class WorkerChannel:
             if not sent:
                 raise WorkerLost(rank, f"it did not connect within {deadline_s:g} s")
             raise DeadlineExceeded(f"{type(request).__name__} of rank {rank}", deadline_s)
-        if isinstance(pending.reply, WorkerLost):
+        if isinstance(pending.reply, WeightBusError):
             raise pending.reply
         self._instances[rank] = pending.instance
         return pending.reply
+
+    def give_up_nowait(self, numbers: Iterable[int], error: WeightBusError) -> None:
+        """Let requests that have not been replied to fail with `error`, now."""
+        for number in numbers:
+            if (pending := self._pending.get(number)) is not None:
+                pending.settle(error)
+
+    async def is_connected(self, rank: int) -> bool:
+        """Whether a worker of this rank is connected now, whichever process that is."""
+        return await self._try_send(_Pending(rank, _ANYONE), _NOTHING)
 
     async def _send(self, pending: _Pending, payload: bytes) -> None:
         """Waits for a worker to connect, unless it is one that was there before."""

@@ -24,7 +24,7 @@ class StuckRanks:
     ranks = 2
 
     async def request_each(
-        self, requests: Mapping[int, WorkerMessage], deadline_s: float
+        self, requests: Mapping[int, WorkerMessage], deadline_s: float, *, adopt: bool
     ) -> dict[int, WorkerMessage | WeightBusError]:
         return {rank: DeadlineExceeded("reload", deadline_s) for rank in requests}
 
