@@ -19,8 +19,13 @@ __all__ = ("WeightBusExtension",)
 
 
 class WeightBusExtension:
-    def weightbus_open(self, directory: str) -> dict[str, Any]:
-        """Make our end in this worker, if there is none, and connect it; says which rank this is.
+    def weightbus_rank(self) -> dict[str, int]:
+        """Which rank this is, of how many."""
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        return {"rank": parallel.rank, "world_size": parallel.world_size}
+
+    def weightbus_open(self, directory: str) -> None:
+        """Make our end in this worker, if there is none, and connect it.
 
         Raises:
             EngineUnavailable: see `VllmWorker.open`.
@@ -37,7 +42,6 @@ class WeightBusExtension:
                     ours.show_draft(draft, config.speculative_config.draft_model_config)
             self._weightbus = ours
         ours.open(directory)
-        return {"rank": worker.vllm_config.parallel_config.rank}
 
     def weightbus_turn(self, turn: str) -> None:
         """One turn, as JSON.

@@ -22,7 +22,7 @@ from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.errors import EngineUnavailable
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.schemas.errors import WeightBusError
-from weightbus.schemas.worker import Apply, Attach, Inspect, WorkerRequest
+from weightbus.schemas.worker import Apply, Inspect, WorkerRequest
 
 __all__ = ("Draft", "VllmWorker", "drafts_from_checkpoint")
 
@@ -90,7 +90,7 @@ class VllmWorker:
     def _refusal(self, request: WorkerRequest) -> WeightBusError | None:
         if self._needs_draft and self._draft is None:
             return DraftUnknown(self._vllm_config.model_config.model)
-        touches = isinstance(request, Attach | Apply) or (
+        touches = isinstance(request, Apply) or (
             isinstance(request, Inspect) and request.layout_digest is not None
         )
         if touches and _weights_are_asleep():

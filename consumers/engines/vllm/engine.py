@@ -1,0 +1,412 @@
+"""The `vllm` engine as a consumer sees it: vLLM's control and its workers behind one `Engine`.
+
+Owns the connection to vLLM, the channel to its workers, and a file in the engine's directory that
+says what was served last. The engine itself is somebody else's, and goes on when this closes.
+
+What is computed with weights and kept outlives an update unless it is dropped. With `caches` at
+`reset` vLLM drops it as part of the pause, before anything is written, so that an engine that
+cannot is refused then: the blocks of the prefix cache, those of a connector, and what encoders
+made. Blocks of running requests cannot be told from the others by vLLM: in mode `keep` such
+requests are preempted, and when they go on, their keys and values are computed anew with the new
+weights, from the prompt and the tokens that they have made so far. No request is lost. Since
+vLLM's documentation leaves it open whether it does so in mode `keep`, it is asked once more before
+the resumption there, and its answer is looked at. With `caches` at `keep` nothing is dropped:
+running requests go on at once, on keys and values of the old weights, and new requests find them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import anyio
+import msgspec
+from msgspec import Struct
+
+from weightbus.bus.host import host_id as this_host_id
+from weightbus.consumers.engines.asking import REPLIES, Outcomes
+from weightbus.consumers.engines.channel import WorkerChannel, open_channel
+from weightbus.consumers.engines.directory import EngineDirectory
+from weightbus.consumers.engines.engine import EngineReport
+from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
+from weightbus.consumers.engines.turns import Turn, TurnEngine
+from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
+from weightbus.consumers.errors import ConsumerError, EngineUnavailable
+from weightbus.schemas.worker import (
+    Applied,
+    Failed,
+    Feed,
+    Inspect,
+    Inspected,
+    WorkerMessage,
+)
+
+if TYPE_CHECKING:
+    from weightbus.consumers.engines.vllm.handle import VllmHandle
+
+__all__ = ("START_TIMEOUT_S", "VllmEngine", "VllmSettings", "open_vllm_engine")
+
+START_TIMEOUT_S: Final = 600.0
+CLOSE_S: Final = 5.0
+
+CONNECT_S: Final = 5.0
+"""How long a worker that was told to connect may take to be there."""
+
+PROBES_PER_TURN: Final = 200
+"""How often it may be looked whether workers are there before they must read what that sends them:
+a worker reads in its turns only, and 1000 frames wait at most."""
+
+_CONNECT_POLL_S: Final = 0.01
+
+_SERVED_FILE: Final = "served.json"
+_NO_LAYOUT: Final = "0" * 64
+"""Digest of a layout that nobody attaches."""
+
+_logger = logging.getLogger(__name__)
+
+
+class VllmSettings(Struct, frozen=True, kw_only=True):
+    """How an engine is treated."""
+
+    pause: PauseMode = "keep"
+    """What becomes of requests that run when an update comes: they go on after it, it waits for
+    them, or they are aborted."""
+    sleeping: Literal["refuse", "wake"] = "refuse"
+    """What is done when the engine sleeps and a version comes."""
+    caches: Literal["reset", "keep"] = "reset"
+    """What becomes of what was computed with the old weights; see above."""
+    api_key: str = ""
+    """As in vLLM's `--api-key`."""
+
+
+class Held(Struct, frozen=True):
+    """What one rank holds, as it last said."""
+
+    instance: str
+    version: int
+    touched: bool
+    updates: int
+
+
+class Served(Struct, frozen=True):
+    """What was served last, and how every rank was then."""
+
+    version: int
+    ranks: tuple[Held, ...]
+
+
+class VllmEngine(TurnEngine):
+    """See `Engine` and `AskingEngine`.
+
+    vLLM takes any command at any time. So that no part of an update is served, the engine must be
+    paused through here before `apply`, and `resume` serves what every rank holds whole only.
+    """
+
+    kind = "vllm"
+
+    def __init__(
+        self,
+        control: VllmControl,
+        channel: WorkerChannel,
+        place: EngineDirectory,
+        settings: VllmSettings,
+        roots: Sequence[str],
+        host_id: str,
+    ) -> None:
+        super().__init__(channel, str(place.path), roots, host_id)
+        self._control = control
+        self._place = place
+        self._settings = settings
+        self._paused = False
+        self._woken = False
+        """Its parameters were woken by us; the rest of it sleeps still."""
+        self._held: dict[int, Held] = {}
+        self._served = _read_served(place.path / _SERVED_FILE)
+        self._error = ""
+        self._probes = 0
+
+    async def pause(self, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
+        control, settings = self._control, self._settings
+        if not self._paused and await control.is_sleeping(deadline_s):
+            await self._wake(_left_s(end))
+        await control.pause(settings.pause, settings.caches == "reset", _left_s(end))
+        self._paused = True
+
+    async def apply(
+        self,
+        version: int,
+        layout_digest: str,
+        feeds: Mapping[int, Feed],
+        deadline_s: float,
+    ) -> tuple[Applied, ...]:
+        if not self._paused:
+            reason = "it is not paused: its weights must not change"
+            raise EngineUnavailable(self._name, reason)
+        for rank in feeds:
+            if (held := self._held.get(rank)) is not None:
+                self._held[rank] = msgspec.structs.replace(held, touched=True)
+        return await super().apply(version, layout_digest, feeds, deadline_s)
+
+    async def resume(self, version: int, deadline_s: float) -> None:
+        """
+        Raises:
+            EngineUnavailable: a rank does not hold this version whole, or vLLM refused.
+        """
+        end = anyio.current_time() + deadline_s
+        if len(self._held) < self.ranks:
+            await self.inspect(None, deadline_s)
+        for rank, held in sorted(self._held.items()):
+            if held.touched or held.version != version:
+                what = "a part of an update after" if held.touched else "version"
+                reason = f"rank {rank} holds {what} {held.version}, not version {version}"
+                raise EngineUnavailable(self._name, reason)
+        served = Served(version, self._ranks_held())
+        _write_served(self._place.path / _SERVED_FILE, served)
+        self._served = served
+        async with _together() as tasks:
+            if version >= 0:
+                tasks.start_soon(self._control.set_version, str(version), _left_s(end))
+            if self._settings.pause == "keep" and self._settings.caches == "reset":
+                tasks.start_soon(self._control.reset_caches, _left_s(end))
+        if self._woken:
+            await self._control.wake_up((), _left_s(end))
+            self._woken = False
+        await self._control.resume(_left_s(end))
+        self._paused = False
+
+    async def state(self, deadline_s: float) -> EngineReport:
+        """Asks vLLM only while no turn of ours is under way, which it would wait for."""
+        if not self._turns.locked():
+            end = anyio.current_time() + deadline_s
+            self._paused = await self._control.is_paused(deadline_s)
+            stale = self._probes >= PROBES_PER_TURN or not await self._are_connected()
+            if stale and not self._turns.locked():
+                await self.inspect(None, _left_s(end))
+        served, held = self._served, self._ranks_held()
+        if served is not None and _instances(served.ranks) == _instances(held):
+            version, touched = served.version, served.ranks != held
+        else:
+            version, touched = -1, any(rank.updates > 0 for rank in held)
+        return EngineReport(
+            version=version,
+            paused=self._paused,
+            touched=touched,
+            ranks=self.ranks,
+            error=self._error,
+        )
+
+    # ---------------------------------------------------------------- turns
+
+    async def open(self, deadline_s: float) -> None:
+        """Connect to the workers, and find out what they hold.
+
+        Raises:
+            EngineUnavailable, DeadlineExceeded, WorkerLost
+            ApplyFailed: a worker refused.
+        """
+        end = anyio.current_time() + deadline_s
+        await self._connect(deadline_s)
+        await self.inspect(None, _left_s(end))
+
+    async def _open_ranks(self, deadline_s: float) -> None:
+        if not await self._are_connected():
+            await self._connect(deadline_s)
+
+    async def _connect(self, deadline_s: float) -> None:
+        """Whatever server is there now."""
+        end = anyio.current_time() + deadline_s
+        await self._control.probe(deadline_s)
+        ranks = await self._control.world_size(_left_s(end))
+        if ranks != self.ranks:
+            reason = f"it has {ranks} workers now, and had {self.ranks}: start its consumer anew"
+            raise EngineUnavailable(self._control.name, reason)
+        await self._control.open(str(self._place.path), _left_s(end))
+        with anyio.move_on_after(min(CONNECT_S, _left_s(end))):
+            while True:
+                if await self._are_connected():
+                    return
+                await anyio.sleep(_CONNECT_POLL_S)
+
+    async def _are_connected(self) -> bool:
+        """Whether a worker of every rank is there. Each sees that it was looked for when it has a
+        turn."""
+        self._probes += 1
+        for rank in range(self.ranks):
+            if not await self._channel.is_connected(rank):
+                return False
+        return True
+
+    async def _give_turn(self, turn: Turn, deadline_s: float) -> None:
+        await self._control.turn(turn, deadline_s)
+        self._probes = 0
+
+    async def _ask(
+        self, requests: Mapping[int, WorkerMessage], deadline_s: float, *, adopt: bool = False
+    ) -> Outcomes:
+        end = anyio.current_time() + deadline_s
+        outcomes = await super()._ask(requests, deadline_s, adopt=adopt)
+        if any(_failed_with(DraftUnknown, outcome) for outcome in outcomes.values()):
+            try:
+                await self._control.show_draft(_left_s(end))
+            except ConsumerError as error:
+                return dict.fromkeys(requests, error)
+            outcomes = await super()._ask(requests, _left_s(end), adopt=adopt)
+        for rank, outcome in outcomes.items():
+            self._learn(rank, outcome)
+        return outcomes
+
+    def _learn(self, rank: int, outcome: object) -> None:
+        """What a rank holds, as far as its answer tells."""
+        known = self._held.get(rank)
+        match outcome:
+            case Inspected():
+                if known is not None and known.instance != outcome.instance:
+                    self._error = "its workers were started anew"
+                self._held[rank] = Held(
+                    outcome.instance, outcome.version, outcome.touched, outcome.updates
+                )
+            case Applied() if known is not None:
+                self._held[rank] = Held(
+                    known.instance, outcome.version, touched=False, updates=known.updates + 1
+                )
+
+    def _ranks_held(self) -> tuple[Held, ...]:
+        return tuple(self._held[rank] for rank in sorted(self._held))
+
+    # ---------------------------------------------------------------- sleep
+
+    async def _wake(self, deadline_s: float) -> None:
+        """Bring back the parameters of an engine that sleeps; one that is only paused, by whoever
+        was its consumer before, is left as it is.
+
+        Raises:
+            EngineUnavailable: it sleeps, and must not be woken.
+        """
+        end = anyio.current_time() + deadline_s
+        ask = Inspect(request=0, layout_digest=_NO_LAYOUT, deadline_s=deadline_s)
+        outcomes = await self._ask({0: ask}, deadline_s)
+        if not _failed_with(EngineAsleep, outcomes[0]):
+            return
+        if self._settings.sleeping == "refuse":
+            reason = "it sleeps: wake it first, or let its consumer do so (sleeping: wake)"
+            raise EngineUnavailable(self._control.name, reason)
+        await self._control.wake_up(("weights",), _left_s(end))
+        self._woken = True
+
+
+@asynccontextmanager
+async def open_vllm_engine(
+    directory: Path,
+    *,
+    url: str | None = None,
+    handle: VllmHandle | None = None,
+    settings: VllmSettings | None = None,
+    roots: Sequence[str] = (),
+    host_id: str | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> AsyncIterator[VllmEngine]:
+    """The vLLM engine behind a URL, or the one in this process, once all its workers answer.
+
+    Its workers meet the consumer in `directory`, which is created for this user alone. They read
+    files only below `roots`, and shared memory only of the host `host_id` (by default this one).
+    Exactly one of `url` (`http://host:port`) and `handle` is given.
+
+    Raises:
+        EngineUnavailable: there is none, it lacks what we need, or it has another consumer.
+        ConsumerError: its workers do not answer, or refuse.
+    """
+    settings = settings or VllmSettings()
+    end = anyio.current_time() + start_timeout_s
+    place = EngineDirectory(directory)
+    place.prepare()
+    async with AsyncExitStack() as stack:
+        control = await stack.enter_async_context(
+            _open_control(url, handle, settings, start_timeout_s)
+        )
+        await control.probe(_left_s(end))
+        ranks = await control.world_size(_left_s(end))
+        channel = await stack.enter_async_context(open_channel(place.control, ranks, REPLIES))
+        engine = VllmEngine(control, channel, place, settings, roots, host_id or this_host_id())
+        stack.push_async_callback(_close, control)
+        await engine.open(_left_s(end))
+        yield engine
+
+
+@asynccontextmanager
+async def _open_control(
+    url: str | None, handle: VllmHandle | None, settings: VllmSettings, deadline_s: float
+) -> AsyncIterator[VllmControl]:
+    if (url is None) == (handle is None):
+        raise ValueError("exactly one of url and handle must be given")
+    if handle is not None:
+        from weightbus.consumers.engines.vllm.handle import open_handle_control
+
+        async with open_handle_control(handle) as within:
+            yield within
+        return
+    assert url is not None
+    try:
+        from weightbus.consumers.engines.vllm.http import open_http_control, wait_until_healthy
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed: pip install 'weightbus[http]'"
+        raise EngineUnavailable(url, reason) from None
+    await wait_until_healthy(url, deadline_s)
+    async with open_http_control(url, settings.api_key) as control:
+        yield control
+
+
+async def _close(control: VllmControl) -> None:
+    with anyio.CancelScope(shield=True):
+        await control.close(CLOSE_S)
+
+
+@asynccontextmanager
+async def _together() -> AsyncIterator[anyio.abc.TaskGroup]:
+    """Calls that run beside each other; the first that fails is what comes out."""
+    try:
+        async with anyio.create_task_group() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+def _instances(ranks: Sequence[Held]) -> list[str]:
+    return [rank.instance for rank in ranks]
+
+
+def _left_s(end: float) -> float:
+    return max(0.0, end - anyio.current_time())
+
+
+def _failed_with(kind: type[ConsumerError], outcome: object) -> bool:
+    return isinstance(outcome, Failed) and outcome.error == kind.__name__
+
+
+def _read_served(path: Path) -> Served | None:
+    """None: nothing was served yet, or what was written cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Served)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        _logger.warning("what was served last is not known: %s: %s", path, error)
+        return None
+
+
+def _write_served(path: Path, served: Served) -> None:
+    """Whole or not at all.
+
+    Raises:
+        EngineUnavailable: it cannot be written.
+    """
+    beside = path.with_suffix(".new")
+    try:
+        beside.write_bytes(msgspec.json.encode(served))
+        os.replace(beside, path)
+    except OSError as error:
+        raise EngineUnavailable(str(path), f"cannot be written: {error.strerror}") from None
