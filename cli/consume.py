@@ -20,13 +20,18 @@ from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.host import address_towards, host_id, why_not_own_address
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
+from weightbus.cli.engines import (
+    EngineChoice,
+    VllmChoice,
+    choose_engine,
+    engine_options,
+    open_engine,
+)
 from weightbus.cli.links import LINKS_FILE, read_links
-from weightbus.cli.options import device_option, p2p_options
+from weightbus.cli.options import p2p_options
 from weightbus.cli.sizes import read_size
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
-from weightbus.consumers.engines.torch.engine import open_torch_engine
-from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.planning.staging import MIB, StagingLimits
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.compose import open_routes
@@ -53,8 +58,9 @@ class Options(Struct, frozen=True, kw_only=True):
     required: tuple[RouteName, ...]
     """Routes that were asked for by name."""
     otlp: OtlpSettings | None
+    engine: EngineChoice
     engine_dir: Path | None
-    spawn: TorchEngineSpec | None
+    """Of the engine's sockets; None: a new one, removed at the end."""
 
 
 def _own_address(
@@ -87,26 +93,7 @@ def _staging(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--nats", "nats_url", help="NATS URL; else WEIGHTBUS_NATS_URL, else a bus of its own."
 )
-@click.option("--engine", "kind", type=click.Choice(["torch"]), default="torch", show_default=True)
-@click.option(
-    "--engine-dir",
-    type=click.Path(path_type=Path),
-    help="Directory of the engine's sockets; with --architecture a new one by default.",
-)
-@click.option(
-    "--architecture",
-    type=click.Choice(["decoder", "minilm", "shapes"]),
-    help="Start a torch engine of this architecture, and own it.",
-)
-@click.option("--config", default="{}", help="Configuration of the architecture, as JSON.")
-@click.option(
-    "--tp",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Ranks of the engine that is started.",
-)
-@device_option
+@engine_options
 @click.option(
     "--root",
     "roots",
@@ -173,12 +160,6 @@ def command(
     model: str,
     engine_id: str,
     nats_url: str | None,
-    kind: str,
-    engine_dir: Path | None,
-    architecture: str | None,
-    config: str,
-    tp: int,
-    device: str,
     roots: Sequence[str],
     routes: Sequence[Any],
     address: str | None,
@@ -190,6 +171,7 @@ def command(
     commit: CommitPolicy,
     join_window: float,
     host: str | None,
+    **engine: Any,
 ) -> None:
     """Keep an inference engine on the newest version of a model.
 
@@ -199,12 +181,10 @@ def command(
 
     What is the same for all engines of a host can be in the environment: WEIGHTBUS_ROUTE (several:
     with spaces), WEIGHTBUS_ADDRESS, WEIGHTBUS_P2P_PROTOCOL, WEIGHTBUS_P2P_DEVICE,
-    WEIGHTBUS_KEEP_COPY, WEIGHTBUS_STAGING_BYTES and WEIGHTBUS_LINKS.
+    WEIGHTBUS_KEEP_COPY, WEIGHTBUS_STAGING_BYTES and WEIGHTBUS_LINKS. The API key of the engine's
+    server is there and nowhere else: WEIGHTBUS_ENGINE_KEY.
     """
-    if engine_dir is None and architecture is None:
-        raise click.UsageError(
-            "give --engine-dir of a running engine, or --architecture of a new one"
-        )
+    choice = choose_engine(click.get_current_context(), engine, os.environ)
     if set(routes) == {"broadcast"}:
         raise click.UsageError(
             "--route broadcast needs --route local or --route p2p beside it: by it alone no engine "
@@ -231,27 +211,10 @@ def command(
         ),
         required=tuple(routes),
         otlp=OtlpSettings.from_env(os.environ),
-        engine_dir=engine_dir,
-        spawn=_spec(kind, architecture, config, tp, device),
+        engine_dir=engine["engine_dir"],
+        engine=choice,
     )
     anyio.run(run_consumer, options)
-
-
-def _spec(
-    kind: str, architecture: str | None, config: str, tp: int, device: str
-) -> TorchEngineSpec | None:
-    if architecture is None:
-        return None
-    try:
-        return TorchEngineSpec(
-            architecture=architecture,
-            config=msgspec.json.decode(config, type=dict),
-            tp=tp,
-            device=device,
-        )
-    except msgspec.MsgspecError as error:
-        reason = f"{config!r} of the {kind} engine: {error}"
-        raise click.BadParameter(reason, param_hint="--config") from None
 
 
 async def run_consumer(options: Options) -> None:
@@ -274,10 +237,10 @@ async def run_consumer(options: Options) -> None:
                 resource={"weightbus.engine": config.engine},
             )
         )
+        if isinstance(options.engine, VllmChoice):
+            click.echo(f"engine {config.engine}: waiting for vLLM at {options.engine.url}")
         engine = await stack.enter_async_context(
-            open_torch_engine(
-                directory, spawn=options.spawn, roots=config.file_roots, host_id=config.host_id
-            )
+            open_engine(options.engine, directory, roots=config.file_roots, host_id=config.host_id)
         )
         opened = open_routes(config, bus, options.required)
         routes = await stack.enter_async_context(opened)

@@ -19,6 +19,7 @@ from msgspec import Struct, structs
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.consume import Options, run_consumer
+from weightbus.cli.engines import TorchChoice
 from weightbus.cli.until import until_stopped
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine, EngineReport
@@ -50,8 +51,8 @@ async def main(arguments: Arguments) -> None:
             consumer=config,
             required=(),
             otlp=None,
+            engine=TorchChoice(),
             engine_dir=Path(arguments.directory),
-            spawn=None,
         )
         await run_consumer(options)
         return

@@ -10,6 +10,7 @@ import click.testing
 import pytest
 
 from weightbus.cli import consume
+from weightbus.cli.engines import TorchChoice
 from weightbus.cli.links import read_links
 from weightbus.schemas.rounds import Links
 
@@ -81,7 +82,8 @@ def test_option_is_refused_by_its_name_when_it_can_never_work(
 def test_engine_is_started_on_the_device_that_was_asked_for(asked: list[consume.Options]) -> None:
     assert invoke("--architecture", "decoder").exit_code == 0
     assert invoke("--architecture", "decoder", "--device", "cuda:2", "--tp", "2").exit_code == 0
-    ranks = [options.spawn and list(map(options.spawn.device_of, range(2))) for options in asked]
+    specs = [options.engine.spawn for options in asked if isinstance(options.engine, TorchChoice)]
+    ranks = [spec and list(map(spec.device_of, range(2))) for spec in specs]
     assert ranks == [["cpu", "cpu"], ["cuda:2", "cuda:3"]]
 
 
