@@ -4,6 +4,7 @@ trainer. Owns nothing; the processes are the fleet's.
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -79,5 +80,8 @@ def embedding_faults(found: Sequence[float], expected: Sequence[float]) -> list[
     """What is wrong with an engine's embedding of the probe."""
     if len(found) != len(expected):
         return [f"its embedding has {len(found)} values, the trainer's {len(expected)}"]
-    worst = max(abs(x - y) for x, y in zip(found, expected, strict=True))
-    return [f"its embedding is off by {worst:.2e}"] if not worst <= EMBEDDING_TOLERANCE else []
+    off = [abs(x - y) for x, y in zip(found, expected, strict=True)]
+    if all(each <= EMBEDDING_TOLERANCE for each in off):
+        return []
+    worst = math.nan if any(map(math.isnan, off)) else max(off)
+    return [f"its embedding is off by {worst:.2e}"]
