@@ -11,7 +11,7 @@ thread that prepares, beside forward passes. Whatever a method raises becomes a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -91,3 +91,11 @@ class ModelHost(ABC):
         """
         del buffer
         return not persistent
+
+    def derived(self) -> Mapping[str, str]:
+        """Modules that keep what they derive of their weights elsewhere than in tensors that hang
+        on them, and where: asked for after a `reload` of the whole checkpoint.
+
+        Of a module that is named, nothing is ever written directly, nor of the modules below it.
+        """
+        return {}

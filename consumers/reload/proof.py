@@ -4,19 +4,21 @@ Does no I/O. Equal shape does not prove equal layout: engines repack weights aft
 an update through the engine's own loader every live parameter is compared, byte for byte, with what
 the plan makes of the same checkpoint. A module with a parameter that differs is *processed*, as a
 whole: it goes through the engine's own reload every time. So does every module below one that hangs
-tensors on itself which a freshly built model does not have: they are derived from what was loaded.
+tensors on itself which a freshly built model does not have, or of which its engine says that it
+keeps such elsewhere: they are derived from what was loaded.
 
 Some bytes prove nothing: zeros, or rows that are all equal, look the same in any order. A parameter
 that holds such bytes is *undecided*: of it is known only what the engine makes of these very bytes.
 It may be written directly while they stay the same, and must be proven again once they change.
 
 A proof holds for one layout, one set of needs and the memory that the live parameters then had. It
-cannot see what an engine derives from weights and keeps elsewhere than in tensors of its modules.
+cannot see what an engine derives from weights and keeps elsewhere than in tensors of its modules:
+that is for its host to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,16 +80,20 @@ def memory_of(model: nn.Module) -> Memory:
     return places_of(model)
 
 
-def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) -> Proof:
+def prove(
+    trace: Trace,
+    live: nn.Module,
+    make: Callable[[Iterable[int]], Made],
+    derived: Mapping[str, str] | None = None,
+) -> Proof:
     """Compare a live model, loaded by its engine, with what the plan makes of the same checkpoint.
 
     Args:
         make: the plan's parameters of some numbers, in any order.
+        derived: as `ModelHost.derived` tells.
     """
     state = {item.name: item for item in state_tensors(live)}
     reasons: dict[str, list[str]] = {}  # by module
-    for name in sorted(state.keys() - trace.names):
-        _note(reasons, name, f"{name} is not there before the engine processes what it loaded")
     owners = trace.needs.parameters
     comparable: list[int] = []
     for number, spec in enumerate(owners):
@@ -111,8 +117,10 @@ def prove(trace: Trace, live: nn.Module, make: Callable[[Iterable[int]], Made]) 
             difference = "" if distance == tie.offset_bytes else f"is no longer tied to {owner}"
         if difference:
             _note(reasons, name, f"{name} {difference}")
-    holders = sorted({module_of(name) for name in state})
-    for module, attribute in sorted(plain_tensors(live).keys() - trace.plain):
+    found = {(module_of(name), name.rpartition(".")[2]) for name in state.keys() - trace.names}
+    found |= plain_tensors(live).keys() - trace.plain
+    holders = sorted({module_of(name) for names in _names(trace) for name in names})
+    for module, attribute in sorted(found | set((derived or {}).items())):
         below = f"{module}." if module else ""
         for inner in holders:
             if inner == module or inner.startswith(below):

@@ -343,7 +343,7 @@ class Reloader:
         self._load_all(version)
         self._host.synchronize()
         with self._maker.making(version.reading, plan) as make:
-            proof = prove(trace, self._host.live_model(), make)
+            proof = prove(trace, self._host.live_model(), make, self._host.derived())
         version.outcome.processed = len(trace.needs.parameters)
         version.outcome.reason = f"proof of the plan, {_summary(proof)}"
         return proof

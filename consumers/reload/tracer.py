@@ -132,9 +132,9 @@ def _record(
     try:
         with torch.no_grad(), recorder:
             host.load_weights(model, weights)
-    except CheckpointRefused:
-        raise
     except Exception as error:
+        if isinstance(error, CheckpointRefused) and recorder.refusal is None:
+            raise
         raise TraceRefused(
             host.name, recorder.refusal or f"{type(error).__name__}: {error}"
         ) from error

@@ -1,0 +1,246 @@
+"""vLLM's own reload lifecycle, for a whole model or for some of its modules.
+
+Owns nothing between two calls. `reload_layerwise` takes the chosen modules back to how they were
+before their post-processing, loads them, processes them again, and copies what comes out into the
+memory that the engine uses: captured graphs stay valid.
+
+What vLLM leaves out is done beside it:
+    the kernels of unquantised experts repack their weights only when they are made, not when these
+    are loaded again (on a CPU the update is then without effect, and nothing says so);
+    what post-processing keeps in closures and kernel objects is bound anew, while a compiled graph
+    keeps what it was traced with: such copies are renewed in their own memory;
+    when loading fails, modules stay on `meta`: they are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from weightbus.consumers.engines.vllm.captured import (
+    Bound,
+    bound_attributes,
+    keep_in_place,
+    rebound,
+)
+from weightbus.consumers.reload.host import Weights
+
+__all__ = ("Processed", "processes_itself", "reload_layerwise")
+
+Load = Callable[[Weights], None]
+
+
+@dataclass
+class Processed:
+    """What post-processing did to the modules of one reload."""
+
+    derived: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
+    """By id: the modules that keep a copy of their weights, and where."""
+    moved: list[str] = field(default_factory=list)
+    """Copies that are elsewhere now: `module type.attribute`."""
+
+
+class _Chosen(nn.Module):
+    """Some modules, as vLLM's lifecycle asks for them: each for itself, without those below it."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layers", tuple(layers))
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        yield from self._layers  # type: ignore[misc]
+
+
+def reload_layerwise(
+    model: Any,
+    model_config: ModelConfig,
+    layers: Sequence[nn.Module],
+    weights: Weights,
+) -> Processed:
+    """Load `layers` of `model` with what they are made of, and process them.
+
+    Called within the vLLM config and on the device of the model. If it raises, every parameter is
+    in its place again, with some bytes of the old and some of the new version.
+
+    Raises:
+        Exception: whatever vLLM raises.
+    """
+    chosen = _Chosen(layers)
+    processed = Processed()
+    state = frozenset(
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.numel()
+    )
+    with (
+        torch.no_grad(),
+        _without_torchao_reload(model),
+        _put_back(layers),
+        _watched(layers, state, processed),
+    ):
+        initialize_layerwise_reload(chosen)
+        model.load_weights(weights)
+        finalize_layerwise_reload(chosen, model_config)
+    return processed
+
+
+@contextmanager
+def _without_torchao_reload(model: Any) -> Iterator[None]:
+    """`initialize_layerwise_reload` turns this off for the model that it is given, which is not
+    the one whose `load_weights` looks at it."""
+    before = getattr(model, "_do_torchao_reload", None)
+    if not before:
+        yield
+        return
+    model._do_torchao_reload = False
+    try:
+        yield
+    finally:
+        model._do_torchao_reload = before
+
+
+@contextmanager
+def _put_back(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever happens, no layer is left on `meta` or with a loader that only collects."""
+    try:
+        yield
+    finally:
+        for layer in layers:
+            info = get_layerwise_info(layer)
+            if info.kernel_tensors is not None:
+                _place(layer, *info.kernel_tensors)
+            info.reset()
+            for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+                loader: Any = getattr(tensor, "weight_loader", None)
+                while getattr(loader, "__name__", "") == "online_process_loader":
+                    loader = loader.__wrapped__
+                    tensor.weight_loader = loader  # type: ignore[union-attr]
+
+
+def _place(layer: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+    """Bind exactly these tensors, as they were when the reload began."""
+    transient = set(layer._non_persistent_buffers_set)
+    info = get_layerwise_info(layer)
+    transient |= getattr(info, "kernel_non_persistent_buffers", set())
+    for name in [name for name, tensor in layer._parameters.items() if tensor is not None]:
+        delattr(layer, name)
+    for name in [name for name, tensor in layer._buffers.items() if tensor is not None]:
+        delattr(layer, name)
+    for name, parameter in parameters.items():
+        layer.register_parameter(name, parameter)
+    for name, buffer in buffers.items():
+        layer.register_buffer(name, buffer, persistent=name not in transient)
+
+
+@contextmanager
+def _watched(
+    layers: Iterable[nn.Module], state: frozenset[int], processed: Processed
+) -> Iterator[None]:
+    """Whoever processes one of the layers is watched, and completed."""
+    with ExitStack() as stack:
+        methods = {id(method): method for method in map(_method_of, layers) if method is not None}
+        for method in methods.values():
+            stack.enter_context(_method_watched(method, state, processed))
+        for layer in layers:
+            if processes_itself(layer):
+                stack.enter_context(_layer_watched(layer, state, processed))
+        yield
+
+
+def processes_itself(layer: nn.Module) -> bool:
+    """Whether vLLM processes a module by a method of its own, after all others: attention."""
+    own = getattr(layer, "process_weights_after_loading", None)
+    return callable(own) and not isinstance(layer, QuantizeMethodBase)
+
+
+def _method_of(layer: nn.Module) -> QuantizeMethodBase | None:
+    method = getattr(layer, "quant_method", None)
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+@contextmanager
+def _method_watched(method: Any, state: frozenset[int], processed: Processed) -> Iterator[None]:
+    original = method.process_weights_after_loading
+
+    def process(layer: nn.Module) -> None:
+        holders = (layer, method)
+        before = [bound_attributes(holder) for holder in holders]
+        _process_whole(method, original, layer)
+        for holder, bound in zip(holders, before, strict=True):
+            _note(layer, holder, bound, state, processed)
+
+    with _replaced(method, process):
+        yield
+
+
+@contextmanager
+def _layer_watched(layer: Any, state: frozenset[int], processed: Processed) -> Iterator[None]:
+    original = layer.process_weights_after_loading
+
+    def process(*args: Any, **kwargs: Any) -> None:
+        holders = (layer, getattr(layer, "impl", None))
+        before = [bound_attributes(holder) for holder in holders]
+        original(*args, **kwargs)
+        for holder, bound in zip(holders, before, strict=True):
+            _note(layer, holder, bound, state, processed)
+
+    with _replaced(layer, process):
+        yield
+
+
+@contextmanager
+def _replaced(thing: Any, process: Callable[..., None]) -> Iterator[None]:
+    """Its own attribute hides that of its class."""
+    vars(thing)["process_weights_after_loading"] = process
+    try:
+        yield
+    finally:
+        del vars(thing)["process_weights_after_loading"]
+
+
+def _process_whole(method: Any, original: Callable[[nn.Module], None], layer: nn.Module) -> None:
+    """As vLLM processes a layer when it starts.
+
+    `UnquantizedFusedMoEMethod` asks its experts to repack (`fused_experts
+    .process_weights_after_loading`) only in the call that makes its kernel.
+    """
+    kernel = getattr(method, "moe_kernel", None)
+    original(layer)
+    if (
+        kernel is not None
+        and kernel is method.moe_kernel
+        and isinstance(method, UnquantizedFusedMoEMethod)
+    ):
+        repack = getattr(kernel.fused_experts, "process_weights_after_loading", None)
+        if repack is not None:
+            repack(layer)
+
+
+def _note(
+    layer: nn.Module, holder: object, before: Bound, state: frozenset[int], processed: Processed
+) -> None:
+    """Find the copies that processing has bound anew, and renew the old ones in place."""
+    for name, value in rebound(holder, before).items():
+        old = before.get(name)
+        processed.derived.setdefault(id(layer), (layer, name))
+        if old is None:
+            continue
+        if keep_in_place(old, value, state):
+            vars(holder)[name] = old
+        else:
+            processed.moved.append(f"{type(layer).__name__}.{name}")
