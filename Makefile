@@ -2,15 +2,16 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 2000
 JOBS ?= 2
 
-.PHONY: demo test check format sim bench clean help
+.PHONY: demo test test-vllm check format sim bench clean help
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Weight bus needs Python 3.11 or later; this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -32,6 +33,13 @@ test: $(VENV)/.dev ## Run all tests
 	@.ci/libraries p2p network
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
+$(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt .ci/vllm
+	PYTHON='$(PYTHON)' .ci/vllm $(VLLM_VENV)
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.vllm ## Run the tests of real vLLM, on CPUs, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
 check: $(VENV)/.dev ## Lint, formatting, strict types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,5 +55,5 @@ sim: $(VENV)/.dev ## Simulate rounds under faults: make sim SEEDS=100000
 bench: $(VENV)/.dev ## Measure planning; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.planning
 
-clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+clean: ## Remove the virtual environments and caches
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
