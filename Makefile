@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEEDS ?= 2000
 JOBS ?= 2
 
-.PHONY: demo test test-vllm check format sim bench clean help
+.PHONY: demo demo-vllm test test-vllm check format sim bench clean help
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.demo ## Train a real model while engines follow it, every version proven
 	@.ci/libraries p2p
 	@$(BIN)/weightbus demo
+
+demo-vllm: $(VLLM_VENV)/.vllm ## The same with vLLM servers, on CPUs: about five minutes
+	@.ci/libraries p2p
+	@$(VLLM_VENV)/bin/weightbus demo --engine vllm
 
 test: $(VENV)/.dev ## Run all tests
 	@.ci/libraries p2p network
