@@ -188,8 +188,9 @@ class WorkerChannel:
         return await self._try_send(_Pending(rank, _ANYONE), _NOTHING)
 
     async def _send(self, pending: _Pending, payload: bytes) -> None:
-        """Waits for a worker to connect, unless it is one that was there before."""
-        while not await self._try_send(pending, payload):
+        """Waits for a worker to connect, unless it is one that was there before; not sent if it is
+        given up before that."""
+        while not (pending.settled.is_set() or await self._try_send(pending, payload)):
             if pending.instance != _ANYONE or self._closed:
                 raise WorkerLost(pending.rank, "its connection is closed")
             await anyio.sleep(_CONNECT_POLL_S)

@@ -91,6 +91,11 @@ async def ask(channel: WorkerChannel, *, adopt: bool = False) -> int:
     return reply.version
 
 
+async def give_up_soon(channel: WorkerChannel, number: int) -> None:
+    await anyio.wait_all_tasks_blocked()
+    channel.give_up_nowait([number], EngineUnavailable("here", "its turn came to nothing"))
+
+
 @pytest.fixture
 def path(short_path: Path) -> Path:
     return short_path / "control.ipc"
@@ -100,6 +105,21 @@ async def test_reply_comes_back_when_worker_connects_before_the_consumer(path: P
     with worker(path) as endpoint:
         async with open_channel(path, 1, REPLIES) as channel, serving(endpoint):
             assert await ask(channel) == 3
+
+
+async def test_request_fails_at_once_and_is_never_sent_when_it_is_given_up_before_a_worker_comes(
+    path: Path,
+) -> None:
+    async with open_channel(path, 1, REPLIES) as channel:
+        number = channel.next_number()
+        with anyio.fail_after(LONG_S / 2):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(give_up_soon, channel, number)
+                outcomes = await channel.request_each({0: INSPECT}, LONG_S, numbers={0: number})
+        assert isinstance(outcomes[0], EngineUnavailable)
+        with worker(path) as endpoint:
+            async with serving(endpoint, version=5):
+                assert await ask(channel) == 5
 
 
 async def test_reply_comes_back_when_worker_connects_after_the_request(path: Path) -> None:
