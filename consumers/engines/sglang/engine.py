@@ -1,0 +1,344 @@
+"""The `sglang` engine as a consumer sees it: an SGLang server and its workers behind one `Engine`.
+
+Owns the connection to the server, the channel to its workers, and a file in the engine's directory
+that says what was served last. The engine itself is somebody else's, and goes on when this closes.
+
+A turn needs a paused server: else SGLang lets it wait until no request runs, and no other begin. So
+turns outside of updates pause the server for as long as they take; requests that run stand still,
+and go on with their keys and values. SGLang does not tell whether it is paused: only one consumer,
+and nobody else, may pause an engine and let it go on.
+
+With `caches` at `reset`, what was computed with the old weights is dropped as soon as the server is
+paused for an update, before anything is written: one that cannot is refused then, and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import anyio
+import msgspec
+from msgspec import Struct
+
+from weightbus.bus.host import host_id as this_host_id
+from weightbus.consumers.engines.asking import REPLIES, Outcomes
+from weightbus.consumers.engines.channel import WorkerChannel, open_channel
+from weightbus.consumers.engines.directory import EngineDirectory
+from weightbus.consumers.engines.engine import EngineReport
+from weightbus.consumers.engines.served import (
+    Held,
+    Served,
+    instances_of,
+    read_served,
+    write_served,
+)
+from weightbus.consumers.engines.sglang.payload import SglangTurn
+from weightbus.consumers.engines.turns import NO_REQUEST, Turn, TurnEngine
+from weightbus.consumers.errors import ConsumerError, EngineUnavailable
+from weightbus.schemas.worker import Applied, Feed, Inspected, WorkerMessage
+
+if TYPE_CHECKING:
+    from weightbus.consumers.engines.sglang.control import PauseMode, SglangControl
+
+__all__ = ("START_TIMEOUT_S", "SglangEngine", "SglangSettings", "open_sglang_engine")
+
+START_TIMEOUT_S: Final = 600.0
+
+GO_ON_S: Final = 5.0
+"""How long a server may take to go on after a turn, beyond the turn's own time."""
+
+CONNECT_S: Final = 2.0
+"""How long a worker may take to connect once it has had a turn."""
+
+_POLL_S: Final = 0.02
+_SERVED_FILE: Final = "served.json"
+
+_logger = logging.getLogger(__name__)
+
+
+class SglangSettings(Struct, frozen=True, kw_only=True):
+    """How an engine is treated."""
+
+    pause: Literal["keep", "abort"] = "keep"
+    """What becomes of requests that run when an update comes: they go on after it, or end."""
+    caches: Literal["reset", "keep"] = "reset"
+    """What becomes of what was computed with the old weights: dropped, so that requests that go on
+    compute their keys and values anew from their tokens; or used on."""
+    api_key: str = ""
+    """As in SGLang's `--api-key`."""
+    admin_key: str = ""
+    """As in SGLang's `--admin-api-key`; empty: `api_key`."""
+
+    @property
+    def pause_mode(self) -> PauseMode:
+        """SGLang's word for it."""
+        if self.pause == "abort":
+            return "abort"
+        return "retract" if self.caches == "reset" else "in_place"
+
+
+class SglangEngine(TurnEngine):
+    """See `Engine` and `AskingEngine`."""
+
+    kind = "sglang"
+
+    def __init__(
+        self,
+        control: SglangControl,
+        channel: WorkerChannel,
+        place: EngineDirectory,
+        settings: SglangSettings,
+        roots: Sequence[str],
+        host_id: str,
+    ) -> None:
+        super().__init__(channel, str(place.path), roots, host_id)
+        self._control = control
+        self._place = place
+        self._settings = settings
+        self._paused = False
+        """By `pause`, or since a part of an update may be in it."""
+        self._stands = False
+        """A turn could not let it go on, as far as is known."""
+        self._held: dict[int, Held] = {}
+        self._served = read_served(place.path / _SERVED_FILE)
+        self._label = ""
+        """What it said, or was told, that it serves."""
+        self._error = ""
+
+    async def open(self, deadline_s: float) -> None:
+        """Find out what the workers hold. A server that holds what was served last goes on; another
+        stays paused until a version is written and proven.
+
+        Raises:
+            EngineUnavailable, DeadlineExceeded, WorkerLost
+            ApplyFailed: a worker refused.
+        """
+        end = anyio.current_time() + deadline_s
+        self._label = await self._control.label(deadline_s)
+        await self._control.pause("in_place", _left_s(end))
+        self._paused = True
+        try:
+            await self.inspect(None, _left_s(end))
+        finally:
+            known = len(self._held) == self.ranks
+            if not self._is_changed() if known else self._served is None:
+                self._paused = False
+                await self._go_on()
+
+    async def pause(self, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
+        if self._served is None and len(self._held) == self.ranks:
+            self._note_served(-1)  # whoever comes next knows that an update may have begun
+        await self._control.pause(self._settings.pause_mode, deadline_s)
+        if self._settings.caches == "reset":
+            try:
+                await self._control.flush(_left_s(end))
+            except ConsumerError as error:
+                if not self._paused:
+                    await self._go_on()
+                reason = "its caches cannot be reset beside requests that wait"
+                raise EngineUnavailable(self._control.name, f"{reason}: {error}") from None
+        self._paused = True
+
+    async def apply(
+        self,
+        version: int,
+        layout_digest: str,
+        feeds: Mapping[int, Feed],
+        deadline_s: float,
+    ) -> tuple[Applied, ...]:
+        if not self._paused:
+            reason = "it is not paused: its weights must not change"
+            raise EngineUnavailable(self._name, reason)
+        for rank in feeds:
+            if (held := self._held.get(rank)) is not None:
+                self._held[rank] = msgspec.structs.replace(held, touched=True)
+        return await super().apply(version, layout_digest, feeds, deadline_s)
+
+    async def resume(self, version: int, deadline_s: float) -> None:
+        """
+        Raises:
+            EngineUnavailable: a rank does not hold this version whole, or the server refused.
+        """
+        end = anyio.current_time() + deadline_s
+        if len(self._held) < self.ranks:
+            await self.inspect(None, deadline_s)
+        for rank, held in sorted(self._held.items()):
+            if held.touched or held.version != version:
+                what = "a part of an update after" if held.touched else "version"
+                reason = f"rank {rank} holds {what} {held.version}, not version {version}"
+                raise EngineUnavailable(self._name, reason)
+        self._note_served(version)
+        if version >= 0:
+            await self._control.set_label(str(version), _left_s(end))
+            self._label = str(version)
+        await self._control.go_on(_left_s(end))
+        self._paused = self._stands = False
+
+    async def state(self, deadline_s: float) -> EngineReport:
+        """Asks the server what it says that it serves; one that was started anew has forgotten. The
+        workers are asked only then, and not while a turn is under way."""
+        end = anyio.current_time() + deadline_s
+        label = await self._control.label(deadline_s)
+        if not self._turns.locked():
+            if label != self._label:
+                await self.inspect(None, _left_s(end))
+                self._label = label
+            elif self._stands and not self._paused:
+                await self._go_on()
+        changed = self._is_changed()
+        version = self._served.version if self._served is not None and self._is_same() else -1
+        return EngineReport(
+            version=version,
+            paused=self._paused,
+            touched=changed,
+            ranks=self.ranks,
+            error=self._error,
+        )
+
+    # ---------------------------------------------------------------- turns
+
+    async def _open_ranks(self, deadline_s: float) -> None:
+        """Every turn says where the consumer is."""
+
+    async def _give_turn(self, turn: Turn, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
+        message = SglangTurn(directory=str(self._place.path), turn=turn)
+        self._stands = True
+        try:
+            await self._control.pause("in_place", deadline_s)  # it may have been started anew
+            await self._control.turn(message, self.ranks, _left_s(end))
+        finally:
+            if not self._paused:
+                await self._go_on()
+        await self._check_connected(turn, _left_s(end))
+
+    async def _go_on(self) -> None:
+        """Shielded. If it fails, `state` and every later turn try again."""
+        self._stands = True
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._control.go_on(GO_ON_S)
+            except ConsumerError as error:
+                _logger.error("the engine may stand still: %s", error)
+                return
+        self._stands = False
+
+    async def _check_connected(self, turn: Turn, deadline_s: float) -> None:
+        """What goes wrong before a worker can answer, its server's log tells.
+
+        Raises:
+            EngineUnavailable: a worker that had a turn has not connected.
+        """
+        waiting = [rank for rank, number in enumerate(turn.numbers) if number != NO_REQUEST]
+        with anyio.move_on_after(min(CONNECT_S, deadline_s)):
+            while waiting:
+                if await self._channel.is_connected(waiting[0]):
+                    waiting.pop(0)
+                else:
+                    await anyio.sleep(_POLL_S)
+        if waiting:
+            reason = (
+                f"its rank {waiting[0]} had a turn and did not connect to {self._place.path}: "
+                "see the server's log"
+            )
+            raise EngineUnavailable(self._control.name, reason)
+
+    async def _ask(
+        self, requests: Mapping[int, WorkerMessage], deadline_s: float, *, adopt: bool = False
+    ) -> Outcomes:
+        outcomes = await super()._ask(requests, deadline_s, adopt=adopt)
+        for rank, outcome in outcomes.items():
+            self._learn(rank, outcome)
+        return outcomes
+
+    def _learn(self, rank: int, outcome: object) -> None:
+        """What a rank holds, as far as its answer tells."""
+        known = self._held.get(rank)
+        match outcome:
+            case Inspected():
+                if known is not None and known.instance != outcome.instance:
+                    self._error = "its workers were started anew"
+                    self._paused = False
+                self._held[rank] = Held(
+                    outcome.instance, outcome.version, outcome.touched, outcome.updates
+                )
+            case Applied() if known is not None:
+                self._held[rank] = Held(
+                    known.instance, outcome.version, touched=False, updates=known.updates + 1
+                )
+
+    def _note_served(self, version: int) -> None:
+        """
+        Raises:
+            EngineUnavailable: it cannot be written.
+        """
+        self._served = Served(version, self._ranks_held())
+        write_served(self._place.path / _SERVED_FILE, self._served)
+
+    def _ranks_held(self) -> tuple[Held, ...]:
+        return tuple(self._held[rank] for rank in sorted(self._held))
+
+    def _is_same(self) -> bool:
+        """Whether the workers are those that served last."""
+        return self._served is not None and (
+            instances_of(self._served.ranks) == instances_of(self._ranks_held())
+        )
+
+    def _is_changed(self) -> bool:
+        """Whether the workers may hold something else than what they served last."""
+        held = self._ranks_held()
+        if self._served is not None and self._is_same():
+            return self._served.ranks != held
+        return any(rank.updates > 0 for rank in held)
+
+
+@asynccontextmanager
+async def open_sglang_engine(
+    directory: Path,
+    *,
+    url: str,
+    settings: SglangSettings | None = None,
+    roots: Sequence[str] = (),
+    host_id: str | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> AsyncIterator[SglangEngine]:
+    """The SGLang server at `http://host:port`, once all its workers answer.
+
+    Its workers meet the consumer in `directory`, which is created for this user alone. They read
+    files only below `roots`, and shared memory only of the host `host_id` (by default this one).
+
+    Raises:
+        EngineUnavailable: there is none, it cannot be updated, or it has another consumer.
+        ConsumerError: its workers do not answer, or refuse.
+    """
+    try:
+        from weightbus.consumers.engines.sglang.control import (
+            open_sglang_control,
+            wait_until_it_answers,
+        )
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed: pip install 'weightbus[http]'"
+        raise EngineUnavailable(url, reason) from None
+    settings = settings or SglangSettings()
+    end = anyio.current_time() + start_timeout_s
+    place = EngineDirectory(directory)
+    place.prepare()
+    async with AsyncExitStack() as stack:
+        control = await stack.enter_async_context(
+            open_sglang_control(url, settings.api_key, settings.admin_key)
+        )
+        await wait_until_it_answers(control, start_timeout_s)
+        ranks = await control.probe(_left_s(end))
+        channel = await stack.enter_async_context(open_channel(place.control, ranks, REPLIES))
+        engine = SglangEngine(control, channel, place, settings, roots, host_id or this_host_id())
+        await engine.open(_left_s(end))
+        yield engine
+
+
+def _left_s(end: float) -> float:
+    return max(0.0, end - anyio.current_time())
