@@ -368,9 +368,9 @@ class RemoteFetcher(Fetcher):
         except RemoteReadFailed as error:
             source.drop(str(error))
         except TornRead as error:
-            source.drop(str(error))
-            if source.own:
+            if source.own:  # first: whoever waits for it sees at once that it is dropped
                 self._torn = error
+            source.drop(str(error))
         else:
             source.has_answered = True
 

@@ -27,6 +27,8 @@ from weightbus.bus.endpoint import (
 from weightbus.bus.errors import EndpointFailed, RemoteReadFailed
 
 MIB = 2**20
+SLACK_S = 20.0
+"""A loaded machine may be so late; mooncake's own patience is longer."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_read_fails_in_time_and_holds_up_nobody_when_the_peer_is_stopped(
         since = time.monotonic()
         with pytest.raises(RemoteReadFailed, match=way.session):
             endpoint.read_words(way.session, [way.address])
-        assert time.monotonic() - since < PROGRESS_S + SETTLE_S + 2
+        assert time.monotonic() - since < PROGRESS_S + SETTLE_S + SLACK_S
         since = time.monotonic()
         endpoint.read_words(other_way.session, [other_way.address])
         assert time.monotonic() - since < PROGRESS_S

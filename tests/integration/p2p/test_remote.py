@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
@@ -31,6 +33,8 @@ MIB = 2**20
 SIZES = (45 * MIB + 3, 0, 19 * MIB)
 """Two sources read two batches each."""
 DEADLINE_S = 60.0
+SLACK_S = 20.0
+"""A loaded machine may be so late; whoever waited for a deadline would be later."""
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +111,13 @@ class Meddling(Endpoint):
     def __init__(self, endpoint: Endpoint) -> None:
         self.__dict__.update(endpoint.__dict__)
         self.batches: dict[str, int] = {}
+        self.asked = Counter[str]()
+        """Session -> how often it was read from, be it a word."""
         self.session_of_interest, self.at = "", -1
         self.happen: Callable[[], object] = bool
 
     def read(self, session: str, reads: Sequence[RemoteRead]) -> None:
+        self.asked[session] += 1
         if any(read.size_bytes > 8 for read in reads):
             self.batches[session] = self.batches.get(session, 0) + 1
             if (session, self.batches[session]) == (self.session_of_interest, self.at):
@@ -157,11 +164,11 @@ async def test_fetch_goes_on_elsewhere_when_a_source_dies_in_the_middle(
     since = time.monotonic()
     async with opened(meddling, publisher, [as_copy(copy)]) as (fetcher, target):
         await fetcher.fetch(target.reads(4 * MIB), DEADLINE_S)
-        assert time.monotonic() - since < PROGRESS_S + SETTLE_S + 5
+        assert time.monotonic() - since < PROGRESS_S + SETTLE_S + SLACK_S
         target.check()
-        since = time.monotonic()
+        asked = meddling.asked[meddling.session_of_interest]
         await fetcher.fetch(target.reads(), DEADLINE_S)
-        assert time.monotonic() - since < PROGRESS_S, "a lost source is not asked again"
+        assert meddling.asked[meddling.session_of_interest] == asked, "it is lost"
     target.check()
 
 
@@ -172,11 +179,14 @@ async def test_reading_begins_at_once_when_sources_are_stopped_that_nobody_needs
     publisher, *others = (stack.enter_context(running_source(SIZES)) for _ in range(4))
     for one in others:
         one.stop()
-    since = time.monotonic()
-    async with opened(endpoint, publisher, [as_copy(one) for one in others]) as (fetcher, target):
-        await fetcher.fetch(target.reads(), DEADLINE_S)
-        assert time.monotonic() - since < PROGRESS_S, "nobody waits for who does not answer"
-    target.check()
+    took_s = []
+    for copies in ([], [as_copy(one) for one in others]):
+        since = time.monotonic()
+        async with opened(endpoint, publisher, copies) as (fetcher, target):
+            await fetcher.fetch(target.reads(), DEADLINE_S)
+            took_s.append(time.monotonic() - since)
+        target.check()
+    assert took_s[1] < took_s[0] + PROGRESS_S, f"{took_s}: it waits for who does not answer"
 
 
 @pytest.mark.faults
@@ -246,6 +256,31 @@ async def test_opening_says_torn_when_the_publisher_has_written(
             pass
 
 
+class Pausing(logging.Handler):
+    """Holds up whoever logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.go_on.wait(DEADLINE_S)
+
+
+async def test_opening_says_torn_when_the_thread_that_found_it_is_slow_to_go_on(
+    endpoint: Endpoint, stack: ExitStack
+) -> None:
+    publisher = stack.enter_context(running_source(SIZES))
+    publisher.tell("write 2")
+    pausing, logger = Pausing(), logging.getLogger(Source.__module__)
+    logger.addHandler(pausing)
+    stack.callback(logger.removeHandler, pausing)
+    stack.callback(pausing.go_on.set)
+    with pytest.raises(TornRead):
+        async with opened(endpoint, publisher):
+            pass
+
+
 @pytest.mark.faults
 async def test_fetch_ends_at_its_deadline_and_knows_who_still_writes(
     endpoint: Endpoint, stack: ExitStack
@@ -256,7 +291,7 @@ async def test_fetch_ends_at_its_deadline_and_knows_who_still_writes(
         with pytest.raises(DeadlineExceeded, match="fetch from the publisher"):
             await fetcher.fetch(target.reads(), 0.5)
         assert fetcher.writing()
-        await until_idle(fetcher, PROGRESS_S + SETTLE_S + 5)
+        await until_idle(fetcher, PROGRESS_S + SETTLE_S + SLACK_S)
 
 
 async def test_fetch_can_be_used_again_when_it_was_cancelled(
@@ -291,10 +326,10 @@ async def test_fetch_lasts_longer_than_a_stall_when_it_gets_on(
     endpoint: Endpoint, stack: ExitStack
 ) -> None:
     publisher = stack.enter_context(running_source(SIZES))
-    async with opened(Slow(endpoint, 0.5), publisher) as (fetcher, target):
+    async with opened(Slow(endpoint, 1.0), publisher) as (fetcher, target):
         since = time.monotonic()
-        await fetcher.fetch(target.reads(), 1.2)
-        assert time.monotonic() - since > 1.2, "five batches take longer"
+        await fetcher.fetch(target.reads(), 3.0)
+        assert time.monotonic() - since > 3.0, "five batches take longer"
     target.check()
 
 
@@ -359,7 +394,7 @@ async def test_memory_is_left_to_the_transfer_engine_when_it_hangs(
         hung.go_on.set()
         await fetcher.adopt(target.address, target.size_bytes)
         hung.go_on.clear()
-    with anyio.move_on_after(RELEASE_S + 2) as scope:
+    with anyio.move_on_after(RELEASE_S + SLACK_S) as scope:
         with anyio.move_on_after(0.1):
             await getattr(fetcher, operation)(
                 *([target.address] if operation == "release" else [target.address, 4096])
