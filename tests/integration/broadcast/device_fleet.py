@@ -42,12 +42,13 @@ from weightbus.schemas.placement import FileSegment, Placement, Segment
 from weightbus.schemas.rounds import EngineRoute, Group, Member, RankRoute, RoundPlan
 from weightbus.schemas.worker import Feed, LaneFill, Prepared, Stream
 
-__all__ = ("BUCKET_BYTES", "DeviceFleet", "Site", "lost", "open_device_fleet")
+__all__ = ("BUCKET_BYTES", "PATIENT_S", "DeviceFleet", "Site", "lost", "open_device_fleet")
 
 ADDRESS = "127.0.0.1"
 BUCKET_BYTES = 1024
 DEADLINE_S = 60.0
-FORM_S = 5.0
+PATIENT_S = 30.0
+"""So long members wait for each other where none is lost: no machine is so slow."""
 POLL_S = 1e-3
 
 _allocating = threading.Lock()
@@ -162,7 +163,7 @@ class Rings:
     def open_all(
         self, fills: Sequence[LaneFill], deadline_s: float, check: Callable[[], None]
     ) -> Sequence[RingMember]:
-        return [self._open(fill, min(deadline_s, FORM_S), check) for fill in fills]
+        return [self._open(fill, min(deadline_s, PATIENT_S), check) for fill in fills]
 
     def _open(self, fill: LaneFill, deadline_s: float, check: Callable[[], None]) -> RingMember:
         if self.refusal is not None:
@@ -324,6 +325,7 @@ class Site:
     host: int
     engine: DeviceEngine
     pool: BlockPool
+    staging: Staging
     route: BroadcastRoute
     groups: Groups
     pauses: int = 0
@@ -395,6 +397,11 @@ class DeviceFleet:
 
         return tuple((way(number),) for number in range(len(self.world.segments)))
 
+    def stall_after(self, stall_s: float) -> None:
+        """How long whoever takes part may stand still from now on."""
+        for site in self.sites.values():
+            site.staging.stall_s = stall_s
+
     async def run(self, plan: RoundPlan) -> dict[str, WeightBusError | None]:
         """All members of a plan run it, side by side. What came of it."""
         outcomes: dict[str, WeightBusError | None] = {}
@@ -439,7 +446,6 @@ def open_device_fleet(
     directory: Path,
     *,
     slots: int = 2,
-    stall_s: float = 10.0,
     files: Sequence[int] = (),
 ) -> Iterator[DeviceFleet]:
     """
@@ -471,12 +477,13 @@ def open_device_fleet(
                 engine = DeviceEngine(world.layout, host_id, cudas, first, meetings)
                 first += ranks
                 pool = BlockPool(f"{fleet.model}.{name}", 2**22)
-                groups = Groups(ADDRESS, form_s=FORM_S, operation_s=FORM_S)
+                groups = Groups(ADDRESS, form_s=PATIENT_S, operation_s=PATIENT_S)
                 local = LocalSegments(host_id, [str(directory)])
+                staging = Staging(pool, PATIENT_S)
                 route = BroadcastRoute(
                     name,
                     Sources(local, host_id, [str(directory)]),
-                    Staging(pool, stall_s),
+                    staging,
                     groups,
                     stack.enter_context(open_meeting(ADDRESS)),
                 )
@@ -485,6 +492,7 @@ def open_device_fleet(
                     host=number,
                     engine=engine,
                     pool=pool,
+                    staging=staging,
                     route=route,
                     groups=groups,
                 )

@@ -22,13 +22,11 @@ from weightbus.bus.sweep import sweep_staging
 from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, decode, encode
 from weightbus.schemas.rounds import Budgets, EngineRoute, Group, Member, RankRoute, RoundPlan
 
-__all__ = ("STALL_S", "Fleet", "Host", "MemberProcess", "open_fleet")
+__all__ = ("Fleet", "Host", "MemberProcess", "open_fleet")
 
-STALL_S = 6.0
-OPERATION_S = 4.0
 START_S = 120.0
 """Members only import what they need: 60 s were not enough where others had both cores."""
-UPDATE_S = 30.0
+UPDATE_S = 60.0
 LINE_BYTES = 2**20
 BUCKET_BYTES = 2048
 
@@ -138,7 +136,7 @@ class Fleet:
         Args:
             expect: engines whose results are waited for; None: of all.
             skip: engines that hear nothing of it.
-            commands: for engines that shall do something else than run the plan.
+                commands: for engines that shall do something else than run the plan.
         """
         results: dict[str, Result] = {}
 
@@ -180,8 +178,6 @@ async def open_fleet(hosts: Sequence[Host], directory: Path) -> AsyncIterator[Fl
                     ranks=ranks,
                     host_id=f"host-{number}",
                     directory=str(directory),
-                    stall_s=STALL_S,
-                    operation_s=OPERATION_S,
                 )
                 command = [
                     *(sys.executable, "-m", member.__name__),

@@ -32,10 +32,13 @@ from weightbus.schemas.layout import Layout
 from weightbus.schemas.placement import FileSegment
 from weightbus.schemas.rounds import Group, RoundPlan
 
-__all__ = ("ADDRESS", "SEGMENTS", "Arguments", "Command", "Result", "layout")
+__all__ = ("ADDRESS", "PATIENT_S", "SEGMENTS", "Arguments", "Command", "Result", "layout")
 
 ADDRESS = "127.0.0.1"
 SEGMENTS = 3
+
+PATIENT_S = 30.0
+"""So long members wait for each other where none is lost: no machine is so slow."""
 
 
 def layout() -> Layout:
@@ -50,9 +53,6 @@ class Arguments(Struct, frozen=True, kw_only=True):
     host_id: str
     directory: str
     """Of the checkpoints."""
-    stall_s: float
-    operation_s: float
-    """Gloo's own timeout."""
 
 
 class Command(Struct, frozen=True, kw_only=True):
@@ -63,6 +63,8 @@ class Command(Struct, frozen=True, kw_only=True):
     """Whether the engine shall be taken for proven; None: whether it is."""
     signal: int = 0
     """Sent to itself in the middle of a bucket; 0: none."""
+    stall_s: float = PATIENT_S
+    """How long a step may stand still."""
 
 
 class Result(Struct, frozen=True, kw_only=True):
@@ -108,9 +110,15 @@ class _Groups(Groups):
 
 class Member:
     def __init__(
-        self, arguments: Arguments, trainer: Trainer, route: BroadcastRoute, groups: _Groups
+        self,
+        arguments: Arguments,
+        trainer: Trainer,
+        route: BroadcastRoute,
+        groups: _Groups,
+        staging: Staging,
     ) -> None:
-        self._trainer, self._route, self._groups = trainer, route, groups
+        self._trainer, self._route = trainer, route
+        self._groups, self._staging = groups, staging
         self._engine = InProcessEngine(arguments.engine, arguments.ranks, trainer.roots)
 
     async def prepare(self) -> None:
@@ -119,7 +127,7 @@ class Member:
     async def update(self, command: Command) -> Result:
         """What came of a plan; what arrived is looked at, bit by bit."""
         begin = anyio.current_time()
-        self._groups.signal = command.signal
+        self._groups.signal, self._staging.stall_s = command.signal, command.stall_s
         version = command.plan.version
         try:
             applied = await self._route.transfer(await self._transfer(command))
@@ -170,17 +178,18 @@ class Member:
 async def main(arguments: Arguments) -> None:
     local = LocalSegments(arguments.host_id, [arguments.directory])
     pool = BlockPool(f"{arguments.model}.{arguments.engine}")
-    groups = _Groups(ADDRESS, form_s=20.0, operation_s=arguments.operation_s)
+    staging = Staging(pool, PATIENT_S)
+    groups = _Groups(ADDRESS, form_s=PATIENT_S, operation_s=PATIENT_S)
     directory = Path(arguments.directory)
     with open_meeting(ADDRESS) as meeting, open_trainer(layout(), "files", directory) as trainer:
         route = BroadcastRoute(
             arguments.engine,
             Sources(local, arguments.host_id, [arguments.directory]),
-            Staging(pool, arguments.stall_s),
+            staging,
             groups,
             meeting,
         )
-        member = Member(arguments, trainer, route, groups)
+        member = Member(arguments, trainer, route, groups, staging)
         await member.prepare()
         print(route.rendezvous, flush=True)
         async for line in anyio.wrap_file(sys.stdin):

@@ -14,8 +14,12 @@ from tests.nccl_stub import FOLDER, build_stub, why_no_stub
 from weightbus.consumers.transfer.groups import open_meeting
 
 ADDRESS = "127.0.0.1"
-STALL_S = 1.0
+STALL_S = 2.0
+SLACK_S = 20.0
+"""A loaded machine may be so late; whoever waited for the deadline would be later."""
 DEADLINE_S = 60.0
+FORM_S = 5.0
+"""Of a group that never forms: its members meet before that."""
 SIZE = 300_000
 
 
@@ -78,7 +82,7 @@ def test_members_hold_the_same_bytes_and_go_on_without_one_that_died(
         for place in left:
             answer = members.hear(place)
             assert answer["error"] == "PeerLost", answer
-            assert STALL_S < answer["waited_s"] < 3 * STALL_S + 1, answer
+            assert STALL_S < answer["waited_s"] < STALL_S + SLACK_S, answer
         for answer in members.ask(left, "drop", group="g-1", deadline_s=DEADLINE_S):
             assert answer["left"] == 0, answer
             assert answer["done"], "what it had queued has ended"
@@ -101,7 +105,7 @@ def test_members_are_lost_within_the_deadline_when_one_dies_before_it_comes(
             members.tell(place, "open", deadline_s=STALL_S, rendezvous=rendezvous, **fill)
         for answer in (members.hear(0), members.hear(1)):
             assert answer["error"] == "PeerLost", answer
-            assert STALL_S < answer["took_s"] < 3 * STALL_S + 1, answer
+            assert STALL_S < answer["took_s"] < STALL_S + SLACK_S, answer
 
 
 def test_members_are_lost_within_the_deadline_when_one_stands_still_while_it_forms(
@@ -109,7 +113,7 @@ def test_members_are_lost_within_the_deadline_when_one_stands_still_while_it_for
 ) -> None:
     with members_of(2, library, tmp_path) as members:
         members.ask([1], "refuse", call="what is begun", code=1, text="out of memory")
-        first, second = members.open((0, 1), "g", "plan 1", 3 * STALL_S)
+        first, second = members.open((0, 1), "g", "plan 1", FORM_S)
         assert first["error"] == "PeerLost", first
         assert "forming it stood still" in first["text"]
         assert second["error"] == "NcclFailed", second

@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration.broadcast.device_fleet import (
     BUCKET_BYTES,
+    PATIENT_S,
     DeviceFleet,
     lost,
     open_device_fleet,
@@ -25,7 +26,8 @@ from weightbus.schemas.worker import Relay, Stream
 pytestmark = pytest.mark.anyio
 
 SEED = 317
-STALL_S = 1.0
+STALL_S = 1.5
+"""Of a plan in which somebody stands still."""
 Host = Sequence[tuple[str, int]]
 FLEETS: Sequence[Sequence[Host]] = (
     ([("a", 1)],),
@@ -117,7 +119,7 @@ async def finishes(fleet: DeviceFleet, version: int) -> None:
 async def test_others_know_whom_they_have_lost_when_a_worker_fails(
     hosts: Sequence[Host], failing: int, tmp_path: Path
 ) -> None:
-    with open_device_fleet(make_world(SEED), hosts, tmp_path, stall_s=STALL_S) as fleet:
+    with open_device_fleet(make_world(SEED), hosts, tmp_path) as fleet:
         await finishes(fleet, 1)
         fail_at(fleet, "b", failing, SegmentUnavailable("x", "gone", "must be there"))
         outcomes = await fleet.run(fleet.plan(2, groups_of=1))
@@ -132,8 +134,9 @@ async def test_others_know_whom_they_have_lost_when_a_worker_fails(
 async def test_worker_is_named_that_stands_still_while_it_reads(
     hosts: Sequence[Host], tmp_path: Path
 ) -> None:
-    with open_device_fleet(make_world(SEED), hosts, tmp_path, stall_s=STALL_S) as fleet:
+    with open_device_fleet(make_world(SEED), hosts, tmp_path) as fleet:
         await finishes(fleet, 1)
+        fleet.stall_after(STALL_S)
         gate = Gate()
         fleet.sites["b"].engine.before = lambda rank, bucket: gate.pass_through()
         async with anyio.create_task_group() as tasks:
@@ -149,13 +152,15 @@ async def test_worker_is_named_that_stands_still_while_it_reads(
                 await anyio.sleep_forever()  # its consumer gives it up meanwhile
             gate.open()
         assert lost(outcomes["b"]) == "WorkerLost"
+        fleet.stall_after(PATIENT_S)
         await finishes(fleet, 3)
 
 
 async def test_worker_is_named_that_stands_still_in_a_broadcast(tmp_path: Path) -> None:
     """Both members are ready for it, and both stand still: only one answers."""
-    with open_device_fleet(make_world(SEED), FLEETS[3], tmp_path, stall_s=STALL_S) as fleet:
+    with open_device_fleet(make_world(SEED), FLEETS[3], tmp_path) as fleet:
         await finishes(fleet, 1)
+        fleet.stall_after(STALL_S)
         gate = Gate()
         fleet.sites["b"].engine.rings[0].before = gate.pass_through
         async with anyio.create_task_group() as tasks:
@@ -171,6 +176,7 @@ async def test_worker_is_named_that_stands_still_in_a_broadcast(tmp_path: Path) 
                 await anyio.sleep_forever()  # its consumer gives it up meanwhile
             gate.open()
         assert lost(outcomes["b"]) == "WorkerLost"
+        fleet.stall_after(PATIENT_S)
         await finishes(fleet, 3)
 
 
@@ -198,7 +204,7 @@ async def test_others_go_on_when_one_engine_finds_that_it_cannot_stream(
 async def test_next_versions_come_without_a_broadcast_when_workers_cannot_meet(
     tmp_path: Path,
 ) -> None:
-    with open_device_fleet(make_world(SEED), FLEETS[3], tmp_path, stall_s=STALL_S) as fleet:
+    with open_device_fleet(make_world(SEED), FLEETS[3], tmp_path) as fleet:
         refusal = RouteUnavailable("broadcast", "there is no NCCL")
         fleet.sites["b"].engine.rings[0].refusal = refusal
         outcomes = await fleet.run(fleet.plan(1))
