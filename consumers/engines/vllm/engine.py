@@ -9,9 +9,10 @@ cannot is refused then: the blocks of the prefix cache, those of a connector, an
 made. Blocks of running requests cannot be told from the others by vLLM: in mode `keep` such
 requests are preempted, and when they go on, their keys and values are computed anew with the new
 weights, from the prompt and the tokens that they have made so far. No request is lost. Since
-vLLM's documentation leaves it open whether it does so in mode `keep`, it is asked once more before
-the resumption there, and its answer is looked at. With `caches` at `keep` nothing is dropped:
-running requests go on at once, on keys and values of the old weights, and new requests find them.
+vLLM's documentation leaves it open whether it does so in mode `keep`, it is asked once more there
+while the weights are written, and its answer is looked at. With `caches` at `keep` nothing is
+dropped: running requests go on at once, on keys and values of the old weights, and new requests
+find them.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class VllmEngine(TurnEngine):
         self._paused = False
         self._woken = False
         """Its parameters were woken by us; the rest of it sleeps still."""
+        self._stale_caches: ConsumerError | None = None
+        """Why what was computed with other weights may still be found; None: it cannot."""
         self._held: dict[int, Held] = {}
         self._served = _read_served(place.path / _SERVED_FILE)
         self._error = ""
@@ -150,7 +153,19 @@ class VllmEngine(TurnEngine):
         for rank in feeds:
             if (held := self._held.get(rank)) is not None:
                 self._held[rank] = msgspec.structs.replace(held, touched=True)
-        return await super().apply(version, layout_digest, feeds, deadline_s)
+        async with _together() as tasks:
+            if self._settings.pause == "keep" and self._settings.caches == "reset":
+                tasks.start_soon(self._drop_caches, deadline_s)
+            return await super().apply(version, layout_digest, feeds, deadline_s)
+
+    async def _drop_caches(self, deadline_s: float) -> None:
+        """Beside the turn: vLLM does it before or after, and nothing is computed meanwhile."""
+        try:
+            await self._control.reset_caches(deadline_s)
+        except ConsumerError as error:
+            self._stale_caches = error
+        else:
+            self._stale_caches = None
 
     async def resume(self, version: int, deadline_s: float) -> None:
         """
@@ -168,11 +183,12 @@ class VllmEngine(TurnEngine):
         served = Served(version, self._ranks_held())
         _write_served(self._place.path / _SERVED_FILE, served)
         self._served = served
-        async with _together() as tasks:
-            if version >= 0:
-                tasks.start_soon(self._control.set_version, str(version), _left_s(end))
-            if self._settings.pause == "keep" and self._settings.caches == "reset":
-                tasks.start_soon(self._control.reset_caches, _left_s(end))
+        if self._stale_caches is not None:
+            await self._drop_caches(_left_s(end))
+        if self._stale_caches is not None:
+            raise self._stale_caches
+        if version >= 0:
+            await self._control.set_version(str(version), _left_s(end))
         if self._woken:
             await self._control.wake_up((), _left_s(end))
             self._woken = False
@@ -191,7 +207,7 @@ class VllmEngine(TurnEngine):
         if served is not None and _instances(served.ranks) == _instances(held):
             version, touched = served.version, served.ranks != held
         else:
-            version, touched = -1, any(rank.updates > 0 for rank in held)
+            version, touched = -1, any(rank.touched or rank.updates > 0 for rank in held)
         return EngineReport(
             version=version,
             paused=self._paused,
@@ -351,12 +367,12 @@ async def _open_control(
         return
     assert url is not None
     try:
-        from weightbus.consumers.engines.vllm.http import open_http_control, wait_until_healthy
+        from weightbus.consumers.engines.vllm.http import open_http_control
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed: pip install 'weightbus[http]'"
         raise EngineUnavailable(url, reason) from None
-    await wait_until_healthy(url, deadline_s)
     async with open_http_control(url, settings.api_key) as control:
+        await control.wait_until_healthy(deadline_s)
         yield control
 
 

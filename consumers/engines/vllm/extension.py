@@ -13,12 +13,18 @@ from typing import Any
 import msgspec
 
 from weightbus.consumers.engines.turns import Turn
-from weightbus.consumers.engines.vllm.worker import VllmWorker, drafts_from_checkpoint
+from weightbus.consumers.engines.vllm.worker import (
+    VllmWorker,
+    drafts_from_checkpoint,
+    make_vllm_host,
+)
 
 __all__ = ("WeightBusExtension",)
 
 
 class WeightBusExtension:
+    weightbus_make_host = staticmethod(make_vllm_host)
+
     def weightbus_rank(self) -> dict[str, int]:
         """Which rank this is, of how many."""
         parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
@@ -34,7 +40,8 @@ class WeightBusExtension:
         ours: VllmWorker | None = getattr(self, "_weightbus", None)
         if ours is None:
             config = worker.vllm_config
-            ours = VllmWorker(config, worker.model_runner.get_model(), worker.device)
+            model = worker.model_runner.get_model()
+            ours = VllmWorker(config, model, worker.device, self.weightbus_make_host)
             if drafts_from_checkpoint(config):
                 find_draft = getattr(worker.model_runner, "get_draft_model", None)
                 draft = None if find_draft is None else find_draft()

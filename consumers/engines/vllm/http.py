@@ -16,7 +16,7 @@ import httpx
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
-__all__ = ("HttpControl", "open_http_control", "wait_until_healthy")
+__all__ = ("HttpControl", "open_http_control")
 
 _KEEP_ALIVE_S: Final = 2.0
 """Less than vLLM's own 5 s: no request meets a connection that is just being closed."""
@@ -34,6 +34,26 @@ class HttpControl(VllmControl):
         super().__init__(url)
         self._client = client
         self._operations: frozenset[str] = frozenset()
+
+    async def wait_until_healthy(self, deadline_s: float) -> None:
+        """Returns when the server answers that it is well.
+
+        Raises:
+            EngineUnavailable: it did not within `deadline_s`, and what it did instead.
+        """
+        said = "nothing was answered"
+        with anyio.move_on_after(deadline_s):
+            while True:
+                try:
+                    await self._ask("GET", "health", _POLL_TIMEOUT_S)
+                except EngineUnavailable as error:
+                    said = error.reason
+                except DeadlineExceeded as error:
+                    said = str(error)
+                else:
+                    return
+                await anyio.sleep(_POLL_S)
+        raise EngineUnavailable(self.name, f"it was not there within {deadline_s:g} s: {said}")
 
     async def probe(self, deadline_s: float) -> None:
         try:
@@ -153,44 +173,25 @@ class HttpControl(VllmControl):
 
 @asynccontextmanager
 async def open_http_control(url: str, api_key: str = "") -> AsyncIterator[HttpControl]:
-    """The engine at `http://host:port`; nothing is asked of it yet."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        client = httpx.AsyncClient(
-            base_url=url,
-            headers=headers,
-            timeout=None,  # every request has a deadline of its own
-            limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
-            trust_env=False,  # it is on this host: no proxy leads there
-        )
-    except (httpx.InvalidURL, UnicodeError) as error:
-        raise EngineUnavailable(url, f"not a URL: {error}") from None
-    async with client:
-        yield HttpControl(url, client)
-
-
-async def wait_until_healthy(url: str, deadline_s: float) -> None:
-    """Returns when the server answers that it is well.
+    """The engine at `http://host:port`; nothing is asked of it yet.
 
     Raises:
-        EngineUnavailable: it did not within `deadline_s`, and what it did instead.
+        EngineUnavailable: that is not a URL.
     """
-    said = "nothing answers there"
-    with anyio.move_on_after(deadline_s):
-        async with httpx.AsyncClient(timeout=_POLL_TIMEOUT_S, trust_env=False) as client:
-            while True:
-                try:
-                    answer = await client.get(f"{url.rstrip('/')}/health")
-                except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-                    raise EngineUnavailable(url, f"not a URL: {error}") from None
-                except httpx.HTTPError as error:
-                    said = str(error) or type(error).__name__
-                else:
-                    if answer.is_success:
-                        return
-                    said = f"/health answered {answer.status_code}: {_said(answer)}"
-                await anyio.sleep(_POLL_S)
-    raise EngineUnavailable(url, f"it was not there within {deadline_s:g} s: {said}")
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise EngineUnavailable(url, f"it is no URL: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise EngineUnavailable(url, "its URL must be like http://127.0.0.1:8000")
+    async with httpx.AsyncClient(
+        base_url=parsed,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=None,  # every request has a deadline of its own
+        limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
+        trust_env=False,  # it is on this host: no proxy leads there
+    ) as client:
+        yield HttpControl(url, client)
 
 
 def _decoded(answer: httpx.Response) -> Any:

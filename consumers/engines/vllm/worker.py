@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from weightbus.consumers.reload.host import ModelHost
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.worker import Apply, Inspect, WorkerRequest
 
-__all__ = ("Draft", "VllmWorker", "drafts_from_checkpoint")
+__all__ = ("Draft", "HostMaker", "VllmWorker", "drafts_from_checkpoint", "make_vllm_host")
 
 Draft = tuple[nn.Module, Any]
 """A drafter and its `ModelConfig`."""
@@ -38,10 +39,29 @@ _ALLOCATORS: Final = (
 _logger = logging.getLogger(__name__)
 
 
+HostMaker = Callable[[Any, nn.Module, torch.device, Draft | None], ModelHost]
+"""Makes the host of a `VllmConfig`, its model on a device, and a drafter of the same checkpoint."""
+
+
+def make_vllm_host(
+    vllm_config: Any, model: nn.Module, device: torch.device, draft: Draft | None
+) -> ModelHost:
+    from weightbus.consumers.engines.vllm.host import VllmHost
+
+    return VllmHost(vllm_config, model, device, draft)
+
+
 class VllmWorker:
     """One rank's end."""
 
-    def __init__(self, vllm_config: Any, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        model: nn.Module,
+        device: torch.device,
+        make_host: HostMaker = make_vllm_host,
+    ) -> None:
+        self._make = make_host
         self._vllm_config = vllm_config
         self._model = model
         self._device = device
@@ -83,9 +103,7 @@ class VllmWorker:
         self._taker.close()
 
     def _make_host(self) -> ModelHost:
-        from weightbus.consumers.engines.vllm.host import VllmHost
-
-        return VllmHost(self._vllm_config, self._model, self._device, self._draft)
+        return self._make(self._vllm_config, self._model, self._device, self._draft)
 
     def _refusal(self, request: WorkerRequest) -> WeightBusError | None:
         if self._needs_draft and self._draft is None:

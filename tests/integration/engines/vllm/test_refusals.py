@@ -1,0 +1,205 @@
+"""Servers that a consumer cannot stand beside, and what it says of them; engines that sleep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from tests.integration.engines.checkpoints import Checkpoints
+from tests.integration.engines.harness import LONG_S
+from tests.integration.engines.vllm.conftest import CONFIG, Start
+from tests.integration.engines.vllm.server import StandIn, serving
+from tests.integration.engines.vllm.test_updates import opened, report
+from tests.integration.engines.vllm.workers import Executor
+from weightbus.consumers.engines.vllm.engine import VllmSettings, open_vllm_engine
+from weightbus.consumers.errors import ApplyFailed, EngineUnavailable
+
+pytestmark = pytest.mark.anyio
+
+REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "no dev mode": ({"style": "no dev mode"}, r"no /pause, .*VLLM_SERVER_DEV_MODE=1"),
+    "no documents": ({"style": "no documents"}, r"404.*without|404.*--disable-fastapi-docs"),
+    "no way in": (
+        {"backend": None},
+        r"--weight-transfer-config '\{\"backend\": \"weightbus\"\}': .*not configured"
+        r".*--worker-extension-cls weightbus\.\S+\.WeightBusExtension: .*no attribute",
+    ),
+    "another backend": ({"backend": "nccl"}, r"Invalid init_info for NCCL"),
+    "data parallel": ({"copies": 3}, r"data parallel: 6 workers in copies of 2"),
+}
+
+
+@pytest.mark.parametrize(("given", "reason"), REFUSED.values(), ids=REFUSED)
+async def test_engine_is_refused_when_it_lacks_what_is_needed(
+    given: Mapping[str, Any], reason: str, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start(**given)
+    with pytest.raises(EngineUnavailable, match=reason):
+        async with opened(server, directory, checkpoints):
+            pass
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://[::1"])
+async def test_engine_is_refused_when_its_url_is_none(url: str, directory: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="URL"):
+        async with open_vllm_engine(directory, url=url, start_timeout_s=LONG_S):
+            pass
+
+
+async def test_engine_is_refused_when_nothing_answers_in_time(
+    directory: Path, checkpoints: Checkpoints
+) -> None:
+    executor = Executor(checkpoints)
+    with serving(StandIn(executor)) as server:
+        url = server.url
+    executor.end()
+    with pytest.raises(EngineUnavailable, match=r"not there within 0\.3 s: /health"):
+        async with open_vllm_engine(directory, url=url, start_timeout_s=0.3):
+            pass
+
+
+async def test_engine_is_gone_when_its_server_is(directory: Path, checkpoints: Checkpoints) -> None:
+    executor = Executor(checkpoints)
+    with serving(StandIn(executor)) as server:
+        opening = opened(server, directory, checkpoints)
+        engine, updates = await opening.__aenter__()
+        await updates.prepare()
+        await updates.update(1)
+    try:
+        with anyio.fail_after(LONG_S / 2):
+            with pytest.raises(EngineUnavailable):
+                await engine.state(LONG_S)
+            with pytest.raises(EngineUnavailable):
+                await engine.pause(LONG_S)
+            with pytest.raises(EngineUnavailable):
+                await engine.inspect(None, LONG_S)
+    finally:
+        await opening.__aexit__(None, None, None)
+        executor.end()
+
+
+async def test_engine_is_refused_when_it_came_back_with_other_workers(
+    start: Start, directory: Path, checkpoints: Checkpoints, short_path: Path
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, _):
+        files = short_path / "other"
+        files.mkdir()
+        alone = Executor(Checkpoints(files, "decoder", CONFIG, 1))
+        await anyio.to_thread.run_sync(server.restart, alone)
+        with pytest.raises(EngineUnavailable, match="it has 1 workers now, and had 2"):
+            await engine.inspect(None, LONG_S)
+
+
+async def test_second_consumer_is_refused_when_the_first_is_there(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, _):
+        with pytest.raises(EngineUnavailable, match="another process is bound"):
+            async with opened(server, directory, checkpoints):
+                pass
+        await engine.inspect(None, LONG_S)
+
+
+async def test_caller_is_wrong_when_it_gives_no_engine(directory: Path) -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        async with open_vllm_engine(directory, settings=VllmSettings()):
+            pass
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What vLLM's allocator knows of the memory of parameters, on GPUs."""
+    allocation = SimpleNamespace(tag="weights", is_asleep=False)
+    module = ModuleType("vllm.device_allocator.cumem")
+    instance = SimpleNamespace(pointer_to_data={1: allocation})
+    module.__dict__["CuMemAllocator"] = SimpleNamespace(instance=instance)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return allocation
+
+
+def fall_asleep(server: StandIn, asleep: SimpleNamespace) -> None:
+    server.paused, asleep.is_asleep = True, True
+    server.asleep |= {"weights", "kv_cache"}
+
+
+async def test_engine_is_left_alone_when_it_sleeps(
+    asleep: SimpleNamespace, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        fall_asleep(server, asleep)
+        await updates.prepare()
+        with pytest.raises(EngineUnavailable, match="it sleeps: wake it first"):
+            await engine.pause(LONG_S)
+        assert server.asleep == {"weights", "kv_cache"}
+        assert "POST /wake_up" not in " ".join(server.details())
+
+
+async def test_engine_is_woken_for_an_update_when_it_may_be(
+    asleep: SimpleNamespace, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """Its parameters first; the rest only once they are right."""
+    server = start()
+
+    def wake() -> None:
+        asleep.is_asleep = False
+
+    server.before["POST /wake_up"] = wake
+    async with opened(server, directory, checkpoints, sleeping="wake") as (engine, updates):
+        fall_asleep(server, asleep)
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        assert (server.asleep, server.paused) == ({"kv_cache"}, True)
+        await updates.apply(1)
+        await engine.resume(1, LONG_S)
+        assert (server.asleep, server.paused) == (set(), False)
+        assert server.executor.fingerprints() == checkpoints.fingerprints(1)
+
+
+async def test_update_is_refused_untouched_when_the_engine_fell_asleep_in_its_pause(
+    asleep: SimpleNamespace, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        asleep.is_asleep = True
+        with pytest.raises(ApplyFailed, match="EngineAsleep: Apply is refused") as caught:
+            await updates.apply(1)
+        assert not caught.value.touched
+
+
+async def test_paused_engine_of_a_dead_consumer_is_not_taken_for_one_that_sleeps(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, _):
+        await engine.pause(LONG_S)
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        assert await report(engine) == (1, False, False)
+
+
+async def test_resumption_is_refused_when_old_blocks_cannot_be_dropped(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        server.failing["POST /reset_prefix_cache"] = "remote KV transfer"
+        with pytest.raises(EngineUnavailable, match="remote KV transfer"):
+            await updates.update(1)
+        assert await report(engine) == (1, True, False)
+        server.failing.clear()
+        await engine.resume(1, LONG_S)
+        assert await report(engine) == (1, False, False)

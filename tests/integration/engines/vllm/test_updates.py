@@ -1,0 +1,323 @@
+"""Updates of a vLLM engine by both ways into its workers, as its consumer makes them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from tests.integration.engines.checkpoints import Checkpoints
+from tests.integration.engines.harness import LONG_S, Updates
+from tests.integration.engines.vllm.conftest import Start
+from tests.integration.engines.vllm.server import StandIn
+from tests.integration.engines.vllm.workers import Executor
+from weightbus.consumers.engines.vllm.engine import (
+    VllmEngine,
+    VllmSettings,
+    open_vllm_engine,
+)
+from weightbus.consumers.errors import ApplyFailed, EngineUnavailable, WorkerLost
+
+pytestmark = pytest.mark.anyio
+
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "0.32": {"style": "0.32"},
+    "0.26": {"style": "0.26"},
+    "extension": {"style": "extension", "backend": None, "extended": True},
+    "extension of 0.32": {"style": "0.32", "backend": "nccl", "extended": True},
+}
+
+
+@asynccontextmanager
+async def opened(
+    server: StandIn, directory: Path, checkpoints: Checkpoints, **settings: Any
+) -> AsyncIterator[tuple[VllmEngine, Updates]]:
+    async with open_vllm_engine(
+        directory,
+        url=server.url,
+        settings=VllmSettings(**settings),
+        roots=[str(checkpoints.directory)],
+        start_timeout_s=LONG_S,
+    ) as engine:
+        yield engine, Updates(engine, checkpoints)
+
+
+class Gate:
+    """Holds whoever comes in a thread."""
+
+    def __init__(self) -> None:
+        self._came, self._open = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self._came.set()
+        assert self._open.wait(LONG_S)
+
+    async def wait(self) -> None:
+        """Until somebody has come."""
+        assert await anyio.to_thread.run_sync(self._came.wait, LONG_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+async def report(engine: VllmEngine) -> tuple[int, bool, bool]:
+    """Version, paused, touched."""
+    state = await engine.state(LONG_S)
+    return state.version, state.paused, state.touched
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+async def test_engine_holds_each_version_bit_for_bit_when_updated(
+    way: Mapping[str, Any], start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start(**way)
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        assert engine.ranks == 2
+        assert await report(engine) == (-1, False, False)
+        described = await updates.prepare()
+        assert [rank.rank for rank in described] == [0, 1]
+        for version in (1, 2, 3):
+            applied = await updates.update(version)
+            assert [rank.rank for rank in applied] == [0, 1]
+            assert server.executor.fingerprints() == checkpoints.fingerprints(version)
+            assert await report(engine) == (version, False, False)
+        if way["style"] == "0.32":
+            assert server.version == "3"
+    with pytest.raises(Exception, match=r"without a matching start|no attribute|not configured"):
+        await anyio.to_thread.run_sync(server.executor.collective_rpc, "finish_weight_update")
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+@pytest.mark.parametrize("caches", ["reset", "keep"])
+async def test_calls_between_pause_and_resumption_are_few_when_the_pause_is_as_configured(
+    mode: str, caches: str, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start("0.32")
+    async with opened(server, directory, checkpoints, pause=mode, caches=caches) as (_, updates):
+        await updates.prepare()
+        server.running, since = 3, len(server.calls)
+        await updates.update(1)
+        during = [*server.details(since)]
+        clear = "true" if caches == "reset" else "false"
+        resets = [
+            "POST /reset_encoder_cache",
+            "POST /reset_prefix_cache?reset_running_requests=true",
+        ]
+        assert during[:2] == ["GET /is_sleeping", f"POST /pause?mode={mode}&clear_cache={clear}"]
+        beside = resets if (mode, caches) == ("keep", "reset") else []
+        assert sorted(during[2:-2]) == [*beside, "POST /update_weights"]
+        assert during[-2:] == ["POST /update_weight_version", "POST /resume"]
+        assert server.caches == (set() if caches == "reset" else {"prefix", "encoder"})
+        assert server.aborted == (3 if mode == "abort" else 0)
+        assert server.preempted == (3 if (mode, caches) == ("keep", "reset") else 0)
+
+
+async def test_sessions_are_finished_first_when_a_dead_consumer_left_one_open(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    await anyio.to_thread.run_sync(server.executor.collective_rpc, "start_weight_update")
+    async with opened(server, directory, checkpoints) as (_, updates):
+        assert server.details()[-4:] == [
+            "POST /start_weight_update",
+            "POST /finish_weight_update",
+            "POST /start_weight_update",
+            "POST /update_weights",
+        ]
+        await updates.prepare()
+        await updates.update(1)
+
+
+async def test_request_fails_at_once_and_the_next_succeeds_when_a_turn_fails(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        server.failing["POST /update_weights"] = "EngineCore is out of sorts"
+        with anyio.fail_after(LONG_S / 2):
+            with pytest.raises(EngineUnavailable, match="answered 500: EngineCore is out of sorts"):
+                await engine.inspect(None, LONG_S)
+            await engine.pause(LONG_S)
+            server.failing.clear()
+            await updates.prepare()
+            server.failing["POST /update_weights"] = "EngineCore is out of sorts"
+            with pytest.raises(EngineUnavailable) as caught:
+                await updates.apply(1)
+        assert caught.value.touched
+        server.failing.clear()
+        assert [(r.version, r.touched) for r in await engine.inspect(None, LONG_S)] == [
+            (-1, False)
+        ] * 2
+        await updates.update(2)
+        assert server.executor.fingerprints() == checkpoints.fingerprints(2)
+
+
+async def test_session_is_started_again_when_somebody_finished_it(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, _):
+        await anyio.to_thread.run_sync(server.executor.collective_rpc, "finish_weight_update")
+        with pytest.raises(EngineUnavailable, match="start_weight_update must be called"):
+            await engine.inspect(None, LONG_S)
+        await engine.inspect(None, LONG_S)
+
+
+async def test_apply_that_was_given_up_is_over_when_its_turn_comes_late(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """A worker that has been asked something else meanwhile does not write any more; one that has
+    not is waited for."""
+    server, gate, scope = start(), Gate(), anyio.CancelScope()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        server.before["POST /update_weights"] = gate
+
+        async def apply() -> None:
+            with scope:
+                await updates.apply(1)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(apply)
+            await gate.wait()
+            scope.cancel()
+            await anyio.wait_all_tasks_blocked()
+            assert await report(engine) == (-1, True, True)
+            gate.open()
+        found = server.executor.fingerprints()
+        held = await engine.inspect(None, LONG_S)
+        assert not any(rank.touched for rank in held)
+        assert await report(engine) == (-1, True, any(rank.updates for rank in held))
+        assert server.executor.fingerprints() == found
+
+
+async def test_apply_ends_after_the_last_write_when_it_is_cancelled(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    host = server.executor.hosts[1]
+    ended = anyio.Event()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        host.may_load.clear()
+        scope = anyio.CancelScope()
+
+        async def apply() -> None:
+            with scope:
+                await updates.apply(1)
+            ended.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(apply)
+            await anyio.to_thread.run_sync(host.loading.wait, LONG_S)
+            scope.cancel()
+            await anyio.wait_all_tasks_blocked()
+            assert not ended.is_set()
+            assert await report(engine) == (-1, True, True)
+            host.may_load.set()
+        held = await engine.inspect(None, LONG_S)
+        assert [(rank.version, rank.touched) for rank in held] == [(1, False)] * 2
+        assert await report(engine) == (-1, True, True), "nobody has proven it"
+        await engine.resume(1, LONG_S)
+        assert await report(engine) == (1, False, False)
+
+
+async def test_state_is_told_from_memory_when_a_turn_is_under_way(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server, gate = start(), Gate()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        server.before["POST /update_weights"] = gate
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.inspect, None, LONG_S)
+            await gate.wait()
+            since = len(server.calls)
+            assert await report(engine) == (1, False, False)
+            assert server.details(since) == []
+            gate.open()
+
+
+async def test_new_workers_are_adopted_when_the_server_was_started_anew(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(4)
+        assert await report(engine) == (4, False, False)
+        await anyio.to_thread.run_sync(server.restart, Executor(checkpoints))
+        state = await engine.state(LONG_S)
+        assert (state.version, state.paused, state.touched) == (-1, False, False)
+        assert state.error == "its workers were started anew"
+        await engine.pause(LONG_S)
+        with pytest.raises((WorkerLost, ApplyFailed)):
+            await updates.apply(5)
+        await updates.prepare()
+        await updates.update(5)
+        assert server.executor.fingerprints() == checkpoints.fingerprints(5)
+        assert await report(engine) == (5, False, False)
+
+
+async def test_engine_counts_as_touched_when_its_consumer_died_before_the_proof(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await engine.pause(LONG_S)
+        await updates.apply(2)
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        assert await report(engine) == (1, True, True)
+        with pytest.raises(EngineUnavailable, match="rank 0 holds version 2, not version 1"):
+            await engine.resume(1, LONG_S)
+        await updates.prepare()
+        await updates.update(3)
+    async with opened(server, directory, checkpoints) as (engine, _):
+        assert await report(engine) == (3, False, False)
+
+
+async def test_apply_is_refused_when_the_engine_is_not_paused(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        with pytest.raises(EngineUnavailable, match="not paused"):
+            await updates.apply(1)
+        with pytest.raises(EngineUnavailable, match="rank 0 holds version -1, not version 1"):
+            await engine.resume(1, LONG_S)
+
+
+@pytest.mark.parametrize("way", ["0.32", "extension"])
+async def test_drafter_is_shown_to_the_host_when_it_is_made_of_the_same_checkpoint(
+    way: str, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start(**WAYS[way], drafts=True)
+    async with opened(server, directory, checkpoints, api_key="") as (_, updates):
+        await updates.prepare()
+        await updates.update(1)
+        for worker in server.executor.workers:
+            assert worker.host.draft is not None
+            assert worker.host.draft[0] is worker.draft
+    drafts = [call for call in server.details() if "start_draft" in call]
+    assert len(drafts) == (1 if way == "0.32" else 0)
+
+
+async def test_every_request_has_the_key_when_there_is_one(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start(api_key="secret")
+    async with opened(server, directory, checkpoints, api_key="secret") as (_, updates):
+        await updates.prepare()
+        await updates.update(1)
