@@ -1,0 +1,232 @@
+"""What an SGLang host refuses before anything is written, and how it builds a scratch model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.engines.sglang.test_lifecycle import QuantizeMethodBase, Turning
+from tests.unit.reload.models import layout_of
+from weightbus.consumers.engines.sglang.host import SglangHost
+from weightbus.consumers.engines.sglang.scratch import build_scratch
+from weightbus.consumers.errors import CheckpointRefused, TraceRefused
+from weightbus.consumers.reload.host import Weights
+from weightbus.consumers.reload.tracer import trace_needs
+
+CPU = torch.device("cpu")
+
+
+class Repacking(QuantizeMethodBase):
+    """Keeps the weight in another form, for good."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.weight = nn.Parameter(layer.weight.data.reshape(-1), requires_grad=False)
+
+
+class Fused(nn.Module):
+    """As SGLang fuses: a parameter that is made of two checkpoint tensors, and a norm."""
+
+    def __init__(self, method: QuantizeMethodBase | None = None) -> None:
+        super().__init__()
+        self.quant_method = method
+        self.weight = nn.Parameter(torch.empty(4, 4), requires_grad=False)
+        self.norm = nn.Parameter(torch.empty(4), requires_grad=False)
+        self.input_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.pooled = False
+
+    def load_weights(self, weights: Weights) -> None:
+        """Passes over what it does not know, and notices nothing that is missing."""
+        places = {
+            "a.weight": self.weight.data[:2],
+            "b.weight": self.weight.data[2:],
+            "norm": self.norm.data,
+        }
+        with ThreadPoolExecutor(2) as pool:
+            for name, tensor in weights:
+                place = places.get(name)
+                if place is None:
+                    continue
+                assert place.shape == tensor.shape, f"{tuple(tensor.shape)} into {name}"
+                if self.pooled:
+                    pool.submit(place.copy_, tensor).result()
+                else:
+                    place.copy_(tensor)
+
+
+def checkpoint(**changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor | None] = {
+        "a.weight": torch.rand(2, 4),
+        "b.weight": torch.rand(2, 4),
+        "norm": torch.rand(4),
+        **{name.replace("_", "."): tensor for name, tensor in changed.items()},
+    }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def host_of(model: Fused, *, pooled: bool = False, has_scale: bool = True) -> SglangHost:
+    def build(name: str) -> Fused:
+        assert name == "Fused"
+        with torch.device("meta"):
+            scratch = Fused()
+        scratch.pooled = pooled
+        if not has_scale:
+            del scratch.input_scale
+        return scratch
+
+    def load(model: nn.Module, weights: Weights, device: torch.device) -> None:
+        assert device == CPU
+        assert isinstance(model, Fused)
+        model.load_weights(weights)
+
+    return SglangHost(model, CPU, build, load)
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["one-thread", "thread-pool"])
+def test_checkpoint_is_taken_and_traced_whole_on_whichever_threads_it_is_loaded(
+    pooled: bool,
+) -> None:
+    """What the model does not know does not matter."""
+    model = Fused()
+    del model.input_scale
+    host = host_of(model, pooled=pooled, has_scale=False)
+    trace = trace_needs(host, layout_of(checkpoint(rotary=torch.rand(3))))
+    assert sorted(copy.tensor for copy in trace.needs.copies) == [0, 1, 2]
+
+
+def test_checkpoint_is_taken_when_it_lacks_what_the_engine_fills_by_itself() -> None:
+    host = host_of(Fused())
+    host.load_weights(host.scratch_model(), checkpoint().items())
+
+
+@pytest.mark.parametrize("lost", ["a_weight", "b_weight", "norm"])
+def test_checkpoint_is_refused_when_it_lacks_a_tensor(lost: str) -> None:
+    host = host_of(Fused())
+    with pytest.raises(CheckpointRefused, match=r"leaves (weight|norm) in part"):
+        host.load_weights(host.scratch_model(), checkpoint(**{lost: None}).items())
+
+
+def test_checkpoint_is_refused_when_a_tensor_has_another_shape() -> None:
+    host = host_of(Fused())
+    with pytest.raises(CheckpointRefused, match=r"at b.weight of shape \(3, 4\)"):
+        host.load_weights(host.scratch_model(), checkpoint(b_weight=torch.rand(3, 4)).items())
+
+
+def test_every_checkpoint_is_refused_when_a_parameter_was_repacked_for_good() -> None:
+    model = Fused(Repacking())
+    assert model.quant_method is not None
+    model.quant_method.process_weights_after_loading(model)
+    host = host_of(model)
+    with pytest.raises(CheckpointRefused, match=r"repacked weight for Repacking, for good"):
+        host.load_weights(host.scratch_model(), checkpoint().items())
+
+
+def test_checkpoint_is_taken_when_a_repacked_parameter_can_be_restored() -> None:
+    model = Fused(Turning())
+    model.weight.data = model.weight.data.reshape(2, 8)
+    host = host_of(model)
+    host.load_weights(host.scratch_model(), checkpoint().items())
+
+
+def test_chosen_modules_alone_are_loaded_again() -> None:
+    model = Fused()
+    tensors = checkpoint()
+    host = host_of(model)
+    host.reload(tensors.items(), None)
+    assert torch.equal(model.weight, torch.cat([tensors["a.weight"], tensors["b.weight"]]))
+    assert torch.equal(model.norm, tensors["norm"])
+
+
+@contextmanager
+def sglang_of(**modules: Any) -> Iterator[None]:
+    """An `sglang` of nothing but what building a model needs."""
+    before = {name: module for name, module in sys.modules.items() if name.startswith("sglang")}
+    names = {name.replace("__", "."): content for name, content in modules.items()}
+    parents = {
+        ".".join(name.split(".")[:count])
+        for name in names
+        for count in range(1, name.count(".") + 1)
+    }
+    try:
+        for name in sorted(parents | names.keys()):
+            module = sys.modules[name] = ModuleType(name)
+            module.__path__ = []
+            vars(module).update(names.get(name, {}))
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.startswith("sglang")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Config:
+    """As `ModelConfig`."""
+
+    dtype = torch.bfloat16
+
+    @staticmethod
+    def from_server_args(server_args: object) -> Config:
+        assert server_args == "started so"
+        return Config()
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_scratch_model_is_built_on_meta_and_leaves_shared_embeddings_alone(newer: bool) -> None:
+    ropes: dict[str, nn.Module] = {"live": nn.Identity()}
+
+    def built(arguments: Iterable[object]) -> Fused:
+        ropes["scratch"] = nn.Identity()
+        return Fused()
+
+    def newer_way(model_config: Config, load_config: object, quant_config: object) -> Fused:
+        assert quant_config == "quantised so"
+        return built(())
+
+    def older_way(model_config: Config, load_config: object) -> Fused:
+        return built(())
+
+    accessor = {"get_server_args": lambda: "started so"}
+    global_accessor = {"get_global_server_args": lambda: "started so"}
+    place = "sglang__srt__layers__rotary_embedding" + ("__factory" if newer else "")
+    modules: dict[str, Any] = {
+        "sglang__srt__configs__load_config": {"LoadConfig": SimpleNamespace},
+        "sglang__srt__configs__model_config": {"ModelConfig": Config},
+        "sglang__srt__model_loader__loader": {
+            "_initialize_model": newer_way if newer else older_way,
+            "_get_quantization_config": lambda model_config, load_config: "quantised so",
+        },
+        "sglang__srt__model_loader__utils": {"set_default_torch_dtype": default_dtype},
+        place: {"_ROPE_DICT": ropes},
+        "sglang__srt__runtime_context" if newer else "sglang__srt__server_args": (
+            accessor if newer else global_accessor
+        ),
+    }
+    with sglang_of(**modules):
+        loader_module = sys.modules["sglang.srt.model_loader.loader"]
+        sys.modules["sglang.srt.model_loader"].loader = loader_module  # type: ignore[attr-defined]
+        scratch = build_scratch("Fused")
+    assert {parameter.device.type for parameter in scratch.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in scratch.parameters()} == {torch.bfloat16}
+    assert list(ropes) == ["live"]
+
+
+def test_model_cannot_be_traced_when_it_cannot_be_built_on_meta() -> None:
+    with pytest.raises(TraceRefused, match="cannot be built on meta: ModuleNotFoundError"):
+        build_scratch("Fused")
