@@ -22,7 +22,7 @@ from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.engines import (
     EngineChoice,
-    VllmChoice,
+    TorchChoice,
     choose_engine,
     engine_options,
     open_engine,
@@ -237,8 +237,8 @@ async def run_consumer(options: Options) -> None:
                 resource={"weightbus.engine": config.engine},
             )
         )
-        if isinstance(options.engine, VllmChoice):
-            click.echo(f"engine {config.engine}: waiting for vLLM at {options.engine.url}")
+        if not isinstance(options.engine, TorchChoice):
+            click.echo(f"engine {config.engine}: waiting for the server at {options.engine.url}")
         engine = await stack.enter_async_context(
             open_engine(options.engine, directory, roots=config.file_roots, host_id=config.host_id)
         )

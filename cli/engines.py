@@ -19,14 +19,17 @@ from msgspec import Struct
 
 from weightbus.cli.options import device_option
 from weightbus.consumers.engines.engine import Engine
+from weightbus.consumers.engines.sglang.engine import SglangSettings, open_sglang_engine
 from weightbus.consumers.engines.torch.engine import open_torch_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
 from weightbus.consumers.engines.vllm.engine import VllmSettings, open_vllm_engine
 
 __all__ = (
+    "ADMIN_KEY_VARIABLE",
     "KEY_VARIABLE",
     "OPTIONS_OF",
     "EngineChoice",
+    "SglangChoice",
     "TorchChoice",
     "VllmChoice",
     "choose_engine",
@@ -37,9 +40,13 @@ __all__ = (
 KEY_VARIABLE: Final = "WEIGHTBUS_ENGINE_KEY"
 """Holds the server's API key: a command line is seen by every user of the host."""
 
+ADMIN_KEY_VARIABLE: Final = "WEIGHTBUS_ENGINE_ADMIN_KEY"
+"""Holds the key of an SGLang server that has another one for what changes it."""
+
 OPTIONS_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "torch": ("architecture", "config", "tp", "device"),
     "vllm": ("url", "pause", "sleeping", "caches"),
+    "sglang": ("url", "pause", "caches"),
 }
 """Kind of engine -> the options that say something of it alone."""
 
@@ -62,7 +69,14 @@ class VllmChoice(Struct, frozen=True):
     settings: VllmSettings
 
 
-EngineChoice: TypeAlias = TorchChoice | VllmChoice
+class SglangChoice(Struct, frozen=True):
+    """An SGLang server that runs on this host."""
+
+    url: str
+    settings: SglangSettings
+
+
+EngineChoice: TypeAlias = TorchChoice | VllmChoice | SglangChoice
 
 
 def engine_options(command: F) -> F:
@@ -94,6 +108,8 @@ def choose_engine(
             api_key=environment.get(KEY_VARIABLE, ""),
         )
         return VllmChoice(url=chosen["url"], settings=settings)
+    if kind == "sglang":
+        return _sglang(chosen, environment)
     if chosen["engine_dir"] is None and chosen["architecture"] is None:
         raise click.UsageError(
             "give --engine-dir of a running engine, or --architecture of a new one"
@@ -116,6 +132,26 @@ def open_engine(
             return open_vllm_engine(
                 directory, url=url, settings=settings, roots=roots, host_id=host_id
             )
+        case SglangChoice(url=url, settings=sglang_settings):
+            return open_sglang_engine(
+                directory, url=url, settings=sglang_settings, roots=roots, host_id=host_id
+            )
+
+
+def _sglang(chosen: Mapping[str, Any], environment: Mapping[str, str]) -> SglangChoice:
+    if chosen["url"] is None:
+        raise click.UsageError(
+            "--engine sglang needs --url, where its server listens: http://127.0.0.1:30000"
+        )
+    if chosen["pause"] == "wait":
+        raise click.UsageError("SGLang does not wait for requests in a pause: --pause keep, abort")
+    settings = SglangSettings(
+        pause=chosen["pause"],
+        caches=chosen["caches"],
+        api_key=environment.get(KEY_VARIABLE, ""),
+        admin_key=environment.get(ADMIN_KEY_VARIABLE, ""),
+    )
+    return SglangChoice(url=chosen["url"], settings=settings)
 
 
 def _refuse_options_of_others(context: click.Context, kind: str) -> None:
@@ -165,8 +201,8 @@ _OPTIONS: Final = (
     click.option(
         "--engine-dir",
         type=click.Path(path_type=Path),
-        help="Directory of the engine's sockets, of mode 0700. A new one by default, with vllm and "
-        "with --architecture.",
+        help="Directory of the engine's sockets, of mode 0700. A new one by default, with vllm, "
+        "sglang and --architecture.",
     ),
     click.option(
         "--architecture",
@@ -183,15 +219,17 @@ _OPTIONS: Final = (
     ),
     device_option,
     click.option(
-        "--url", callback=_url, help="vllm: where its server listens, such as http://127.0.0.1:8000"
+        "--url",
+        callback=_url,
+        help="vllm, sglang: where its server listens, such as http://127.0.0.1:8000",
     ),
     click.option(
         "--pause",
         type=click.Choice(["keep", "wait", "abort"]),
         default="keep",
         show_default=True,
-        help="vllm: what becomes of requests that run when an update comes: they go on afterwards, "
-        "are waited for, or end.",
+        help="vllm, sglang: what becomes of requests that run when an update comes: they go on "
+        "afterwards, are waited for (vllm), or end.",
     ),
     click.option(
         "--sleeping",
@@ -205,6 +243,6 @@ _OPTIONS: Final = (
         type=click.Choice(["reset", "keep"]),
         default="reset",
         show_default=True,
-        help="vllm: what becomes of caches that older weights have filled.",
+        help="vllm, sglang: what becomes of caches that older weights have filled.",
     ),
 )

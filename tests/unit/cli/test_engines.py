@@ -9,10 +9,18 @@ import click.testing
 import pytest
 
 from weightbus.cli import consume
-from weightbus.cli.engines import KEY_VARIABLE, OPTIONS_OF, TorchChoice, VllmChoice
+from weightbus.cli.engines import (
+    ADMIN_KEY_VARIABLE,
+    KEY_VARIABLE,
+    OPTIONS_OF,
+    SglangChoice,
+    TorchChoice,
+    VllmChoice,
+)
 
 URL = "http://127.0.0.1:8000"
 VLLM = ("--engine", "vllm", "--url", URL)
+SGLANG = ("--engine", "sglang", "--url", URL)
 
 
 @pytest.fixture
@@ -25,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[consume.Optio
 
     monkeypatch.setattr("anyio.run", run)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    for name in ("WEIGHTBUS_NATS_URL", KEY_VARIABLE):
+    for name in ("WEIGHTBUS_NATS_URL", KEY_VARIABLE, ADMIN_KEY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     return found
 
@@ -75,6 +83,21 @@ def test_api_key_comes_by_the_environment_alone(
     assert not {option for option in options if "key" in option}
 
 
+def test_sglang_is_treated_as_it_was_asked_for(
+    asked: list[consume.Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(ADMIN_KEY_VARIABLE, "master")
+    assert invoke(*SGLANG, "--pause", "abort", "--caches", "keep").exit_code == 0
+    assert invoke(*SGLANG).exit_code == 0
+    given, careful = (options.engine for options in asked)
+    assert isinstance(given, SglangChoice)
+    assert isinstance(careful, SglangChoice)
+    assert (given.url, given.settings.pause, given.settings.caches) == (URL, "abort", "keep")
+    assert (given.settings.api_key, given.settings.admin_key) == ("secret", "master")
+    assert (careful.settings.pause, careful.settings.caches) == ("keep", "reset")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -88,6 +111,10 @@ def test_api_key_comes_by_the_environment_alone(
         (("--engine-dir", "/d", "--caches", "keep"), "--caches is an option of --engine vllm"),
         (("--engine-dir", "/d", "--sleeping", "wake"), "--sleeping is an option of --engine vllm"),
         ((*VLLM, "--pause", "drop"), "'drop' is not one of"),
+        (("--engine", "sglang"), "--engine sglang needs --url"),
+        ((*SGLANG, "--pause", "wait"), "SGLang does not wait for requests"),
+        ((*SGLANG, "--sleeping", "wake"), "--sleeping is an option of --engine vllm"),
+        ((*SGLANG, "--tp", "2"), "--tp is an option of --engine torch: this is --engine sglang"),
         (("--engine", "tgi"), "'tgi' is not one of"),
         ((), "give --engine-dir of a running engine, or --architecture of a new one"),
     ],
