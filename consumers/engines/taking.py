@@ -28,7 +28,7 @@ from weightbus.consumers.engines.turns import NO_REQUEST, Turn
 from weightbus.consumers.errors import DeviceLost, EngineUnavailable, PlanError
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.worker import ReloadWorker
-from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.errors import MessageInvalid, WeightBusError
 from weightbus.schemas.worker import (
     Apply,
     Attach,
@@ -53,6 +53,13 @@ Refusal = Callable[[WorkerRequest], WeightBusError | None]
 """Why the engine cannot have a request carried out now; None: it can."""
 
 
+Connect = Callable[
+    [Path, int, str, tuple[type[WorkerRequest], ...], Callable[[int, MessageInvalid], Failed]],
+    WorkerEndpoint[WorkerRequest],
+]
+"""Makes the endpoint: see `WorkerEndpoint`."""
+
+
 def _refuse_nothing(request: WorkerRequest) -> WeightBusError | None:
     del request
     return None
@@ -67,7 +74,9 @@ class TurnTaker:
         rank: int,
         world_size: int,
         refusal: Refusal = _refuse_nothing,
+        connect: Connect = WorkerEndpoint,
     ) -> None:
+        self._connect = connect
         self.rank = rank
         self.world_size = world_size
         self._make_host = make_host
@@ -98,7 +107,7 @@ class TurnTaker:
         if self._place is not None and self._place.path == place.path:
             return
         self._disconnect()
-        self._endpoint = WorkerEndpoint(
+        self._endpoint = self._connect(
             place.control, self.rank, self._instance, _REQUESTS, self._failed
         )
         self._place = place
