@@ -43,7 +43,7 @@ __all__ = (
     "until",
 )
 
-LONG_S = 60.0
+LONG_S = 120.0
 POLL_S = 0.01
 
 

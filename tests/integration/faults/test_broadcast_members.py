@@ -24,7 +24,7 @@ from tests.integration.fleet.signals import kill, stopped
 from tests.integration.fleet.staging import turns_of, until_filled
 from weightbus.schemas.rounds import RoundComplete, RoundPlan
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 async def next_version_is_broadcast(trainer: Trainer, *followers: Follower) -> None:

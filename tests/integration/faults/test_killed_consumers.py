@@ -17,9 +17,9 @@ from tests.integration.fleet.signals import stopped
 from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
-STATE_S = 10.0
+STATE_S = 60.0
 
 
 @asynccontextmanager

@@ -80,7 +80,7 @@ async def test_engine_serves_no_mix_when_a_worker_is_killed_after_another_has_wr
 
 async def test_consumer_ends_with_the_reason_when_its_engine_is_gone(fleet: Fleet) -> None:
     with pytest.RaisesGroup(EngineUnavailable, flatten_subgroups=True):
-        async with fleet.follow("a", engine_lost_s=0.5) as a, fleet.publisher() as trainer:
+        async with fleet.follow("a", engine_lost_s=2.0) as a, fleet.publisher() as trainer:
             await a.completes((await trainer.publish()).version)
             kill((await a.state()).front_pid)
             with anyio.fail_after(DEADLINE_S):

@@ -25,7 +25,7 @@ from weightbus.schemas.checkpoint import CheckpointReady, CopyReady
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import RoundPlan
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 MEASURE_S = 0.001
 

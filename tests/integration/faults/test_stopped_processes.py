@@ -30,9 +30,9 @@ from tests.integration.fleet.staging import turns_of, until_filled
 from tests.nats_server import NatsServer
 from weightbus.consumers.engines.torch.client import TorchEngineClient
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
-STATE_S = 10.0
+STATE_S = 60.0
 
 Who = Literal["trainer", "consumer", "front", "rank", "nats-server"]
 NEEDED_BY_ALL = ("trainer", "nats-server")

@@ -21,7 +21,7 @@ from weightbus.schemas.progress import UpdateComplete
 
 pytestmark = pytest.mark.anyio
 
-STATE_S = 10.0
+STATE_S = 60.0
 
 FILLER_BYTES = 16 * 2**20
 """A tensor that no engine needs, but that is read for the digest's sake: it takes its time."""

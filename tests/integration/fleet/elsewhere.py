@@ -22,7 +22,7 @@ STALL_S = 4.0
 STAGING_BYTES = 16 * 2**20
 """Little, so that a version takes many buckets."""
 
-BUDGETS = Budgets(transfer_s=30.0, round_s=50.0)
+BUDGETS = Budgets(transfer_s=45.0, round_s=75.0)
 """Deadlines that the survivors of a fault must keep."""
 
 FILLER_BYTES = 96 * 2**20

@@ -27,8 +27,8 @@ from weightbus.consumers.errors import ConsumerError
 __all__ = ("EngineProcess", "Engines", "running_engines")
 
 START_S = 120.0
-END_S = 30.0
-STATE_S = 5.0
+END_S = 60.0
+STATE_S = 15.0
 POLL_S = 0.02
 
 

@@ -45,10 +45,12 @@ from weightbus.tracing.telemetry import Telemetry
 
 __all__ = ("PRESENCE_TTL_S", "Fleet", "Follower", "open_fleet")
 
-PRESENCE_TTL_S = 2
-"""So soon a killed consumer is missed."""
+PRESENCE_TTL_S = 3
+"""So soon a killed consumer is missed, and one that lives, should it not beat for so long."""
 
-COMMAND_S = 10.0
+HEARTBEAT_S = 0.5
+
+COMMAND_S = 60.0
 POLL_S = 0.02
 SHM = Path("/dev/shm")
 
@@ -119,7 +121,7 @@ class Fleet:
             file_roots=(str(self.directory),),
             routes=("local",),
             join_window_s=DEADLINE_S,
-            heartbeat_s=PRESENCE_TTL_S / 4,
+            heartbeat_s=HEARTBEAT_S,
             round_ttl_s=PRESENCE_TTL_S,
         )
         return structs.replace(config, **changes)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 __all__ = ("Host", "Network", "open_network", "why_no_network")
 
-COMMAND_S = 10.0
+COMMAND_S = 60.0
 """How long one change of the network may take."""
 
 LOCK = Path(tempfile.gettempdir()) / "weightbus-networks.lock"

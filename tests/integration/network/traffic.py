@@ -14,7 +14,7 @@ __all__ = ("PORT",)
 
 PORT = 47_000
 CHUNK_BYTES = 1 << 16
-CONNECT_S = 10.0
+CONNECT_S = 60.0
 
 
 class Receiver:

@@ -20,7 +20,7 @@ from weightbus.consumers.engines.torch.client import TorchEngineClient, open_tor
 
 pytestmark = pytest.mark.anyio
 
-STATE_S = 10.0
+STATE_S = 60.0
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from weightbus.tracing.telemetry import Telemetry
 
 pytestmark = pytest.mark.anyio
 
-STATE_S = 10.0
+STATE_S = 60.0
 
 
 async def test_engine_goes_on_serving_when_its_consumer_is_stopped_at_rest(fleet: Fleet) -> None:
