@@ -296,3 +296,58 @@ async def test_requests_end_when_channel_is_closed(path: Path) -> None:
     assert [str(one) for one in outcomes] == [
         "worker of rank 0 is lost: the channel to it was closed"
     ]
+
+
+async def test_request_has_the_number_that_was_drawn_for_it(short_path: Path) -> None:
+    path = short_path / "control.ipc"
+    with worker(path) as endpoint:
+        async with open_channel(path, 1, REPLIES) as channel:
+            number = channel.next_number()
+            assert channel.next_number() > number
+            async with serving(endpoint):
+                outcomes = await channel.request_each({0: INSPECT}, LONG_S, numbers={0: number})
+            reply = outcomes[0]
+            assert isinstance(reply, Inspected)
+            assert reply.request == number
+
+
+async def test_requests_fail_at_once_when_they_are_given_up(short_path: Path) -> None:
+    """But for those that have their reply, and for those of other numbers."""
+    path = short_path / "control.ipc"
+    with worker(path):
+        async with open_channel(path, 1, REPLIES) as channel:
+            number, other = channel.next_number(), channel.next_number()
+            gone = EngineUnavailable("it", "its turn failed")
+            outcomes: dict[int, WorkerMessage | WeightBusError] = {}
+
+            async def ask() -> None:
+                outcomes.update(
+                    await channel.request_each({0: INSPECT}, LONG_S, numbers={0: number})
+                )
+
+            with anyio.fail_after(LONG_S / 2):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(ask)
+                    while not outcomes:
+                        channel.give_up_nowait([other], WorkerLost(0, "not of this request"))
+                        channel.give_up_nowait([number], gone)
+                        await anyio.sleep(0.01)
+            assert outcomes == {0: gone}
+
+
+async def test_worker_is_seen_as_long_as_it_is_connected(short_path: Path) -> None:
+    path = short_path / "control.ipc"
+    async with open_channel(path, 2, REPLIES) as channel:
+        assert not await channel.is_connected(0)
+        with worker(path):
+            await until_connected(channel, True)
+            assert not await channel.is_connected(1)
+        await until_connected(channel, False)
+
+
+async def until_connected(channel: WorkerChannel, expected: bool) -> None:
+    with anyio.fail_after(LONG_S):
+        while True:
+            if await channel.is_connected(0) == expected:
+                return
+            await anyio.sleep(0.01)
