@@ -114,8 +114,8 @@ async def _tell_vllm(
     await story.start((near,))
     say("a shares the trainer's host: its worker reads the trainer's memory in place")
     await _step(story, 1, (near,), decoder=False)
-    say("the first version went through vLLM's own loader, which proved the plan made of it;")
-    say("from now on every byte goes straight into the parameters that vLLM serves from")
+    say("the first version went through vLLM's own loader: what was then found as it had been sent")
+    say("is written in place from now on; what vLLM repacks goes through its loader every time")
     second = await _step(story, 2, (near,), decoder=False)
 
     where = "on a host of its own: it pulls by p2p" if late.host else "beside a"
