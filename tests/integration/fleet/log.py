@@ -53,8 +53,8 @@ M = TypeVar("M", bound=Message)
 class Log:
     """What was said so far."""
 
-    def __init__(self, bus: Bus, model: str) -> None:
-        self._bus, self._model = bus, model
+    def __init__(self, bus: Bus, model: str, deadline_s: float = DEADLINE_S) -> None:
+        self._bus, self._model, self._deadline_s = bus, model, deadline_s
         self._messages: list[Message] = []
         self._grown = anyio.Event()
 
@@ -72,13 +72,13 @@ class Log:
 
     async def wait_until(self, what: str, find: Callable[[], M | None]) -> M:
         """What `find` finds; it looks again whenever something is said."""
-        with anyio.move_on_after(DEADLINE_S):
+        with anyio.move_on_after(self._deadline_s):
             while True:
                 grown = self._grown
                 if (found := find()) is not None:
                     return found
                 await grown.wait()
-        raise AssertionError(f"no {what} within {DEADLINE_S:g} s; {self}")
+        raise AssertionError(f"no {what} within {self._deadline_s:g} s; {self}")
 
     def position(self, message: Message) -> int:
         """How many messages were said before this one."""
@@ -105,10 +105,10 @@ class Log:
 
 
 @asynccontextmanager
-async def open_log(bus: Bus, model: str) -> AsyncIterator[Log]:
-    """Entered once everything that is said will be heard."""
+async def open_log(bus: Bus, model: str, deadline_s: float = DEADLINE_S) -> AsyncIterator[Log]:
+    """Entered once everything that is said will be heard. `deadline_s`: of each wait."""
     async with open_background() as tasks:
-        log = Log(bus, model)
+        log = Log(bus, model, deadline_s)
         await tasks.start(log.run)
         yield log
 
