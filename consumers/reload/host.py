@@ -16,6 +16,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Needs
+
 __all__ = ("ModelHost", "Weights")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -91,6 +94,23 @@ class ModelHost(ABC):
         """
         del buffer
         return not persistent
+
+    def unwritten(self, parameter: str) -> str:
+        """Why a parameter that `load_weights` does not write whole has to come of the checkpoint.
+
+        Asked for right after `load_weights`. Not empty: the layout does not make the model, and no
+        version of it is taken. Empty: that is not known, and the model cannot be traced.
+        """
+        del parameter
+        return ""
+
+    def check_needs(self, needs: Needs, layout: Layout) -> None:
+        """Look at what was traced, for what `load_weights` takes without a word.
+
+        Raises:
+            CheckpointRefused: the layout does not make the model.
+        """
+        del needs, layout
 
     def derived(self) -> Mapping[str, str]:
         """Modules that keep what they derive of their weights elsewhere than in tensors that hang

@@ -99,6 +99,7 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
         check_needs(needs, layout)
     except MessageInvalid as error:
         raise TraceRefused(host.name, str(error)) from error
+    host.check_needs(needs, layout)
     return Trace(
         needs,
         tuple(ties),
@@ -212,6 +213,10 @@ def _last_writes(
         lacking = canvas.lacking_bytes(window)
         if not lacking:
             continue
+        if item.parameter and (reason := host.unwritten(item.name)):
+            raise CheckpointRefused(
+                host.name, f"{item.name}: {lacking} of its bytes are in no tensor: {reason}"
+            )
         if item.parameter or not host.may_stay_uncovered(item.name, persistent=item.persistent):
             raise TraceRefused(
                 host.name, f"{item.name}: {lacking} of its bytes are not written by load_weights"

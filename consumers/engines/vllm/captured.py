@@ -18,7 +18,14 @@ from typing import Final
 import torch
 from torch import nn
 
-__all__ = ("Bound", "bound_attributes", "keep_in_place", "rebound", "tensors_within")
+__all__ = (
+    "Bound",
+    "bound_attributes",
+    "keep_in_place",
+    "rebound",
+    "storage_address",
+    "tensors_within",
+)
 
 MAX_DEPTH: Final = 6
 """Of objects in objects that are looked into."""
@@ -42,12 +49,14 @@ def bound_attributes(thing: object) -> Bound:
     }
 
 
-def rebound(thing: object, before: Bound) -> Bound:
-    """The attributes that are bound to another object than before, and reach a tensor."""
+def rebound(thing: object, before: Bound, state: frozenset[int]) -> Bound:
+    """The attributes that are bound to another object than before, and reach a tensor that is not
+    of `state`: storages of the model's own tensors."""
     return {
         name: value
         for name, value in bound_attributes(thing).items()
-        if value is not before.get(name) and any(True for _ in tensors_within(value))
+        if value is not before.get(name)
+        and any(storage_address(tensor) not in state for _, tensor in tensors_within(value))
     }
 
 
@@ -111,16 +120,22 @@ def keep_in_place(old: object, new: object, state: frozenset[int]) -> bool:
     pairs = [
         (some, other)
         for (_, some), (_, other) in zip(left, right, strict=True)
-        if some is not other and some.untyped_storage().data_ptr() not in state
+        if some is not other and storage_address(some) not in state
     ]
     if any(
         (some.shape, some.dtype, some.device) != (other.shape, other.dtype, other.device)
-        or some.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        or storage_address(some) == storage_address(other)
         for some, other in pairs
     ):
         return False
     for some, other in pairs:
         kept = some.clone()
         some.copy_(other)
-        other.copy_(kept)
+        if storage_address(other) not in state:
+            other.copy_(kept)
     return True
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Of the memory that a tensor is a part of; 0 if it has none."""
+    return tensor.untyped_storage().data_ptr()

@@ -7,18 +7,33 @@ own lifecycle. Runs on the worker's main thread. Written for vLLM 0.26 and 0.32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
+from weightbus.consumers.engines.vllm.drafter import DRAFT, Joint, share_as, tie_as
 from weightbus.consumers.engines.vllm.lifecycle import processes_itself, reload_layerwise
+from weightbus.consumers.engines.vllm.refusing import (
+    Reached,
+    check_dtypes,
+    check_sizes,
+    lacking,
+    names_on_disk,
+    near,
+    refusing,
+)
 from weightbus.consumers.engines.vllm.scratch import build_scratch
-from weightbus.consumers.errors import CheckpointRefused
+from weightbus.consumers.errors import CheckpointRefused, ProofFailed
 from weightbus.consumers.reload.host import ModelHost, Weights
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Needs
 
 __all__ = ("VllmHost",)
 
@@ -38,16 +53,6 @@ _NOT_OF_A_CHECKPOINT = (
 )
 """Last names of persistent buffers that vLLM computes when it makes a model."""
 
-_DISAGREES = (
-    "exceeds dimension size",
-    "must match",
-    "is invalid for input of size",
-    "out of range",
-    "size mismatch",
-    "split_with_sizes expects",
-)
-"""What torch says where shapes do not fit."""
-
 
 class VllmHost(ModelHost):
     """One rank's model, and its drafter's if that is made of the same checkpoint."""
@@ -65,14 +70,23 @@ class VllmHost(ModelHost):
             draft: a drafter that is made of the same checkpoint, and its config.
         """
         self._config = vllm_config
-        self._model = model
+        self._model = model if draft is None else Joint(model, draft[0])
+        self._name = type(model).__name__
         self._device = torch.device(device)
         self._draft = draft
         self._derived: dict[str, str] = {}
+        self._reached = Reached()
+        self._tied: list[tuple[str, str]] = []
+
+    def _target(self) -> nn.Module:
+        return self._model.target if isinstance(self._model, Joint) else self._model
+
+    def _is_quantised(self) -> bool:
+        return self._config.quant_config is not None
 
     @property
     def name(self) -> str:
-        return type(self._model).__name__
+        return self._name
 
     @property
     def device(self) -> str:
@@ -82,12 +96,59 @@ class VllmHost(ModelHost):
         return self._model
 
     def scratch_model(self) -> nn.Module:
-        return build_scratch(self._config, self._config.model_config)
+        scratch = build_scratch(self._config, self._config.model_config)
+        if self._draft is not None and isinstance(self._model, Joint):
+            scratch = Joint(scratch, build_scratch(self._config, self._draft[1]))
+            share_as(self._model, scratch)
+        self._tied = tie_as(self._model, scratch)
+        return scratch
 
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
-        reached: list[str] = []
-        with set_current_vllm_config(self._config), _refusing(self.name, reached):
-            _load(model, _noted(weights, reached))
+        self._reached = Reached()
+        with set_current_vllm_config(self._config), refusing(self.name, self._reached):
+            _load(model, self._reached.noted(weights))
+
+    def unwritten(self, parameter: str) -> str:
+        """Of a quantised model scales may be missing, as vLLM has defaults for them: there, only
+        what the checkpoint that the engine was started with has is known to be needed."""
+        names = self._reached.names
+        if not self._is_quantised():
+            packed = getattr(self._target(), "packed_modules_mapping", None) or {}
+            return lacking(parameter, names, packed)
+        missing = near(parameter, names_on_disk(self._config.model_config.model) - names)
+        if not missing:
+            return ""
+        return f"the checkpoint lacks {', '.join(missing[:3])}, which the engine started with"
+
+    def check_needs(self, needs: Needs, layout: Layout) -> None:
+        self._check_ties(layout)
+        if isinstance(self._model, Joint):
+            self._model.drafted = frozenset(
+                layout.tensors[copy.tensor].name
+                for copy in needs.copies
+                if needs.parameters[copy.parameter].name.startswith(DRAFT)
+            )
+        if self._is_quantised():
+            return
+        check_dtypes(self.name, needs, layout)
+        last = get_tensor_model_parallel_world_size() - 1
+        if (
+            get_tensor_model_parallel_rank() == last
+            and not self._config.parallel_config.enable_expert_parallel
+        ):
+            check_sizes(self.name, needs, layout)
+
+    def _check_ties(self, layout: Layout) -> None:
+        """What vLLM has tied since it found it equal takes one tensor only."""
+        names = {spec.name for spec in layout.tensors}
+        for kept, other in self._tied:
+            if other in names:
+                raise CheckpointRefused(
+                    self._name,
+                    f"vLLM has tied {other} to {kept}, as they were equal when it started: publish "
+                    f"without {other}, or start with --hf-overrides "
+                    "'{\"tie_word_embeddings\": false}'",
+                )
 
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
         named = dict(self._model.named_modules(remove_duplicate=False))
@@ -97,11 +158,19 @@ class VllmHost(ModelHost):
             layers = _with_attention(named, modules)
         with set_current_vllm_config(self._config), torch.device(self._device):
             processed = reload_layerwise(self._model, self._config.model_config, layers, weights)
+        if processed.moved and self._keeps_graphs():
+            raise ProofFailed(
+                processed.moved[0], "has new copies of its weights elsewhere: graphs keep the old"
+            )
         if modules is None:
             names = {id(module): name for name, module in self._model.named_modules()}
             self._derived = {
                 names[number]: attribute for number, (_, attribute) in processed.derived.items()
             }
+
+    def _keeps_graphs(self) -> bool:
+        """Whether something was compiled or captured of the model."""
+        return not self._config.model_config.enforce_eager
 
     def derived(self) -> Mapping[str, str]:
         return self._derived
@@ -138,31 +207,3 @@ def _with_attention(named: Mapping[str, nn.Module], modules: frozenset[str]) -> 
             if any(inner.startswith(below) for inner in modules):
                 chosen[id(module)] = module
     return list(chosen.values())
-
-
-def _noted(weights: Weights, reached: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        reached[:] = [f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype}"]
-        yield name, tensor
-    reached.clear()
-
-
-@contextmanager
-def _refusing(model: str, reached: list[str]) -> Iterator[None]:
-    """
-    Raises:
-        CheckpointRefused: vLLM finds no place for a tensor, or one of another shape.
-    """
-    try:
-        yield
-    except (KeyError, ValueError, AssertionError, IndexError, AttributeError) as error:
-        raise _refused(model, reached, error) from error
-    except RuntimeError as error:
-        if not any(said in str(error) for said in _DISAGREES):
-            raise
-        raise _refused(model, reached, error) from error
-
-
-def _refused(model: str, reached: list[str], error: Exception) -> CheckpointRefused:
-    where = f"at {reached[0]}" if reached else "at the end"
-    return CheckpointRefused(model, f"{where}: {type(error).__name__}: {error}")

@@ -37,6 +37,7 @@ from weightbus.consumers.engines.vllm.captured import (
     bound_attributes,
     keep_in_place,
     rebound,
+    storage_address,
 )
 from weightbus.consumers.reload.host import Weights
 
@@ -82,11 +83,7 @@ def reload_layerwise(
     """
     chosen = _Chosen(layers)
     processed = Processed()
-    state = frozenset(
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.numel()
-    )
+    state = _storages((*model.parameters(), *model.buffers()))
     with (
         torch.no_grad(),
         _without_torchao_reload(model),
@@ -235,12 +232,17 @@ def _note(
     layer: nn.Module, holder: object, before: Bound, state: frozenset[int], processed: Processed
 ) -> None:
     """Find the copies that processing has bound anew, and renew the old ones in place."""
-    for name, value in rebound(holder, before).items():
+    own = state | _storages((*layer.parameters(), *layer.buffers()))
+    for name, value in rebound(holder, before, own).items():
         old = before.get(name)
         processed.derived.setdefault(id(layer), (layer, name))
         if old is None:
             continue
-        if keep_in_place(old, value, state):
+        if keep_in_place(old, value, own):
             vars(holder)[name] = old
         else:
             processed.moved.append(f"{type(layer).__name__}.{name}")
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    return frozenset(storage_address(tensor) for tensor in tensors if tensor.numel())

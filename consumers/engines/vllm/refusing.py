@@ -1,0 +1,156 @@
+"""Checkpoints that do not make a model of vLLM, told before anything is written.
+
+vLLM's `load_weights` mostly raises where it finds no place for a tensor, or one of another shape.
+Without a word it goes on where a tensor is missing, takes a part of one that is too large, and
+casts any dtype to any other. A tensor too many that it skips does no harm, and is not refused:
+models skip by design what belongs to drafters, to other ranks, or to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weightbus.consumers.errors import CheckpointRefused
+from weightbus.consumers.reload.host import Weights
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Needs
+
+__all__ = ("Reached", "check_dtypes", "check_sizes", "lacking", "names_on_disk", "near", "refusing")
+
+_DISAGREES: Final = (
+    "exceeds dimension size",
+    "must match",
+    "is invalid for input of size",
+    "size mismatch",
+    "split_with_sizes expects",
+)
+"""What torch says where shapes do not fit."""
+
+_VALUES: Final = ("F64", "F32", "F16", "BF16")
+"""Dtypes that are cast to each other without a scale."""
+
+
+class Reached:
+    """How far a `load_weights` has come."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.last = ""
+
+    def noted(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self.names.add(name)
+            self.last = f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype}"
+            yield name, tensor
+        self.last = ""
+
+
+@contextmanager
+def refusing(model: str, reached: Reached) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointRefused: vLLM finds no place for a tensor, or one of another shape.
+    """
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, IndexError) as error:
+        raise _refused(model, reached, error) from error
+    except RuntimeError as error:
+        if not any(said in str(error) for said in _DISAGREES):
+            raise
+        raise _refused(model, reached, error) from error
+
+
+def _refused(model: str, reached: Reached, error: Exception) -> CheckpointRefused:
+    where = f"at {reached.last}" if reached.last else "after its last tensor"
+    said = str(error) or "vLLM expects another shape"
+    return CheckpointRefused(model, f"{where}: {type(error).__name__}: {said}")
+
+
+def lacking(parameter: str, names: Collection[str], packed: Mapping[str, Sequence[str]]) -> str:
+    """What the checkpoint should have had for a parameter of an unquantised model.
+
+    Args:
+        names: what it has.
+        packed: vLLM's `packed_modules_mapping`: fused module -> what it is made of.
+    """
+    module, _, attribute = parameter.rpartition(".")
+    above, _, leaf = module.rpartition(".")
+    parts = packed.get(leaf, [leaf])
+    expected = [".".join(filter(None, (above, part, attribute))) for part in parts]
+    missing = [name for name in expected if not any(_alike(name, other) for other in names)]
+    if missing:
+        return f"the checkpoint lacks {', '.join(missing)}"
+    return f"the checkpoint lacks a tensor of {module}, or a part of it"
+
+
+def _alike(name: str, other: str) -> bool:
+    """Equal from the last number on the way on: models name what is above it as they like."""
+    ways = [way.split(".") for way in (name, other)]
+    starts = [max((n for n, step in enumerate(way) if step.isdigit()), default=-1) for way in ways]
+    left, right = (way[max(start, 0) :] for way, start in zip(ways, starts, strict=True))
+    return left == right or (min(starts) < 0 and left[-2:] == right[-2:])
+
+
+def check_sizes(model: str, needs: Needs, layout: Layout) -> None:
+    """Of an unquantised model, by the last of its tensor-parallel ranks: it reads to the end.
+
+    Raises:
+        CheckpointRefused: a tensor is larger than what vLLM takes of it.
+    """
+    ends: dict[int, list[int]] = {}
+    for copy in needs.copies:
+        found = [start + size for start, size in zip(copy.starts, copy.sizes, strict=True)]
+        known = ends.setdefault(copy.tensor, found)
+        ends[copy.tensor] = [max(pair) for pair in zip(known, found, strict=True)]
+    for number, end in ends.items():
+        spec = layout.tensors[number]
+        if tuple(end) != tuple(spec.shape):
+            raise CheckpointRefused(
+                model, f"{spec.name} has shape {spec.shape}: vLLM takes {tuple(end)} of it"
+            )
+
+
+def check_dtypes(model: str, needs: Needs, layout: Layout) -> None:
+    """
+    Raises:
+        CheckpointRefused: values would be cast that mean nothing without a scale.
+    """
+    for copy in needs.copies:
+        spec, parameter = layout.tensors[copy.tensor], needs.parameters[copy.parameter]
+        if spec.dtype != parameter.dtype and not {spec.dtype, parameter.dtype} <= set(_VALUES):
+            raise CheckpointRefused(
+                model,
+                f"{spec.name} is of {spec.dtype}: {parameter.name} takes {parameter.dtype}",
+            )
+
+
+def names_on_disk(directory: str) -> frozenset[str]:
+    """Of every tensor in the safetensors files of a checkpoint; none if it is not there."""
+    names: set[str] = set()
+    try:
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names.update(file.keys())
+    except (OSError, SafetensorError):
+        return frozenset()
+    return frozenset(names)
+
+
+def near(parameter: str, names: Collection[str]) -> list[str]:
+    """Those of the same layer as a parameter: equal up to their first number."""
+    layer = _layer(parameter)
+    return sorted(name for name in names if layer and _layer(name) == layer)
+
+
+def _layer(name: str) -> str:
+    for step in name.split("."):
+        if step.isdigit():
+            return step
+    return ""

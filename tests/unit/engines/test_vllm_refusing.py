@@ -1,0 +1,106 @@
+"""What does not make a model of vLLM, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightbus.consumers.engines.vllm.refusing import (
+    Reached,
+    check_dtypes,
+    check_sizes,
+    lacking,
+    names_on_disk,
+    near,
+    refusing,
+)
+from weightbus.consumers.errors import CheckpointRefused
+from weightbus.schemas.layout import Layout, TensorSpec
+from weightbus.schemas.needs import Copy, Needs, ParameterSpec
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+def needs_of(*sizes: tuple[int, ...], dtype: str = "BF16") -> Needs:
+    """One copy of the first tensor for each of `sizes`, from its first element on."""
+    copies = tuple(Copy(0, (0,) * len(size), size, 0, 0, (1,) * len(size)) for size in sizes)
+    return Needs((ParameterSpec("w", dtype, (4, 4), (4, 1)),), copies)
+
+
+def layout_of(dtype: str = "BF16") -> Layout:
+    return Layout((TensorSpec("t", dtype, (4, 4)),), (), ())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("layers.0.mlp.extra"), "layers.0.mlp.extra"),
+        (AssertionError(), "vLLM expects another shape"),
+        (RuntimeError("start (0) + length (9) exceeds dimension size (3)."), "dimension size"),
+    ],
+)
+def test_tensor_is_named_when_vllm_finds_no_place_for_it(error: Exception, said: str) -> None:
+
+    def load(reached: Reached) -> None:
+        with refusing("M", reached):
+            for name, _ in reached.noted(iter([("a", torch.zeros(1)), ("b", torch.zeros(2, 3))])):
+                if name == "b":
+                    raise error
+
+    with pytest.raises(CheckpointRefused, match="at b of shape") as raised:
+        load(Reached())
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Tensor.item() cannot be called on meta tensors"), NotImplementedError()]
+)
+def test_other_errors_are_not_the_checkpoints_fault(error: Exception) -> None:
+    with pytest.raises(type(error)), refusing("M", Reached()):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("parameter", "names", "said"),
+    [
+        (
+            "model.layers.1.attn.qkv_proj.weight",
+            ["language.layers.1.attn.q_proj.weight", "language.layers.1.attn.k_proj.weight"],
+            "lacks model.layers.1.attn.v_proj.weight",
+        ),
+        ("lm_head.weight", ["model.embed_tokens.weight"], "lacks lm_head.weight"),
+        ("model.layers.0.experts.w2_weight", [], "lacks model.layers.0.experts.w2_weight"),
+        (
+            "model.layers.1.attn.qkv_proj.weight",
+            [f"model.layers.1.attn.{part}.weight" for part in PACKED["qkv_proj"]],
+            "lacks a tensor of model.layers.1.attn.qkv_proj, or a part of it",
+        ),
+    ],
+)
+def test_missing_tensor_is_named(parameter: str, names: list[str], said: str) -> None:
+    assert said in lacking(parameter, names, PACKED)
+
+
+def test_tensor_is_refused_when_the_last_rank_does_not_read_to_its_end() -> None:
+    check_sizes("M", needs_of((2, 4), (4, 2)), layout_of())
+    with pytest.raises(CheckpointRefused, match=r"t has shape \(4, 4\): vLLM takes \(4, 3\)"):
+        check_sizes("M", needs_of((2, 3), (4, 2)), layout_of())
+
+
+def test_values_are_cast_to_values_only() -> None:
+    check_dtypes("M", needs_of((4, 4), dtype="F32"), layout_of("BF16"))
+    check_dtypes("M", needs_of((4, 4), dtype="I64"), layout_of("I64"))
+    with pytest.raises(CheckpointRefused, match="t is of F8_E4M3: w takes BF16"):
+        check_dtypes("M", needs_of((4, 4)), layout_of("F8_E4M3"))
+
+
+def test_names_are_those_of_every_file_of_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("layers.0.a", "layers.1.b"):
+        save_file({name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    found = names_on_disk(str(tmp_path))
+    assert found == {"layers.0.a", "layers.1.b"}
+    assert near("model.layers.1.w", found) == ["layers.1.b"]
+    assert names_on_disk(str(tmp_path / "absent")) == frozenset()
