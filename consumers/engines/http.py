@@ -21,7 +21,7 @@ KEEP_ALIVE_S: Final = 2.0
 
 _MAX_REASON: Final = 500
 
-Query = Mapping[str, str] | tuple[tuple[str, str], ...]
+Query = Mapping[str, str | list[str]]
 
 
 class HttpRefused(EngineUnavailable):
@@ -45,7 +45,7 @@ class JsonServer:
         path: str,
         deadline_s: float,
         *,
-        query: Query = (),
+        query: Query | None = None,
         body: Mapping[str, Any] | None = None,
         key: str = "",
     ) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class JsonServer:
         try:
             with anyio.fail_after(deadline_s):
                 answer = await self._client.request(
-                    method, path, params=_params(query), json=body, headers=headers
+                    method, path, params=query, json=body, headers=headers
                 )
         except TimeoutError:
             raise DeadlineExceeded(f"{path} of {self.url}", deadline_s) from None
@@ -85,21 +85,18 @@ async def open_json_server(url: str) -> AsyncIterator[JsonServer]:
         EngineUnavailable: that is no URL.
     """
     try:
-        client = httpx.AsyncClient(
-            base_url=url,
-            timeout=None,  # every request has a deadline of its own
-            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_S),
-            trust_env=False,  # it is on this host: no proxy leads there
-        )
-    except (httpx.InvalidURL, UnicodeError) as error:
-        raise EngineUnavailable(url, f"not a URL: {error}") from None
-    async with client:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise EngineUnavailable(url, f"it is no URL: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise EngineUnavailable(url, "its URL must be like http://127.0.0.1:8000")
+    async with httpx.AsyncClient(
+        base_url=parsed,
+        timeout=None,  # every request has a deadline of its own
+        limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_S),
+        trust_env=False,  # it is on this host: no proxy leads there
+    ) as client:
         yield JsonServer(url, client)
-
-
-def _params(query: Query) -> httpx.QueryParams:
-    pairs = query.items() if isinstance(query, Mapping) else query
-    return httpx.QueryParams(tuple(pairs))
 
 
 def _decoded(answer: httpx.Response) -> Any:

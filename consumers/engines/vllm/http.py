@@ -1,6 +1,6 @@
 """`VllmControl` over the HTTP endpoints of `vllm serve`.
 
-Owns one pool of connections. The endpoints are those that vLLM shows with VLLM_SERVER_DEV_MODE=1;
+The connection is its opener's. The endpoints are those that vLLM shows with VLLM_SERVER_DEV_MODE=1;
 which of them there are is read from `/openapi.json`.
 """
 
@@ -11,28 +11,25 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
-import httpx
 
+from weightbus.consumers.engines.http import JsonServer, open_json_server
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
 __all__ = ("HttpControl", "open_http_control")
 
-_KEEP_ALIVE_S: Final = 2.0
-"""Less than vLLM's own 5 s: no request meets a connection that is just being closed."""
-
 _POLL_S: Final = 0.25
 _POLL_TIMEOUT_S: Final = 5.0
 _NEEDED: Final = ("pause", "resume", "is_paused")
-_MAX_REASON: Final = 500
 
 
 class HttpControl(VllmControl):
     """See `VllmControl`."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
-        super().__init__(url)
-        self._client = client
+    def __init__(self, server: JsonServer, api_key: str) -> None:
+        super().__init__(server.url)
+        self._server = server
+        self._api_key = api_key
         self._operations: frozenset[str] = frozenset()
 
     async def wait_until_healthy(self, deadline_s: float) -> None:
@@ -155,20 +152,9 @@ class HttpControl(VllmControl):
         body: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The JSON object that was answered; empty if it was something else."""
-        what = f"/{path} of {self.name}"
-        try:
-            with anyio.fail_after(deadline_s):
-                answer = await self._client.request(method, f"/{path}", params=query, json=body)
-        except TimeoutError:
-            raise DeadlineExceeded(what, deadline_s) from None
-        except httpx.HTTPError as error:
-            reason = f"/{path}: {str(error) or type(error).__name__}"
-            raise EngineUnavailable(self.name, reason) from None
-        if not answer.is_success:
-            reason = f"/{path} answered {answer.status_code}: {_said(answer)}"
-            raise EngineUnavailable(self.name, reason)
-        decoded = _decoded(answer)
-        return decoded if isinstance(decoded, dict) else {}
+        return await self._server.ask(
+            method, f"/{path}", deadline_s, query=query, body=body, key=self._api_key
+        )
 
 
 @asynccontextmanager
@@ -178,34 +164,5 @@ async def open_http_control(url: str, api_key: str = "") -> AsyncIterator[HttpCo
     Raises:
         EngineUnavailable: that is not a URL.
     """
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise EngineUnavailable(url, f"it is no URL: {error}") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise EngineUnavailable(url, "its URL must be like http://127.0.0.1:8000")
-    async with httpx.AsyncClient(
-        base_url=parsed,
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        timeout=None,  # every request has a deadline of its own
-        limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
-        trust_env=False,  # it is on this host: no proxy leads there
-    ) as client:
-        yield HttpControl(url, client)
-
-
-def _decoded(answer: httpx.Response) -> Any:
-    try:
-        return answer.json()
-    except ValueError:
-        return None
-
-
-def _said(answer: httpx.Response) -> str:
-    """What an answer that is no success says, in one line."""
-    said: Any = _decoded(answer)
-    for key in ("error", "message", "detail"):
-        if isinstance(said, dict) and key in said:
-            said = said[key]
-    text = said if isinstance(said, str) else answer.text
-    return " ".join(text.split())[:_MAX_REASON] or answer.reason_phrase
+    async with open_json_server(url) as server:
+        yield HttpControl(server, api_key)
