@@ -9,6 +9,8 @@ What vLLM leaves out is done beside it:
     are loaded again (on a CPU the update is then without effect, and nothing says so);
     what post-processing keeps in closures and kernel objects is bound anew, while a compiled graph
     keeps what it was traced with: such copies are renewed in their own memory;
+    a module whose weight is tied to another's (a head on a CPU, which packs it) is not processed
+    again when only the other is loaded;
     when loading fails, modules stay on `meta`: they are put back.
 """
 
@@ -52,6 +54,8 @@ class Processed:
 
     derived: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
     """By id: the modules that keep a copy of their weights, and where."""
+    layers: set[int] = field(default_factory=set)
+    """Ids of the modules that were processed."""
     moved: list[str] = field(default_factory=list)
     """Copies that are elsewhere now: `module type.attribute`."""
 
@@ -93,7 +97,25 @@ def reload_layerwise(
         initialize_layerwise_reload(chosen)
         model.load_weights(weights)
         finalize_layerwise_reload(chosen, model_config)
+        _process_tied(layers, processed)
     return processed
+
+
+def _process_tied(layers: Sequence[nn.Module], processed: Processed) -> None:
+    """Process modules that were not loaded themselves, but hold a weight of one that was."""
+    loaded = {
+        id(parameter)
+        for layer in layers
+        if id(layer) in processed.layers
+        for parameter in layer._parameters.values()
+        if parameter is not None
+    }
+    for layer in layers:
+        method = _method_of(layer)
+        if method is None or id(layer) in processed.layers:
+            continue
+        if any(id(parameter) in loaded for parameter in layer._parameters.values()):
+            method.process_weights_after_loading(layer)
 
 
 @contextmanager
@@ -178,6 +200,7 @@ def _method_watched(method: Any, state: frozenset[int], processed: Processed) ->
         holders = (layer, method)
         before = [bound_attributes(holder) for holder in holders]
         _process_whole(method, original, layer)
+        processed.layers.add(id(layer))
         for holder, bound in zip(holders, before, strict=True):
             _note(layer, holder, bound, state, processed)
 
