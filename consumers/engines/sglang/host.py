@@ -88,9 +88,9 @@ class SglangHost(ModelHost):
             raise CheckpointRefused(self.name, f"it leaves {named}{more} in part as they were")
 
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
-        named = dict(self._model.named_modules(remove_duplicate=False))
-        chosen = named if modules is None else {name: named[name] for name in sorted(modules)}
-        derived = reload_modules(chosen, lambda: self._load(self._model, weights, self._device))
+        derived = reload_modules(
+            self._model, modules, lambda: self._load(self._model, weights, self._device)
+        )
         if modules is None:
             self._derived = derived
 

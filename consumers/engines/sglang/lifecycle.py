@@ -25,6 +25,7 @@ from weightbus.consumers.engines.vllm.captured import (
 )
 from weightbus.consumers.errors import ProofFailed
 from weightbus.consumers.reload.host import Weights
+from weightbus.consumers.reload.memory import state_tensors
 
 __all__ = ("can_restore", "load_checkpoint", "reload_modules")
 
@@ -77,10 +78,15 @@ def load_checkpoint(model: nn.Module, weights: Weights, device: torch.device) ->
         any_model.load_weights(weights)
 
 
-def reload_modules(modules: Mapping[str, nn.Module], load: Callable[[], None]) -> dict[str, str]:
-    """Restore these modules, let `load` write to them, and process them.
+def reload_modules(
+    model: nn.Module, names: frozenset[str] | None, load: Callable[[], None]
+) -> dict[str, str]:
+    """Restore modules of a model, let `load` write to them, and process them.
 
     If it raises, they may hold anything.
+
+    Args:
+        names: of the modules; None: all.
 
     Returns:
         The modules that keep what they derive from their weights on themselves, or on their
@@ -90,6 +96,8 @@ def reload_modules(modules: Mapping[str, nn.Module], load: Callable[[], None]) -
         ProofFailed: a parameter has another form than before: what captured it holds the old one.
         Exception: whatever SGLang raises.
     """
+    named = dict(model.named_modules(remove_duplicate=False))
+    modules = named if names is None else {name: named[name] for name in sorted(names)}
     kept = list(_kept(modules))
     methods = list(_methods(modules))
     holders = list(_holders(modules, methods))
@@ -102,7 +110,7 @@ def reload_modules(modules: Mapping[str, nn.Module], load: Callable[[], None]) -
             method.process_weights_after_loading(modules[name])
         for item in kept:
             _put_back(item)
-        state = frozenset(item.memory.untyped_storage().data_ptr() for item in kept)
+        state = frozenset(item.tensor.untyped_storage().data_ptr() for item in state_tensors(model))
         return {
             holder.module: attribute for holder in holders for attribute in _renew(holder, state)
         }
@@ -164,9 +172,9 @@ def _put_back(kept: _Kept) -> None:
 
 
 def _renew(holder: _Holder, state: frozenset[int]) -> Iterator[str]:
-    """The attributes that reach tensors and were bound anew; the tensors move to where the old ones
-    are, if they have the same structure."""
-    for attribute, value in rebound(holder.thing, holder.bound).items():
+    """The attributes that reach tensors, not of the model's own state, and were bound anew; the
+    tensors move to where the old ones are, if they have the same structure."""
+    for attribute, value in rebound(holder.thing, holder.bound, state).items():
         old = holder.bound.get(attribute)
         if old is not None and keep_in_place(old, value, state):
             vars(holder.thing)[attribute] = old

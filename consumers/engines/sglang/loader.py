@@ -51,5 +51,5 @@ def take_turn(model: nn.Module, named_tensors: Sequence[tuple[str, Any]]) -> Non
         _logger.exception("weightbus: this turn came to nothing")
         return
     if lost is not None:
-        _worker.close()  # hands over the reply
+        _worker.leave()
         raise lost

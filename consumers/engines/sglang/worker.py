@@ -77,6 +77,10 @@ class SglangWorker:
                 torch.cuda.synchronize(self._device)
             self._taker.take(said.turn)
 
+    def leave(self) -> None:
+        """The consumer, once the last reply is handed over. The device is not spoken to."""
+        self._taker.disconnect()
+
     def close(self) -> None:
         self._taker.close()
 

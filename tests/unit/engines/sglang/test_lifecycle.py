@@ -64,6 +64,10 @@ class Layer(nn.Module):
             method.process_weights_after_loading(self)
 
 
+def model_of(layer: Layer) -> nn.Module:
+    return nn.ModuleDict({"layer": layer})
+
+
 def loading(layer: Layer, value: float) -> Callable[[], None]:
     def load() -> None:
         layer.weight.data.copy_(value + torch.arange(layer.weight.numel()).view(layer.weight.shape))
@@ -76,7 +80,7 @@ def test_parameter_stays_the_object_and_the_memory_that_it_was_when_it_is_bound_
     vars(layer.weight)["weight_loader"] = len
     parameter, address = layer.weight, layer.weight.data_ptr()
     for value in (1.0, 5.0):
-        reload_modules({"layer": layer}, loading(layer, value))
+        reload_modules(model_of(layer), None, loading(layer, value))
         assert layer.weight is parameter
         assert layer.weight.data_ptr() == address
         assert vars(layer.weight)["weight_loader"] is len
@@ -87,7 +91,7 @@ def test_restored_parameter_is_loaded_and_turned_in_the_memory_that_it_had() -> 
     layer = Layer(Turning())
     assert layer.weight.shape == (3, 2)
     address = layer.weight.data_ptr()
-    reload_modules({"layer": layer}, loading(layer, 1.0))
+    reload_modules(model_of(layer), None, loading(layer, 1.0))
     assert layer.weight.data_ptr() == address
     assert layer.weight.tolist() == [[1, 4], [2, 5], [3, 6]]
 
@@ -95,22 +99,31 @@ def test_restored_parameter_is_loaded_and_turned_in_the_memory_that_it_had() -> 
 def test_reload_fails_when_a_parameter_comes_out_in_another_form() -> None:
     layer = Layer(TurningForGood())
     with pytest.raises(ProofFailed, match=r"layer.weight"):
-        reload_modules({"layer": layer}, loading(layer, 1.0))
+        reload_modules(model_of(layer), None, loading(layer, 1.0))
 
 
 def test_packed_copy_is_renewed_in_its_own_memory_and_told() -> None:
     layer = Layer(Packing())
     captured = layer.packed
     assert isinstance(captured, torch.Tensor)
-    derived = reload_modules({"layer": layer}, loading(layer, 1.0))
+    derived = reload_modules(model_of(layer), None, loading(layer, 1.0))
     assert layer.packed is captured
     assert captured.tolist() == [[4, 5, 6], [1, 2, 3]]
     assert derived == {"layer": "packed"}
 
 
+def test_modules_that_are_not_named_are_left_alone() -> None:
+    named, other = Layer(Rebinding()), Layer(Rebinding())
+    other.weight.data.fill_(7)
+    model = nn.ModuleDict({"named": named, "other": other})
+    reload_modules(model, frozenset({"named"}), loading(named, 1.0))
+    assert named.weight.flatten().tolist() == [2, 4, 6, 8, 10, 12]
+    assert other.weight.flatten().tolist() == 6 * [7]
+
+
 def test_layer_without_a_method_is_loaded_as_it_is() -> None:
     layer = Layer(None)
-    assert reload_modules({"layer": layer}, loading(layer, 1.0)) == {}
+    assert reload_modules(model_of(layer), None, loading(layer, 1.0)) == {}
     assert layer.weight.flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
