@@ -106,7 +106,7 @@ class TurnTaker:
         place.check()
         if self._place is not None and self._place.path == place.path:
             return
-        self._disconnect()
+        self.disconnect()
         self._endpoint = self._connect(
             place.control, self.rank, self._instance, _REQUESTS, self._failed
         )
@@ -137,11 +137,12 @@ class TurnTaker:
     def close(self) -> None:
         """Leave the consumer and let go of all that was mapped for it; parameters stay as they are,
         and it is known which version they hold. May be opened again."""
-        self._disconnect()
+        self.disconnect()
         if self._reload is not None:
             self._reload.close()
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """Leave the consumer; its last reply is handed over first."""
         if self._endpoint is not None:
             self._endpoint.close()
         self._endpoint, self._place = None, None

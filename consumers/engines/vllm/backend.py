@@ -5,12 +5,13 @@ Owns our end in one worker. vLLM makes one in every worker once its model is loa
 the worker's main thread. No bytes come by vLLM's calls: `init_transfer_engine` names the directory
 where the consumer is, and every `update_weights` is one turn (`turns.py`).
 
-vLLM takes `update_weights` within a session only, which the first exception ends: what a request
-does is told by its reply, and here only a turn that cannot be read raises.
+vLLM takes `update_weights` within a session only. Nothing here raises: what a request does is told
+by its reply, and what else there is to say by our status (`status.py`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.worker import VllmWorker
 
 __all__ = ("WeightBusBackend", "WeightBusInitInfo", "WeightBusUpdateInfo")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,22 +63,21 @@ class WeightBusBackend(WeightTransferEngine):
         self._worker.open(init_info.directory)
 
     def start_weight_update(self) -> None:
-        """Nothing is to be done: every turn is whole."""
+        """Every turn is whole: nothing else is to be done."""
+        self._worker.note_session(True)
 
     def finish_weight_update(self) -> None:
-        """Nothing is to be done: every turn is whole."""
+        """Every turn is whole: nothing else is to be done."""
+        self._worker.note_session(False)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """One turn; the device is idle when it ends.
-
-        Raises:
-            ValueError: it is none.
-        """
+        """One turn; the device is idle when it ends."""
         try:
             turn = msgspec.convert(update_info, Turn)
         except msgspec.ValidationError as error:
-            raise ValueError(f"not a turn: {error}") from None
-        self._worker.take(turn)
+            _logger.error("not a turn: %s", error)
+        else:
+            self._worker.take(turn)
 
     def receive_weights(self, update_info: WeightBusUpdateInfo) -> None:
         self.update_weights({"numbers": update_info.numbers, "wait_s": update_info.wait_s})

@@ -3,30 +3,34 @@
 Owns what is known of the engine's interface, and the session that vLLM's weight transfer wants. How
 its calls get there is a subclass's: by HTTP (`http.py`), or within the process (`handle.py`).
 
-Two ways lead into vLLM's workers. What this vLLM has is found out by looking and trying, not by its
-version:
+Two ways lead into vLLM's workers; its configuration tells with which of them it was started:
 
     backend    init_weight_transfer_engine, then update_weights within a session: one is kept open
     extension  collective_rpc of methods that our extension class gave to its worker
 
-A session ends with the first exception, or was left open by a consumer that died: then it is
-finished and started again.
+No call of a worker's must fail (`status.py`). So a session is started, used and finished as the
+workers' status says that it is: one that a dead consumer left open is taken over.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
 from weightbus.consumers.engines.turns import Turn
-from weightbus.consumers.errors import ConsumerError, EngineUnavailable
+from weightbus.consumers.engines.vllm.plugin import BACKEND
+from weightbus.consumers.engines.vllm.status import (
+    WorkerStatus,
+    forget_statuses,
+    read_status,
+)
+from weightbus.consumers.errors import EngineUnavailable
 
-__all__ = ("PauseMode", "VllmControl", "Way")
+__all__ = ("PauseMode", "StartedWith", "VllmControl", "Way")
 
 PauseMode = Literal["keep", "wait", "abort"]
 """What becomes of requests that run when the engine is paused."""
@@ -39,9 +43,28 @@ EXTENSION_OPTION: Final = (
 )
 
 START_DRAFT: Final = "start_draft_weight_update"
+_EXTENSION: Final = ".WeightBusExtension"
 _SESSION: Final = ("init_weight_transfer_engine", "start_weight_update", "update_weights")
 
-_logger = logging.getLogger(__name__)
+
+class StartedWith(NamedTuple):
+    """Options of vLLM."""
+
+    backend: str | None
+    """Of weight transfer; None: there is none."""
+    extension: str | None
+    """Class that extends its workers; None: there is none."""
+
+    @staticmethod
+    def of(vllm_config: Any) -> StartedWith:
+        """Of a `VllmConfig`, or of the document that it makes."""
+        transfer = _get(vllm_config, "weight_transfer_config")
+        extension = _get(_get(vllm_config, "parallel_config"), "worker_extension_cls")
+        return StartedWith(_get(transfer, "backend"), extension or None)
+
+
+def _get(thing: Any, name: str) -> Any:
+    return thing.get(name) if isinstance(thing, dict) else getattr(thing, name, None)
 
 
 class VllmControl(ABC):
@@ -56,8 +79,9 @@ class VllmControl(ABC):
         self.name = name
         self.way: Way | None = None
         """None: not opened yet."""
-        self._session = False
-        """A session is open, as far as is known."""
+        self._directory: Path | None = None
+        """Where the workers were told to connect, and leave their status."""
+        self._ranks = 0
 
     # ---------------------------------------------------------------- what a subclass gives
 
@@ -81,6 +105,10 @@ class VllmControl(ABC):
         Raises:
             EngineUnavailable: it is data parallel.
         """
+
+    @abstractmethod
+    async def started_with(self, deadline_s: float) -> StartedWith:
+        """By which options our end in its workers could be made."""
 
     @abstractmethod
     async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
@@ -127,43 +155,41 @@ class VllmControl(ABC):
     ) -> Sequence[Any]:
         """A method of every worker; what each returned."""
 
-    @abstractmethod
-    async def _disconnect(self) -> None:
-        """Let go of the connection. Raises nothing."""
-
     # ---------------------------------------------------------------- what is common
 
-    async def open(self, directory: str, deadline_s: float) -> None:
+    async def open(self, directory: Path, deadline_s: float) -> None:
         """Have every worker connect to the consumer of this directory. Idempotent, and to be called
         again when workers are new.
 
         Raises:
             EngineUnavailable: neither way leads in, or the workers refused: says why.
         """
-        reasons = []
-        if all(map(self.has, _SESSION)):
-            try:
-                info = {"init_info": {"directory": directory}}
-                await self._call_workers(_SESSION[0], info, deadline_s)
-            except EngineUnavailable as error:
-                reasons.append(f"{BACKEND_OPTION}: {error.reason}")
-            else:
-                self.way = "backend"
-                await self._start_session(deadline_s)
-                return
-        if self.has("collective_rpc"):
-            try:
-                await self._call_method("weightbus_open", [directory], deadline_s)
-            except EngineUnavailable as error:
-                reasons.append(f"{EXTENSION_OPTION}: {error.reason}")
-            else:
-                self.way = "extension"
-                return
-        raise EngineUnavailable(
-            self.name,
-            "its workers cannot be reached. Start it, with weightbus installed beside it, by one "
-            f"of these options ({'; '.join(reasons) or 'it has neither way to its workers'})",
-        )
+        self._ranks = await self.world_size(deadline_s)
+        started = await self.started_with(deadline_s)
+        if started.backend == BACKEND and all(map(self.has, _SESSION)):
+            self.way = "backend"
+        elif (started.extension or "").endswith(_EXTENSION) and self.has("collective_rpc"):
+            self.way = "extension"
+        else:
+            raise EngineUnavailable(
+                self.name,
+                "its workers cannot be reached: start it, with weightbus installed beside it, by "
+                f"{BACKEND_OPTION}, or where this vLLM has no such backends by {EXTENSION_OPTION} "
+                f"(it has backend {started.backend} and extension {started.extension})",
+            )
+        self._directory = directory
+        forget_statuses(directory, self._ranks)
+        if self.way == "backend":
+            info = {"init_info": {"directory": str(directory)}}
+            await self._call_workers(_SESSION[0], info, deadline_s)
+        else:
+            await self._call_method("weightbus_open", [str(directory)], deadline_s)
+        for rank, status in enumerate(self._statuses()):
+            if status is None:
+                reason = f"its rank {rank} cannot write to {directory}: it must be on this host"
+                raise EngineUnavailable(self.name, reason)
+            if status.error:
+                raise EngineUnavailable(self.name, f"rank {rank}: {status.error}")
 
     async def turn(self, turn: Turn, deadline_s: float) -> None:
         """Have every worker take this turn; returns when all have."""
@@ -171,14 +197,10 @@ class VllmControl(ABC):
             encoded = msgspec.json.encode(turn).decode()
             await self._call_method("weightbus_turn", [encoded], deadline_s)
             return
-        if not self._session:
-            await self._start_session(deadline_s)
-        try:
-            info = {"update_info": msgspec.to_builtins(turn)}
-            await self._call_workers("update_weights", info, deadline_s)
-        except EngineUnavailable:
-            self._session = False
-            raise
+        if not self._is_session_open():
+            await self._call_workers("start_weight_update", {}, deadline_s)
+        info = {"update_info": msgspec.to_builtins(turn)}
+        await self._call_workers("update_weights", info, deadline_s)
 
     async def show_draft(self, deadline_s: float) -> None:
         """Have vLLM show our backend the drafter: it does when a session for drafts begins.
@@ -188,29 +210,28 @@ class VllmControl(ABC):
         """
         if self.way != "backend" or not self.has(START_DRAFT):
             raise EngineUnavailable(self.name, "this vLLM does not give its drafter away")
-        await self._finish_session(deadline_s)
+        if self._is_session_open():
+            await self._call_workers("finish_weight_update", {}, deadline_s)
         await self._call_workers(START_DRAFT, {}, deadline_s)
-        await self._start_session(deadline_s)
-
-    async def close(self, deadline_s: float) -> None:
-        """End the session; the engine goes on. Raises nothing."""
-        try:
-            with suppress(ConsumerError):
-                if self._session:
-                    await self._finish_session(deadline_s)
-        finally:
-            await self._disconnect()
-
-    async def _start_session(self, deadline_s: float) -> None:
-        """One that was left open is finished first."""
-        try:
-            await self._call_workers("start_weight_update", {}, deadline_s)
-        except EngineUnavailable as error:
-            _logger.info("vLLM's session is started again: %s", error)
-            await self._finish_session(deadline_s)
-            await self._call_workers("start_weight_update", {}, deadline_s)
-        self._session = True
-
-    async def _finish_session(self, deadline_s: float) -> None:
-        self._session = False
         await self._call_workers("finish_weight_update", {}, deadline_s)
+
+    async def leave(self, deadline_s: float) -> None:
+        """End the session, if there is one; the engine goes on. Only while the workers that were
+        opened are there."""
+        if self.way == "backend" and self._is_session_open():
+            await self._call_workers("finish_weight_update", {}, deadline_s)
+
+    def _is_session_open(self) -> bool:
+        """
+        Raises:
+            EngineUnavailable: in some workers, but not in all: nothing ends that without failing.
+        """
+        is_open = {status is not None and status.session for status in self._statuses()}
+        if len(is_open) > 1:
+            reason = "a session is open in some of its workers only: it must be started anew"
+            raise EngineUnavailable(self.name, reason)
+        return True in is_open
+
+    def _statuses(self) -> list[WorkerStatus | None]:
+        assert self._directory is not None
+        return [read_status(self._directory, rank) for rank in range(self._ranks)]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -123,6 +123,8 @@ class VllmEngine(TurnEngine):
         self._place = place
         self._settings = settings
         self._paused = False
+        self._commands = 0
+        """How many commands that pause or resume have begun or ended."""
         self._woken = False
         """Its parameters were woken by us; the rest of it sleeps still."""
         self._stale_caches: ConsumerError | None = None
@@ -137,8 +139,9 @@ class VllmEngine(TurnEngine):
         control, settings = self._control, self._settings
         if not self._paused and await control.is_sleeping(deadline_s):
             await self._wake(_left_s(end))
+        self._commands += 1
         await control.pause(settings.pause, settings.caches == "reset", _left_s(end))
-        self._paused = True
+        self._paused, self._commands = True, self._commands + 1
 
     async def apply(
         self,
@@ -192,14 +195,18 @@ class VllmEngine(TurnEngine):
         if self._woken:
             await self._control.wake_up((), _left_s(end))
             self._woken = False
+        self._commands += 1
         await self._control.resume(_left_s(end))
-        self._paused = False
+        self._paused, self._commands = False, self._commands + 1
 
     async def state(self, deadline_s: float) -> EngineReport:
         """Asks vLLM only while no turn of ours is under way, which it would wait for."""
         if not self._turns.locked():
             end = anyio.current_time() + deadline_s
-            self._paused = await self._control.is_paused(deadline_s)
+            commands = self._commands
+            paused = await self._control.is_paused(deadline_s)
+            if commands == self._commands:
+                self._paused = paused
             stale = self._probes >= PROBES_PER_TURN or not await self._are_connected()
             if stale and not self._turns.locked():
                 await self.inspect(None, _left_s(end))
@@ -241,7 +248,7 @@ class VllmEngine(TurnEngine):
         if ranks != self.ranks:
             reason = f"it has {ranks} workers now, and had {self.ranks}: start its consumer anew"
             raise EngineUnavailable(self._control.name, reason)
-        await self._control.open(str(self._place.path), _left_s(end))
+        await self._control.open(self._place.path, _left_s(end))
         with anyio.move_on_after(min(CONNECT_S, _left_s(end))):
             while True:
                 if await self._are_connected():
@@ -257,7 +264,16 @@ class VllmEngine(TurnEngine):
                 return False
         return True
 
+    async def close(self) -> None:
+        """Leave vLLM as it was found, but for the weights. Raises nothing."""
+        with anyio.CancelScope(shield=True), suppress(ConsumerError):
+            if await self._are_connected():
+                await self._control.leave(CLOSE_S)
+
     async def _give_turn(self, turn: Turn, deadline_s: float) -> None:
+        """Only to workers that were opened: another server's must not be asked what they refuse."""
+        if not await self._are_connected():
+            raise EngineUnavailable(self._control.name, "its workers are gone")
         await self._control.turn(turn, deadline_s)
         self._probes = 0
 
@@ -348,7 +364,7 @@ async def open_vllm_engine(
         ranks = await control.world_size(_left_s(end))
         channel = await stack.enter_async_context(open_channel(place.control, ranks, REPLIES))
         engine = VllmEngine(control, channel, place, settings, roots, host_id or this_host_id())
-        stack.push_async_callback(_close, control)
+        stack.push_async_callback(engine.close)
         await engine.open(_left_s(end))
         yield engine
 
@@ -374,11 +390,6 @@ async def _open_control(
     async with open_http_control(url, settings.api_key) as control:
         await control.wait_until_healthy(deadline_s)
         yield control
-
-
-async def _close(control: VllmControl) -> None:
-    with anyio.CancelScope(shield=True):
-        await control.close(CLOSE_S)
 
 
 @asynccontextmanager

@@ -3,11 +3,13 @@
 
 vLLM makes the class a base of its worker's: `self` is the worker. Its methods are called by
 `collective_rpc`, on the worker's main thread, with strings only, so that no unsafe serialization is
-needed. Names begin with `weightbus`, since none may be one that the worker has.
+needed. Names begin with `weightbus`, since none may be one that the worker has. None of them
+raises: see `status.py`.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
@@ -21,21 +23,15 @@ from weightbus.consumers.engines.vllm.worker import (
 
 __all__ = ("WeightBusExtension",)
 
+_logger = logging.getLogger(__name__)
+
 
 class WeightBusExtension:
     weightbus_make_host = staticmethod(make_vllm_host)
 
-    def weightbus_rank(self) -> dict[str, int]:
-        """Which rank this is, of how many."""
-        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
-        return {"rank": parallel.rank, "world_size": parallel.world_size}
-
     def weightbus_open(self, directory: str) -> None:
-        """Make our end in this worker, if there is none, and connect it.
-
-        Raises:
-            EngineUnavailable: see `VllmWorker.open`.
-        """
+        """Make our end in this worker, if there is none, and connect it; our status says how it
+        went."""
         worker: Any = self
         ours: VllmWorker | None = getattr(self, "_weightbus", None)
         if ours is None:
@@ -51,19 +47,17 @@ class WeightBusExtension:
         ours.open(directory)
 
     def weightbus_turn(self, turn: str) -> None:
-        """One turn, as JSON.
-
-        Raises:
-            ValueError: it is none, or no consumer has opened this worker.
-        """
+        """One turn, as JSON."""
         ours: VllmWorker | None = getattr(self, "_weightbus", None)
-        if ours is None:
-            raise ValueError("no consumer has opened this worker")
         try:
             decoded = msgspec.json.decode(turn, type=Turn)
         except msgspec.DecodeError as error:
-            raise ValueError(f"not a turn: {error}") from None
-        ours.take(decoded)
+            _logger.error("not a turn: %s", error)
+            return
+        if ours is None:
+            _logger.error("turn refused: no consumer has opened this worker")
+        else:
+            ours.take(decoded)
 
     def weightbus_close(self) -> None:
         """Leave the consumer."""

@@ -18,7 +18,7 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
-from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
+from weightbus.consumers.engines.vllm.control import PauseMode, StartedWith, VllmControl
 from weightbus.consumers.errors import ConsumerError, DeadlineExceeded, EngineUnavailable
 
 __all__ = ("VllmHandle", "open_handle_control")
@@ -129,6 +129,10 @@ class _HandleControl(VllmControl):
             raise EngineUnavailable(self.name, reason)
         return int(parallel.world_size)
 
+    async def started_with(self, deadline_s: float) -> StartedWith:
+        del deadline_s
+        return StartedWith.of(self._config())
+
     def _config(self) -> Any:
         return self._llm.vllm_config
 
@@ -150,9 +154,6 @@ class _HandleControl(VllmControl):
 
     async def _call(self, operation: str, deadline_s: float, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
-
-    async def _disconnect(self) -> None:
-        """There is nothing to let go of."""
 
     def _failed(self, operation: str, error: Exception) -> EngineUnavailable:
         said = " ".join(str(error).split())[:500] or type(error).__name__

@@ -13,14 +13,14 @@ from typing import Any, Final
 import anyio
 
 from weightbus.consumers.engines.http import JsonServer, open_json_server
-from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
+from weightbus.consumers.engines.vllm.control import PauseMode, StartedWith, VllmControl
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
 __all__ = ("HttpControl", "open_http_control")
 
 _POLL_S: Final = 0.25
 _POLL_TIMEOUT_S: Final = 5.0
-_NEEDED: Final = ("pause", "resume", "is_paused")
+_NEEDED: Final = ("pause", "resume", "is_paused", "server_info")
 
 
 class HttpControl(VllmControl):
@@ -73,13 +73,17 @@ class HttpControl(VllmControl):
 
     async def world_size(self, deadline_s: float) -> int:
         if not self.has("get_world_size"):
-            return len(await self._call_method("weightbus_rank", [], deadline_s))
+            parallel = (await self._config(deadline_s)).get("parallel_config", {})
+            ranks, copies = parallel.get("world_size"), parallel.get("data_parallel_size", 1)
+            return self._one_copy(ranks * copies if isinstance(ranks, int) else None, ranks)
         sizes = []
         for include_dp in ("true", "false"):
             query = {"include_dp": include_dp}
             answer = await self._ask("GET", "get_world_size", deadline_s, query)
             sizes.append(answer.get("world_size"))
-        every, ranks = sizes
+        return self._one_copy(*sizes)
+
+    def _one_copy(self, every: Any, ranks: Any) -> int:
         if not isinstance(ranks, int) or not isinstance(every, int):
             raise EngineUnavailable(self.name, f"it answered world sizes {every!r} and {ranks!r}")
         if every != ranks:
@@ -89,6 +93,16 @@ class HttpControl(VllmControl):
                 "start every copy as a server of its own",
             )
         return ranks
+
+    async def started_with(self, deadline_s: float) -> StartedWith:
+        return StartedWith.of(await self._config(deadline_s))
+
+    async def _config(self, deadline_s: float) -> dict[str, Any]:
+        query = {"config_format": "json"}
+        config = (await self._ask("GET", "server_info", deadline_s, query)).get("vllm_config")
+        if not isinstance(config, dict):
+            raise EngineUnavailable(self.name, "/server_info does not tell its configuration")
+        return config
 
     async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
         query = {"mode": mode, "clear_cache": "true" if clear_caches else "false"}
@@ -133,9 +147,6 @@ class HttpControl(VllmControl):
         answer = await self._ask("POST", "collective_rpc", deadline_s, body=body)
         results = answer.get("results", [])
         return results if isinstance(results, list) else []
-
-    async def _disconnect(self) -> None:
-        """Closed by its opener."""
 
     async def _is(self, operation: str, deadline_s: float) -> bool:
         answer = await self._ask("GET", operation, deadline_s)

@@ -1,7 +1,7 @@
 """What the backend and the extension have in common: our end in one of vLLM's workers.
 
 Owns the rank's `TurnTaker`. Everything here is called on the worker's main thread, within a call of
-vLLM's own, so nothing runs beside a forward pass.
+vLLM's own, so nothing runs beside a forward pass; and such a call must not raise (`status.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
 from weightbus.consumers.engines.taking import TurnTaker
 from weightbus.consumers.engines.turns import Turn
-from weightbus.consumers.errors import EngineUnavailable
+from weightbus.consumers.engines.vllm.status import WorkerStatus, write_status
+from weightbus.consumers.errors import ConsumerError, EngineUnavailable
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.worker import Apply, Inspect, WorkerRequest
@@ -66,35 +67,59 @@ class VllmWorker:
         self._model = model
         self._device = device
         self._draft: Draft | None = None
+        self._directory: Path | None = None
+        self._session = False
         self._needs_draft = drafts_from_checkpoint(vllm_config)
         parallel = vllm_config.parallel_config
         self._taker = TurnTaker(self._make_host, parallel.rank, parallel.world_size, self._refusal)
 
     def open(self, directory: str) -> None:
-        """
-        Raises:
-            EngineUnavailable: the engine is data parallel, or there is no such directory of ours.
-        """
+        """Connect to the consumer of this directory, and leave our status there. Raises nothing:
+        that says why it cannot be."""
+        self._directory = Path(directory)
         copies = self._vllm_config.parallel_config.data_parallel_size
-        if copies > 1:
-            raise EngineUnavailable(
-                self._vllm_config.model_config.model,
-                f"it is data parallel ({copies} copies): start every copy as a server of its own",
-            )
-        self._taker.open(Path(directory))
+        try:
+            if copies > 1:
+                raise EngineUnavailable(
+                    self._vllm_config.model_config.model,
+                    f"it is data parallel ({copies} copies): start each as a server of its own",
+                )
+            self._taker.open(self._directory)
+        except ConsumerError as error:
+            self._report(str(error))
+        else:
+            self._report()
+
+    def note_session(self, is_open: bool) -> None:
+        """A session of vLLM's has begun, or ended."""
+        self._session = is_open
+        if self._directory is not None:
+            self._report()
+
+    def _report(self, error: str = "") -> None:
+        assert self._directory is not None
+        status = WorkerStatus(rank=self._taker.rank, session=self._session, error=error)
+        try:
+            write_status(self._directory, status)
+        except OSError as failure:
+            _logger.error("%s: %s %s", self._directory, failure.strerror, error)
 
     def show_draft(self, model: nn.Module, model_config: Any) -> None:
         """The drafter, before the first request; later it is of no consequence."""
         self._draft = (model, model_config)
 
     def take(self, turn: Turn) -> None:
-        """See `TurnTaker.take`. If the device is lost, this process ends once that is said."""
-        self._taker.take(turn)
+        """See `TurnTaker.take`; raises nothing. If the device is lost, this process ends once that
+        is said."""
+        try:
+            self._taker.take(turn)
+        except ConsumerError as error:  # nobody waits for it, or sees by itself that none came
+            _logger.error("turn refused: %s", error)
         lost = self._taker.lost
         if lost is None:
             return
         _logger.critical("%s: this worker ends", lost)
-        self._taker.close()  # hands over the reply
+        self._taker.disconnect()  # what is mapped stays: letting go of it asks the device
         if multiprocessing.parent_process() is not None:
             os._exit(1)  # leaving in order would wait for the device
         raise lost  # it is the user's own process, in which the engine runs

@@ -16,8 +16,12 @@ from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm import plugin
 from weightbus.consumers.engines.vllm.extension import WeightBusExtension
+from weightbus.consumers.engines.vllm.status import (
+    WorkerStatus,
+    forget_statuses,
+    read_status,
+)
 from weightbus.consumers.engines.vllm.worker import VllmWorker, drafts_from_checkpoint
-from weightbus.consumers.errors import EngineUnavailable
 
 
 def config(*, copies: int = 1, draft: Any = None) -> Any:
@@ -28,10 +32,36 @@ def config(*, copies: int = 1, draft: Any = None) -> Any:
     )
 
 
-def test_engine_is_refused_when_it_is_data_parallel(short_path: Path) -> None:
+def test_status_tells_the_refusal_when_the_engine_is_data_parallel(short_path: Path) -> None:
     worker = VllmWorker(config(copies=2), nn.Linear(1, 1), torch.device("cpu"))
-    with pytest.raises(EngineUnavailable, match=r"/models/one .*data parallel \(2 copies\)"):
-        worker.open(str(short_path))
+    worker.open(str(short_path))
+    status = read_status(short_path, 0)
+    assert status is not None
+    assert "/models/one" in status.error
+    assert "data parallel (2 copies)" in status.error
+
+
+def test_status_tells_the_refusal_when_the_directory_is_open_to_others(short_path: Path) -> None:
+    short_path.chmod(0o755)
+    worker = VllmWorker(config(), nn.Linear(1, 1), torch.device("cpu"))
+    worker.open(str(short_path))
+    status = read_status(short_path, 0)
+    assert status is not None
+    assert "mode 0755" in status.error
+    worker.open(str(short_path / "absent"))
+    assert read_status(short_path / "absent", 0) is None
+
+
+def test_status_tells_whether_a_session_is_open(short_path: Path) -> None:
+    worker = VllmWorker(config(), nn.Linear(1, 1), torch.device("cpu"))
+    worker.note_session(True)
+    worker.open(str(short_path))
+    assert read_status(short_path, 0) == WorkerStatus(rank=0, session=True)
+    worker.note_session(False)
+    assert read_status(short_path, 0) == WorkerStatus(rank=0, session=False)
+    forget_statuses(short_path, 1)
+    assert read_status(short_path, 0) is None
+    worker.close()
 
 
 @pytest.mark.parametrize(
@@ -55,24 +85,27 @@ def test_drafter_needs_no_updates_when_it_is_the_model_itself() -> None:
     assert not drafts_from_checkpoint(drafts)
 
 
-def test_extension_refuses_what_is_no_turn(short_path: Path) -> None:
+def test_extension_raises_nothing_when_it_is_given_no_turn(
+    short_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     extension = WeightBusExtension()
     turn = '{"numbers": [-1], "wait_s": 0}'
-    with pytest.raises(ValueError, match="no consumer has opened"):
-        extension.weightbus_turn(turn)
-    place = EngineDirectory(short_path / "engine")
-    place.prepare()
+    extension.weightbus_turn(turn)
+    assert "no consumer has opened" in caplog.text
     model = nn.Linear(1, 1)
     extension.__dict__.update(
         vllm_config=config(),
         device=torch.device("cpu"),
         model_runner=SimpleNamespace(get_model=lambda: model),
     )
-    extension.weightbus_open(str(place.path))
-    assert extension.weightbus_rank() == {"rank": 0, "world_size": 1}
-    with pytest.raises(ValueError, match="not a turn"):
-        extension.weightbus_turn('{"numbers": "all"}')
+    extension.weightbus_open(str(short_path))
+    extension.weightbus_turn('{"numbers": "all"}')
+    assert "not a turn" in caplog.text
+    caplog.clear()
     extension.weightbus_turn(turn)
+    assert not caplog.text
+    extension.weightbus_turn('{"numbers": [-1, -1], "wait_s": 0}')
+    assert "there are 1" in caplog.text
     extension.weightbus_close()
 
 
@@ -87,7 +120,7 @@ from weightbus.consumers.errors import DeviceLost
 class Taker:
     lost = DeviceLost("cuda:0", "illegal access")
     def take(self, turn): print("took", flush=True)
-    def close(self): print("said so", flush=True)
+    def disconnect(self): print("said so", flush=True)
 
 def serve():
     parallel = SimpleNamespace(rank=0, world_size=1, data_parallel_size=1)

@@ -28,6 +28,7 @@ Query = Mapping[str, list[str]]
 
 _ALWAYS: Final = ("GET /health",)
 _COMMON: Final = (
+    "GET /server_info",
     "POST /pause",
     "POST /resume",
     "GET /is_paused",
@@ -62,6 +63,7 @@ _BODIES: Final = {
 }
 _QUERIES: Final[Mapping[str, Mapping[str, set[str] | None]]] = {
     "POST /pause": {"mode": {"keep", "wait", "abort"}, "clear_cache": {"true", "false"}},
+    "GET /server_info": {"config_format": {"json"}},
     "GET /get_world_size": {"include_dp": {"true", "false"}},
     "POST /reset_prefix_cache": {"reset_running_requests": {"true"}},
     "POST /wake_up": {"tags": {"weights", "kv_cache"}},
@@ -145,12 +147,23 @@ class StandIn:
                 ranks = len(self.executor.workers)
                 every = call.query["include_dp"] == ["true"]
                 return 200, {"world_size": ranks * (self.copies if every else 1)}
+            if call.route == "GET /server_info":
+                return 200, {"vllm_config": self._config()}
             with self._core:
                 if (before := self.before.get(call.route)) is not None:
                     before()
                 return 200, self._carry_out(call)
         except WorkerError as error:
+            self.violations.append(f"{call.detail}: a call of workers failed: {error}")
             return 500, {"error": {"message": str(error), "type": "Exception", "code": 500}}
+
+    def _config(self) -> dict[str, Any]:
+        config = self.executor.workers[0].vllm_config
+        transfer = config.weight_transfer_config
+        return {
+            "weight_transfer_config": transfer and {"backend": transfer.backend},
+            "parallel_config": {**vars(config.parallel_config), "data_parallel_size": self.copies},
+        }
 
     def _check(self, call: Call, headers: Mapping[str, str]) -> None:
         def violated(what: str) -> None:

@@ -28,10 +28,10 @@ REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "no documents": ({"style": "no documents"}, r"404.*without|404.*--disable-fastapi-docs"),
     "no way in": (
         {"backend": None},
-        r"--weight-transfer-config '\{\"backend\": \"weightbus\"\}': .*not configured"
-        r".*--worker-extension-cls weightbus\.\S+\.WeightBusExtension: .*no attribute",
+        r"--weight-transfer-config '\{\"backend\": \"weightbus\"\}', .*"
+        r"--worker-extension-cls weightbus\.\S+\.WeightBusExtension .*backend None and",
     ),
-    "another backend": ({"backend": "nccl"}, r"Invalid init_info for NCCL"),
+    "another backend": ({"backend": "nccl"}, r"it has backend nccl and extension None"),
     "data parallel": ({"copies": 3}, r"data parallel: 6 workers in copies of 2"),
 }
 

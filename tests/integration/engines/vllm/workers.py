@@ -69,11 +69,17 @@ class Worker:
         self.host = StandInHost(build, self.model)
         self.device = torch.device("cpu")
         self.model_runner = self
-        self.vllm_config = _config(rank, checkpoints.ranks, drafts)
+        self.vllm_config = _config(
+            rank, checkpoints.ranks, drafts, backend, isinstance(self, WeightBusExtension)
+        )
         self.draft = nn.Linear(2, 2) if drafts else None
         self._backend = backend
         self._ours: VllmWorker | None = None
         self._session = ""
+
+    @property
+    def has_session(self) -> bool:
+        return bool(self._session)
 
     def get_model(self) -> nn.Module:
         return self.model
@@ -92,7 +98,7 @@ class Worker:
 
     def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         self._check_backend()
-        if self._backend != "weightbus" or list(init_info) != ["directory"]:
+        if self._backend != "weightbus" or set(init_info) != {"directory"}:
             raise ValueError("Invalid init_info for NCCLWeightTransferEngine: unexpected argument")
         if self._ours is None:
             self._ours = VllmWorker(self.vllm_config, self.model, self.device, self.make_host)
@@ -125,12 +131,18 @@ class Worker:
         if not self._session:
             raise RuntimeError("finish_weight_update called without a matching start.")
         self._session = ""
+        self._note_session()
+
+    def _note_session(self) -> None:
+        if self._ours is not None:
+            self._ours.note_session(bool(self._session))
 
     def _start(self, session: str) -> None:
         self._check_backend()
         if self._session:
             raise RuntimeError("start_weight_update called while a weight update is active.")
         self._session = session
+        self._note_session()
 
     def _check_backend(self) -> None:
         if self._backend is None:
@@ -219,7 +231,7 @@ def _call(worker: Worker, method: str, args: tuple[Any, ...], kwargs: dict[str, 
     return found(*args, **kwargs)
 
 
-def _config(rank: int, ranks: int, drafts: bool) -> Any:
+def _config(rank: int, ranks: int, drafts: bool, backend: str | None, extended: bool) -> Any:
     model_config = SimpleNamespace(model="decoder")
     speculative = None
     if drafts:
@@ -227,5 +239,11 @@ def _config(rank: int, ranks: int, drafts: bool) -> Any:
     return SimpleNamespace(
         model_config=model_config,
         speculative_config=speculative,
-        parallel_config=SimpleNamespace(rank=rank, world_size=ranks, data_parallel_size=1),
+        weight_transfer_config=backend and SimpleNamespace(backend=backend),
+        parallel_config=SimpleNamespace(
+            rank=rank,
+            world_size=ranks,
+            data_parallel_size=1,
+            worker_extension_cls=f"{__name__}.WeightBusExtension" if extended else "",
+        ),
     )
