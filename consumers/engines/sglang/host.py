@@ -7,37 +7,34 @@ own lifecycle. Runs on the scheduler's main thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from weightbus.consumers.engines.sglang.coverage import LoadCoverage, on_one_thread
 from weightbus.consumers.engines.sglang.lifecycle import (
     can_restore,
     load_checkpoint,
     reload_modules,
 )
 from weightbus.consumers.engines.sglang.scratch import build_scratch
+from weightbus.consumers.engines.sglang.threads import on_one_thread
+from weightbus.consumers.engines.vllm.refusing import (
+    Reached,
+    check_dtypes,
+    check_sizes,
+    refusing,
+)
 from weightbus.consumers.errors import CheckpointRefused
 from weightbus.consumers.reload.host import ModelHost, Weights
 from weightbus.consumers.reload.memory import module_of
+from weightbus.schemas.layout import Layout
+from weightbus.schemas.needs import Needs
 
 __all__ = ("SglangHost",)
 
-_NAMED = 4
-"""Parameters that a message names."""
-
-_DISAGREES = (
-    "exceeds dimension size",
-    "must match",
-    "is invalid for input of size",
-    "out of range",
-    "size mismatch",
-    "split_with_sizes expects",
-)
-"""What torch says where shapes do not fit."""
+_OPTIONAL = frozenset({"input_scale", "k_scale", "prob_scale", "q_scale", "v_scale"})
+"""Last names of parameters that SGLang fills by itself where a checkpoint has none."""
 
 
 class SglangHost(ModelHost):
@@ -47,16 +44,19 @@ class SglangHost(ModelHost):
         self,
         model: nn.Module,
         device: torch.device,
+        is_last_rank: bool = True,
         build: Callable[[str], nn.Module] = build_scratch,
         load: Callable[[nn.Module, Weights, torch.device], None] = load_checkpoint,
     ) -> None:
         """
         Args:
+            is_last_rank: of its tensor-parallel ranks: it reads tensors to their ends.
             build: makes another model of this rank on `meta`, given the architecture's name.
             load: the mapping of checkpoint tensors to parameters.
         """
         self._model = model
         self._device = device
+        self._is_last_rank = is_last_rank
         self._build = build
         self._load = load
         self._derived: dict[str, str] = {}
@@ -77,15 +77,21 @@ class SglangHost(ModelHost):
 
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
         self._check_can_load_again(model)
-        reached: list[str] = []
-        coverage = LoadCoverage(model)
-        with _refusing(self.name, reached), on_one_thread(), coverage:
-            self._load(model, _noted(weights, reached), self._device)
-        lacking = coverage.lacking()
-        if lacking:
-            named = ", ".join(lacking[:_NAMED])
-            more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
-            raise CheckpointRefused(self.name, f"it leaves {named}{more} in part as they were")
+        reached = Reached()
+        with refusing(self.name, reached), on_one_thread():
+            self._load(model, reached.noted(weights), self._device)
+
+    def unwritten(self, parameter: str) -> str:
+        if parameter.rpartition(".")[2] in _OPTIONAL:
+            return ""
+        return "SGLang would leave them as they are"
+
+    def check_needs(self, needs: Needs, layout: Layout) -> None:
+        """Of a quantised model it is not known what a tensor of another dtype or size means."""
+        if getattr(self._model, "quant_config", None) is None:
+            check_dtypes(self.name, needs, layout)
+            if self._is_last_rank:
+                check_sizes(self.name, needs, layout)
 
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
         derived = reload_modules(
@@ -135,31 +141,3 @@ def _loads_alike(built: torch.Tensor, found: torch.Tensor) -> bool:
         and found.dtype == built.dtype
         and hasattr(found, "weight_loader") == hasattr(built, "weight_loader")
     )
-
-
-def _noted(weights: Weights, reached: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        reached[:] = [f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype}"]
-        yield name, tensor
-    reached.clear()
-
-
-@contextmanager
-def _refusing(model: str, reached: list[str]) -> Iterator[None]:
-    """
-    Raises:
-        CheckpointRefused: SGLang finds no place for a tensor, or one of another shape.
-    """
-    try:
-        yield
-    except (KeyError, ValueError, AssertionError, IndexError, AttributeError) as error:
-        raise _refused(model, reached, error) from error
-    except RuntimeError as error:
-        if not any(said in str(error) for said in _DISAGREES):
-            raise
-        raise _refused(model, reached, error) from error
-
-
-def _refused(model: str, reached: list[str], error: Exception) -> CheckpointRefused:
-    where = f"at {reached[0]}" if reached else "at the end"
-    return CheckpointRefused(model, f"{where}: {type(error).__name__}: {error}")

@@ -37,7 +37,7 @@ class SglangWorker:
     def __init__(
         self,
         model: nn.Module,
-        make_host: Callable[[nn.Module], ModelHost] | None = None,
+        make_host: Callable[[nn.Module, Place], ModelHost] | None = None,
         place: Place | None = None,
     ) -> None:
         """
@@ -47,10 +47,10 @@ class SglangWorker:
             place: None: what SGLang says.
         """
         self.model = model
-        self._make_host = make_host or _make_host
         self._device = device_of(model)
         where = place or place_in_engine()
-        self._taker = TurnTaker(lambda: self._make_host(model), where.rank, where.world_size)
+        make = make_host or _make_host
+        self._taker = TurnTaker(lambda: make(model, where), where.rank, where.world_size)
 
     @property
     def lost(self) -> DeviceLost | None:
@@ -116,7 +116,7 @@ def place_in_engine() -> Place:
     )
 
 
-def _make_host(model: nn.Module) -> ModelHost:
+def _make_host(model: nn.Module, place: Place) -> ModelHost:
     from weightbus.consumers.engines.sglang.host import SglangHost
 
-    return SglangHost(model, device_of(model))
+    return SglangHost(model, device_of(model), place.rank == place.world_size - 1)

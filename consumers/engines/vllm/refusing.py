@@ -69,7 +69,7 @@ def refusing(model: str, reached: Reached) -> Iterator[None]:
 
 def _refused(model: str, reached: Reached, error: Exception) -> CheckpointRefused:
     where = f"at {reached.last}" if reached.last else "after its last tensor"
-    said = str(error) or "vLLM expects another shape"
+    said = str(error) or "the engine expects another shape"
     return CheckpointRefused(model, f"{where}: {type(error).__name__}: {said}")
 
 
@@ -81,13 +81,34 @@ def lacking(parameter: str, names: Collection[str], packed: Mapping[str, Sequenc
         packed: vLLM's `packed_modules_mapping`: fused module -> what it is made of.
     """
     module, _, attribute = parameter.rpartition(".")
+    gaps = _gaps(near(parameter, names))
+    if gaps:
+        return f"the checkpoint lacks {', '.join(gaps[:3])}"
     above, _, leaf = module.rpartition(".")
     parts = packed.get(leaf, [leaf])
     expected = [".".join(filter(None, (above, part, attribute))) for part in parts]
     missing = [name for name in expected if not any(_alike(name, other) for other in names)]
-    if missing:
+    if missing and attribute in ("weight", "bias"):
         return f"the checkpoint lacks {', '.join(missing)}"
-    return f"the checkpoint lacks a tensor of {module}, or a part of it"
+    return f"the checkpoint lacks a tensor of {module}, or has a smaller one than vLLM takes"
+
+
+def _gaps(names: Collection[str]) -> list[str]:
+    """What is missing where numbered things (experts) have the same tensors each."""
+    rows: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        steps = name.split(".")
+        numbers = [place for place, step in enumerate(steps) if step.isdigit()]
+        if len(numbers) > 1:
+            start = ".".join(steps[: numbers[-1]])
+            number, rest = int(steps[numbers[-1]]), ".".join(steps[numbers[-1] + 1 :])
+            rows.setdefault(start, {}).setdefault(number, set()).add(rest)
+    return [
+        f"{start}.{number}.{rest}"
+        for start, row in sorted(rows.items())
+        for number in range(max(row) + 1)
+        for rest in sorted(set().union(*row.values()) - row.get(number, set()))
+    ]
 
 
 def _alike(name: str, other: str) -> bool:
@@ -113,7 +134,7 @@ def check_sizes(model: str, needs: Needs, layout: Layout) -> None:
         spec = layout.tensors[number]
         if tuple(end) != tuple(spec.shape):
             raise CheckpointRefused(
-                model, f"{spec.name} has shape {spec.shape}: vLLM takes {tuple(end)} of it"
+                model, f"{spec.name} has shape {spec.shape}: the engine takes {tuple(end)} of it"
             )
 
 
@@ -150,7 +171,4 @@ def near(parameter: str, names: Collection[str]) -> list[str]:
 
 
 def _layer(name: str) -> str:
-    for step in name.split("."):
-        if step.isdigit():
-            return step
-    return ""
+    return next((step for step in name.split(".") if step.isdigit()), "")

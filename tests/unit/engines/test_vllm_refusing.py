@@ -38,7 +38,7 @@ def layout_of(dtype: str = "BF16") -> Layout:
     ("error", "said"),
     [
         (KeyError("layers.0.mlp.extra"), "layers.0.mlp.extra"),
-        (AssertionError(), "vLLM expects another shape"),
+        (AssertionError(), "the engine expects another shape"),
         (RuntimeError("start (0) + length (9) exceeds dimension size (3)."), "dimension size"),
     ],
 )
@@ -72,11 +72,16 @@ def test_other_errors_are_not_the_checkpoints_fault(error: Exception) -> None:
             "lacks model.layers.1.attn.v_proj.weight",
         ),
         ("lm_head.weight", ["model.embed_tokens.weight"], "lacks lm_head.weight"),
-        ("model.layers.0.experts.w2_weight", [], "lacks model.layers.0.experts.w2_weight"),
+        (
+            "model.layers.0.experts.w2_weight",
+            [f"model.layers.0.experts.{n}.{part}" for n, part in ((0, "a"), (1, "a"), (0, "b"))],
+            "lacks model.layers.0.experts.1.b",
+        ),
+        ("model.layers.0.experts.w2_weight", [], "lacks a tensor of model.layers.0.experts"),
         (
             "model.layers.1.attn.qkv_proj.weight",
             [f"model.layers.1.attn.{part}.weight" for part in PACKED["qkv_proj"]],
-            "lacks a tensor of model.layers.1.attn.qkv_proj, or a part of it",
+            "lacks a tensor of model.layers.1.attn.qkv_proj, or has a smaller one",
         ),
     ],
 )
@@ -86,7 +91,7 @@ def test_missing_tensor_is_named(parameter: str, names: list[str], said: str) ->
 
 def test_tensor_is_refused_when_the_last_rank_does_not_read_to_its_end() -> None:
     check_sizes("M", needs_of((2, 4), (4, 2)), layout_of())
-    with pytest.raises(CheckpointRefused, match=r"t has shape \(4, 4\): vLLM takes \(4, 3\)"):
+    with pytest.raises(CheckpointRefused, match=r"t has shape \(4, 4\): the engine takes \(4, 3\)"):
         check_sizes("M", needs_of((2, 3), (4, 2)), layout_of())
 
 

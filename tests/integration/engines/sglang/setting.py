@@ -55,7 +55,9 @@ class Models:
         def make_worker() -> SglangWorker:
             return SglangWorker(
                 model,
-                lambda live: SglangHost(live, torch.device("cpu"), build, load_as_sglang),
+                lambda live, place: SglangHost(
+                    live, torch.device("cpu"), rank == RANKS - 1, build, load_as_sglang
+                ),
                 Place(rank, RANKS),
             )
 

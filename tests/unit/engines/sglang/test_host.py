@@ -54,6 +54,8 @@ class Fused(nn.Module):
                 place = places.get(name)
                 if place is None:
                     continue
+                if name == "norm":
+                    tensor = tensor.narrow(0, 0, 4)
                 assert place.shape == tensor.shape, f"{tuple(tensor.shape)} into {name}"
                 if self.pooled:
                     pool.submit(place.copy_, tensor).result()
@@ -86,7 +88,7 @@ def host_of(model: Fused, *, pooled: bool = False, has_scale: bool = True) -> Sg
         assert isinstance(model, Fused)
         model.load_weights(weights)
 
-    return SglangHost(model, CPU, build, load)
+    return SglangHost(model, CPU, build=build, load=load)
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["one-thread", "thread-pool"])
@@ -101,16 +103,34 @@ def test_checkpoint_is_taken_and_traced_whole_on_whichever_threads_it_is_loaded(
     assert sorted(copy.tensor for copy in trace.needs.copies) == [0, 1, 2]
 
 
-def test_checkpoint_is_taken_when_it_lacks_what_the_engine_fills_by_itself() -> None:
-    host = host_of(Fused())
-    host.load_weights(host.scratch_model(), checkpoint().items())
+def test_engine_loads_by_itself_when_a_checkpoint_lacks_what_it_has_values_for() -> None:
+    with pytest.raises(TraceRefused, match="input_scale"):
+        trace_needs(host_of(Fused()), layout_of(checkpoint()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (torch.rand(6), "norm has shape"),
+        (torch.ones(4, dtype=torch.int8), "norm is of I8"),
+    ],
+    ids=["larger", "another-dtype"],
+)
+def test_checkpoint_is_refused_when_the_engine_would_take_a_tensor_for_something_else(
+    changed: torch.Tensor, said: str
+) -> None:
+    model = Fused()
+    del model.input_scale
+    with pytest.raises(CheckpointRefused, match=said):
+        trace_needs(host_of(model, has_scale=False), layout_of(checkpoint(norm=changed)))
 
 
 @pytest.mark.parametrize("lost", ["a_weight", "b_weight", "norm"])
 def test_checkpoint_is_refused_when_it_lacks_a_tensor(lost: str) -> None:
-    host = host_of(Fused())
-    with pytest.raises(CheckpointRefused, match=r"leaves (weight|norm) in part"):
-        host.load_weights(host.scratch_model(), checkpoint(**{lost: None}).items())
+    with pytest.raises(
+        CheckpointRefused, match=r"(weight|norm): \d+ of its bytes are in no tensor"
+    ):
+        trace_needs(host_of(Fused()), layout_of(checkpoint(**{lost: None})))
 
 
 def test_checkpoint_is_refused_when_a_tensor_has_another_shape() -> None:

@@ -30,7 +30,7 @@ LONG_S = 30.0
 
 
 def worker_of(model: nn.Module) -> SglangWorker:
-    def no_host(model: nn.Module) -> ModelHost:
+    def no_host(model: nn.Module, place: Place) -> ModelHost:
         mode = "inference mode" if torch.is_inference_mode_enabled() else "no inference mode"
         raise EngineUnavailable("model", f"made in {mode}")
 
