@@ -43,6 +43,7 @@ from weightbus.schemas.worker import (
     Feed,
     Inspect,
     Inspected,
+    Prepared,
     WorkerMessage,
 )
 
@@ -60,6 +61,8 @@ CONNECT_S: Final = 5.0
 PROBES_PER_TURN: Final = 200
 """How often it may be looked whether workers are there before they must read what that sends them:
 a worker reads in its turns only, and 1000 frames wait at most."""
+
+PREPARE_S: Final = 0.1
 
 _CONNECT_POLL_S: Final = 0.01
 
@@ -132,6 +135,8 @@ class VllmEngine(TurnEngine):
         self._held: dict[int, Held] = {}
         self._served = _read_served(place.path / _SERVED_FILE)
         self._error = ""
+        self._prepare_at = 0.0
+        """On the event loop's clock: not before."""
         self._probes = 0
 
     async def pause(self, deadline_s: float) -> None:
@@ -142,6 +147,18 @@ class VllmEngine(TurnEngine):
         self._commands += 1
         await control.pause(settings.pause, settings.caches == "reset", _left_s(end))
         self._paused, self._commands = True, self._commands + 1
+
+    async def prepare(
+        self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Prepared, ...]:
+        """While something is under way, asked no more often than every `PREPARE_S`: each time is a
+        call between two steps of the requests that run."""
+        end = anyio.current_time() + deadline_s
+        await anyio.sleep(max(0.0, min(self._prepare_at, end) - anyio.current_time()))
+        replies = await super().prepare(layout_digest, feeds, _left_s(end))
+        if not all(reply.ready for reply in replies):
+            self._prepare_at = anyio.current_time() + PREPARE_S
+        return replies
 
     async def apply(
         self,

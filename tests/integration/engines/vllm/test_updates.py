@@ -23,6 +23,7 @@ from weightbus.consumers.engines.vllm.engine import (
     open_vllm_engine,
 )
 from weightbus.consumers.errors import ApplyFailed, EngineUnavailable, WorkerLost
+from weightbus.schemas.worker import Feed, InPlace
 
 pytestmark = pytest.mark.anyio
 
@@ -319,3 +320,26 @@ async def test_every_request_has_the_key_when_there_is_one(
     async with opened(server, directory, checkpoints, api_key="secret") as (_, updates):
         await updates.prepare()
         await updates.update(1)
+
+
+async def test_engine_serves_while_it_prepares_and_holds_the_version_then(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        feeds: dict[int, Feed] = {
+            rank: InPlace(sources=checkpoints.sources(2)) for rank in reversed(range(2))
+        }
+        waiting = dict(feeds)
+        with anyio.fail_after(LONG_S):
+            while waiting:
+                replies = await engine.prepare(checkpoints.layout_digest, waiting, LONG_S)
+                assert [reply.rank for reply in replies] == list(waiting)
+                for reply in replies:
+                    if reply.ready:
+                        del waiting[reply.rank]
+        assert await report(engine) == (1, False, False)
+        await updates.update(2)
+        assert server.executor.fingerprints() == checkpoints.fingerprints(2)
