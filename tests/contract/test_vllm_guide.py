@@ -27,6 +27,8 @@ OF_VLLM = frozenset(
         "--api-key",
         "--disable-access-log-for-endpoints",
         "--disable-fastapi-docs",
+        "--enable-expert-parallel",
+        "--enforce-eager",
         "--host",
         "--load-format",
         "--model",
