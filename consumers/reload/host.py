@@ -49,6 +49,9 @@ class ModelHost(ABC):
         As the engine builds it before loading: not processed afterwards. Building it leaves the
         live model and the engine's registries as they are. It must start with the same parameter
         names, shapes, strides and ties that the live model had when it was built.
+
+        Raises:
+            TraceRefused: it cannot be built there.
         """
 
     @abstractmethod

@@ -56,7 +56,10 @@ def rebound(thing: object, before: Bound, state: frozenset[int]) -> Bound:
         name: value
         for name, value in bound_attributes(thing).items()
         if value is not before.get(name)
-        and any(storage_address(tensor) not in state for _, tensor in tensors_within(value))
+        and any(
+            tensor.numel() and storage_address(tensor) not in state
+            for _, tensor in tensors_within(value)
+        )
     }
 
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from weightbus.consumers.reload.host import Weights
 
-__all__ = ("DRAFT", "Joint", "share_as", "tie_as")
+__all__ = ("DRAFT", "TARGET", "Joint", "share_as", "tie_as")
 
+TARGET: Final = "target."
 DRAFT: Final = "draft."
-"""What the names of a drafter's tensors begin with."""
+"""What the names of a target's and of a drafter's tensors begin with."""
 
 
 class Joint(nn.Module):

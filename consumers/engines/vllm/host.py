@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 
-from weightbus.consumers.engines.vllm.drafter import DRAFT, Joint, share_as, tie_as
+from weightbus.consumers.engines.vllm.drafter import DRAFT, TARGET, Joint, share_as, tie_as
 from weightbus.consumers.engines.vllm.lifecycle import processes_itself, reload_layerwise
 from weightbus.consumers.engines.vllm.refusing import (
     Reached,
     check_dtypes,
     check_sizes,
+    half_there,
     lacking,
     names_on_disk,
     near,
@@ -105,8 +107,21 @@ class VllmHost(ModelHost):
 
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
         self._reached = Reached()
-        with set_current_vllm_config(self._config), refusing(self.name, self._reached):
+        if self._is_quantised():
+            weights = self._checked_by_name(list(weights))
+        catching = nullcontext() if _quantises(model) else refusing(self.name, self._reached)
+        with set_current_vllm_config(self._config), catching:
             _load(model, self._reached.noted(weights))
+
+    def _checked_by_name(self, weights: list[tuple[str, torch.Tensor]]) -> Weights:
+        """Quantised models may not be traceable, and then nothing tells what is not written."""
+        on_disk = names_on_disk(self._config.model_config.model)
+        missing = half_there({name for name, _ in weights}, on_disk)
+        if missing:
+            raise CheckpointRefused(
+                self._name, f"it lacks {', '.join(missing[:3])}, which the engine started with"
+            )
+        return weights
 
     def unwritten(self, parameter: str) -> str:
         """Of a quantised model scales may be missing, as vLLM has defaults for them: there, only
@@ -114,7 +129,8 @@ class VllmHost(ModelHost):
         names = self._reached.names
         if not self._is_quantised():
             packed = getattr(self._target(), "packed_modules_mapping", None) or {}
-            return lacking(parameter, names, packed)
+            own = parameter.removeprefix(TARGET).removeprefix(DRAFT)
+            return lacking(own if self._draft else parameter, names, packed)
         missing = near(parameter, names_on_disk(self._config.model_config.model) - names)
         if not missing:
             return ""
@@ -196,6 +212,14 @@ class VllmHost(ModelHost):
 
 def _load(model: Any, weights: Weights) -> None:
     model.load_weights(weights)
+
+
+def _quantises(model: nn.Module) -> bool:
+    """Whether a model quantises what it is given: on `meta` that raises whatever it likes."""
+    return any(
+        getattr(getattr(module, "quant_method", None), "uses_meta_device", False)
+        for module in model.modules()
+    )
 
 
 def _with_attention(named: Mapping[str, nn.Module], modules: frozenset[str]) -> list[nn.Module]:

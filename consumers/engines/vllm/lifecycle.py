@@ -246,7 +246,8 @@ def _process_whole(method: Any, original: Callable[[nn.Module], None], layer: nn
         and kernel is method.moe_kernel
         and isinstance(method, UnquantizedFusedMoEMethod)
     ):
-        repack = getattr(kernel.fused_experts, "process_weights_after_loading", None)
+        experts = getattr(kernel, "fused_experts", None)
+        repack = getattr(experts, "process_weights_after_loading", None)
         if repack is not None:
             repack(layer)
 

@@ -21,7 +21,16 @@ from weightbus.consumers.reload.host import Weights
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 
-__all__ = ("Reached", "check_dtypes", "check_sizes", "lacking", "names_on_disk", "near", "refusing")
+__all__ = (
+    "Reached",
+    "check_dtypes",
+    "check_sizes",
+    "half_there",
+    "lacking",
+    "names_on_disk",
+    "near",
+    "refusing",
+)
 
 _DISAGREES: Final = (
     "exceeds dimension size",
@@ -162,6 +171,22 @@ def names_on_disk(directory: str) -> frozenset[str]:
     except (OSError, SafetensorError):
         return frozenset()
     return frozenset(names)
+
+
+def half_there(names: Collection[str], on_disk: Collection[str]) -> list[str]:
+    """What the checkpoint on disk has of layers of which a layout has a part.
+
+    Layers that it has nothing of (those of a drafter) are nobody's here; nor is what has no number,
+    as a head that is tied.
+    """
+    layers = {_up_to_layer(name) for name in names}
+    absent = (name for name in on_disk if name not in names and _layer(name))
+    return sorted(name for name in absent if _up_to_layer(name) in layers)
+
+
+def _up_to_layer(name: str) -> str:
+    start, found, _ = name.partition(f".{_layer(name)}.")
+    return start + found
 
 
 def near(parameter: str, names: Collection[str]) -> list[str]:

@@ -12,6 +12,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     Reached,
     check_dtypes,
     check_sizes,
+    half_there,
     lacking,
     names_on_disk,
     near,
@@ -109,3 +110,10 @@ def test_names_are_those_of_every_file_of_a_checkpoint(tmp_path: Path) -> None:
     assert found == {"layers.0.a", "layers.1.b"}
     assert near("model.layers.1.w", found) == ["layers.1.b"]
     assert names_on_disk(str(tmp_path / "absent")) == frozenset()
+
+
+def test_layers_that_are_half_there_are_told_from_layers_of_a_drafter() -> None:
+    on_disk = ["model.layers.0.q", "model.layers.0.q_scale", "model.layers.1.q", "lm_head.weight"]
+    assert half_there({"model.layers.0.q"}, on_disk) == ["model.layers.0.q_scale"]
+    assert half_there({"model.layers.0.q", "model.layers.0.q_scale"}, on_disk) == []
+    assert half_there({"model.layers.0.q"}, []) == []

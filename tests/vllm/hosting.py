@@ -1,0 +1,183 @@
+"""A vLLM with Weight bus's host of its only rank, in one process, without a consumer.
+
+    python -m tests.vllm.hosting FOLDER ARCHITECTURE
+
+Serves the checkpoint in FOLDER. Says `{}` on stdout once it does; then each line on stdin is an
+`Order`, answered there by one `Report`. It ends with stdin.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from tests.integration.fleet.reports import take_stdout
+from tests.unit.transfer.publishing import HOST, Trainer, cut_layout, open_trainer
+from tests.vllm.checkpoints import Architecture, tensors_of
+from tests.vllm.probe import PROBE
+from weightbus.consumers.planning.cells import plan_cells
+from weightbus.consumers.reload.host import Weights
+from weightbus.consumers.reload.memory import state_tensors
+from weightbus.consumers.reload.worker import ReloadWorker
+from weightbus.schemas.worker import Applied, Apply, Attach, Describe, Described, Failed, InPlace
+
+__all__ = ("Order", "Report")
+
+DEADLINE_S = 60.0
+
+
+class Order(Struct, frozen=True, kw_only=True):
+    version: int
+    """Of which the tensors are: see `tensors_of`."""
+    without: list[str] = []
+    """Tensors that are left out."""
+    reshaped: dict[str, list[int]] = {}
+    """Tensors that are of another shape, or are there beside the others, of zeros."""
+    stops_after: int = -1
+    """Not negative: vLLM's lifecycle is given so many tensors; then their source fails."""
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    error: str = ""
+    """Empty: the version was applied; else what was said."""
+    processed: int = 0
+    reason: str = ""
+    derived: dict[str, str] = {}
+    on_meta: list[str] = []
+    """Tensors of the live model that are on `meta`."""
+    registered: int = 0
+    """Layers that vLLM's compilation config knows by name."""
+    outputs: list[list[int]] = []
+    sums: dict[str, str] = {}
+
+
+class SourceGone(Exception):
+    """A checkpoint that cannot be read any more."""
+
+
+class Hosting:
+    """The engine, and what a consumer would ask of its worker."""
+
+    def __init__(self, folder: str, architecture: Architecture, directory: Path) -> None:
+        from vllm import LLM
+
+        from weightbus.consumers.engines.vllm.host import VllmHost
+
+        self._llm = LLM(
+            model=folder, enforce_eager=True, max_num_seqs=8, worker_extension_cls=PROBE, seed=0
+        )
+        core: Any = self._llm.llm_engine.engine_core
+        worker = core.engine_core.model_executor.driver_worker.worker
+        self._config = worker.vllm_config
+        self._host = VllmHost(self._config, worker.model_runner.get_model(), worker.device)
+        self._worker = ReloadWorker(self._host, 0, 1)
+        self._architecture, self._directory = architecture, directory
+
+    def carry_out(self, order: Order) -> Report:
+        tensors = tensors_of(self._architecture, order.version)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in order.without}
+        for name, shape in order.reshaped.items():
+            tensors[name] = torch.zeros(shape, dtype=torch.bfloat16)
+        if order.stops_after < 0:
+            report = self._update(tensors, order.version)
+        else:
+            with suppress(SourceGone):
+                self._host.reload(_stopping(tensors, order.stops_after), None)
+            report = Report(error="SourceGone")
+        return msgspec.structs.replace(
+            report,
+            derived=dict(self._host.derived()),
+            on_meta=[
+                item.name for item in state_tensors(self._host.live_model()) if item.tensor.is_meta
+            ],
+            registered=len(self._config.compilation_config.static_forward_context),
+            **({} if order.stops_after >= 0 else self._serve()),
+        )
+
+    def _update(self, tensors: dict[str, torch.Tensor], version: int) -> Report:
+        with self._published(tensors) as trainer:
+            digest = trainer.layout_digest
+            described = self._worker.handle(
+                Describe(
+                    request=1,
+                    layout_digest=digest,
+                    layout=trainer.layout_blob,
+                    deadline_s=DEADLINE_S,
+                )
+            )
+            if isinstance(described, Failed):
+                return Report(error=f"{described.error}: {described.reason}")
+            assert isinstance(described, Described)
+            self._worker.handle(
+                Attach(
+                    request=2,
+                    layout_digest=digest,
+                    needs_digest=described.needs_digest,
+                    cells=plan_cells(trainer.layout, [described.needs]).cells[0],
+                    roots=trainer.roots,
+                    host_id=HOST,
+                    deadline_s=DEADLINE_S,
+                )
+            )
+            applied = self._worker.handle(
+                Apply(
+                    request=3,
+                    version=version,
+                    layout_digest=digest,
+                    feed=InPlace(sources=trainer.publish(tensors, version)),
+                    deadline_s=DEADLINE_S,
+                )
+            )
+        if isinstance(applied, Failed):
+            return Report(error=f"{applied.error}: {applied.reason}")
+        assert isinstance(applied, Applied)
+        return Report(processed=applied.processed_parameters, reason=applied.reason)
+
+    @contextmanager
+    def _published(self, tensors: dict[str, torch.Tensor]) -> Iterator[Trainer]:
+        directory = Path(tempfile.mkdtemp(dir=self._directory))
+        with open_trainer(cut_layout(tensors, 2), "files", directory) as trainer:
+            yield trainer
+
+    def _serve(self) -> dict[str, Any]:
+        from vllm import SamplingParams
+
+        from tests.vllm.oracle import MAX_TOKENS, PROMPTS
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+        self._llm.reset_prefix_cache()
+        done: Any = self._llm.generate(prompts, sampling, use_tqdm=False)
+        (sums,) = self._llm.collective_rpc("probe_sums")
+        return {"outputs": [list(one.outputs[0].token_ids) for one in done], "sums": sums}
+
+
+def _stopping(tensors: dict[str, torch.Tensor], after: int) -> Weights:
+    for number, (name, tensor) in enumerate(tensors.items()):
+        if number == after:
+            raise SourceGone
+        yield name, tensor
+
+
+def main(folder: str, architecture: Architecture) -> None:
+    replies = take_stdout()
+    with tempfile.TemporaryDirectory() as directory:
+        hosting = Hosting(folder, architecture, Path(directory))
+        print("{}", file=replies)
+        for line in sys.stdin.buffer:
+            report = hosting.carry_out(msgspec.json.decode(line, type=Order))
+            told = msgspec.to_builtins(report)
+            told["said"] = told.pop("error")  # the other end takes `error` for one of this program
+            print(msgspec.json.encode(told).decode(), file=replies)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])  # type: ignore[arg-type]
