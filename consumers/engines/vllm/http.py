@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import anyio
 
-from weightbus.consumers.engines.http import JsonServer, open_json_server
+from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
 from weightbus.consumers.engines.vllm.control import PauseMode, StartedWith, VllmControl
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
@@ -55,7 +55,7 @@ class HttpControl(VllmControl):
     async def probe(self, deadline_s: float) -> None:
         try:
             document = await self._ask("GET", "openapi.json", deadline_s)
-        except EngineUnavailable as error:
+        except HttpRefused as error:
             hint = "it must not be started with --disable-fastapi-docs"
             raise EngineUnavailable(self.name, f"{error.reason}: {hint}") from None
         paths = document.get("paths", {})
