@@ -17,8 +17,6 @@ find them.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -34,6 +32,13 @@ from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.engine import EngineReport
 from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
+from weightbus.consumers.engines.served import (
+    Held,
+    Served,
+    instances_of,
+    read_served,
+    write_served,
+)
 from weightbus.consumers.engines.turns import Turn, TurnEngine
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
@@ -70,8 +75,6 @@ _SERVED_FILE: Final = "served.json"
 _NO_LAYOUT: Final = "0" * 64
 """Digest of a layout that nobody attaches."""
 
-_logger = logging.getLogger(__name__)
-
 
 class VllmSettings(Struct, frozen=True, kw_only=True):
     """How an engine is treated."""
@@ -85,22 +88,6 @@ class VllmSettings(Struct, frozen=True, kw_only=True):
     """What becomes of what was computed with the old weights; see above."""
     api_key: str = ""
     """As in vLLM's `--api-key`."""
-
-
-class Held(Struct, frozen=True):
-    """What one rank holds, as it last said."""
-
-    instance: str
-    version: int
-    touched: bool
-    updates: int
-
-
-class Served(Struct, frozen=True):
-    """What was served last, and how every rank was then."""
-
-    version: int
-    ranks: tuple[Held, ...]
 
 
 class VllmEngine(TurnEngine):
@@ -133,7 +120,7 @@ class VllmEngine(TurnEngine):
         self._stale_caches: ConsumerError | None = None
         """Why what was computed with other weights may still be found; None: it cannot."""
         self._held: dict[int, Held] = {}
-        self._served = _read_served(place.path / _SERVED_FILE)
+        self._served = read_served(place.path / _SERVED_FILE)
         self._error = ""
         self._prepare_at = 0.0
         """On the event loop's clock: not before."""
@@ -201,7 +188,7 @@ class VllmEngine(TurnEngine):
                 reason = f"rank {rank} holds {what} {held.version}, not version {version}"
                 raise EngineUnavailable(self._name, reason)
         served = Served(version, self._ranks_held())
-        _write_served(self._place.path / _SERVED_FILE, served)
+        write_served(self._place.path / _SERVED_FILE, served)
         self._served = served
         if self._stale_caches is not None:
             await self._drop_caches(_left_s(end))
@@ -228,7 +215,7 @@ class VllmEngine(TurnEngine):
             if stale and not self._turns.locked():
                 await self.inspect(None, _left_s(end))
         served, held = self._served, self._ranks_held()
-        if served is not None and _instances(served.ranks) == _instances(held):
+        if served is not None and instances_of(served.ranks) == instances_of(held):
             version, touched = served.version, served.ranks != held
         else:
             version, touched = -1, any(rank.touched or rank.updates > 0 for rank in held)
@@ -419,38 +406,9 @@ async def _together() -> AsyncIterator[anyio.abc.TaskGroup]:
         raise group.exceptions[0] from None
 
 
-def _instances(ranks: Sequence[Held]) -> list[str]:
-    return [rank.instance for rank in ranks]
-
-
 def _left_s(end: float) -> float:
     return max(0.0, end - anyio.current_time())
 
 
 def _failed_with(kind: type[ConsumerError], outcome: object) -> bool:
     return isinstance(outcome, Failed) and outcome.error == kind.__name__
-
-
-def _read_served(path: Path) -> Served | None:
-    """None: nothing was served yet, or what was written cannot be read."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Served)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        _logger.warning("what was served last is not known: %s: %s", path, error)
-        return None
-
-
-def _write_served(path: Path, served: Served) -> None:
-    """Whole or not at all.
-
-    Raises:
-        EngineUnavailable: it cannot be written.
-    """
-    beside = path.with_suffix(".new")
-    try:
-        beside.write_bytes(msgspec.json.encode(served))
-        os.replace(beside, path)
-    except OSError as error:
-        raise EngineUnavailable(str(path), f"cannot be written: {error.strerror}") from None
