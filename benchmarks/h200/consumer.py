@@ -2,8 +2,8 @@
 
     python -m benchmarks.h200.consumer ARGUMENTS
 
-Without `digest` its engine is told to digest nothing, so that the digest's cost can be measured.
-That can only go with versions that offer none.
+Without `digest` its engine, a torch engine, is told to digest nothing, so that the digest's cost
+can be measured. That can only go with versions that offer none.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from msgspec import Struct, structs
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.consume import Options, run_consumer
-from weightbus.cli.engines import TorchChoice
+from weightbus.cli.engines import EngineChoice, TorchChoice, VllmChoice
 from weightbus.cli.until import until_stopped
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.engines.torch.engine import open_torch_engine
+from weightbus.consumers.engines.vllm.engine import VllmSettings
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.compose import open_routes
 from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
@@ -39,6 +40,8 @@ class Arguments(Struct, frozen=True, kw_only=True):
     config: ConsumerConfig
     directory: str
     """Of the engine's sockets."""
+    server: str = ""
+    """URL of the vLLM server that the engine is; empty: it is a torch engine."""
     digest: bool = True
 
 
@@ -51,7 +54,7 @@ async def main(arguments: Arguments) -> None:
             consumer=config,
             required=(),
             otlp=None,
-            engine=TorchChoice(),
+            engine=_engine(arguments.server),
             engine_dir=Path(arguments.directory),
         )
         await run_consumer(options)
@@ -69,6 +72,10 @@ async def main(arguments: Arguments) -> None:
         ),
     ):
         await until_stopped()
+
+
+def _engine(server: str) -> EngineChoice:
+    return VllmChoice(url=server, settings=VllmSettings()) if server else TorchChoice()
 
 
 class UndigestedEngine(Engine):

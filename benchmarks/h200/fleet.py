@@ -42,9 +42,10 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import Placement, SharedMemorySegment
 from weightbus.schemas.rounds import Budgets
 
-__all__ = ("Fleet", "open_fleet")
+__all__ = ("Engines", "Fleet", "open_fleet")
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Fleet")
 
 START_S: Final = 180.0
 PUBLISH_S: Final = 180.0
@@ -120,18 +121,21 @@ class Fleet:
         await self._bus.publish(said)
         return said
 
-    async def ready_for(self, setups: Sequence[EngineSetup], slots: SlotKind) -> Engines:
+    async def ready_for(
+        self, setups: Sequence[EngineSetup], slots: SlotKind | None = None
+    ) -> Engines:
         """Engines that run, none of which follows anything, and trainers with both slots of this
-        kind, and none on GPUs of the other, whose room engines may need."""
+        kind, if any, and none on GPUs otherwise, whose room engines may need."""
         if slots != "gpu":
-            await self._release_gpus()
+            await self.release("gpu")
         engines = self._engines
         if engines is not None and engines.setups != tuple(setups):
             await self.end_engines()
             engines = None
         before = self._used()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._fill, slots)
+            if slots is not None:
+                tasks.start_soon(self._fill, slots)
             if engines is None:
                 tasks.start_soon(self._start_engines, setups)
         after = self._used()
@@ -174,6 +178,7 @@ class Fleet:
                         **changes,
                     ),
                     directory=str(self._directory(engine)),
+                    server=self._server_of(engine),
                     digest=digest,
                 )
                 names.append(f"consumer-{engine.name}")
@@ -196,14 +201,10 @@ class Fleet:
         """
         held_bytes = 0
         for engine in engines.setups:
-            async with open_torch_client(self._directory(engine)) as client:
-                try:
-                    held = await client.fingerprint(CHECK_S)
-                except ConsumerError as error:
-                    raise BenchFailed(f"{engine.name} cannot be checked: {error}") from None
-            for rank, found in enumerate(held.fingerprints):
+            served, held = await self._holding(engine)
+            for rank, found in enumerate(held):
                 wanted = f"version {version}, "
-                if not found.startswith(wanted) or held.version != version:
+                if not found.startswith(wanted) or served not in (None, version):
                     raise BenchFailed(
                         f"rank {rank} of {engine.name} holds {found}, not version {version}"
                     )
@@ -235,12 +236,12 @@ class Fleet:
     async def make_room(self) -> None:
         """Nothing of ours takes room on a GPU afterwards but the trainers' tensors."""
         await self.end_engines()
-        await self._release_gpus()
+        await self.release("gpu")
 
-    async def _release_gpus(self) -> None:
-        """The slots there."""
-        if self._published.pop("gpu", 0):
-            await self._command(Release(slots="gpu"), Released)
+    async def release(self, slots: SlotKind) -> None:
+        """Slots of this kind, and the memory that they take."""
+        if self._published.pop(slots, 0):
+            await self._command(Release(slots=slots), Released)
 
     async def end_engines(self) -> None:
         """Also those that were not started to the end."""
@@ -273,24 +274,45 @@ class Fleet:
 
     async def _start_engines(self, setups: Sequence[EngineSetup]) -> None:
         for engine in setups:
-            directory = self._directory(engine)
-            shutil.rmtree(directory, ignore_errors=True)
-            spec = TorchEngineSpec(
-                architecture=ARCHITECTURE,
-                config=self.setup.config,
-                tp=engine.tp,
-                threads=max(1, len(os.sched_getaffinity(0)) // self.setup.devices // 2),
-                device="cpu" if self.setup.cpu else f"cuda:{engine.first_device}",
-                start_timeout_s=START_S,
-                step_timeout_s=CHECK_S,
-            )
-            await self.processes.start_guarded(
-                engine.name, "benchmarks.h200.engine", str(directory), spec.to_json()
-            )
+            shutil.rmtree(self._directory(engine), ignore_errors=True)
+            await self._start_engine(engine)
             self._started.append(engine.name)
         for engine in setups:
             await self._serves(engine)
             say(f"engine {engine.name} is ready")
+
+    async def _start_engine(self, engine: EngineSetup) -> None:
+        """A process of the engine's name."""
+        spec = TorchEngineSpec(
+            architecture=ARCHITECTURE,
+            config=self.setup.config,
+            tp=engine.tp,
+            threads=max(1, len(os.sched_getaffinity(0)) // self.setup.devices // 2),
+            device="cpu" if self.setup.cpu else f"cuda:{engine.first_device}",
+            start_timeout_s=START_S,
+            step_timeout_s=CHECK_S,
+        )
+        await self.processes.start_guarded(
+            engine.name, "benchmarks.h200.engine", str(self._directory(engine)), spec.to_json()
+        )
+
+    def _server_of(self, engine: EngineSetup) -> str:
+        """URL of an engine that is a server."""
+        del engine
+        return ""
+
+    async def _holding(self, engine: EngineSetup) -> tuple[int | None, Sequence[str]]:
+        """Which version an engine says it serves, if it does, and what each of its ranks holds.
+
+        Raises:
+            BenchFailed: it does not tell.
+        """
+        async with open_torch_client(self._directory(engine)) as client:
+            try:
+                held = await client.fingerprint(CHECK_S)
+            except ConsumerError as error:
+                raise BenchFailed(f"{engine.name} cannot be checked: {error}") from None
+        return held.version, held.fingerprints
 
     async def _serves(self, engine: EngineSetup) -> None:
         """Returns when all ranks of an engine answer."""
@@ -344,8 +366,11 @@ def _mapped_by(placement: Placement, hosts: Sequence[str]) -> Placement:
 
 
 @asynccontextmanager
-async def open_fleet(setup: Setup, memory: Memory | None) -> AsyncIterator[Fleet]:
+async def open_fleet(setup: Setup, memory: Memory | None, kind: type[F]) -> AsyncIterator[F]:
     """
+    Args:
+        kind: of engines.
+
     Raises:
         ServerUnavailable, BusUnavailable: there is no nats-server, or it does not answer.
     """
@@ -356,7 +381,7 @@ async def open_fleet(setup: Setup, memory: Memory | None) -> AsyncIterator[Fleet
             open_processes(directory) as processes,
             open_news(bus, processes.check) as news,
         ):
-            fleet = Fleet(setup, bus, processes, news, memory)
+            fleet = kind(setup, bus, processes, news, memory)
             try:
                 yield fleet
             finally:

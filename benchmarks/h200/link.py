@@ -25,7 +25,7 @@ from benchmarks.h200.processes import Processes, answer_commands
 from benchmarks.h200.report import Run, run_of
 from benchmarks.h200.setup import Setup
 
-__all__ = ("LINKS", "Arguments", "measure_link")
+__all__ = ("LINKS", "Arguments", "LinkName", "measure_link")
 
 BLOCK_BYTES: Final = 4 * 2**30
 PATTERN_BYTES: Final = 2**26

@@ -53,6 +53,15 @@ class News:
                 await grown.wait()
             self._check()
 
+    def completed(self, engine: str) -> list[UpdateComplete]:
+        """Every update of an engine so far, of whatever model."""
+        return [
+            one
+            for (_, _, name), said in self._said.items()
+            for one in said
+            if name == engine and isinstance(one, UpdateComplete)
+        ]
+
     async def run(self, bus: Bus, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         kinds: Sequence[type[Said]] = (StageComplete, UpdateComplete, UpdateFailed)
         async with bus.subscribe(*kinds) as heard:

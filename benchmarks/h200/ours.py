@@ -19,7 +19,7 @@ from benchmarks.h200.fleet import Engines, Fleet, Publishing
 from benchmarks.h200.processes import BenchFailed
 from benchmarks.h200.progress import say
 from benchmarks.h200.report import Run, run_of
-from benchmarks.h200.runs import Kind, run_name
+from benchmarks.h200.runs import Kind
 from benchmarks.h200.setup import EngineSetup
 from benchmarks.h200.slots import SlotKind
 from benchmarks.h200.timing import Heard, Times, times_of
@@ -27,6 +27,7 @@ from benchmarks.h200.trainer import model_of
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.progress import UpdateComplete
 
 __all__ = ("OURS", "OurRun", "engines_of", "first_of", "measure_ours")
 
@@ -61,6 +62,8 @@ class OurRun(Struct, frozen=True, kw_only=True):
     """One of these must have been taken."""
     undigested: bool = False
     """Whether it is also measured without the digest."""
+    may_process: bool = False
+    """Parameters may go through the engine's own loader; how many did is told."""
 
 
 OURS: Final[Mapping[Kind, OurRun]] = {
@@ -99,6 +102,8 @@ class Measured:
     """Whether slots in host memory are registered with the GPUs."""
     checked_bytes: int = 0
     """Compared, over all timed updates."""
+    processed: str = ""
+    """What went through the engine's own loader."""
 
     def run(self, name: str, size_bytes: int, registered_bytes: int, note: str) -> Run:
         parts = {
@@ -129,21 +134,21 @@ class Measured:
         checked = f"{self.checked_bytes / 1e9:.1f} GB compared" if self.checked_bytes else ""
         kept = self.kept_gpu_bytes
         left = "" if kept is None else f"{kept / 2**20:.0f} MiB of extra memory are kept"
-        return "; ".join(filter(None, (routes, checked, left)))
+        return "; ".join(filter(None, (routes, checked, left, self.processed)))
 
 
 async def measure_ours(
-    kind: Kind,
+    name: str,
+    run: OurRun,
     fleet: Fleet,
     size_bytes: int,
     repetitions: int,
     deadline_s: float,
     on_run: Callable[[Run], None],
 ) -> None:
-    """One of `OURS`. What was measured is told as soon as it is known, and at the end again, with
+    """One of ours. What was measured is told as soon as it is known, and at the end again, with
     the reason if the run had to end early."""
     measured, note = Measured(), ""
-    name, run = run_name(kind, fleet.setup.devices), OURS[kind]
     slots_bytes = SLOTS * size_bytes
 
     def tell() -> None:
@@ -181,6 +186,7 @@ async def _measure(
             measured.timed.append(update.times)
             measured.published.append(update.published)
             measured.routes |= update.routes
+            measured.processed = update.processed
             on_timed()
             left_s = anyio.current_effective_deadline() - anyio.current_time()
             if left_s < KEPT_BACK * (anyio.current_time() - start):
@@ -202,6 +208,7 @@ class Update(Struct, frozen=True, kw_only=True):
     published: Publishing
     routes: frozenset[str]
     times: Times
+    processed: str
 
 
 class _Bench:
@@ -258,7 +265,10 @@ class _Bench:
         times = times_of(ready, heard)
         say(f"version {ready.version} of {model}: {times.seconds:.4f} s")
         routes = frozenset(route for one in heard for route in one.complete.routes)
-        return Update(ready=ready, published=published, routes=routes, times=times)
+        processed = "; ".join(filter(None, (_processed(one.complete) for one in heard)))
+        return Update(
+            ready=ready, published=published, routes=routes, times=times, processed=processed
+        )
 
     async def check(self, engines: Engines) -> int:
         return await self._fleet.check(engines, self._fleet.version)
@@ -288,11 +298,19 @@ class _Bench:
         complete = heard.complete
         if complete.verified != ("verified" if digest else "not_offered"):
             raise BenchFailed(f"{complete.engine} says {complete.verified}")
-        if complete.processed_parameters:
-            reason = f"{complete.processed_parameters} parameters: {complete.reason}"
-            raise BenchFailed(f"{complete.engine} took its own loader for {reason}")
+        if (processed := _processed(complete)) and not self.run.may_process:
+            raise BenchFailed(f"{complete.engine}: {processed}")
         if not set(complete.routes) <= set(self.run.expected):
             raise BenchFailed(f"{complete.engine} took {', '.join(complete.routes)}")
+
+
+def _processed(complete: UpdateComplete) -> str:
+    """What of an update went through the engine's own loader; empty: nothing."""
+    count, every = complete.processed_parameters, complete.direct_parameters
+    if not count:
+        return ""
+    of = f"{count} of {count + every} parameters"
+    return f"{of} went through the engine's own loader: {complete.reason}"
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

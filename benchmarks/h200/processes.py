@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -92,10 +92,20 @@ class Processes:
         process = await self._start(name, argv, subprocess.PIPE)
         return Commanded(name, process, self._log(name))
 
-    async def start_guarded(self, name: str, module: str, *arguments: str) -> None:
-        """`python -m module` until it is ended; ended in order, by SIGTERM."""
+    async def start_guarded(
+        self,
+        name: str,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`python -m module` until it is ended; ended in order, by SIGTERM.
+
+        Args:
+            environment: beside this process's own.
+        """
         argv = guarded_command([sys.executable, "-m", module, *arguments])
-        await self._start(name, argv, None)
+        await self._start(name, argv, None, environment)
 
     async def end(self, name: str) -> None:
         """Returns when it is gone, in whatever way; nothing is done if it was never started."""
@@ -133,7 +143,13 @@ class Processes:
     def _log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
 
-    async def _start(self, name: str, argv: list[str], stdout: int | None) -> Process:
+    async def _start(
+        self,
+        name: str,
+        argv: list[str],
+        stdout: int | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Process:
         with self._log(name).open("ab") as log:
             process = await anyio.open_process(
                 argv,
@@ -141,7 +157,7 @@ class Processes:
                 stdin=subprocess.PIPE,
                 stdout=log if stdout is None else stdout,
                 stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 start_new_session=True,
             )
         self._running[name] = process

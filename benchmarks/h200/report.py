@@ -7,7 +7,7 @@ it has.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -60,6 +60,8 @@ class Run(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Medians, in seconds."""
     repetitions: tuple[float, ...] = ()
     """Seconds of each."""
+    counts: dict[str, float] = {}
+    """What is no time: of the requests that ran meanwhile."""
     note: str = ""
 
 
@@ -119,17 +121,22 @@ def read_report(path: Path) -> Report:
     return msgspec.json.decode(path.read_bytes(), type=Report)
 
 
-def print_table(runs: Sequence[Run], *, judged: bool) -> None:
+def print_table(
+    runs: Sequence[Run],
+    judged: Iterable[tuple[str, bool]],
+    shown: Sequence[str] = SHOWN_PARTS,
+) -> None:
     """With every run's rate and, of ours, the parts that are asked for most.
 
     Args:
-        judged: whether they are held against the targets.
+        judged: targets in words, and whether they are met.
+        shown: parts that get a column.
     """
-    table = Table("run", "median s", "min", "max", "GB", "GB/s", "extra MiB", *SHOWN_PARTS)
+    table = Table("run", "median s", "min", "max", "GB", "GB/s", "extra MiB", *shown)
     for run in runs:
         extra = "" if run.extra_gpu_bytes is None else f"{run.extra_gpu_bytes / 2**20:.0f}"
         rate = f"{run.gb / run.median_s:.1f}" if run.median_s else ""
-        times = (run.median_s, run.min_s, run.max_s, *map(run.parts.get, SHOWN_PARTS))
+        times = (run.median_s, run.min_s, run.max_s, *map(run.parts.get, shown))
         median_s, min_s, max_s, *parts = ("" if t is None else f"{t:.4f}" for t in times)
         table.add_row(run.name, median_s, min_s, max_s, f"{run.gb:.2f}", rate, extra, *parts)
     console = Console(width=None if os.isatty(1) else 160)
@@ -137,7 +144,7 @@ def print_table(runs: Sequence[Run], *, judged: bool) -> None:
     for run in runs:
         if run.note:
             console.print(f"{run.name}: {run.note}", highlight=False)
-    for said, met in verdicts(runs) if judged else ():
+    for said, met in judged:
         console.print(said, style=None if met else "red", highlight=False)
 
 

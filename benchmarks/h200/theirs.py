@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 import anyio
+import msgspec
 
 from benchmarks.h200 import theirs_rank
 from benchmarks.h200.memory import Memory
@@ -24,7 +25,7 @@ from benchmarks.h200.report import Run, run_of
 from benchmarks.h200.setup import Setup
 from benchmarks.h200.theirs_rank import Arguments, Command, Done
 
-__all__ = ("THEIRS", "measure_theirs")
+__all__ = ("THEIRS", "Theirs", "measure_theirs", "missing")
 
 THEIRS: Final = "ce_broadcast"
 START_S: Final = 180.0
@@ -41,8 +42,7 @@ def missing(setup: Setup) -> str:
 
 
 async def measure_theirs(
-    setup: Setup,
-    processes: Processes,
+    theirs: Theirs,
     memory: Memory | None,
     size_bytes: int,
     repetitions: int,
@@ -50,7 +50,7 @@ async def measure_theirs(
     on_run: Callable[[Run], None],
 ) -> None:
     """Never raises because of it: the row says why it has no figures."""
-    theirs, note = _Theirs(processes, setup.devices), missing(setup)
+    note = missing(theirs.setup)
 
     def tell() -> None:
         on_run(theirs.run(size_bytes, note))
@@ -58,7 +58,7 @@ async def measure_theirs(
     if not note:
         try:
             with anyio.move_on_after(deadline_s) as limit:
-                await theirs.measure(setup, memory, repetitions, tell)
+                await theirs.measure(memory, repetitions, tell)
             if limit.cancelled_caught:
                 note = f"ended after its {deadline_s:.0f} s"
         except* (BenchFailed, OSError) as failed:
@@ -71,11 +71,18 @@ async def measure_theirs(
         say(note)
 
 
-class _Theirs:
+class Theirs:
     """The ranks, and what they did so far."""
 
-    def __init__(self, processes: Processes, ranks: int) -> None:
-        self._processes, self._count = processes, ranks
+    name: str = THEIRS
+    module: str = theirs_rank.__name__
+    """Of the process of a rank."""
+    version: int = theirs_rank.VERSION
+    """That is brought."""
+
+    def __init__(self, setup: Setup, processes: Processes) -> None:
+        self.setup = setup
+        self._processes, self._count = processes, setup.devices
         self._ranks: list[Commanded] = []
         self._seconds: list[float] = []
         self._parts: dict[str, list[float]] = {"gather_metas_s": [], "update_s": []}
@@ -85,7 +92,7 @@ class _Theirs:
 
     def run(self, size_bytes: int, note: str) -> Run:
         return run_of(
-            THEIRS,
+            self.name,
             self._seconds,
             size_bytes,
             {**self._parts, "register_s": self._registered_s},
@@ -94,15 +101,14 @@ class _Theirs:
         )
 
     async def measure(
-        self, setup: Setup, memory: Memory | None, repetitions: int, on_timed: Callable[[], None]
+        self, memory: Memory | None, repetitions: int, on_timed: Callable[[], None]
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for rank in range(self._count):
-            arguments = Arguments(setup=setup, rank=rank, port=port)
             name = f"checkpoint-engine-{rank}"
             self._ranks.append(
-                await self._processes.start_commanded(name, theirs_rank.__name__, arguments)
+                await self._processes.start_commanded(name, self.module, self.arguments(rank, port))
             )
         registered = await self._ask("register", START_S)
         self._registered_s.append(_seconds(registered))
@@ -117,9 +123,10 @@ class _Theirs:
                 (gathered_ns - min(one.start_ns for one in done)) / 1e9
             )
             self._parts["update_s"].append((max(one.end_ns for one in done) - gathered_ns) / 1e9)
-            await self._check()
+            await self.check()
+            self._checked = "every byte compared after every update"
             say(f"update by checkpoint-engine: {self._seconds[-1]:.4f} s")
-        on_timed()
+            on_timed()
         if memory is not None:
             with memory.sampled() as samples:
                 await self._update()
@@ -129,16 +136,30 @@ class _Theirs:
         for rank in range(len(self._ranks)):
             await self._processes.end(f"checkpoint-engine-{rank}")
 
-    async def _update(self) -> list[Done]:
-        """Parameters are cleared before: what they hold afterwards has come by the update."""
+    def arguments(self, rank: int, port: int) -> msgspec.Struct:
+        """Of a rank's process."""
+        return Arguments(setup=self.setup, rank=rank, port=port)
+
+    async def clear(self) -> None:
+        """Parameters hold nothing afterwards: what they hold later has come by an update."""
         await self._ask("clear", UPDATE_S)
+
+    async def check(self) -> None:
+        """
+        Raises:
+            BenchFailed: a rank of the engine does not hold every byte.
+        """
+        for rank, one in enumerate(await self._ask("check", UPDATE_S)):
+            if not one.held.startswith(f"version {self.version}, "):
+                raise BenchFailed(f"rank {rank} holds {one.held}")
+
+    async def update(self) -> list[Done]:
+        """By all ranks."""
         return await self._ask("update", UPDATE_S)
 
-    async def _check(self) -> None:
-        for rank, one in enumerate(await self._ask("check", UPDATE_S)):
-            if not one.held.startswith(f"version {theirs_rank.VERSION}, "):
-                raise BenchFailed(f"rank {rank} holds {one.held}")
-        self._checked = "every byte compared after every update"
+    async def _update(self) -> list[Done]:
+        await self.clear()
+        return await self.update()
 
     async def _ask(self, what: theirs_rank.What, deadline_s: float) -> list[Done]:
         done: dict[int, Done] = {}

@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import msgspec
@@ -25,7 +26,7 @@ from benchmarks.h200.trainer import owned_by
 from benchmarks.h200.weights import fill
 from weightbus.consumers.engines.torch.models import build_model
 
-__all__ = ("VERSION", "Arguments", "Command", "Done", "What")
+__all__ = ("VERSION", "Arguments", "Command", "Done", "Rank", "What", "join")
 
 VERSION: Final = 1
 CHECKPOINT: Final = "benchmark"
@@ -54,17 +55,54 @@ class Done(Struct, frozen=True, kw_only=True):
     """What the engine's rank holds, if it was checked."""
 
 
-class Server:
-    """One rank: the parameter server in this process, the engine in another."""
+class Rank:
+    """The parameter server of one rank, in this process.
 
-    def __init__(self, arguments: Arguments) -> None:
+    Args:
+        setup: of the run.
+        rank: of the parameter servers, and of the GPU that this one feeds.
+    """
+
+    def __init__(self, setup: Setup, rank: int) -> None:
         import checkpoint_engine.distributed as group
         from checkpoint_engine.ps import ParameterServer
         from loguru import logger
 
         logger.remove()
-        self._arguments, self._group = arguments, group
-        self._server: Any = ParameterServer(auto_pg=True, gpu_count=arguments.setup.devices)
+        self._setup, self._rank, self._group = setup, rank, group
+        self._server: Any = ParameterServer(auto_pg=True, gpu_count=setup.devices)
+
+    def register(self, **what: Any) -> Done:
+        """Files or tensors."""
+        start_ns = time.time_ns()
+        self._server.register_checkpoint(CHECKPOINT, **what)
+        return Done(start_ns=start_ns, end_ns=time.time_ns())
+
+    def update(self, request: Callable[[Any], None]) -> Done:
+        """
+        Args:
+            request: is called with the sockets of all ranks, and has the engine connect to them.
+        """
+        self._meet()
+        _synchronize(self._setup)
+        start_ns = time.time_ns()
+        self._server.gather_metas(CHECKPOINT)
+        gathered_ns = time.time_ns()
+        self._server.update(CHECKPOINT, request, ranks=[])
+        return Done(start_ns=start_ns, gathered_ns=gathered_ns, end_ns=time.time_ns())
+
+    def _meet(self) -> None:
+        """Forming the group is not counted."""
+        if not self._group.is_initialized():
+            self._server.init_process_group()
+        self._group.barrier()
+
+
+class Server(Rank):
+    """One rank, with the engine in another process."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments.setup, arguments.rank)
         spawn = mp.get_context("spawn")
         self._orders, self._answers = spawn.Queue(), spawn.Queue()
         self._engine = spawn.Process(
@@ -88,7 +126,7 @@ class Server:
 
     def _register(self) -> Done:
         """The tensors are made on the GPU, and copied: from there on they are in host memory."""
-        setup, rank = self._arguments.setup, self._arguments.rank
+        setup, rank = self._setup, self._rank
         tensors = {}
         for source in owned_by(sources_of(setup.config), rank, setup.devices):
             tensor = torch.empty(source.shape, dtype=source.dtype, device=setup.device(rank))
@@ -97,31 +135,17 @@ class Server:
         if not setup.cpu:
             torch.cuda.empty_cache()
         self._expect("ready")
-        start_ns = time.time_ns()
-        self._server.register_checkpoint(CHECKPOINT, named_tensors=tensors)
-        return Done(start_ns=start_ns, end_ns=time.time_ns())
+        return self.register(named_tensors=tensors)
 
     def _update(self) -> Done:
-        self._meet()
-        _synchronize(self._arguments.setup)
-        start_ns = time.time_ns()
-        self._server.gather_metas(CHECKPOINT)
-        gathered_ns = time.time_ns()
-        self._server.update(CHECKPOINT, self._orders.put, ranks=[])
-        end_ns = time.time_ns()
+        done = self.update(self._orders.put)
         self._expect("updated")
-        return Done(start_ns=start_ns, gathered_ns=gathered_ns, end_ns=end_ns)
+        return done
 
     def _expect(self, wanted: str) -> None:
         said = self._answers.get(timeout=ENGINE_S)
         if said != wanted:
             raise SystemExit(f"the engine said {said!r}, not {wanted!r}")
-
-    def _meet(self) -> None:
-        """Forming the group is not counted."""
-        if not self._group.is_initialized():
-            self._server.init_process_group()
-        self._group.barrier()
 
 
 def serve(arguments: Arguments, uuid: str, orders: Any, answers: Any) -> None:
@@ -177,16 +201,21 @@ def _synchronize(setup: Setup) -> None:
         torch.cuda.empty_cache()
 
 
-def main(arguments: Arguments) -> None:
-    commands = answer_commands(Command)
+def join(setup: Setup, rank: int, port: int) -> None:
+    """Say to checkpoint-engine, by the environment, which rank this process is."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(arguments.port),
-        RANK=str(arguments.rank),
-        WORLD_SIZE=str(arguments.setup.devices),
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(setup.devices),
     )
-    if not arguments.setup.cpu:
-        torch.cuda.set_device(arguments.rank)
+    if not setup.cpu:
+        torch.cuda.set_device(rank)
+
+
+def main(arguments: Arguments) -> None:
+    commands = answer_commands(Command)
+    join(arguments.setup, arguments.rank, arguments.port)
     server = Server(arguments)
     gc.freeze()
     for command, answer in commands:
