@@ -27,6 +27,7 @@ OF_VLLM = frozenset(
         "--api-key",
         "--disable-access-log-for-endpoints",
         "--disable-fastapi-docs",
+        "--dtype",
         "--enable-expert-parallel",
         "--enforce-eager",
         "--host",
