@@ -63,6 +63,7 @@ class VllmBench(Bench):
         setup, only = self._setup, self._arguments.only
         memory = None if setup.cpu else open_memory(setup.devices)
         async with open_fleet(setup, memory, VllmFleet) as fleet:
+            fleet.graphs = self._arguments.graphs
             try:
                 if "link_h2d" in only:
                     await self._timed("link_h2d", self._measure_links(fleet, ["link_h2d"]))
@@ -260,6 +261,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--only", type=_kinds, default=list(KINDS), metavar="RUN,RUN")
+    parser.add_argument(
+        "--graphs", action="store_true", help="let the server decode by CUDA graphs, not eagerly"
+    )
     parser.add_argument("--cpu", action="store_true", help="the flow alone, with tiny shapes")
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS")
     parser.add_argument(

@@ -43,6 +43,8 @@ class VllmFleet(Fleet):
         super().__init__(setup, bus, processes, news, memory)
         self._servers: dict[str, tuple[Server, AsyncExitStack]] = {}
         """By the name of the engine."""
+        self.graphs = False
+        """Whether servers that are started from now on decode by CUDA graphs."""
 
     def runs(self, engine: EngineSetup) -> bool:
         """Whether its server was not ended."""
@@ -94,7 +96,7 @@ class VllmFleet(Fleet):
         await self.processes.start_guarded(
             engine.name,
             "vllm.entrypoints.openai.api_server",
-            *server_options(folder, port, engine.tp, cpu=cpu),
+            *server_options(folder, port, engine.tp, cpu=cpu, graphs=self.graphs),
             environment=server_environment(
                 engine.tp, cpu=cpu, path=os.environ.get("PYTHONPATH", "")
             ),

@@ -47,6 +47,9 @@ UTILIZATION: Final = 0.05
 """Asked for at the start only: the cache's size is given. Trainers take the rest."""
 SPECIAL: Final = ("<pad>", "<s>", "</s>", "<unk>")
 
+GRAPHS: Final = (
+    '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}'
+)
 EXTENSION: Final = "benchmarks.vllm_h200.extension.Extension"
 
 
@@ -119,16 +122,23 @@ def write_folder(folder: Path, config: Mapping[str, Any]) -> None:
         (folder / name).write_bytes(msgspec.json.encode(content))
 
 
-def server_options(folder: Path, port: int, tp: int, *, cpu: bool) -> list[str]:
-    """Of `vllm.entrypoints.openai.api_server`."""
+def server_options(
+    folder: Path, port: int, tp: int, *, cpu: bool, graphs: bool = False
+) -> list[str]:
+    """Of `vllm.entrypoints.openai.api_server`.
+
+    Args:
+        graphs: decode by CUDA graphs, not eagerly. Nothing is compiled either way.
+    """
     options = [
         *("--model", str(folder), "--served-model-name", MODEL, "--load-format", "dummy"),
         *("--host", ADDRESS, "--port", str(port), "--uvicorn-log-level", "warning"),
-        *("--tensor-parallel-size", str(tp), "--dtype", "bfloat16", "--enforce-eager"),
+        *("--tensor-parallel-size", str(tp), "--dtype", "bfloat16"),
         *("--max-model-len", "256" if cpu else "1024", "--max-num-seqs", "16"),
         *("--worker-extension-cls", EXTENSION),
         *("--weight-transfer-config", '{"backend": "weightbus"}'),
     ]
+    options += ["--compilation-config", GRAPHS] if graphs else ["--enforce-eager"]
     if not cpu:
         options += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
         options += ["--gpu-memory-utilization", str(UTILIZATION), "--disable-custom-all-reduce"]

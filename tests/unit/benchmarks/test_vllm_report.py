@@ -108,6 +108,15 @@ def test_server_leaves_gpus_to_the_trainers(cpu: bool) -> None:
     assert ("--kv-cache-memory-bytes" in options) is not cpu
 
 
+def test_server_decodes_eagerly_unless_it_is_to_use_graphs() -> None:
+    eager = server_options(Path("/model"), 8000, 1, cpu=False)
+    graphs = server_options(Path("/model"), 8000, 1, cpu=False, graphs=True)
+    assert "--enforce-eager" in eager
+    assert "--enforce-eager" not in graphs
+    said = json.loads(graphs[graphs.index("--compilation-config") + 1])
+    assert said["cudagraph_mode"] == "FULL_DECODE_ONLY"
+
+
 def test_workers_find_the_benchmark_beside_what_they_found_before() -> None:
     path = server_environment(1, cpu=False, path="/site")["PYTHONPATH"].split(":")
     assert path[-1] == "/site"
