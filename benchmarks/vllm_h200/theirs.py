@@ -7,11 +7,14 @@ files in place, and remove them. What is counted is as in `benchmarks.h200.their
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import msgspec
+from msgspec import structs
 
 from benchmarks.h200.fleet import Engines
+from benchmarks.h200.report import Run
 from benchmarks.h200.theirs import Theirs
 from benchmarks.h200.theirs_rank import Done
 from benchmarks.vllm_h200 import theirs_rank
@@ -57,6 +60,15 @@ class TheirsWithVllm(Theirs):
             file=str(file_of(self._folder, rank, self.setup.devices)),
             url=self._fleet.server(engine).url,
         )
+
+    def run(self, size_bytes: int, note: str) -> Run:
+        """With how long requests waited in the timed updates; the first is none of them."""
+        found = super().run(size_bytes, note)
+        timed = self._windows[1 : 1 + len(found.repetitions)]
+        if not timed:
+            return found
+        paused_s = median((window.end_ns - window.begin_ns) / 1e9 for window in timed)
+        return structs.replace(found, parts={**found.parts, "paused_s": round(paused_s, 6)})
 
     async def clear(self) -> None:
         await self._fleet.clear(self._engines)
