@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -45,7 +45,10 @@ from weightbus.consumers.reload.host import Weights
 
 __all__ = ("Processed", "processes_itself", "reload_layerwise")
 
-Load = Callable[[Weights], None]
+_WHEN_STARTING: Final = torch.device("cpu")
+"""Torch's default device when vLLM processes weights at its start, whatever the model's is: what it
+makes anew without naming a device (constants of attention) lies in main memory, and has to again.
+"""
 
 
 @dataclass
@@ -199,7 +202,8 @@ def _method_watched(method: Any, state: frozenset[int], processed: Processed) ->
     def process(layer: nn.Module) -> None:
         holders = (layer, method)
         before = [bound_attributes(holder) for holder in holders]
-        _process_whole(method, original, layer)
+        with _WHEN_STARTING:
+            _process_whole(method, original, layer)
         processed.layers.add(id(layer))
         for holder, bound in zip(holders, before, strict=True):
             _note(layer, holder, bound, state, processed)
@@ -215,7 +219,8 @@ def _layer_watched(layer: Any, state: frozenset[int], processed: Processed) -> I
     def process(*args: Any, **kwargs: Any) -> None:
         holders = (layer, getattr(layer, "impl", None))
         before = [bound_attributes(holder) for holder in holders]
-        original(*args, **kwargs)
+        with _WHEN_STARTING:
+            original(*args, **kwargs)
         for holder, bound in zip(holders, before, strict=True):
             _note(layer, holder, bound, state, processed)
 
