@@ -90,14 +90,16 @@ def lacking(parameter: str, names: Collection[str], packed: Mapping[str, Sequenc
         packed: vLLM's `packed_modules_mapping`: fused module -> what it is made of.
     """
     module, _, attribute = parameter.rpartition(".")
-    gaps = _gaps(near(parameter, names))
+    layer = near(parameter, names)
+    gaps = _gaps(layer)
     if gaps:
         return f"the checkpoint lacks {', '.join(gaps[:3])}"
     above, _, leaf = module.rpartition(".")
     parts = packed.get(leaf, [leaf])
     expected = [".".join(filter(None, (above, part, attribute))) for part in parts]
     missing = [name for name in expected if not any(_alike(name, other) for other in names)]
-    if missing and attribute in ("weight", "bias"):
+    numbered_alike = layer or not _layer(parameter)  # drafters count their layers from others' on
+    if missing and numbered_alike and attribute in ("weight", "bias"):
         return f"the checkpoint lacks {', '.join(missing)}"
     return f"the checkpoint lacks a tensor of {module}, or has a smaller one than vLLM takes"
 

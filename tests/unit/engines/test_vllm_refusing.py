@@ -90,6 +90,16 @@ def test_missing_tensor_is_named(parameter: str, names: list[str], said: str) ->
     assert said in lacking(parameter, names, PACKED)
 
 
+def test_no_tensor_is_named_when_the_checkpoint_numbers_the_layer_in_another_way() -> None:
+    """vLLM counts the layers of a drafter from those of its target on: `2` is `mtp_layers.0`."""
+    names = ["model.layers.0.self_attn.q_proj.bias", "model.mtp_layers.0.self_attn.q_proj.bias"]
+    said = lacking("model.mtp_layers.2.mtp_block.self_attn.qkv_proj.bias", names, PACKED)
+    assert said.startswith(
+        "the checkpoint lacks a tensor of model.mtp_layers.2.mtp_block.self_attn"
+    )
+    assert "q_proj.bias" not in said
+
+
 def test_tensor_is_refused_when_the_last_rank_does_not_read_to_its_end() -> None:
     check_sizes("M", needs_of((2, 4), (4, 2)), layout_of())
     with pytest.raises(CheckpointRefused, match=r"t has shape \(4, 4\): the engine takes \(4, 3\)"):
