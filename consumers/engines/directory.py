@@ -17,7 +17,7 @@ from pathlib import Path
 
 from weightbus.consumers.errors import EngineUnavailable
 
-__all__ = ("MAX_SOCKET_PATH_BYTES", "EngineDirectory", "own_socket", "socket_path")
+__all__ = ("MAX_SOCKET_PATH_BYTES", "EngineDirectory", "is_owned", "own_socket", "socket_path")
 
 MAX_SOCKET_PATH_BYTES = 107
 """`sockaddr_un.sun_path` has 108 bytes on Linux, the last of them 0: see unix(7)."""
@@ -109,6 +109,21 @@ def own_socket(socket: Path) -> Iterator[None]:
         socket.unlink(missing_ok=True)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_owned(socket: Path) -> bool:
+    """Whether a process that lives holds the lock beside a socket."""
+    try:
+        descriptor = os.open(socket.with_suffix(".lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _lock_nowait(lock: Path) -> int | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from weightbus.consumers.engines.channel import WorkerEndpoint
-from weightbus.consumers.engines.directory import EngineDirectory
+from weightbus.consumers.engines.directory import EngineDirectory, is_owned
 from weightbus.consumers.engines.errors import TurnMissed
 from weightbus.consumers.engines.turns import NO_REQUEST, Turn
 from weightbus.consumers.errors import DeviceLost, EngineUnavailable, PlanError
@@ -100,12 +100,16 @@ class TurnTaker:
         another directory closes the connection.
 
         Raises:
-            EngineUnavailable: there is no such directory, or it is not for this user alone.
+            EngineUnavailable: there is no such directory, or it is not for this user alone, or the
+                consumer of the directory before lives.
         """
         place = EngineDirectory(directory)
         place.check()
         if self._place is not None and self._place.path == place.path:
             return
+        if self._place is not None and is_owned(self._place.control):
+            name = f"of rank {self.rank}"
+            raise EngineUnavailable(name, f"it has another consumer, in {self._place.path}")
         self.disconnect()
         self._endpoint = self._connect(
             place.control, self.rank, self._instance, _REQUESTS, self._failed

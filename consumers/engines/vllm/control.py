@@ -221,6 +221,12 @@ class VllmControl(ABC):
         if self.way == "backend" and self._is_session_open():
             await self._call_workers("finish_weight_update", {}, deadline_s)
 
+    def is_partly_asleep(self) -> bool:
+        """Whether a worker lacked memory that vLLM's sleep mode takes when it last had a turn: vLLM
+        resumes such an engine when it is told to, and its next step faults. It resumes by itself
+        when the last part of it is woken."""
+        return any(status is not None and bool(status.asleep) for status in self._statuses())
+
     def _is_session_open(self) -> bool:
         """
         Raises:

@@ -116,7 +116,7 @@ class VllmEngine(TurnEngine):
         self._commands = 0
         """How many commands that pause or resume have begun or ended."""
         self._woken = False
-        """Its parameters were woken by us; the rest of it sleeps still."""
+        """A part of it sleeps still, and is ours to wake."""
         self._stale_caches: ConsumerError | None = None
         """Why what was computed with other weights may still be found; None: it cannot."""
         self._held: dict[int, Held] = {}
@@ -129,7 +129,7 @@ class VllmEngine(TurnEngine):
     async def pause(self, deadline_s: float) -> None:
         end = anyio.current_time() + deadline_s
         control, settings = self._control, self._settings
-        if not self._paused and await control.is_sleeping(deadline_s):
+        if await control.is_sleeping(deadline_s):  # or is paused, by whomever
             await self._wake(_left_s(end))
         self._commands += 1
         await control.pause(settings.pause, settings.caches == "reset", _left_s(end))
@@ -175,7 +175,8 @@ class VllmEngine(TurnEngine):
             self._stale_caches = None
 
     async def resume(self, version: int, deadline_s: float) -> None:
-        """
+        """An engine of which a part sleeps, and was not woken by us, serves once that is woken.
+
         Raises:
             EngineUnavailable: a rank does not hold this version whole, or vLLM refused.
         """
@@ -199,6 +200,8 @@ class VllmEngine(TurnEngine):
         if self._woken:
             await self._control.wake_up((), _left_s(end))
             self._woken = False
+        elif self._control.is_partly_asleep():
+            return
         self._commands += 1
         await self._control.resume(_left_s(end))
         self._paused, self._commands = False, self._commands + 1
@@ -317,8 +320,8 @@ class VllmEngine(TurnEngine):
     # ---------------------------------------------------------------- sleep
 
     async def _wake(self, deadline_s: float) -> None:
-        """Bring back the parameters of an engine that sleeps; one that is only paused, by whoever
-        was its consumer before, is left as it is.
+        """Bring back the parameters of an engine that sleeps; one that is only paused is left as it
+        is.
 
         Raises:
             EngineUnavailable: it sleeps, and must not be woken.
@@ -327,6 +330,7 @@ class VllmEngine(TurnEngine):
         ask = Inspect(request=0, layout_digest=_NO_LAYOUT, deadline_s=deadline_s)
         outcomes = await self._ask({0: ask}, deadline_s)
         if not _failed_with(EngineAsleep, outcomes[0]):
+            self._woken = self._settings.sleeping == "wake" and self._control.is_partly_asleep()
             return
         if self._settings.sleeping == "refuse":
             reason = "it sleeps: wake it first, or let its consumer do so (sleeping: wake)"

@@ -23,6 +23,9 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     rank: int
     session: bool = False
     """A session of vLLM's weight transfer is open."""
+    asleep: tuple[str, ...] = ()
+    """Parts of the engine that were not in the memory of its device when this was written, as vLLM
+    tags them."""
     error: str = ""
     """Why the worker cannot be opened; empty: it is."""
 

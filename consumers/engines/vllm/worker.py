@@ -35,7 +35,7 @@ _ALLOCATORS: Final = (
     ("vllm.device_allocator.cumem", "CuMemAllocator"),
     ("vllm.device_allocator.xpumem", "XpuMemAllocator"),
 )
-"""Modules and classes of vLLM that take parameters off a device when the engine sleeps."""
+"""Modules and classes of vLLM that take memory off a device when the engine sleeps."""
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class VllmWorker:
         self._draft: Draft | None = None
         self._directory: Path | None = None
         self._session = False
+        self._asleep: tuple[str, ...] = ()
+        """As last reported."""
         self._needs_draft = drafts_from_checkpoint(vllm_config)
         parallel = vllm_config.parallel_config
         self._taker = TurnTaker(self._make_host, parallel.rank, parallel.world_size, self._refusal)
@@ -76,7 +78,7 @@ class VllmWorker:
     def open(self, directory: str) -> None:
         """Connect to the consumer of this directory, and leave our status there. Raises nothing:
         that says why it cannot be."""
-        self._directory = Path(directory)
+        before, self._directory = self._directory, Path(directory)
         copies = self._vllm_config.parallel_config.data_parallel_size
         try:
             if copies > 1:
@@ -87,6 +89,7 @@ class VllmWorker:
             self._taker.open(self._directory)
         except ConsumerError as error:
             self._report(str(error))
+            self._directory = before or self._directory
         else:
             self._report()
 
@@ -98,7 +101,10 @@ class VllmWorker:
 
     def _report(self, error: str = "") -> None:
         assert self._directory is not None
-        status = WorkerStatus(rank=self._taker.rank, session=self._session, error=error)
+        self._asleep = _parts_asleep()
+        status = WorkerStatus(
+            rank=self._taker.rank, session=self._session, asleep=self._asleep, error=error
+        )
         try:
             write_status(self._directory, status)
         except OSError as failure:
@@ -117,6 +123,8 @@ class VllmWorker:
             _logger.error("turn refused: %s", error)
         lost = self._taker.lost
         if lost is None:
+            if self._directory is not None and _parts_asleep() != self._asleep:
+                self._report()
             return
         _logger.critical("%s: this worker ends", lost)
         self._taker.disconnect()  # what is mapped stays: letting go of it asks the device
@@ -136,7 +144,7 @@ class VllmWorker:
         touches = isinstance(request, Apply) or (
             isinstance(request, Inspect) and request.layout_digest is not None
         )
-        if touches and _weights_are_asleep():
+        if touches and "weights" in _parts_asleep():
             return EngineAsleep(type(request).__name__)
         return None
 
@@ -150,14 +158,16 @@ def drafts_from_checkpoint(vllm_config: Any) -> bool:
     return bool(draft_config.model == vllm_config.model_config.model)
 
 
-def _weights_are_asleep() -> bool:
-    """Whether vLLM's sleep mode has taken the parameters off their device: whoever writes to them
-    then faults."""
+def _parts_asleep() -> tuple[str, ...]:
+    """What vLLM's sleep mode has taken off its device, by tags: `weights`, `kv_cache`, ... Whoever
+    writes to it then faults."""
+    tags: set[str] = set()
     for module, name in _ALLOCATORS:
         allocator = getattr(getattr(sys.modules.get(module), name, None), "instance", None)
-        if allocator is None:
-            continue
-        for allocation in allocator.pointer_to_data.values():
-            if allocation.tag == "weights" and getattr(allocation, "is_asleep", False):
-                return True
-    return False
+        if allocator is not None:
+            tags.update(
+                allocation.tag
+                for allocation in allocator.pointer_to_data.values()
+                if getattr(allocation, "is_asleep", False)
+            )
+    return tuple(sorted(tags))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from weightbus.consumers.engines.channel import WorkerEndpoint
-from weightbus.consumers.engines.directory import EngineDirectory
+from weightbus.consumers.engines.directory import EngineDirectory, own_socket
 from weightbus.consumers.engines.errors import EngineAsleep
 from weightbus.consumers.engines.taking import TurnTaker
 from weightbus.consumers.engines.torch.host import TorchModelHost
@@ -222,3 +222,16 @@ def test_instance_is_the_same_when_the_worker_is_opened_again(
     places.taker.open(directory)
     (after,) = places.take(8, [inspect(8)])
     assert after.instance == before.instance != ""
+
+
+def test_worker_stays_with_its_consumer_when_another_comes_while_it_lives(
+    places: Places, directory: Path, short_path: Path
+) -> None:
+    other = EngineDirectory(short_path / "other")
+    other.prepare()
+    with own_socket(EngineDirectory(directory).control):
+        with pytest.raises(EngineUnavailable, match=f"another consumer, in {directory}"):
+            places.taker.open(other.path)
+        assert numbers(places.take(1, [inspect(1)])) == [(Inspected, 1)]
+    places.taker.open(other.path)
+    assert [endpoint.closed for endpoint in places.endpoints] == [True, False]

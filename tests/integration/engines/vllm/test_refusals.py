@@ -109,6 +109,22 @@ async def test_second_consumer_is_refused_when_the_first_is_there(
         await engine.inspect(None, LONG_S)
 
 
+async def test_second_consumer_is_refused_when_it_has_another_directory(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """The first goes on, and ends its session where it began it."""
+    server = start()
+    async with opened(server, directory, checkpoints) as (_, updates):
+        await updates.prepare()
+        with pytest.raises(EngineUnavailable, match=f"rank 0: .*another consumer, in {directory}"):
+            async with opened(server, directory.with_name("other"), checkpoints):
+                pass
+        await updates.update(1)
+    assert not any(worker.has_session for worker in server.executor.workers)
+    async with opened(server, directory.with_name("other"), checkpoints) as (engine, _):
+        assert await report(engine) == (-1, False, True)
+
+
 async def test_caller_is_wrong_when_it_gives_no_engine(directory: Path) -> None:
     with pytest.raises(ValueError, match="exactly one"):
         async with open_vllm_engine(directory, settings=VllmSettings()):
@@ -138,6 +154,7 @@ async def test_engine_is_left_alone_when_it_sleeps(
     async with opened(server, directory, checkpoints) as (engine, updates):
         fall_asleep(server, asleep)
         await updates.prepare()
+        assert (await engine.state(LONG_S)).paused  # as vLLM says of one that sleeps
         with pytest.raises(EngineUnavailable, match="it sleeps: wake it first"):
             await engine.pause(LONG_S)
         assert server.asleep == {"weights", "kv_cache"}
@@ -157,12 +174,59 @@ async def test_engine_is_woken_for_an_update_when_it_may_be(
     async with opened(server, directory, checkpoints, sleeping="wake") as (engine, updates):
         fall_asleep(server, asleep)
         await updates.prepare()
+        assert (await engine.state(LONG_S)).paused
         await engine.pause(LONG_S)
         assert (server.asleep, server.paused) == ({"kv_cache"}, True)
         await updates.apply(1)
         await engine.resume(1, LONG_S)
         assert (server.asleep, server.paused) == (set(), False)
         assert server.executor.fingerprints() == checkpoints.fingerprints(1)
+
+
+@pytest.mark.parametrize("way", ["backend", "extension"])
+async def test_sleeping_engine_is_not_resumed_when_a_consumer_takes_it_over(
+    way: str, asleep: SimpleNamespace, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """It says that it is paused, and holds what was served last: its next step would fault."""
+    extended: dict[str, Any] = {"style": "extension", "backend": None, "extended": True}
+    server = start(**({} if way == "backend" else extended))
+    async with opened(server, directory, checkpoints) as (_, updates):
+        await updates.prepare()
+        await updates.update(1)
+    fall_asleep(server, asleep)
+    since = len(server.calls)
+    async with opened(server, directory, checkpoints) as (engine, _):
+        assert await report(engine) == (1, True, False)
+        await engine.resume(1, LONG_S)
+        assert server.paused
+        assert "POST /resume" not in server.details(since)
+        asleep.is_asleep = False
+        await engine.inspect(None, LONG_S)
+        await engine.resume(1, LONG_S)
+        assert await report(engine) == (1, False, False)
+
+
+@pytest.mark.parametrize("sleeping", ["refuse", "wake"])
+async def test_updated_engine_sleeps_on_when_its_user_has_woken_its_parameters_only(
+    sleeping: str,
+    asleep: SimpleNamespace,
+    start: Start,
+    directory: Path,
+    checkpoints: Checkpoints,
+) -> None:
+    """Its user wakes the rest; or we do, if we may."""
+    server = start()
+    async with opened(server, directory, checkpoints, sleeping=sleeping) as (engine, updates):
+        asleep.tag = "kv_cache"
+        fall_asleep(server, asleep)
+        server.asleep = {"kv_cache"}
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        await updates.apply(1)
+        await engine.resume(1, LONG_S)
+        assert server.executor.fingerprints() == checkpoints.fingerprints(1)
+        woken = sleeping == "wake"
+        assert (not server.asleep, server.paused) == (woken, not woken)
 
 
 async def test_update_is_refused_untouched_when_the_engine_fell_asleep_in_its_pause(
