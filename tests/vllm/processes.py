@@ -28,7 +28,7 @@ START_S: Final = 600.0
 END_S: Final = 30.0
 """How long one may take to end in order."""
 POLL_S: Final = 0.05
-LOG_LINES: Final = 60
+LOG_LINES: Final = 300
 
 
 def environment(**more: str) -> dict[str, str]:
