@@ -22,7 +22,6 @@ SHOWN: Final = (
     "prove_s",
     "resume_s",
     "paused_s",
-    "publish_s",
 )
 
 LONGEST_BESIDE_S: Final = 0.05
