@@ -29,6 +29,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     lacking,
     names_on_disk,
     near,
+    padded_parameters,
     refusing,
 )
 from weightbus.consumers.engines.vllm.scratch import build_scratch
@@ -78,6 +79,7 @@ class VllmHost(ModelHost):
         self._draft = draft
         self._derived: dict[str, str] = {}
         self._reached = Reached()
+        self._padded: frozenset[str] = frozenset()
         self._tied: list[tuple[str, str]] = []
 
     def _target(self) -> nn.Module:
@@ -106,7 +108,7 @@ class VllmHost(ModelHost):
         return scratch
 
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
-        self._reached = Reached()
+        self._reached, self._padded = Reached(), padded_parameters(model)
         if self._is_quantised():
             weights = self._checked_by_name(list(weights))
         catching = nullcontext() if _quantises(model) else refusing(self.name, self._reached)
@@ -130,7 +132,8 @@ class VllmHost(ModelHost):
         if not self._is_quantised():
             packed = getattr(self._target(), "packed_modules_mapping", None) or {}
             own = parameter.removeprefix(TARGET).removeprefix(DRAFT)
-            return lacking(own if self._draft else parameter, names, packed)
+            is_padded = parameter in self._padded
+            return lacking(own if self._draft else parameter, names, packed, is_padded=is_padded)
         missing = near(parameter, names_on_disk(self._config.model_config.model) - names)
         if not missing:
             return ""

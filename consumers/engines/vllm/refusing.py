@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from weightbus.consumers.errors import CheckpointRefused
 from weightbus.consumers.reload.host import Weights
@@ -29,6 +30,7 @@ __all__ = (
     "lacking",
     "names_on_disk",
     "near",
+    "padded_parameters",
     "refusing",
 )
 
@@ -82,12 +84,22 @@ def _refused(model: str, reached: Reached, error: Exception) -> CheckpointRefuse
     return CheckpointRefused(model, f"{where}: {type(error).__name__}: {said}")
 
 
-def lacking(parameter: str, names: Collection[str], packed: Mapping[str, Sequence[str]]) -> str:
+def lacking(
+    parameter: str,
+    names: Collection[str],
+    packed: Mapping[str, Sequence[str]],
+    *,
+    is_padded: bool = False,
+) -> str:
     """What the checkpoint should have had for a parameter of an unquantised model.
 
     Args:
         names: what it has.
         packed: vLLM's `packed_modules_mapping`: fused module -> what it is made of.
+        is_padded: no checkpoint has all of it.
+
+    Returns:
+        Empty if nothing is known to be missing.
     """
     module, _, attribute = parameter.rpartition(".")
     layer = near(parameter, names)
@@ -101,7 +113,19 @@ def lacking(parameter: str, names: Collection[str], packed: Mapping[str, Sequenc
     numbered_alike = layer or not _layer(parameter)  # drafters count their layers from others' on
     if missing and numbered_alike and attribute in ("weight", "bias"):
         return f"the checkpoint lacks {', '.join(missing)}"
+    if is_padded:
+        return ""
     return f"the checkpoint lacks a tensor of {module}, or has a smaller one than vLLM takes"
+
+
+def padded_parameters(model: nn.Module) -> frozenset[str]:
+    """Those that vLLM has made larger than what any checkpoint has of them, as it says itself:
+    experts, where their kernel asks for it."""
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if getattr(parameter, "weight_loader_numel", parameter.numel()) < parameter.numel()
+    )
 
 
 def _gaps(names: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from weightbus.consumers.engines.vllm.refusing import (
     Reached,
@@ -16,6 +17,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     lacking,
     names_on_disk,
     near,
+    padded_parameters,
     refusing,
 )
 from weightbus.consumers.errors import CheckpointRefused
@@ -88,6 +90,23 @@ def test_other_errors_are_not_the_checkpoints_fault(error: Exception) -> None:
 )
 def test_missing_tensor_is_named(parameter: str, names: list[str], said: str) -> None:
     assert said in lacking(parameter, names, PACKED)
+
+
+def test_only_what_vllm_says_is_larger_than_its_checkpoints_is_padded() -> None:
+    model = nn.Module()
+    model.whole, model.padded = (nn.Parameter(torch.zeros(2, 4)) for _ in range(2))
+    for parameter, numel in ((model.whole, 8), (model.padded, 6)):
+        vars(parameter)["weight_loader_numel"] = numel
+    model.plain = nn.Parameter(torch.zeros(3))
+    assert padded_parameters(model) == {"padded"}
+
+
+def test_padded_parameter_is_not_refused_unless_a_tensor_is_known_to_be_missing() -> None:
+    parameter = "model.layers.0.experts.w2_weight"
+    names = [f"model.layers.0.experts.{number}.down_proj.weight" for number in (0, 1)]
+    assert lacking(parameter, names, PACKED, is_padded=True) == ""
+    said = lacking(parameter, [*names, "model.layers.0.experts.1.up"], PACKED, is_padded=True)
+    assert said == "the checkpoint lacks model.layers.0.experts.0.up"
 
 
 def test_no_tensor_is_named_when_the_checkpoint_numbers_the_layer_in_another_way() -> None:
