@@ -99,6 +99,18 @@ class Turnstile:
             self._taken = False
             self._changed.notify_all()
 
+    def hold(self) -> None:
+        """Stay, for the consumer: whoever calls is within."""
+        with self._changed:
+            self.is_held = True
+
+    def let_go(self) -> None:
+        """The consumer leaves, if it is within."""
+        with self._changed:
+            if self.is_held:
+                self.is_held = self._taken = False
+                self._changed.notify_all()
+
     def _wait(self, condition: Callable[[], bool], deadline_s: float) -> bool:
         timeout = None if math.isinf(deadline_s) else deadline_s
         return self._changed.wait_for(condition, timeout)
@@ -220,29 +232,32 @@ class _OfflineControl(_HandleControl):
         end = anyio.current_time() + deadline_s
         turnstile = self._handle.turnstile
         if not turnstile.is_held:
-            await self._in_thread("pause", deadline_s, self._hold, deadline_s)
+            given_up = threading.Event()
+            try:
+                await self._in_thread("pause", deadline_s, self._hold, deadline_s, given_up)
+            except BaseException:
+                given_up.set()
+                turnstile.let_go()
+                raise
         if clear_caches:
             try:
                 await self.reset_caches(max(0.0, end - anyio.current_time()))
             except ConsumerError:
-                self._let_go()
+                turnstile.let_go()
                 raise
 
-    def _hold(self, deadline_s: float) -> None:
+    def _hold(self, deadline_s: float, given_up: threading.Event) -> None:
+        """A pause that is given up may still wait here: it must not hold the engine then."""
         turnstile = self._handle.turnstile
         if not turnstile.enter_first(deadline_s):
             raise DeadlineExceeded("whoever generates", deadline_s)
-        turnstile.is_held = True
-
-    def _let_go(self) -> None:
-        turnstile = self._handle.turnstile
-        if turnstile.is_held:
-            turnstile.is_held = False
-            turnstile.leave()
+        turnstile.hold()
+        if given_up.is_set():
+            turnstile.let_go()
 
     async def resume(self, deadline_s: float) -> None:
         del deadline_s
-        self._let_go()
+        self._handle.turnstile.let_go()
 
     def is_partly_asleep(self) -> bool:
         """What matters here: nothing runs unless its caller, who let it sleep, generates."""

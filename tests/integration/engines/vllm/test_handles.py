@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -22,7 +23,11 @@ from weightbus.consumers.engines.vllm.engine import (
     VllmSettings,
     open_vllm_engine,
 )
-from weightbus.consumers.engines.vllm.handle import Turnstile, VllmHandle
+from weightbus.consumers.engines.vllm.handle import (
+    Turnstile,
+    VllmHandle,
+    open_handle_control,
+)
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -212,6 +217,21 @@ async def test_nobody_generates_when_the_engine_is_paused(
                 await engine.pause(0.05)
         await engine.pause(LONG_S)
         await engine.resume(-1, LONG_S)
+
+
+async def test_nobody_is_kept_out_when_a_pause_was_cancelled_while_it_waited(
+    executor: Executor,
+) -> None:
+    handle = VllmHandle(OfflineEngine(executor))
+    async with open_handle_control(handle) as control:
+        with handle.serving(LONG_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(control.pause, "keep", False, LONG_S)
+                while not handle.turnstile._wanted:
+                    await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
+        with handle.serving(LONG_S):
+            assert not handle.turnstile.is_held
 
 
 async def test_engine_is_refused_when_it_is_none(directory: Path) -> None:

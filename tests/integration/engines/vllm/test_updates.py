@@ -229,6 +229,23 @@ async def test_apply_ends_after_the_last_write_when_it_is_cancelled(
         assert await report(engine) == (1, False, False)
 
 
+async def test_engine_serves_when_its_pause_was_cancelled(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """vLLM carries out what its client has given up, perhaps after what came later."""
+    server, gate = start(), Gate()
+    async with opened(server, directory, checkpoints) as (engine, _):
+        server.before["POST /pause"] = gate
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.pause, LONG_S)
+            await gate.wait()
+            tasks.cancel_scope.cancel()
+            gate.open()
+        assert server.paused
+        await engine.resume(-1, LONG_S)
+        assert await report(engine) == (-1, False, False)
+
+
 async def test_state_is_told_from_memory_when_a_turn_is_under_way(
     start: Start, directory: Path, checkpoints: Checkpoints
 ) -> None:
