@@ -15,9 +15,18 @@ from typing import Any, Final, Literal
 import torch
 from safetensors.torch import save_file
 
-__all__ = ("FILE", "LENGTH", "VOCABULARY", "Architecture", "tensors_of", "write_checkpoint")
+__all__ = (
+    "FILE",
+    "LENGTH",
+    "SPECULATIVE",
+    "VOCABULARY",
+    "Architecture",
+    "tensors_of",
+    "write_checkpoint",
+)
 
-Architecture = Literal["qwen3", "qwen3_moe"]
+Architecture = Literal["qwen3", "qwen3_moe", "mimo"]
+"""`mimo` has a layer that proposes the next token but one: see `SPECULATIVE`."""
 
 FILE: Final = "model.safetensors"
 VOCABULARY: Final = 512
@@ -36,7 +45,17 @@ SPREAD: Final = 0.2
 NORM_SPREAD: Final = 0.05
 SPECIAL: Final = ("<pad>", "<s>", "</s>", "<unk>")
 
-_CLASSES: Final = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+SPECULATIVE: Final[dict[Architecture, dict[str, Any]]] = {
+    "mimo": {"method": "mtp", "num_speculative_tokens": 1}
+}
+"""How engines speculate that are started from a checkpoint which has a drafter."""
+
+_CLASSES: Final = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mimo": "MiMoForCausalLM",
+}
+_DRAFTER: Final = "model.mtp_layers.0"
 
 
 def tensors_of(architecture: Architecture, version: int) -> dict[str, torch.Tensor]:
@@ -65,24 +84,45 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for number in range(LAYERS):
         layer = f"model.layers.{number}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (HIDDEN,),
-            f"{layer}.post_attention_layernorm.weight": (HIDDEN,),
-            f"{layer}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
-            f"{layer}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{layer}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{layer}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-            f"{layer}.self_attn.q_norm.weight": (HEAD_DIM,),
-            f"{layer}.self_attn.k_norm.weight": (HEAD_DIM,),
-        }
-        if architecture == "qwen3":
-            shapes |= _mlp_shapes(f"{layer}.mlp", INTERMEDIATE)
-        else:
+        shapes |= _attention_shapes(layer, architecture)
+        if architecture == "qwen3_moe":
             shapes[f"{layer}.mlp.gate.weight"] = (EXPERTS, HIDDEN)
             for expert in range(EXPERTS):
                 shapes |= _mlp_shapes(f"{layer}.mlp.experts.{expert}", EXPERT_INTERMEDIATE)
+        else:
+            shapes |= _mlp_shapes(f"{layer}.mlp", INTERMEDIATE)
+    if architecture == "mimo":
+        shapes |= _attention_shapes(_DRAFTER, architecture)
+        shapes |= _mlp_shapes(f"{_DRAFTER}.mlp", INTERMEDIATE)
+        for norm in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+            shapes[f"{_DRAFTER}.{norm}.weight"] = (HIDDEN,)
+        shapes[f"{_DRAFTER}.input_proj.weight"] = (HIDDEN, 2 * HIDDEN)
     shapes["model.norm.weight"] = (HIDDEN,)
     shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    return shapes
+
+
+def _attention_shapes(layer: str, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Of a layer's attention, and of the norms before and after it."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{layer}.input_layernorm.weight": (HIDDEN,),
+        f"{layer}.post_attention_layernorm.weight": (HIDDEN,),
+        f"{layer}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        f"{layer}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        f"{layer}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        f"{layer}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+    }
+    if architecture == "mimo":
+        shapes |= {
+            f"{layer}.self_attn.q_proj.bias": (HEADS * HEAD_DIM,),
+            f"{layer}.self_attn.k_proj.bias": (KV_HEADS * HEAD_DIM,),
+            f"{layer}.self_attn.v_proj.bias": (KV_HEADS * HEAD_DIM,),
+        }
+    else:
+        shapes |= {
+            f"{layer}.self_attn.q_norm.weight": (HEAD_DIM,),
+            f"{layer}.self_attn.k_norm.weight": (HEAD_DIM,),
+        }
     return shapes
 
 
@@ -97,7 +137,7 @@ def _mlp_shapes(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
 def _config(architecture: Architecture) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [_CLASSES[architecture]],
-        "model_type": architecture,
+        "model_type": "qwen2" if architecture == "mimo" else architecture,
         "torch_dtype": "bfloat16",
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -117,6 +157,8 @@ def _config(architecture: Architecture) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if architecture == "mimo":
+        config["num_nextn_predict_layers"] = 1
     if architecture == "qwen3_moe":
         config |= {
             "moe_intermediate_size": EXPERT_INTERMEDIATE,

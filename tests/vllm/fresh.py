@@ -31,6 +31,8 @@ class Ask(Struct, frozen=True, kw_only=True):
     prompts: list[list[int]]
     max_tokens: int
     """0: the engine embeds the prompts."""
+    speculative: dict[str, Any] = {}
+    """How it speculates; empty: not at all."""
 
 
 class Answer(Struct, frozen=True, kw_only=True):
@@ -38,6 +40,8 @@ class Answer(Struct, frozen=True, kw_only=True):
     embeddings: list[list[float]]
     sums: list[dict[str, str]]
     """Of each rank, as `Probe.probe_sums` gives them."""
+    drafted: list[list[list[int]]] = []
+    """What a drafter proposed meanwhile; see `Probe.probe_drafted`."""
 
 
 def answer(ask: Ask) -> Answer:
@@ -53,11 +57,15 @@ def answer(ask: Ask) -> Answer:
         enforce_eager=True,
         max_num_seqs=8,
         worker_extension_cls=PROBE,
+        speculative_config=ask.speculative or None,
         seed=0,
     )
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in ask.prompts]
     outputs: list[list[int]] = []
     embeddings: list[list[float]] = []
+    drafted: list[list[list[int]]] = []
+    if ask.speculative:
+        engine.collective_rpc("probe_watch_drafts")
     if ask.max_tokens:
         greedy = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True)
         done: Any = engine.generate(prompts, greedy, use_tqdm=False)
@@ -66,8 +74,10 @@ def answer(ask: Ask) -> Answer:
         done = engine.embed(prompts, use_tqdm=False)
         embeddings = [list(one.outputs.embedding) for one in done]
     sums = engine.collective_rpc("probe_sums")
+    if ask.speculative:
+        (drafted,) = engine.collective_rpc("probe_drafted")
     engine.llm_engine.engine_core.shutdown()
-    return Answer(outputs=outputs, embeddings=embeddings, sums=sums)
+    return Answer(outputs=outputs, embeddings=embeddings, sums=sums, drafted=drafted)
 
 
 def main() -> None:
@@ -89,6 +99,7 @@ def main() -> None:
 def _import() -> None:
     """Everything that an engine needs, so that a fork has it."""
     import vllm.entrypoints.llm
+    import vllm.model_executor.models.qwen2
     import vllm.model_executor.models.qwen3
     import vllm.model_executor.models.qwen3_moe
     import vllm.v1.engine.llm_engine

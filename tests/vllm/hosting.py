@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from tests.integration.fleet.reports import take_stdout
 from tests.unit.transfer.publishing import HOST, Trainer, cut_layout, open_trainer
-from tests.vllm.checkpoints import Architecture, tensors_of
+from tests.vllm.checkpoints import SPECULATIVE, Architecture, tensors_of
 from tests.vllm.probe import PROBE
 from weightbus.consumers.planning.cells import plan_cells
 from weightbus.consumers.reload.host import Weights
@@ -57,6 +57,8 @@ class Report(Struct, frozen=True, kw_only=True):
     """Layers that vLLM's compilation config knows by name."""
     outputs: list[list[int]] = []
     sums: dict[str, str] = {}
+    drafted: list[list[list[int]]] = []
+    """What the drafter proposed meanwhile, if there is one."""
 
 
 class SourceGone(Exception):
@@ -70,14 +72,27 @@ class Hosting:
         from vllm import LLM
 
         from weightbus.consumers.engines.vllm.host import VllmHost
+        from weightbus.consumers.engines.vllm.worker import drafts_from_checkpoint
 
         self._llm = LLM(
-            model=folder, enforce_eager=True, max_num_seqs=8, worker_extension_cls=PROBE, seed=0
+            model=folder,
+            enforce_eager=True,
+            max_num_seqs=8,
+            worker_extension_cls=PROBE,
+            speculative_config=SPECULATIVE.get(architecture),
+            seed=0,
         )
         core: Any = self._llm.llm_engine.engine_core
         worker = core.engine_core.model_executor.driver_worker.worker
         self._config = worker.vllm_config
-        self._host = VllmHost(self._config, worker.model_runner.get_model(), worker.device)
+        runner = worker.model_runner
+        draft = None
+        if drafts_from_checkpoint(self._config):
+            draft = (runner.get_draft_model(), self._config.speculative_config.draft_model_config)
+        self._host = VllmHost(self._config, runner.get_model(), worker.device, draft)
+        self._drafts = draft is not None
+        if self._drafts:
+            self._llm.collective_rpc("probe_watch_drafts")
         self._worker = ReloadWorker(self._host, 0, 1)
         self._architecture, self._directory = architecture, directory
 
@@ -157,7 +172,10 @@ class Hosting:
         self._llm.reset_prefix_cache()
         done: Any = self._llm.generate(prompts, sampling, use_tqdm=False)
         (sums,) = self._llm.collective_rpc("probe_sums")
-        return {"outputs": [list(one.outputs[0].token_ids) for one in done], "sums": sums}
+        told = {"outputs": [list(one.outputs[0].token_ids) for one in done], "sums": sums}
+        if self._drafts:
+            (told["drafted"],) = self._llm.collective_rpc("probe_drafted")
+        return told
 
 
 def _stopping(tensors: dict[str, torch.Tensor], after: int) -> Weights:

@@ -6,14 +6,14 @@ Owns the process that makes them (`fresh.py`), from the first question on. Each 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from tests.vllm.checkpoints import Architecture, write_checkpoint
+from tests.vllm.checkpoints import SPECULATIVE, Architecture, write_checkpoint
 from tests.vllm.fresh import Answer, Ask
 from tests.vllm.processes import START_S, LineProcess, environment, running_group
 
@@ -44,16 +44,26 @@ class Oracle:
     def generates(self, architecture: Architecture, version: int, ranks: int) -> Answer:
         """What a fresh engine generates, and what its ranks hold."""
         folder = self.folder(architecture, version)
-        return self.answers(folder, ranks, PROMPTS, MAX_TOKENS)
+        speculative = SPECULATIVE.get(architecture, {})
+        return self.answers(folder, ranks, PROMPTS, MAX_TOKENS, speculative)
 
     def answers(
-        self, folder: Path, ranks: int, prompts: Sequence[Sequence[int]], max_tokens: int
+        self,
+        folder: Path,
+        ranks: int,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        speculative: Mapping[str, Any] | None = None,
     ) -> Answer:
         """As `fresh.Ask` says."""
         if (known := self._known.get((str(folder), ranks))) is not None:
             return known
         ask = Ask(
-            folder=str(folder), ranks=ranks, prompts=[*map(list, prompts)], max_tokens=max_tokens
+            folder=str(folder),
+            ranks=ranks,
+            prompts=[*map(list, prompts)],
+            max_tokens=max_tokens,
+            speculative=dict(speculative or {}),
         )
         answer = self._ready().ask(msgspec.to_builtins(ask), START_S)
         made = self._known[str(folder), ranks] = msgspec.convert(answer, Answer)

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ("PROBE", "Probe", "allow_amx")
+__all__ = ("DRAFTER", "PROBE", "Probe", "allow_amx")
 
 NOT_WEIGHTS = ("kv_cache",)
 """Attributes of modules that hold what requests left there."""
 PROBE = "tests.vllm.probe.Probe"
+DRAFTER = "drafter: "
+"""What the names of a drafter's tensors begin with."""
 
 
 def allow_amx() -> None:
@@ -43,9 +45,31 @@ class Probe:
 
     def probe_sums(self) -> dict[str, str]:
         """SHA-256 of all that this rank's model holds, by name: every parameter and buffer, every
-        tensor that a module has captured, and every matrix that one has packed, read back."""
-        model: nn.Module = self.model_runner.get_model()
-        return {name: _sha256(tensor) for name, tensor in _held(model)}
+        tensor that a module has captured, and every matrix that one has packed, read back; and of
+        what its drafter holds."""
+        sums = {name: _sha256(tensor) for name, tensor in _held(self.model_runner.get_model())}
+        draft = self.model_runner.get_draft_model()
+        if draft is not None:
+            sums |= {f"{DRAFTER}{name}": _sha256(tensor) for name, tensor in _held(draft)}
+        return sums
+
+    def probe_watch_drafts(self) -> None:
+        """From now on, note what the drafter proposes."""
+        runner = self.model_runner
+        propose = runner.propose_draft_token_ids
+        self.probe_drafts: list[list[list[int]]] = []
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            drafts = propose(*args, **kwargs)
+            self.probe_drafts.append(torch.as_tensor(drafts).tolist())
+            return drafts
+
+        runner.propose_draft_token_ids = noted
+
+    def probe_drafted(self) -> list[list[list[int]]]:
+        """What it has proposed since this was asked last: of each step, for each request."""
+        drafts, self.probe_drafts = self.probe_drafts, []
+        return drafts
 
     def probe_pid(self) -> list[int]:
         return [os.getpid()]

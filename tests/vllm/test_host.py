@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
-from tests.vllm.hosting import Order, Report
+from tests.vllm.hosted import Hosted, check_fresh, running_hosted
 from tests.vllm.oracle import Oracle
-from tests.vllm.processes import START_S, LineProcess, environment, running_group
 
 pytestmark = pytest.mark.timeout(1200)
 
-ASK_S = 120.0
 LAYER = "model.layers.0"
 EXPERT = f"{LAYER}.mlp.experts.3"
 
 
-class Engine:
-    """One vLLM with experts, at version 0 when it starts."""
-
-    def __init__(self, process: LineProcess) -> None:
-        self._process = process
-
-    def carry_out(self, **order: Any) -> Report:
-        told = self._process.ask(msgspec.to_builtins(Order(**order)), ASK_S)
-        return msgspec.convert({**told, "error": told.pop("said")}, Report)
-
-
 @pytest.fixture(scope="module")
-def engine(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder = oracle.folder("qwen3_moe", 0)
-    command = [sys.executable, "-m", "tests.vllm.hosting", str(folder), "qwen3_moe"]
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    log = tmp_path_factory.mktemp("hosting") / "vllm.log"
-    with running_group(command, log, env, lines=True) as group:
-        process = LineProcess(group)
-        process.answer(START_S)
-        yield Engine(process)
-
-
-def check_fresh(report: Report, oracle: Oracle, version: int) -> None:
-    """It holds and says what a fresh engine does."""
-    assert report.error == ""
-    fresh = oracle.generates("qwen3_moe", version, 1)
-    assert report.outputs == fresh.outputs
-    assert report.sums == fresh.sums[0]
+def engine(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
+    """One with experts."""
+    with running_hosted(oracle, "qwen3_moe", tmp_path_factory.mktemp("hosting")) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize(
@@ -75,7 +47,7 @@ def check_fresh(report: Report, oracle: Oracle, version: int) -> None:
     ],
 )
 def test_layout_is_refused_before_anything_is_written_when_it_does_not_make_the_model(
-    engine: Engine, oracle: Oracle, order: dict[str, Any], said: str
+    engine: Hosted, oracle: Oracle, order: dict[str, Any], said: str
 ) -> None:
     before = engine.carry_out(version=1)
     report = engine.carry_out(version=2, **order)
@@ -84,20 +56,20 @@ def test_layout_is_refused_before_anything_is_written_when_it_does_not_make_the_
     assert (report.sums, report.outputs) == (before.sums, before.outputs)
 
 
-def test_versions_are_as_in_fresh_engines(engine: Engine, oracle: Oracle) -> None:
+def test_versions_are_as_in_fresh_engines(engine: Hosted, oracle: Oracle) -> None:
     """The second is partly written directly, and partly loaded again, of some modules only."""
-    check_fresh(engine.carry_out(version=1), oracle, 1)
+    check_fresh(engine.carry_out(version=1), oracle, "qwen3_moe", 1)
     report = engine.carry_out(version=2)
-    check_fresh(report, oracle, 2)
+    check_fresh(report, oracle, "qwen3_moe", 2)
     assert 0 < report.processed < len(report.sums)
 
 
-def test_tensors_that_vllm_skips_do_no_harm(engine: Engine, oracle: Oracle) -> None:
+def test_tensors_that_vllm_skips_do_no_harm(engine: Hosted, oracle: Oracle) -> None:
     skipped = {f"{LAYER}.self_attn.rotary_emb.inv_freq": [16]}
-    check_fresh(engine.carry_out(version=1, reshaped=skipped), oracle, 1)
+    check_fresh(engine.carry_out(version=1, reshaped=skipped), oracle, "qwen3_moe", 1)
 
 
-def test_copies_in_closures_are_found_though_the_weight_is_the_checkpoints(engine: Engine) -> None:
+def test_copies_in_closures_are_found_though_the_weight_is_the_checkpoints(engine: Hosted) -> None:
     """`lm_head.weight` holds the very bytes; what is computed with is a packed copy of it."""
     derived = engine.carry_out(version=1).derived
     assert derived["lm_head"] == "cpu_linear"
@@ -106,13 +78,13 @@ def test_copies_in_closures_are_found_though_the_weight_is_the_checkpoints(engin
 
 @pytest.mark.parametrize("after", [0, 1, 9, 40])
 def test_next_update_is_whole_when_the_checkpoint_was_gone_in_the_middle(
-    engine: Engine, oracle: Oracle, after: int
+    engine: Hosted, oracle: Oracle, after: int
 ) -> None:
     assert engine.carry_out(version=1, stops_after=after).on_meta == []
-    check_fresh(engine.carry_out(version=2), oracle, 2)
+    check_fresh(engine.carry_out(version=2), oracle, "qwen3_moe", 2)
 
 
-def test_scratch_models_leave_vllms_registries_as_they_are(engine: Engine) -> None:
+def test_scratch_models_leave_vllms_registries_as_they_are(engine: Hosted) -> None:
     first = engine.carry_out(version=1)
     again = engine.carry_out(version=2, without=["lm_head.weight"])
     assert first.registered == again.registered > 0
