@@ -68,11 +68,12 @@ def answer(ask: Ask) -> Answer:
         engine.collective_rpc("probe_watch_drafts")
     if ask.max_tokens:
         greedy = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True)
-        done: Any = engine.generate(prompts, greedy, use_tqdm=False)
-        outputs = [list(one.outputs[0].token_ids) for one in done]
+        for prompt in prompts:  # one by one: rounding depends on who is in a batch
+            (done,) = engine.generate([prompt], greedy, use_tqdm=False)
+            outputs.append(list(done.outputs[0].token_ids))
     else:
-        done = engine.embed(prompts, use_tqdm=False)
-        embeddings = [list(one.outputs.embedding) for one in done]
+        embedded: Any = engine.embed(prompts, use_tqdm=False)
+        embeddings = [list(one.outputs.embedding) for one in embedded]
     sums = engine.collective_rpc("probe_sums")
     if ask.speculative:
         (drafted,) = engine.collective_rpc("probe_drafted")

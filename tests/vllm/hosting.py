@@ -170,7 +170,9 @@ class Hosting:
         sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
         prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
         self._llm.reset_prefix_cache()
-        done: Any = self._llm.generate(prompts, sampling, use_tqdm=False)
+        done: Any = [
+            *(self._llm.generate([prompt], sampling, use_tqdm=False)[0] for prompt in prompts)
+        ]
         (sums,) = self._llm.collective_rpc("probe_sums")
         told = {"outputs": [list(one.outputs[0].token_ids) for one in done], "sums": sums}
         if self._drafts:

@@ -86,8 +86,9 @@ class Offline:
                 self.llm.collective_rpc("probe_reload", args=(question.reload,))
             if question.max_tokens:
                 sampling = SamplingParams(**_greedy(question.max_tokens))
-                done = self.llm.generate(prompts, sampling, use_tqdm=False)
-                outputs = [list(one.outputs[0].token_ids) for one in done]
+                for prompt in prompts:  # one by one: rounding depends on who is in a batch
+                    (done,) = self.llm.generate([prompt], sampling, use_tqdm=False)
+                    outputs.append(list(done.outputs[0].token_ids))
             else:
                 done = self.llm.embed(prompts, use_tqdm=False)
                 embeddings = [list(one.outputs.embedding) for one in done]
@@ -109,14 +110,12 @@ class Online:
         self.handle = VllmHandle(self.llm)
 
     async def answer(self, question: Question) -> Answer:
-        outputs = await asyncio.gather(
-            *(
-                self._generate(number, prompt, question.max_tokens)
-                for number, prompt in enumerate(question.prompts)
-            )
-        )
+        outputs = [
+            await self._generate(number, prompt, question.max_tokens)
+            for number, prompt in enumerate(question.prompts)
+        ]
         sums = await self.llm.collective_rpc("probe_sums")
-        return Answer(outputs=list(outputs), embeddings=[], sums=sums)
+        return Answer(outputs=outputs, embeddings=[], sums=sums)
 
     async def _generate(self, number: int, prompt: list[int], max_tokens: int) -> list[int]:
         from vllm import SamplingParams
