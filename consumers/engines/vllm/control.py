@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+import anyio
 import msgspec
 
 from weightbus.consumers.engines.turns import Turn
@@ -30,7 +31,7 @@ from weightbus.consumers.engines.vllm.status import (
 )
 from weightbus.consumers.errors import EngineUnavailable
 
-__all__ = ("PauseMode", "StartedWith", "VllmControl", "Way")
+__all__ = ("PauseMode", "StartedWith", "VllmControl", "Way", "left_s")
 
 PauseMode = Literal["keep", "wait", "abort"]
 """What becomes of requests that run when the engine is paused."""
@@ -164,8 +165,9 @@ class VllmControl(ABC):
         Raises:
             EngineUnavailable: neither way leads in, or the workers refused: says why.
         """
+        end = anyio.current_time() + deadline_s
         self._ranks = await self.world_size(deadline_s)
-        started = await self.started_with(deadline_s)
+        started = await self.started_with(left_s(end))
         if started.backend == BACKEND and all(map(self.has, _SESSION)):
             self.way = "backend"
         elif (started.extension or "").endswith(_EXTENSION) and self.has("collective_rpc"):
@@ -181,9 +183,9 @@ class VllmControl(ABC):
         forget_statuses(directory, self._ranks)
         if self.way == "backend":
             info = {"init_info": {"directory": str(directory)}}
-            await self._call_workers(_SESSION[0], info, deadline_s)
+            await self._call_workers(_SESSION[0], info, left_s(end))
         else:
-            await self._call_method("weightbus_open", [str(directory)], deadline_s)
+            await self._call_method("weightbus_open", [str(directory)], left_s(end))
         for rank, status in enumerate(self._statuses()):
             if status is None:
                 reason = f"its rank {rank} cannot write to {directory}: it must be on this host"
@@ -197,10 +199,11 @@ class VllmControl(ABC):
             encoded = msgspec.json.encode(turn).decode()
             await self._call_method("weightbus_turn", [encoded], deadline_s)
             return
+        end = anyio.current_time() + deadline_s
         if not self._is_session_open():
             await self._call_workers("start_weight_update", {}, deadline_s)
         info = {"update_info": msgspec.to_builtins(turn)}
-        await self._call_workers("update_weights", info, deadline_s)
+        await self._call_workers("update_weights", info, left_s(end))
 
     async def show_draft(self, deadline_s: float) -> None:
         """Have vLLM show our backend the drafter: it does when a session for drafts begins.
@@ -210,10 +213,11 @@ class VllmControl(ABC):
         """
         if self.way != "backend" or not self.has(START_DRAFT):
             raise EngineUnavailable(self.name, "this vLLM does not give its drafter away")
+        end = anyio.current_time() + deadline_s
         if self._is_session_open():
             await self._call_workers("finish_weight_update", {}, deadline_s)
-        await self._call_workers(START_DRAFT, {}, deadline_s)
-        await self._call_workers("finish_weight_update", {}, deadline_s)
+        await self._call_workers(START_DRAFT, {}, left_s(end))
+        await self._call_workers("finish_weight_update", {}, left_s(end))
 
     async def leave(self, deadline_s: float) -> None:
         """End the session, if there is one; the engine goes on. Only while the workers that were
@@ -241,3 +245,8 @@ class VllmControl(ABC):
     def _statuses(self) -> list[WorkerStatus | None]:
         assert self._directory is not None
         return [read_status(self._directory, rank) for rank in range(self._ranks)]
+
+
+def left_s(end: float) -> float:
+    """Of a budget that ends at this time of the event loop's clock."""
+    return max(0.0, end - anyio.current_time())

@@ -40,7 +40,7 @@ from weightbus.consumers.engines.served import (
     write_served,
 )
 from weightbus.consumers.engines.turns import Turn, TurnEngine
-from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
+from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl, left_s
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
 from weightbus.schemas.worker import (
     Applied,
@@ -130,9 +130,9 @@ class VllmEngine(TurnEngine):
         end = anyio.current_time() + deadline_s
         control, settings = self._control, self._settings
         if await control.is_sleeping(deadline_s):  # or is paused, by whomever
-            await self._wake(_left_s(end))
+            await self._wake(left_s(end))
         self._commands += 1
-        await control.pause(settings.pause, settings.caches == "reset", _left_s(end))
+        await control.pause(settings.pause, settings.caches == "reset", left_s(end))
         self._paused, self._commands = True, self._commands + 1
 
     async def prepare(
@@ -142,7 +142,7 @@ class VllmEngine(TurnEngine):
         call between two steps of the requests that run."""
         end = anyio.current_time() + deadline_s
         await anyio.sleep(max(0.0, min(self._prepare_at, end) - anyio.current_time()))
-        replies = await super().prepare(layout_digest, feeds, _left_s(end))
+        replies = await super().prepare(layout_digest, feeds, left_s(end))
         if not all(reply.ready for reply in replies):
             self._prepare_at = anyio.current_time() + PREPARE_S
         return replies
@@ -192,18 +192,18 @@ class VllmEngine(TurnEngine):
         write_served(self._place.path / _SERVED_FILE, served)
         self._served = served
         if self._stale_caches is not None:
-            await self._drop_caches(_left_s(end))
+            await self._drop_caches(left_s(end))
         if self._stale_caches is not None:
             raise self._stale_caches
         if version >= 0:
-            await self._control.set_version(str(version), _left_s(end))
+            await self._control.set_version(str(version), left_s(end))
         if self._woken:
-            await self._control.wake_up((), _left_s(end))
+            await self._control.wake_up((), left_s(end))
             self._woken = False
         elif self._control.is_partly_asleep():
             return
         self._commands += 1
-        await self._control.resume(_left_s(end))
+        await self._control.resume(left_s(end))
         self._paused, self._commands = False, self._commands + 1
 
     async def state(self, deadline_s: float) -> EngineReport:
@@ -216,7 +216,7 @@ class VllmEngine(TurnEngine):
                 self._paused = paused
             stale = self._probes >= PROBES_PER_TURN or not await self._are_connected()
             if stale and not self._turns.locked():
-                await self.inspect(None, _left_s(end))
+                await self.inspect(None, left_s(end))
         served, held = self._served, self._ranks_held()
         if served is not None and instances_of(served.ranks) == instances_of(held):
             version, touched = served.version, served.ranks != held
@@ -241,7 +241,7 @@ class VllmEngine(TurnEngine):
         """
         end = anyio.current_time() + deadline_s
         await self._connect(deadline_s)
-        await self.inspect(None, _left_s(end))
+        await self.inspect(None, left_s(end))
 
     async def _open_ranks(self, deadline_s: float) -> None:
         if not await self._are_connected():
@@ -251,12 +251,12 @@ class VllmEngine(TurnEngine):
         """Whatever server is there now."""
         end = anyio.current_time() + deadline_s
         await self._control.probe(deadline_s)
-        ranks = await self._control.world_size(_left_s(end))
+        ranks = await self._control.world_size(left_s(end))
         if ranks != self.ranks:
             reason = f"it has {ranks} workers now, and had {self.ranks}: start its consumer anew"
             raise EngineUnavailable(self._control.name, reason)
-        await self._control.open(self._place.path, _left_s(end))
-        with anyio.move_on_after(min(CONNECT_S, _left_s(end))):
+        await self._control.open(self._place.path, left_s(end))
+        with anyio.move_on_after(min(CONNECT_S, left_s(end))):
             while True:
                 if await self._are_connected():
                     return
@@ -291,10 +291,10 @@ class VllmEngine(TurnEngine):
         outcomes = await super()._ask(requests, deadline_s, adopt=adopt)
         if any(_failed_with(DraftUnknown, outcome) for outcome in outcomes.values()):
             try:
-                await self._control.show_draft(_left_s(end))
+                await self._control.show_draft(left_s(end))
             except ConsumerError as error:
                 return dict.fromkeys(requests, error)
-            outcomes = await super()._ask(requests, _left_s(end), adopt=adopt)
+            outcomes = await super()._ask(requests, left_s(end), adopt=adopt)
         for rank, outcome in outcomes.items():
             self._learn(rank, outcome)
         return outcomes
@@ -335,7 +335,7 @@ class VllmEngine(TurnEngine):
         if self._settings.sleeping == "refuse":
             reason = "it sleeps: wake it first, or let its consumer do so (sleeping: wake)"
             raise EngineUnavailable(self._control.name, reason)
-        await self._control.wake_up(("weights",), _left_s(end))
+        await self._control.wake_up(("weights",), left_s(end))
         self._woken = True
 
 
@@ -368,12 +368,12 @@ async def open_vllm_engine(
         control = await stack.enter_async_context(
             _open_control(url, handle, settings, start_timeout_s)
         )
-        await control.probe(_left_s(end))
-        ranks = await control.world_size(_left_s(end))
+        await control.probe(left_s(end))
+        ranks = await control.world_size(left_s(end))
         channel = await stack.enter_async_context(open_channel(place.control, ranks, REPLIES))
         engine = VllmEngine(control, channel, place, settings, roots, host_id or this_host_id())
         stack.push_async_callback(engine.close)
-        await engine.open(_left_s(end))
+        await engine.open(left_s(end))
         yield engine
 
 
@@ -408,10 +408,6 @@ async def _together() -> AsyncIterator[anyio.abc.TaskGroup]:
             yield tasks
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
-
-
-def _left_s(end: float) -> float:
-    return max(0.0, end - anyio.current_time())
 
 
 def _failed_with(kind: type[ConsumerError], outcome: object) -> bool:

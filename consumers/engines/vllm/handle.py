@@ -18,7 +18,12 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
-from weightbus.consumers.engines.vllm.control import PauseMode, StartedWith, VllmControl
+from weightbus.consumers.engines.vllm.control import (
+    PauseMode,
+    StartedWith,
+    VllmControl,
+    left_s,
+)
 from weightbus.consumers.errors import ConsumerError, DeadlineExceeded, EngineUnavailable
 
 __all__ = ("VllmHandle", "open_handle_control")
@@ -197,11 +202,12 @@ class _AsyncControl(_HandleControl):
         await self._call("wake_up", deadline_s, list(tags) or None)
 
     async def reset_caches(self, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
         done = await self._call("reset_prefix_cache", deadline_s, reset_running_requests=True)
         if done is False:
             raise EngineUnavailable(self.name, "its prefix cache could not be reset")
         if self.has("reset_encoder_cache"):
-            await self._call("reset_encoder_cache", deadline_s)
+            await self._call("reset_encoder_cache", left_s(end))
 
     async def set_version(self, version: str, deadline_s: float) -> None:
         if self.has("update_weight_version"):
@@ -241,7 +247,7 @@ class _OfflineControl(_HandleControl):
                 raise
         if clear_caches:
             try:
-                await self.reset_caches(max(0.0, end - anyio.current_time()))
+                await self.reset_caches(left_s(end))
             except ConsumerError:
                 turnstile.let_go()
                 raise
@@ -277,11 +283,12 @@ class _OfflineControl(_HandleControl):
         await self._call("wake_up", deadline_s, list(tags) or None)
 
     async def reset_caches(self, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
         if await self._call("reset_prefix_cache", deadline_s) is False:
             raise EngineUnavailable(self.name, "its prefix cache could not be reset")
         reset = getattr(self._llm.llm_engine, "reset_encoder_cache", None)
         if callable(reset):
-            await self._exclusively("reset_encoder_cache", deadline_s, reset)
+            await self._exclusively("reset_encoder_cache", left_s(end), reset)
 
     async def set_version(self, version: str, deadline_s: float) -> None:
         if self.has("update_weight_version"):

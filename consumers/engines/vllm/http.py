@@ -13,7 +13,12 @@ from typing import Any, Final
 import anyio
 
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
-from weightbus.consumers.engines.vllm.control import PauseMode, StartedWith, VllmControl
+from weightbus.consumers.engines.vllm.control import (
+    PauseMode,
+    StartedWith,
+    VllmControl,
+    left_s,
+)
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
 __all__ = ("HttpControl", "open_http_control")
@@ -76,10 +81,10 @@ class HttpControl(VllmControl):
             parallel = (await self._config(deadline_s)).get("parallel_config", {})
             ranks, copies = parallel.get("world_size"), parallel.get("data_parallel_size", 1)
             return self._one_copy(ranks * copies if isinstance(ranks, int) else None, ranks)
-        sizes = []
+        end, sizes = anyio.current_time() + deadline_s, []
         for include_dp in ("true", "false"):
             query = {"include_dp": include_dp}
-            answer = await self._ask("GET", "get_world_size", deadline_s, query)
+            answer = await self._ask("GET", "get_world_size", left_s(end), query)
             sizes.append(answer.get("world_size"))
         return self._one_copy(*sizes)
 
@@ -124,13 +129,14 @@ class HttpControl(VllmControl):
         await self._ask("POST", "wake_up", deadline_s, {"tags": list(tags)})
 
     async def reset_caches(self, deadline_s: float) -> None:
+        end = anyio.current_time() + deadline_s
         if self.has("reset_prefix_cache"):
             query = {"reset_running_requests": "true"}
             answer = await self._ask("POST", "reset_prefix_cache", deadline_s, query)
             if answer.get("success") is False:  # older versions say nothing, and mean success
                 raise EngineUnavailable(self.name, "its prefix cache could not be reset")
         if self.has("reset_encoder_cache"):
-            await self._ask("POST", "reset_encoder_cache", deadline_s)
+            await self._ask("POST", "reset_encoder_cache", left_s(end))
 
     async def set_version(self, version: str, deadline_s: float) -> None:
         if self.has("update_weight_version"):

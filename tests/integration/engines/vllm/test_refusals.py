@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -18,7 +19,11 @@ from tests.integration.engines.vllm.conftest import CONFIG, Start
 from tests.integration.engines.vllm.server import StandIn, serving
 from tests.integration.engines.vllm.test_updates import opened, report
 from tests.integration.engines.vllm.workers import Executor
+from weightbus.consumers.engines.http import JsonServer, open_json_server
+from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.engine import VllmSettings, open_vllm_engine
+from weightbus.consumers.engines.vllm.http import HttpControl
+from weightbus.consumers.engines.vllm.plugin import BACKEND
 from weightbus.consumers.errors import ApplyFailed, EngineUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -63,6 +68,44 @@ async def test_engine_is_refused_when_nothing_answers_in_time(
     with pytest.raises(EngineUnavailable, match=r"not there within 0\.3 s: /health"):
         async with open_vllm_engine(directory, url=url, start_timeout_s=0.3):
             pass
+
+
+class Budgets(HttpControl):
+    """Answers by itself, and notes what each request had left."""
+
+    def __init__(self, server: JsonServer) -> None:
+        super().__init__(server, "")
+        self.left_s: list[float] = []
+
+    def has(self, operation: str) -> bool:
+        del operation
+        return True
+
+    async def _ask(self, method: str, path: str, deadline_s: float, *_: Any, **__: Any) -> Any:
+        self.left_s.append(deadline_s)
+        begun = anyio.current_time()
+        while anyio.current_time() == begun:
+            await anyio.lowlevel.checkpoint()
+        return {"world_size": 1, "vllm_config": {"weight_transfer_config": {"backend": BACKEND}}}
+
+
+async def test_requests_of_one_call_share_its_budget(short_path: Path) -> None:
+    async with open_json_server("http://127.0.0.1:1") as server:
+        calls: list[Callable[[HttpControl], Awaitable[None]]] = [
+            lambda control: control.reset_caches(LONG_S),
+            lambda control: control.show_draft(LONG_S),
+            lambda control: control.turn(Turn(numbers=(1,), wait_s=0), LONG_S),
+        ]
+        for call in calls:
+            control = Budgets(server)
+            with pytest.raises(EngineUnavailable, match="rank 0 cannot write"):
+                await control.open(short_path, LONG_S)
+            assert len(control.left_s) == 4
+            await call(control)
+            for spent in (control.left_s[:4], control.left_s[4:]):
+                assert spent == sorted(set(spent), reverse=True)
+                assert spent[0] <= LONG_S
+            assert len(control.left_s) == 6
 
 
 async def test_engine_is_gone_when_its_server_is(directory: Path, checkpoints: Checkpoints) -> None:
