@@ -22,6 +22,7 @@ __all__ = (
     "Bound",
     "bound_attributes",
     "keep_in_place",
+    "reaches_only",
     "rebound",
     "storage_address",
     "tensors_within",
@@ -55,12 +56,15 @@ def rebound(thing: object, before: Bound, state: frozenset[int]) -> Bound:
     return {
         name: value
         for name, value in bound_attributes(thing).items()
-        if value is not before.get(name)
-        and any(
-            tensor.numel() and storage_address(tensor) not in state
-            for _, tensor in tensors_within(value)
-        )
+        if value is not before.get(name) and not reaches_only(value, state)
     }
+
+
+def reaches_only(value: object, state: frozenset[int]) -> bool:
+    """Whether every tensor that is reached from a value is of `state`."""
+    return all(
+        storage_address(tensor) in state for _, tensor in tensors_within(value) if tensor.numel()
+    )
 
 
 def tensors_within(value: object) -> Iterator[tuple[str, torch.Tensor]]:

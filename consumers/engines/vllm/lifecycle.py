@@ -38,6 +38,7 @@ from weightbus.consumers.engines.vllm.captured import (
     Bound,
     bound_attributes,
     keep_in_place,
+    reaches_only,
     rebound,
     storage_address,
 )
@@ -260,16 +261,23 @@ def _process_whole(method: Any, original: Callable[[nn.Module], None], layer: nn
 def _note(
     layer: nn.Module, holder: object, before: Bound, state: frozenset[int], processed: Processed
 ) -> None:
-    """Find the copies that processing has bound anew, and renew the old ones in place."""
+    """Find the copies that processing has bound anew, and renew the old ones in place.
+
+    What is bound anew to the tensors that the layer was loaded into (kernels with their scales) is
+    bound to what goes when these are copied into those of `state`: the old one stays.
+    """
     own = state | _storages((*layer.parameters(), *layer.buffers()))
-    for name, value in rebound(holder, before, own).items():
+    copies = rebound(holder, before, own)
+    for name, value in rebound(holder, before, state).items():
         old = before.get(name)
-        processed.derived.setdefault(id(layer), (layer, name))
-        if old is None:
-            continue
-        if keep_in_place(old, value, own):
+        has_room = name not in copies or not reaches_only(old, own)
+        is_kept = old is not None and has_room and keep_in_place(old, value, own)
+        if is_kept:
             vars(holder)[name] = old
-        else:
+            if name not in copies and reaches_only(old, state):
+                continue
+        processed.derived.setdefault(id(layer), (layer, name))
+        if old is not None and not is_kept and name in copies:
             processed.moved.append(f"{type(layer).__name__}.{name}")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from weightbus.consumers.engines.vllm.captured import (
     bound_attributes,
     keep_in_place,
+    reaches_only,
     rebound,
     tensors_within,
 )
@@ -66,6 +67,13 @@ def test_only_what_was_bound_anew_and_reaches_a_tensor_is_a_copy() -> None:
     state = frozenset({layer.weight.untyped_storage().data_ptr()})
     assert list(rebound(layer, before, state)) == ["cpu_linear"]
     assert list(rebound(layer, before, frozenset())) == ["cpu_linear", "same"]
+
+
+def test_value_reaches_only_the_model_when_it_holds_no_other_tensor() -> None:
+    weight, other = torch.zeros(2), torch.ones(2)
+    state = frozenset({weight.untyped_storage().data_ptr()})
+    assert reaches_only([weight, weight[1:], torch.empty(0), 3], state)
+    assert not reaches_only([weight, other], state)
 
 
 def test_old_closure_computes_with_the_new_weight_when_kept_in_place() -> None:
