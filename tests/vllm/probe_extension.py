@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Final
 
 from tests.vllm.probe import Probe
-from weightbus.consumers.engines.vllm.extension import WeightBusExtension
+from weightbus.consumers.engines.vllm import extension
 
-__all__ = ("PROBE_EXTENSION", "ProbeExtension")
+__all__ = ("PROBE_EXTENSION", "WeightBusExtension")
 
-PROBE_EXTENSION: Final = "tests.vllm.probe_extension.ProbeExtension"
+PROBE_EXTENSION: Final = "tests.vllm.probe_extension.WeightBusExtension"
 
 
-class ProbeExtension(Probe, WeightBusExtension):
-    """`self` is the worker."""
+class WeightBusExtension(Probe, extension.WeightBusExtension):
+    """`self` is the worker. Consumers know the extension by this name."""
