@@ -39,6 +39,8 @@ ALLOWED: Final[Mapping[str, str]] = {
     "engines/torch/server.py:_serve": IDLE,
     "engines/torch/server.py:_serve_client": IDLE,
     "engines/torch/start.py:open_front": "closes a pipe that nothing is written to",
+    "engines/turns.py:TurnEngine._ask_in_turn": "its requests end by their own deadline, "
+    "and with them what it waits for",
     "errands.py:Errands.run": IDLE,
     "listener.py:Listener.run_messages": IDLE,
     "listener.py:Listener.run_presence": IDLE,
