@@ -1,4 +1,5 @@
-"""What an engine that is not ours served last, kept beside its sockets for the next consumer.
+"""What an engine that is not ours holds, and served last, kept beside its sockets for the next
+consumer.
 
 Owns one file in the engine's directory. Such an engine outlives its consumers, and cannot itself
 tell whether all that its workers hold was ever proven.
@@ -8,15 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec import Struct
 
+from weightbus.consumers.engines.asking import Outcomes
+from weightbus.consumers.engines.channel import WorkerChannel
+from weightbus.consumers.engines.directory import EngineDirectory
+from weightbus.consumers.engines.turns import TurnEngine
 from weightbus.consumers.errors import EngineUnavailable
+from weightbus.schemas.worker import Applied, Inspected
 
-__all__ = ("Held", "Served", "instances_of", "read_served", "write_served")
+__all__ = ("SERVED_FILE", "Held", "Served", "ServingEngine", "instances_of", "write_served")
+
+SERVED_FILE: Final = "served.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +51,7 @@ def instances_of(ranks: Sequence[Held]) -> list[str]:
     return [rank.instance for rank in ranks]
 
 
-def read_served(path: Path) -> Served | None:
+def _read_served(path: Path) -> Served | None:
     """None: nothing was served yet, or what was written cannot be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Served)
@@ -65,3 +74,66 @@ def write_served(path: Path, served: Served) -> None:
         os.replace(beside, path)
     except OSError as error:
         raise EngineUnavailable(str(path), f"cannot be written: {error.strerror}") from None
+
+
+class ServingEngine(TurnEngine):
+    """A `TurnEngine` that knows what its ranks hold, as far as their answers tell."""
+
+    def __init__(
+        self, channel: WorkerChannel, place: EngineDirectory, roots: Sequence[str], host_id: str
+    ) -> None:
+        super().__init__(channel, str(place.path), roots, host_id)
+        self._place = place
+        self._paused = False
+        self._held: dict[int, Held] = {}
+        self._served = _read_served(place.path / SERVED_FILE)
+        self._error = ""
+
+    def _begin(self, ranks: Iterable[int]) -> None:
+        """An update of these ranks begins: until they say what they hold, it counts as touched.
+
+        Raises:
+            EngineUnavailable: the engine is not paused.
+        """
+        if not self._paused:
+            reason = "it is not paused: its weights must not change"
+            raise EngineUnavailable(self._name, reason)
+        for rank in ranks:
+            if (held := self._held.get(rank)) is not None:
+                self._held[rank] = msgspec.structs.replace(held, touched=True)
+
+    async def _check_held(self, version: int, deadline_s: float) -> None:
+        """
+        Raises:
+            EngineUnavailable: a rank does not hold this version whole.
+        """
+        if len(self._held) < self.ranks:
+            await self.inspect(None, deadline_s)
+        for rank, held in sorted(self._held.items()):
+            if held.touched or held.version != version:
+                what = "a part of an update after" if held.touched else "version"
+                reason = f"rank {rank} holds {what} {held.version}, not version {version}"
+                raise EngineUnavailable(self._name, reason)
+
+    def _learn(self, outcomes: Outcomes) -> None:
+        """What ranks hold, as far as their answers tell."""
+        for rank, outcome in outcomes.items():
+            known = self._held.get(rank)
+            match outcome:
+                case Inspected():
+                    if known is not None and known.instance != outcome.instance:
+                        self._error = "its workers were started anew"
+                        self._on_new_workers()
+                    self._held[rank] = Held(
+                        outcome.instance, outcome.version, outcome.touched, outcome.updates
+                    )
+                case Applied() if known is not None:
+                    self._held[rank] = Held(
+                        known.instance, outcome.version, touched=False, updates=known.updates + 1
+                    )
+
+    def _on_new_workers(self) -> None:
+        """The workers are other processes than before."""
+
+    def _ranks_held(self) -> tuple[Held, ...]:
+        return tuple(self._held[rank] for rank in sorted(self._held))

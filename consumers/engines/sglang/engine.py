@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
-import msgspec
 from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
@@ -30,16 +29,16 @@ from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.engine import EngineReport
 from weightbus.consumers.engines.served import (
-    Held,
+    SERVED_FILE,
     Served,
+    ServingEngine,
     instances_of,
-    read_served,
     write_served,
 )
 from weightbus.consumers.engines.sglang.payload import SglangTurn
-from weightbus.consumers.engines.turns import NO_REQUEST, Turn, TurnEngine
+from weightbus.consumers.engines.turns import NO_REQUEST, Turn
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
-from weightbus.schemas.worker import Applied, Feed, Inspected, WorkerMessage
+from weightbus.schemas.worker import Applied, Feed, WorkerMessage
 
 if TYPE_CHECKING:
     from weightbus.consumers.engines.sglang.control import PauseMode, SglangControl
@@ -55,7 +54,6 @@ CONNECT_S: Final = 2.0
 """How long a worker may take to connect once it has had a turn."""
 
 _POLL_S: Final = 0.02
-_SERVED_FILE: Final = "served.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ class SglangSettings(Struct, frozen=True, kw_only=True):
         return "retract" if self.caches == "reset" else "in_place"
 
 
-class SglangEngine(TurnEngine):
+class SglangEngine(ServingEngine):
     """See `Engine` and `AskingEngine`."""
 
     kind = "sglang"
@@ -95,19 +93,13 @@ class SglangEngine(TurnEngine):
         roots: Sequence[str],
         host_id: str,
     ) -> None:
-        super().__init__(channel, str(place.path), roots, host_id)
+        super().__init__(channel, place, roots, host_id)
         self._control = control
-        self._place = place
         self._settings = settings
-        self._paused = False
-        """By `pause`, or since a part of an update may be in it."""
         self._stands = False
         """A turn could not let it go on, as far as is known."""
-        self._held: dict[int, Held] = {}
-        self._served = read_served(place.path / _SERVED_FILE)
         self._label = ""
         """What it said, or was told, that it serves."""
-        self._error = ""
 
     async def open(self, deadline_s: float) -> None:
         """Find out what the workers hold. A server that holds what was served last goes on; another
@@ -151,12 +143,7 @@ class SglangEngine(TurnEngine):
         feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
-        if not self._paused:
-            reason = "it is not paused: its weights must not change"
-            raise EngineUnavailable(self._name, reason)
-        for rank in feeds:
-            if (held := self._held.get(rank)) is not None:
-                self._held[rank] = msgspec.structs.replace(held, touched=True)
+        self._begin(feeds)
         return await super().apply(version, layout_digest, feeds, deadline_s)
 
     async def resume(self, version: int, deadline_s: float) -> None:
@@ -165,13 +152,7 @@ class SglangEngine(TurnEngine):
             EngineUnavailable: a rank does not hold this version whole, or the server refused.
         """
         end = anyio.current_time() + deadline_s
-        if len(self._held) < self.ranks:
-            await self.inspect(None, deadline_s)
-        for rank, held in sorted(self._held.items()):
-            if held.touched or held.version != version:
-                what = "a part of an update after" if held.touched else "version"
-                reason = f"rank {rank} holds {what} {held.version}, not version {version}"
-                raise EngineUnavailable(self._name, reason)
+        await self._check_held(version, deadline_s)
         self._note_served(version)
         if version >= 0:
             await self._control.set_label(str(version), _left_s(end))
@@ -252,25 +233,11 @@ class SglangEngine(TurnEngine):
         self, requests: Mapping[int, WorkerMessage], deadline_s: float, *, adopt: bool = False
     ) -> Outcomes:
         outcomes = await super()._ask(requests, deadline_s, adopt=adopt)
-        for rank, outcome in outcomes.items():
-            self._learn(rank, outcome)
+        self._learn(outcomes)
         return outcomes
 
-    def _learn(self, rank: int, outcome: object) -> None:
-        """What a rank holds, as far as its answer tells."""
-        known = self._held.get(rank)
-        match outcome:
-            case Inspected():
-                if known is not None and known.instance != outcome.instance:
-                    self._error = "its workers were started anew"
-                    self._paused = False
-                self._held[rank] = Held(
-                    outcome.instance, outcome.version, outcome.touched, outcome.updates
-                )
-            case Applied() if known is not None:
-                self._held[rank] = Held(
-                    known.instance, outcome.version, touched=False, updates=known.updates + 1
-                )
+    def _on_new_workers(self) -> None:
+        self._paused = False
 
     def _note_served(self, version: int) -> None:
         """
@@ -278,10 +245,7 @@ class SglangEngine(TurnEngine):
             EngineUnavailable: it cannot be written.
         """
         self._served = Served(version, self._ranks_held())
-        write_served(self._place.path / _SERVED_FILE, self._served)
-
-    def _ranks_held(self) -> tuple[Held, ...]:
-        return tuple(self._held[rank] for rank in sorted(self._held))
+        write_served(self._place.path / SERVED_FILE, self._served)
 
     def _is_same(self) -> bool:
         """Whether the workers are those that served last."""

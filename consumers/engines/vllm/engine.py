@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
-import msgspec
 from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
@@ -33,13 +32,13 @@ from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.engine import EngineReport
 from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
 from weightbus.consumers.engines.served import (
-    Held,
+    SERVED_FILE,
     Served,
+    ServingEngine,
     instances_of,
-    read_served,
     write_served,
 )
-from weightbus.consumers.engines.turns import Turn, TurnEngine
+from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl, left_s
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
 from weightbus.schemas.worker import (
@@ -47,7 +46,6 @@ from weightbus.schemas.worker import (
     Failed,
     Feed,
     Inspect,
-    Inspected,
     Prepared,
     WorkerMessage,
 )
@@ -71,7 +69,6 @@ PREPARE_S: Final = 0.1
 
 _CONNECT_POLL_S: Final = 0.01
 
-_SERVED_FILE: Final = "served.json"
 _NO_LAYOUT: Final = "0" * 64
 """Digest of a layout that nobody attaches."""
 
@@ -90,7 +87,7 @@ class VllmSettings(Struct, frozen=True, kw_only=True):
     """As in vLLM's `--api-key`."""
 
 
-class VllmEngine(TurnEngine):
+class VllmEngine(ServingEngine):
     """See `Engine` and `AskingEngine`.
 
     vLLM takes any command at any time. So that no part of an update is served, the engine must be
@@ -108,20 +105,15 @@ class VllmEngine(TurnEngine):
         roots: Sequence[str],
         host_id: str,
     ) -> None:
-        super().__init__(channel, str(place.path), roots, host_id)
+        super().__init__(channel, place, roots, host_id)
         self._control = control
-        self._place = place
         self._settings = settings
-        self._paused = False
         self._commands = 0
         """How many commands that pause or resume have begun or ended."""
         self._woken = False
         """A part of it sleeps still, and is ours to wake."""
         self._stale_caches: ConsumerError | None = None
         """Why what was computed with other weights may still be found; None: it cannot."""
-        self._held: dict[int, Held] = {}
-        self._served = read_served(place.path / _SERVED_FILE)
-        self._error = ""
         self._prepare_at = 0.0
         """On the event loop's clock: not before."""
         self._probes = 0
@@ -154,12 +146,7 @@ class VllmEngine(TurnEngine):
         feeds: Mapping[int, Feed],
         deadline_s: float,
     ) -> tuple[Applied, ...]:
-        if not self._paused:
-            reason = "it is not paused: its weights must not change"
-            raise EngineUnavailable(self._name, reason)
-        for rank in feeds:
-            if (held := self._held.get(rank)) is not None:
-                self._held[rank] = msgspec.structs.replace(held, touched=True)
+        self._begin(feeds)
         async with _together() as tasks:
             if self._settings.pause == "keep" and self._settings.caches == "reset":
                 tasks.start_soon(self._drop_caches, deadline_s)
@@ -181,15 +168,9 @@ class VllmEngine(TurnEngine):
             EngineUnavailable: a rank does not hold this version whole, or vLLM refused.
         """
         end = anyio.current_time() + deadline_s
-        if len(self._held) < self.ranks:
-            await self.inspect(None, deadline_s)
-        for rank, held in sorted(self._held.items()):
-            if held.touched or held.version != version:
-                what = "a part of an update after" if held.touched else "version"
-                reason = f"rank {rank} holds {what} {held.version}, not version {version}"
-                raise EngineUnavailable(self._name, reason)
+        await self._check_held(version, deadline_s)
         served = Served(version, self._ranks_held())
-        write_served(self._place.path / _SERVED_FILE, served)
+        write_served(self._place.path / SERVED_FILE, served)
         self._served = served
         if self._stale_caches is not None:
             await self._drop_caches(left_s(end))
@@ -295,27 +276,8 @@ class VllmEngine(TurnEngine):
             except ConsumerError as error:
                 return dict.fromkeys(requests, error)
             outcomes = await super()._ask(requests, left_s(end), adopt=adopt)
-        for rank, outcome in outcomes.items():
-            self._learn(rank, outcome)
+        self._learn(outcomes)
         return outcomes
-
-    def _learn(self, rank: int, outcome: object) -> None:
-        """What a rank holds, as far as its answer tells."""
-        known = self._held.get(rank)
-        match outcome:
-            case Inspected():
-                if known is not None and known.instance != outcome.instance:
-                    self._error = "its workers were started anew"
-                self._held[rank] = Held(
-                    outcome.instance, outcome.version, outcome.touched, outcome.updates
-                )
-            case Applied() if known is not None:
-                self._held[rank] = Held(
-                    known.instance, outcome.version, touched=False, updates=known.updates + 1
-                )
-
-    def _ranks_held(self) -> tuple[Held, ...]:
-        return tuple(self._held[rank] for rank in sorted(self._held))
 
     # ---------------------------------------------------------------- sleep
 
