@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ("share_for_peer",)
+import anyio
+
+__all__ = ("left_s", "share_for_peer")
 
 _SHARE = 0.1
 _MAX_KEPT_S = 1.0
+
+
+def left_s(end: float) -> float:
+    """Of a budget that ends at this time of the event loop's clock."""
+    return max(0.0, end - anyio.current_time())
 
 
 def share_for_peer(deadline_s: float) -> float:

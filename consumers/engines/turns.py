@@ -16,6 +16,7 @@ import anyio
 from msgspec import Meta, Struct
 
 from weightbus.consumers.engines.asking import AskingEngine, Outcomes
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.channel import WorkerChannel
 from weightbus.consumers.errors import ConsumerError, DeadlineExceeded
 from weightbus.schemas.errors import WeightBusError
@@ -83,8 +84,8 @@ class TurnEngine(AskingEngine):
             return dict.fromkeys(requests, DeadlineExceeded("the turn before", deadline_s))
         try:
             if adopt:
-                await self._open_ranks(max(0.0, end - anyio.current_time()))
-            return await self._ask_in_turn(requests, max(0.0, end - anyio.current_time()), adopt)
+                await self._open_ranks(left_s(end))
+            return await self._ask_in_turn(requests, left_s(end), adopt)
         except ConsumerError as error:
             return dict.fromkeys(requests, error)
         finally:

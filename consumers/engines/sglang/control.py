@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 
 import anyio
 
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
 from weightbus.consumers.engines.sglang.payload import LOADER, SglangTurn, serialised_turn
 from weightbus.consumers.engines.sglang.probing import (
@@ -72,7 +73,7 @@ class SglangControl:
             hint = "it must not be started with DISABLE_OPENAPI_DOC in its environment"
             raise EngineUnavailable(name, f"{error.reason}: {hint}") from None
         check_operations(name, operations)
-        info = await self._get("/server_info", max(0.0, end - anyio.current_time()))
+        info = await self._get("/server_info", left_s(end))
         check_started_as(name, info)
         return ranks_of(name, info)
 
@@ -123,9 +124,8 @@ class SglangControl:
         except HttpRefused as error:
             if "begin_weight_update" not in error.said:
                 raise
-            await self._begin(max(0.0, end - anyio.current_time()))
-            left_s = max(0.0, end - anyio.current_time())
-            await self._post("/update_weights_from_tensor", left_s, body)
+            await self._begin(left_s(end))
+            await self._post("/update_weights_from_tensor", left_s(end), body)
 
     async def close(self) -> None:
         """End the session; the engine goes on. Raises nothing."""

@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
 from weightbus.consumers.engines.asking import REPLIES, Outcomes
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.engine import EngineReport
@@ -111,10 +112,10 @@ class SglangEngine(ServingEngine):
         """
         end = anyio.current_time() + deadline_s
         self._label = await self._control.label(deadline_s)
-        await self._control.pause("in_place", _left_s(end))
+        await self._control.pause("in_place", left_s(end))
         self._paused = True
         try:
-            await self.inspect(None, _left_s(end))
+            await self.inspect(None, left_s(end))
         finally:
             known = len(self._held) == self.ranks
             if not self._is_changed() if known else self._served is None:
@@ -128,7 +129,7 @@ class SglangEngine(ServingEngine):
         await self._control.pause(self._settings.pause_mode, deadline_s)
         if self._settings.caches == "reset":
             try:
-                await self._control.flush(_left_s(end))
+                await self._control.flush(left_s(end))
             except ConsumerError as error:
                 if not self._paused:
                     await self._go_on()
@@ -155,9 +156,9 @@ class SglangEngine(ServingEngine):
         await self._check_held(version, deadline_s)
         self._note_served(version)
         if version >= 0:
-            await self._control.set_label(str(version), _left_s(end))
+            await self._control.set_label(str(version), left_s(end))
             self._label = str(version)
-        await self._control.go_on(_left_s(end))
+        await self._control.go_on(left_s(end))
         self._paused = self._stands = False
 
     async def state(self, deadline_s: float) -> EngineReport:
@@ -167,7 +168,7 @@ class SglangEngine(ServingEngine):
         label = await self._control.label(deadline_s)
         if not self._turns.locked():
             if label != self._label:
-                await self.inspect(None, _left_s(end))
+                await self.inspect(None, left_s(end))
                 self._label = label
             elif self._stands and not self._paused:
                 await self._go_on()
@@ -192,11 +193,11 @@ class SglangEngine(ServingEngine):
         self._stands = True
         try:
             await self._control.pause("in_place", deadline_s)  # it may have been started anew
-            await self._control.turn(message, self.ranks, _left_s(end))
+            await self._control.turn(message, self.ranks, left_s(end))
         finally:
             if not self._paused:
                 await self._go_on()
-        await self._check_connected(turn, _left_s(end))
+        await self._check_connected(turn, left_s(end))
 
     async def _go_on(self) -> None:
         """Shielded. If it fails, `state` and every later turn try again."""
@@ -297,12 +298,8 @@ async def open_sglang_engine(
             open_sglang_control(url, settings.api_key, settings.admin_key)
         )
         await wait_until_it_answers(control, start_timeout_s)
-        ranks = await control.probe(_left_s(end))
+        ranks = await control.probe(left_s(end))
         channel = await stack.enter_async_context(open_channel(place.control, ranks, REPLIES))
         engine = SglangEngine(control, channel, place, settings, roots, host_id or this_host_id())
-        await engine.open(_left_s(end))
+        await engine.open(left_s(end))
         yield engine
-
-
-def _left_s(end: float) -> float:
-    return max(0.0, end - anyio.current_time())

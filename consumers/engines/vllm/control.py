@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, NamedTuple
 import anyio
 import msgspec
 
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.plugin import BACKEND
 from weightbus.consumers.engines.vllm.status import (
@@ -31,7 +32,7 @@ from weightbus.consumers.engines.vllm.status import (
 )
 from weightbus.consumers.errors import EngineUnavailable
 
-__all__ = ("PauseMode", "StartedWith", "VllmControl", "Way", "left_s")
+__all__ = ("PauseMode", "StartedWith", "VllmControl", "Way")
 
 PauseMode = Literal["keep", "wait", "abort"]
 """What becomes of requests that run when the engine is paused."""
@@ -245,8 +246,3 @@ class VllmControl(ABC):
     def _statuses(self) -> list[WorkerStatus | None]:
         assert self._directory is not None
         return [read_status(self._directory, rank) for rank in range(self._ranks)]
-
-
-def left_s(end: float) -> float:
-    """Of a budget that ends at this time of the event loop's clock."""
-    return max(0.0, end - anyio.current_time())

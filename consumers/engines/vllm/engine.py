@@ -27,6 +27,7 @@ from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
 from weightbus.consumers.engines.asking import REPLIES, Outcomes
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.engine import EngineReport
@@ -39,7 +40,7 @@ from weightbus.consumers.engines.served import (
     write_served,
 )
 from weightbus.consumers.engines.turns import Turn
-from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl, left_s
+from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
 from weightbus.schemas.worker import (
     Applied,

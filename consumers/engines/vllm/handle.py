@@ -18,11 +18,11 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.vllm.control import (
     PauseMode,
     StartedWith,
     VllmControl,
-    left_s,
 )
 from weightbus.consumers.errors import ConsumerError, DeadlineExceeded, EngineUnavailable
 

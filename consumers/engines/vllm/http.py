@@ -12,12 +12,12 @@ from typing import Any, Final
 
 import anyio
 
+from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
 from weightbus.consumers.engines.vllm.control import (
     PauseMode,
     StartedWith,
     VllmControl,
-    left_s,
 )
 from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
