@@ -22,7 +22,7 @@ from weightbus.schemas.needs import Needs
 __all__ = ("ModelHost", "Weights")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-"""Checkpoint tensors by name, in the layout's order. Made while they are iterated over, once."""
+"""Checkpoint tensors by name. Made while they are iterated over, once."""
 
 
 class ModelHost(ABC):
@@ -59,6 +59,7 @@ class ModelHost(ABC):
         """The engine's mapping of checkpoint tensors to the parameters of `model` (a scratch one).
 
         Only the mapping (`model.load_weights(weights)`), without what an engine does afterwards.
+        The weights are in the layout's order.
 
         Raises:
             CheckpointRefused: these tensors do not make the model; no version of this layout is
@@ -73,7 +74,8 @@ class ModelHost(ABC):
         the engine may keep or change them. `modules` None means
         the whole checkpoint; else `weights` are exactly the tensors that these modules (names as
         in `named_modules`) are made of, and no other module may be left changed.
-        They are made as they are asked for, and can be asked for until this returns.
+        They are made as they are asked for, and can be asked for until this returns. Those that go
+        to the same modules come one after the other, in the layout's order, if that is known.
         """
 
     @abstractmethod

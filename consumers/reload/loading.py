@@ -10,7 +10,7 @@ Invariant: the digest of a cell is of the very bytes that are given out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Final
@@ -27,7 +27,8 @@ from weightbus.consumers.reload.checkpoint import Checkpoint, bytes_of
 from weightbus.consumers.reload.deadline import Deadline
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
 from weightbus.consumers.reload.executor import Sums, make_executor
-from weightbus.consumers.reload.making import batch_bytes, made_parameters
+from weightbus.consumers.reload.grouping import Held
+from weightbus.consumers.reload.making import SLACK_BYTES, batch_bytes, made_parameters
 from weightbus.consumers.reload.portions import part_of_plan
 from weightbus.consumers.reload.staging import StagedSources
 from weightbus.consumers.reload.threads import Threads
@@ -40,6 +41,7 @@ __all__ = (
     "CellsOf",
     "DeviceTensors",
     "Read",
+    "Room",
     "inexact_tensors",
     "needs_of_tensors",
     "read_on_host",
@@ -50,6 +52,10 @@ READ_BYTES: Final = 64 * 2**20
 
 DIGESTED_BYTES: Final = 4 * 2**20
 """That one thread digests at once."""
+
+HELD_SHARE: Final = 3
+"""One part in so many of what is left of a device's memory may be held by a loader: a module takes
+as much again when it is made anew, and again when it is processed."""
 
 CellsOf = Mapping[int, Sequence[int]]
 """Tensor -> numbers of some of its cells."""
@@ -71,11 +77,21 @@ def inexact_tensors(needs: Needs) -> frozenset[int]:
     return frozenset(copy.tensor for copy in needs.copies if copy.transform in inexact)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory of a device that what is given out may take."""
+
+    made_bytes: int
+    """Made at once."""
+    held_bytes: int
+    """Held by whoever was given them; what comes beyond that comes in main memory."""
+
+
 class DeviceTensors:
     """The tensors of one layout, made on a device. Not for several threads.
 
-    Keeps tables in main memory, none on the device. What is given out takes `batch_bytes` of it,
-    and as much as the loader holds on to.
+    Keeps tables in main memory, none on the device. What is given out takes as much of it as `Room`
+    says.
 
     Args:
         layout: has been checked by `check_layout`.
@@ -110,10 +126,16 @@ class DeviceTensors:
         """Where they are made."""
         return self._executor.device
 
-    def room(self, numbers: Iterable[int], free_bytes: int) -> int | None:
-        """As `batch_bytes`, of some tensors."""
-        specs = self._plan.needs.parameters
-        return batch_bytes((specs[number] for number in numbers), free_bytes)
+    def room(self, numbers: Iterable[int], free_bytes: int) -> Room | None:
+        """For some tensors, on a device that has so much memory left; None: it has none for them,
+        as `batch_bytes` says."""
+        specs = [self._plan.needs.parameters[number] for number in numbers]
+        made_bytes = batch_bytes(specs, free_bytes)
+        if made_bytes is None:
+            return None
+        largest = max((prod(s.shape) * TORCH_DTYPES[s.dtype].itemsize for s in specs), default=0)
+        left = free_bytes - max(made_bytes, largest) - SLACK_BYTES
+        return Room(made_bytes, left // HELD_SHARE)
 
     def read(
         self,
@@ -122,14 +144,14 @@ class DeviceTensors:
         sources: StagedSources,
         digests: Sums,
         deadline: Deadline,
-        most_bytes: int,
+        room: Room,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Some tensors by number, ascending; all of them are private.
+        """Some tensors by number, in their order; all of them are private.
 
         Args:
             digests: of every cell; those of `cells` are set before their tensor is given out.
             sources: for this device to read.
-            most_bytes: as `room` said.
+            room: as `room` said.
 
         Raises:
             SegmentUnavailable: a file ended too early or cannot be read.
@@ -142,10 +164,13 @@ class DeviceTensors:
             chosen = [cell for number in tensors for cell in cells.get(number, ())]
             digests[chosen] = self._executor.update(bound, chosen)
 
+        held = Held(room.held_bytes)
         for number, tensor in made_parameters(
-            self._plan, numbers, sources, move, deadline, self.device, most_bytes
+            self._plan, numbers, sources, move, deadline, self.device, room.made_bytes
         ):
-            yield number, tensor.cpu() if number in self._on_host else tensor
+            if number in self._on_host or not held.takes(tensor):
+                tensor = tensor.to("cpu", copy=True)
+            yield number, tensor
 
 
 def read_on_host(

@@ -130,8 +130,8 @@ class Maker:
             SegmentUnavailable, DeadlineExceeded, CudaFailed: also whoever reads.
         """
         planned = self._planned_tensors()
-        most_bytes = planned.room(tensors, self._host.free_bytes()) if planned else None
-        if planned is None or most_bytes is None:
+        room = planned.room(tensors, self._host.free_bytes()) if planned else None
+        if planned is None or room is None:
             yield lambda numbers: read_on_host(
                 version.checkpoint,
                 numbers,
@@ -142,13 +142,13 @@ class Maker:
                 self._threads,
             )
             return
-        room_bytes = most_bytes
+        found = room
         with (
             StagedSources(version.segments, self._gpu) as sources,
             returned_memory(planned.device),
         ):
             yield lambda numbers: planned.read(
-                numbers, cells, sources, version.digests, version.deadline, room_bytes
+                numbers, cells, sources, version.digests, version.deadline, found
             )
 
     @contextmanager

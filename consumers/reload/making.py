@@ -42,7 +42,7 @@ def made_parameters(
     device: torch.device | str = "cpu",
     most_bytes: int = MADE_BYTES,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Some parameters of a plan by number, ascending; gaps between their elements are 0.
+    """Some parameters of a plan by number, in their order; gaps between their elements are 0.
 
     At most `most_bytes` of them, or a single one, are made at once, and let go of as they are given
     out: who keeps none but the last holds up one more.
@@ -56,7 +56,7 @@ def made_parameters(
         DeadlineExceeded: noticed between two portions.
     """
     specs = plan.needs.parameters
-    for batch in _batches(specs, sorted(numbers), most_bytes):
+    for batch in _batches(specs, numbers, most_bytes):
         memory = {number: _unwritten(specs[number], device) for number in batch}
         addresses, sizes = [0] * len(specs), [0] * len(specs)
         for number, flat in memory.items():
@@ -99,7 +99,7 @@ def returned_memory(device: torch.device | str) -> Iterator[None]:
 
 
 def _batches(
-    specs: Sequence[ParameterSpec], numbers: Sequence[int], most_bytes: int
+    specs: Sequence[ParameterSpec], numbers: Iterable[int], most_bytes: int
 ) -> Iterator[list[int]]:
     batch: list[int] = []
     used = 0

@@ -13,7 +13,7 @@ with ended whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -115,6 +115,8 @@ class Reloader:
         self._host = host
         self._threads = threads or Threads()
         self._shards = shards_by_tensor(layout)
+        self._order: tuple[int, ...] = tuple(range(len(layout.tensors)))
+        """Of the tensors that the engine's own loader is given."""
         self._cells: tuple[Cell, ...] = ()
         self._split: Split | None = None
         self._streams: dict[tuple[int, int], tuple[Split, StreamPlan]] = {}
@@ -128,7 +130,7 @@ class Reloader:
             check_device(host.device)
             trace = trace_needs(host, layout)
             self._traced = trace, plan_tiles(layout, trace.needs)
-            self.needs = trace.needs
+            self.needs, self._order = trace.needs, trace.order
         except (TraceRefused, PlanError) as error:
             self.untraced_reason = str(error)
             self.needs = whole_needs(layout)
@@ -381,16 +383,18 @@ class Reloader:
     def _load(
         self,
         version: _Version,
-        tensors: Sequence[int],
+        tensors: Collection[int],
         modules: frozenset[str] | None,
         cells: CellsOf,
     ) -> None:
         """Hand tensors to the engine, one by one as it asks for them; digest all of `cells`."""
         done: set[int] = set()
+        chosen = frozenset(tensors)
+        given = [number for number in self._order if number in chosen]
         with self._maker.reading(version.reading, {*tensors, *cells}, cells) as read:
 
             def weights() -> Iterator[tuple[str, torch.Tensor]]:
-                for number, tensor in read(tensors):
+                for number, tensor in read(given):
                     done.add(number)
                     version.outcome.source_bytes += tensor.nbytes
                     yield self.layout.tensors[number].name, tensor

@@ -47,7 +47,7 @@ class Split:
     portion_bytes: int
     """Of segments that a step spans."""
     loaded: tuple[int, ...]
-    """Tensors that processed modules are made of, in the layout's order."""
+    """Tensors that processed modules are made of, ascending."""
     loose_cells: CellsOf
     """All other cells."""
 

@@ -21,17 +21,19 @@ from torch import nn
 from weightbus.consumers.errors import CheckpointRefused, TraceRefused
 from weightbus.consumers.reload.canvas import Canvas
 from weightbus.consumers.reload.dtypes import TORCH_DTYPES
+from weightbus.consumers.reload.grouping import grouped_by_module
 from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.lowering import Lowering
 from weightbus.consumers.reload.memory import (
     ByteWindow,
+    module_of,
     plain_tensors,
     state_tensors,
     storage_id,
     window_of,
 )
 from weightbus.consumers.reload.ownership import Owner, owners_of, spec_of
-from weightbus.consumers.reload.recorder import LoadRecorder, Write
+from weightbus.consumers.reload.recorder import LoadRecorder, Source, Window, Write
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.layout import Layout, TensorSpec
 from weightbus.schemas.needs import Copy, Needs, ParameterSpec
@@ -64,6 +66,8 @@ class Trace:
     """(module, attribute) of every tensor of the scratch model that is neither."""
     excused: frozenset[str]
     """Buffers that the checkpoint does not reach."""
+    order: tuple[int, ...]
+    """Every tensor's number, as an engine's loader is given them: see `grouped_by_module`."""
 
 
 def trace_needs(host: ModelHost, layout: Layout) -> Trace:
@@ -85,7 +89,8 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
     lowering = Lowering(host.name, layout)
     ties: list[Tie] = []
     excused: list[str] = []
-    for owner, owned in zip(owners, _by_owner(host.name, owners, writes), strict=True):
+    owned_writes = _by_owner(host.name, owners, writes)
+    for owner, owned in zip(owners, owned_writes, strict=True):
         seen, unreached = _last_writes(host, owner, owned)
         excused += unreached
         if seen:
@@ -106,6 +111,7 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
         names=frozenset(item.name for item in state),
         plain=frozenset(plain_tensors(model)),
         excused=frozenset(excused),
+        order=grouped_by_module(_modules_of(layout, owners, owned_writes)),
     )
 
 
@@ -191,6 +197,28 @@ def _by_owner(
         else:
             raise TraceRefused(model_name, f"{write.name}: written outside of every parameter")
     return owned
+
+
+def _modules_of(
+    layout: Layout, owners: Sequence[Owner], owned: Sequence[Sequence[Write]]
+) -> list[set[str]]:
+    """For every tensor by number: all modules that hold memory it is written to."""
+    modules_of: list[set[str]] = [set() for _ in layout.tensors]
+    for owner, writes in zip(owners, owned, strict=True):
+        modules = {module_of(item.name) for item, _ in owner.held}
+        for write in writes:
+            for tensor in _tensors_of(write.value):
+                modules_of[tensor] |= modules
+    return modules_of
+
+
+def _tensors_of(value: Window | float) -> set[int]:
+    """The tensors that a written value is made of."""
+    if isinstance(value, float):
+        return set()
+    if isinstance(value.base, Source):
+        return {value.base.tensor}
+    return {tensor for part in value.base.parts for tensor in _tensors_of(part.window)}
 
 
 def _last_writes(
