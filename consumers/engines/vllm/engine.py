@@ -26,7 +26,8 @@ import anyio
 from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
-from weightbus.consumers.engines.asking import REPLIES, Outcomes
+from weightbus.consumers.engines.asking import REPLIES, SETTLE_S, Outcomes
+from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
@@ -148,10 +149,29 @@ class VllmEngine(ServingEngine):
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         self._begin(feeds)
-        async with _together() as tasks:
-            if self._settings.pause == "keep" and self._settings.caches == "reset":
-                tasks.start_soon(self._drop_caches, deadline_s)
+        if self._settings.pause != "keep" or self._settings.caches != "reset":
             return await super().apply(version, layout_digest, feeds, deadline_s)
+        before = self._stale_caches
+        if before is None:
+            self._stale_caches = EngineUnavailable(self._control.name, "its caches were not reset")
+        dropping = anyio.CancelScope(shield=True)  # one that came late would meet running requests
+
+        async def drop() -> None:
+            with dropping:
+                await self._drop_caches(deadline_s)
+
+        try:
+            async with beside() as tasks:
+                tasks.start_soon(drop)
+                try:
+                    return await super().apply(version, layout_digest, feeds, deadline_s)
+                except BaseException:
+                    dropping.deadline = anyio.current_time() + SETTLE_S
+                    raise
+        except ConsumerError as error:
+            if before is None and not error.touched:
+                self._stale_caches = None
+            raise
 
     async def _drop_caches(self, deadline_s: float) -> None:
         """Beside the turn: vLLM does it before or after, and nothing is computed meanwhile."""
@@ -170,13 +190,13 @@ class VllmEngine(ServingEngine):
         """
         end = anyio.current_time() + deadline_s
         await self._check_held(version, deadline_s)
-        served = Served(version, self._ranks_held())
-        write_served(self._place.path / SERVED_FILE, served)
-        self._served = served
         if self._stale_caches is not None:
             await self._drop_caches(left_s(end))
         if self._stale_caches is not None:
             raise self._stale_caches
+        served = Served(version, self._ranks_held())
+        write_served(self._place.path / SERVED_FILE, served)
+        self._served = served
         if version >= 0:
             await self._control.set_version(str(version), left_s(end))
         if self._woken:
@@ -361,16 +381,6 @@ async def _open_control(
     async with open_http_control(url, settings.api_key) as control:
         await control.wait_until_healthy(deadline_s)
         yield control
-
-
-@asynccontextmanager
-async def _together() -> AsyncIterator[anyio.abc.TaskGroup]:
-    """Calls that run beside each other; the first that fails is what comes out."""
-    try:
-        async with anyio.create_task_group() as tasks:
-            yield tasks
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
 
 
 def _failed_with(kind: type[ConsumerError], outcome: object) -> bool:

@@ -14,10 +14,10 @@ import anyio.to_thread
 import pytest
 
 from tests.integration.engines.checkpoints import Checkpoints
-from tests.integration.engines.harness import LONG_S
+from tests.integration.engines.harness import LONG_S, until
 from tests.integration.engines.vllm.conftest import CONFIG, Start
 from tests.integration.engines.vllm.server import StandIn, serving
-from tests.integration.engines.vllm.test_updates import opened, report
+from tests.integration.engines.vllm.test_updates import Gate, opened, report
 from tests.integration.engines.vllm.workers import Executor
 from weightbus.consumers.engines.http import JsonServer, open_json_server
 from weightbus.consumers.engines.turns import Turn
@@ -306,7 +306,59 @@ async def test_resumption_is_refused_when_old_blocks_cannot_be_dropped(
         server.failing["POST /reset_prefix_cache"] = "remote KV transfer"
         with pytest.raises(EngineUnavailable, match="remote KV transfer"):
             await updates.update(1)
-        assert await report(engine) == (1, True, False)
+        assert await report(engine) == (-1, True, True)
         server.failing.clear()
         await engine.resume(1, LONG_S)
         assert await report(engine) == (1, False, False)
+
+
+async def test_next_consumer_takes_the_engine_for_touched_when_old_blocks_were_not_dropped(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (_, updates):
+        await updates.prepare()
+        await updates.update(1)
+        server.failing["POST /reset_prefix_cache"] = "remote KV transfer"
+        with pytest.raises(EngineUnavailable, match="remote KV transfer"):
+            await updates.update(2)
+    server.failing.clear()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        assert await report(engine) == (1, True, True)
+        await updates.prepare()
+        await updates.update(2)
+        assert await report(engine) == (2, False, False)
+
+
+async def test_engine_serves_on_when_a_refused_update_could_not_drop_its_blocks(
+    asleep: SimpleNamespace, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """Nothing was written, so nothing is stale."""
+    server, gate = start(), Gate()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await engine.pause(LONG_S)
+        server.failing["POST /reset_prefix_cache"] = "remote KV transfer"
+        server.before["POST /update_weights"] = gate
+        asleep.is_asleep, since = True, len(server.calls)
+
+        async def apply() -> None:
+            with pytest.raises(ApplyFailed, match="EngineAsleep") as caught:
+                await updates.apply(2)
+            assert not caught.value.touched
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(apply)
+            await gate.wait()
+            await until(lambda: has_been_asked(server, "POST /reset_prefix_cache", since))
+            await engine._control.world_size(LONG_S)  # its answer comes after that
+            gate.open()
+        asleep.is_asleep = False
+        await engine.inspect(None, LONG_S)
+        await engine.resume(1, LONG_S)
+        assert await report(engine) == (1, False, False)
+
+
+async def has_been_asked(server: StandIn, route: str, since: int) -> bool:
+    return any(call.route == route for call in server.calls[since:])
