@@ -86,6 +86,19 @@ class ModelHost(ABC):
     def free_bytes(self) -> int:
         """Memory of the device that staging may take now."""
 
+    def renew(self) -> bool:
+        """Make anew what the engine has made of its weights once and keeps.
+
+        Called whenever a version has been written, with the device synchronised.
+
+        Returns:
+            Whether there is any; what the device does for it may be under way.
+
+        Raises:
+            ProofFailed: it is not known what it is made of; the version must not be served.
+        """
+        return False
+
     def takes_device_tensors(self) -> bool:
         """Whether `reload` may be given tensors on `device`: it loads the same bits of them as of
         tensors in main memory, but for what it computes by `exp`, of which it is given the latter.

@@ -172,7 +172,7 @@ class Reloader:
         Raises:
             SegmentUnavailable, TornRead: a segment was cut short, or written while it was read.
             ProofFailed: the engine moved parameters while it loaded others; the next update makes
-                a new proof.
+                a new proof. Or it keeps a copy of its weights that cannot be made anew.
             DeadlineExceeded: noticed between two steps.
             Exception: whatever the engine's own loader raises.
         """
@@ -199,12 +199,18 @@ class Reloader:
         else:
             self._load_processed(version, split)
             self._move(version, split)
-        self._host.synchronize()
+        self._end_writing()
         for segment in segments:
             segment.check()
         self._split = split
         self._forget_others()
         return version.outcome
+
+    def _end_writing(self) -> None:
+        """Returns with the device synchronised."""
+        self._host.synchronize()
+        if self._host.renew():
+            self._host.synchronize()
 
     def prepare_stream(self, bucket_bytes: int, lanes: int) -> BucketPlan:
         """Plan what `stream` does with such buckets, which may take seconds; unless `can_stream`,
@@ -239,7 +245,7 @@ class Reloader:
         except (SegmentUnavailable, TornRead, PeerLost, DeadlineExceeded):
             self._split = split  # what was undecided is as it was: it was compared in its slots
             raise
-        self._host.synchronize()
+        self._end_writing()
         self._split = split
         return Outcome(
             digests=streamed.digests,

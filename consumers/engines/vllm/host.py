@@ -32,6 +32,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     padded_parameters,
     refusing,
 )
+from weightbus.consumers.engines.vllm.renewing import renew_copies, sinks_of
 from weightbus.consumers.engines.vllm.scratch import build_scratch
 from weightbus.consumers.errors import CheckpointRefused, ProofFailed
 from weightbus.consumers.reload.host import ModelHost, Weights
@@ -141,6 +142,9 @@ class VllmHost(ModelHost):
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         self._check_ties(layout)
+        for sinks in sinks_of(self._model):
+            if sinks.source is None:
+                raise CheckpointRefused(self._name, f"vLLM's {sinks.name} {sinks.reason}")
         if isinstance(self._model, Joint):
             self._model.drafted = frozenset(
                 layout.tensors[copy.tensor].name
@@ -193,6 +197,9 @@ class VllmHost(ModelHost):
 
     def derived(self) -> Mapping[str, str]:
         return self._derived
+
+    def renew(self) -> bool:
+        return renew_copies(self._model)
 
     def synchronize(self) -> None:
         """On a CPU nothing runs beside the calling thread."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from tests.unit.reload.models import Bag, ModuleHost, same_bits
+from tests.unit.reload.test_feeds import open_feeder
 from tests.unit.reload.test_worker import Fused, load_fused, make_client, make_tensors
 from tests.unit.transfer.publishing import Trainer, cut_layout, open_trainer
-from weightbus.consumers.errors import CheckpointRefused, TraceRefused
+from weightbus.consumers.errors import CheckpointRefused, ProofFailed, TraceRefused
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.tracer import trace_needs
 from weightbus.schemas.layout import Layout
@@ -124,3 +125,50 @@ def test_what_lies_below_a_module_is_processed_when_processing_gave_it_a_paramet
     assert client.apply(make_tensors(20), 2).processed_parameters == 3
     live: Any = host.live
     assert same_bits(live.absorbed, live.head.weight.t())
+
+
+class Doubling(ModuleHost):
+    """Its engine keeps the double of a weight, made in its own memory when it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(Fused, load_fused)
+        self.doubled = torch.zeros(5, dtype=torch.bfloat16)
+        self.is_known = True
+        self.calls: list[str] = []
+        self.on_synchronize = lambda: self.calls.append("synchronize")
+
+    def renew(self) -> bool:
+        self.calls.append("renew")
+        if not self.is_known:
+            raise ProofFailed("norm", "keeps a copy")
+        self.doubled.copy_(2 * self.live.get_parameter("norm.weight"))
+        return True
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert same_bits(self.doubled, 2 * tensors["norm"])
+        assert self.calls[-3:] == ["synchronize", "renew", "synchronize"]
+
+
+def test_copies_are_renewed_whichever_way_a_version_comes(tmp_path: Path) -> None:
+    host = Doubling()
+    with open_feeder(host, make_tensors(0), tmp_path) as feeder:
+        for version, processed in ((1, 3), (2, 0)):
+            tensors = make_tensors(10 * version)
+            assert feeder.client.apply(tensors, version).processed_parameters == processed
+            host.check(tensors)
+        tensors = make_tensors(30)
+        assert feeder.streamed(tensors, 3, 1024, 2, 1).direct_parameters == 3
+        host.check(tensors)
+
+
+def test_version_fails_when_a_copy_cannot_be_renewed(tmp_path: Path) -> None:
+    host = Doubling()
+    with open_feeder(host, make_tensors(0), tmp_path) as feeder:
+        client = feeder.client
+        client.apply(make_tensors(10), 1)
+        host.is_known = False
+        failed = client.fail(client.request(client.trainer.publish(make_tensors(20), 2), 2))
+        assert (failed.error, failed.touched) == ("ProofFailed", True)
+        host.is_known = True
+        client.apply(make_tensors(30), 3)
+        host.check(make_tensors(30))
