@@ -52,7 +52,9 @@ class Report(Struct, frozen=True, kw_only=True):
     reason: str = ""
     derived: dict[str, str] = {}
     on_meta: list[str] = []
-    """Tensors of the live model that are on `meta`."""
+    """Tensors of the live model that are on `meta`, and modules that vLLM would load there."""
+    shared: list[str] = []
+    """Modules of the live model that another one made on `meta` is made of, too."""
     registered: int = 0
     """Layers that vLLM's compilation config knows by name."""
     outputs: list[list[int]] = []
@@ -110,12 +112,29 @@ class Hosting:
         return msgspec.structs.replace(
             report,
             derived=dict(self._host.derived()),
-            on_meta=[
-                item.name for item in state_tensors(self._host.live_model()) if item.tensor.is_meta
-            ],
+            shared=self._shared(),
+            on_meta=self._on_meta(),
             registered=len(self._config.compilation_config.static_forward_context),
             **({} if order.stops_after >= 0 else self._serve()),
         )
+
+    def _shared(self) -> list[str]:
+        live = self._host.live_model().named_modules()
+        scratch = {id(module) for module in self._host.scratch_model().modules()}
+        return [name for name, module in live if id(module) in scratch]
+
+    def _on_meta(self) -> list[str]:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        live = self._host.live_model()
+        return [
+            *(item.name for item in state_tensors(live) if item.tensor.is_meta),
+            *(
+                name
+                for name, module in live.named_modules()
+                if get_layerwise_info(module).restore_device.type == "meta"
+            ),
+        ]
 
     def _update(self, tensors: dict[str, torch.Tensor], version: int) -> Report:
         with self._published(tensors) as trainer:

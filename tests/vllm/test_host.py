@@ -88,3 +88,4 @@ def test_scratch_models_leave_vllms_registries_as_they_are(engine: Hosted) -> No
     first = engine.carry_out(version=1)
     again = engine.carry_out(version=2, without=["lm_head.weight"])
     assert first.registered == again.registered > 0
+    assert (again.shared, again.on_meta) == ([], [])

@@ -100,3 +100,93 @@ def test_copy_is_not_lost_when_the_parameter_itself_stood_in_its_place() -> None
     assert layer.sinks[0].dtype == torch.float64
     assert processed.moved == ["_Attention.sinks"]
     assert [attribute for _, attribute in processed.derived.values()] == ["sinks"]
+
+
+def _fourier() -> Any:
+    """vLLM's own rotary embedding with learned coefficients."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import fope
+
+    with set_current_vllm_config(VllmConfig()):
+        made: Any = fope.FourierRotaryEmbedding(
+            head_size=16,
+            rotary_dim=16,
+            max_position_embeddings=32,
+            base=10000.0,
+            is_neox_style=True,
+            dtype=torch.float32,
+            init_cache=False,
+            num_key_value_heads=2,
+            num_inv_freq=6,
+            fope_sep_head=True,
+            fope_init_factor=0.1,
+        )
+    for coefficients in (made.cos_coef, made.sin_coef):
+        coefficients.data.fill_(1.0)
+    return made
+
+
+def _rotated(rotary: Any) -> torch.Tensor:
+    query = torch.arange(2 * 32.0).reshape(2, 32)
+    with torch.inference_mode():
+        turned, _ = rotary.forward_native(torch.tensor([3, 5]), query, query.clone())
+    return turned.clone()  # type: ignore[no-any-return]
+
+
+class _Rotating(nn.Module):
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def load_weights(self, weights: Any) -> None:
+        parameters: dict[str, Any] = dict(self.named_parameters())
+        for name, weight in weights:
+            parameters[name].weight_loader(parameters[name], weight)
+
+
+def test_fourier_embeddings_are_as_new_after_a_scratch_model_and_a_reload(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are shared by all models of a process: one on `meta` must not be made of them, or vLLM
+    would load those that serve on `meta`, too."""
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers import rotary_embedding
+    from vllm.model_executor.layers.rotary_embedding import fope
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    from weightbus.consumers.engines.vllm.lifecycle import reload_layerwise
+    from weightbus.consumers.engines.vllm.renewing import renew_copies
+    from weightbus.consumers.engines.vllm.scratch import _rotary_embeddings_apart
+
+    monkeypatch.setattr(fope, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(fope, "get_tensor_model_parallel_rank", lambda: 0)
+    rotary = _fourier()
+    monkeypatch.setitem(rotary_embedding._ROPE_DICT, ("fourier",), rotary)
+    model: Any = _Rotating(rotary)
+    record_metadata_for_reloading(model)
+    first = _rotated(rotary)
+    served = {name: tensor.data_ptr() for name, tensor in rotary.state_dict(keep_vars=True).items()}
+    with _rotary_embeddings_apart(), torch.device("meta"):
+        scratch = _Rotating(rotary_embedding._ROPE_DICT["fourier",])
+        record_metadata_for_reloading(scratch)
+    assert rotary_embedding._ROPE_DICT["fourier",] is rotary
+    assert scratch.rotary is not rotary
+    tensors = (*scratch.parameters(), *scratch.buffers())
+    assert len(tensors) == 4
+    assert all(tensor.is_meta for tensor in tensors)
+    assert scratch.rotary.cos_coef.shape == rotary.cos_coef.shape
+    assert get_layerwise_info(rotary).restore_device.type == "cpu"
+    coefficients = {
+        f"rotary.{name}": torch.full((2, 6, 6), value)
+        for name, value in (("cos_coef", 2.0), ("sin_coef", 3.0))
+    }
+    config: Any = VllmConfig().model_config
+    reload_layerwise(model, config, list(model.modules()), coefficients.items())
+    assert {n: t.data_ptr() for n, t in rotary.state_dict(keep_vars=True).items()} == served
+    assert torch.equal(_rotated(rotary), first), "what is computed once is the old"
+    assert renew_copies(model)
+    fresh = _fourier()
+    _Rotating(fresh).load_weights(coefficients.items())
+    assert torch.equal(_rotated(rotary), _rotated(fresh))
+    assert not torch.equal(_rotated(rotary), first)
