@@ -32,7 +32,7 @@ from weightbus.consumers.engines.vllm.status import (
 )
 from weightbus.consumers.errors import EngineUnavailable
 
-__all__ = ("PauseMode", "StartedWith", "VllmControl", "Way")
+__all__ = ("NOT_RESET", "PauseMode", "StartedWith", "VllmControl", "Way")
 
 PauseMode = Literal["keep", "wait", "abort"]
 """What becomes of requests that run when the engine is paused."""
@@ -43,6 +43,8 @@ BACKEND_OPTION: Final = """--weight-transfer-config '{"backend": "weightbus"}'""
 EXTENSION_OPTION: Final = (
     "--worker-extension-cls weightbus.consumers.engines.vllm.extension.WeightBusExtension"
 )
+
+NOT_RESET: Final = "its prefix cache, or that of its KV connector, could not be reset"
 
 START_DRAFT: Final = "start_draft_weight_update"
 _EXTENSION: Final = ".WeightBusExtension"
@@ -135,7 +137,8 @@ class VllmControl(ABC):
     @abstractmethod
     async def reset_caches(self, deadline_s: float) -> None:
         """Let nothing that was computed with other weights be found again: running requests are
-        preempted and computed anew, from their tokens.
+        preempted and computed anew, from their tokens. What a connector keeps elsewhere goes, too,
+        where this vLLM can be told so. Paused only.
 
         Raises:
             EngineUnavailable: something could not be dropped.

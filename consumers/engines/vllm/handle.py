@@ -18,8 +18,10 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
+from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.vllm.control import (
+    NOT_RESET,
     PauseMode,
     StartedWith,
     VllmControl,
@@ -153,6 +155,11 @@ class _HandleControl(VllmControl):
     def _config(self) -> Any:
         return self._llm.vllm_config
 
+    def _external(self) -> dict[str, bool]:
+        """What a reset is told so that it reaches connectors, where it takes that."""
+        taken = inspect.signature(self._llm.reset_prefix_cache).parameters
+        return {"reset_connector": True} if "reset_connector" in taken else {}
+
     async def _call_workers(
         self, operation: str, arguments: Mapping[str, Any], deadline_s: float
     ) -> None:
@@ -202,12 +209,12 @@ class _AsyncControl(_HandleControl):
         await self._call("wake_up", deadline_s, list(tags) or None)
 
     async def reset_caches(self, deadline_s: float) -> None:
-        end = anyio.current_time() + deadline_s
-        done = await self._call("reset_prefix_cache", deadline_s, reset_running_requests=True)
-        if done is False:
-            raise EngineUnavailable(self.name, "its prefix cache could not be reset")
-        if self.has("reset_encoder_cache"):
-            await self._call("reset_encoder_cache", left_s(end))
+        async with beside() as tasks:
+            if self.has("reset_encoder_cache"):
+                tasks.start_soon(self._call, "reset_encoder_cache", deadline_s)
+            words = {"reset_running_requests": True, **self._external()}
+            if await self._call("reset_prefix_cache", deadline_s, **words) is False:
+                raise EngineUnavailable(self.name, NOT_RESET)
 
     async def set_version(self, version: str, deadline_s: float) -> None:
         if self.has("update_weight_version"):
@@ -284,8 +291,8 @@ class _OfflineControl(_HandleControl):
 
     async def reset_caches(self, deadline_s: float) -> None:
         end = anyio.current_time() + deadline_s
-        if await self._call("reset_prefix_cache", deadline_s) is False:
-            raise EngineUnavailable(self.name, "its prefix cache could not be reset")
+        if await self._call("reset_prefix_cache", deadline_s, **self._external()) is False:
+            raise EngineUnavailable(self.name, NOT_RESET)
         reset = getattr(self._llm.llm_engine, "reset_encoder_cache", None)
         if callable(reset):
             await self._exclusively("reset_encoder_cache", left_s(end), reset)

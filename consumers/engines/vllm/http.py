@@ -12,9 +12,11 @@ from typing import Any, Final
 
 import anyio
 
+from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
 from weightbus.consumers.engines.vllm.control import (
+    NOT_RESET,
     PauseMode,
     StartedWith,
     VllmControl,
@@ -35,7 +37,8 @@ class HttpControl(VllmControl):
         super().__init__(server.url)
         self._server = server
         self._api_key = api_key
-        self._operations: frozenset[str] = frozenset()
+        self._operations: dict[str, Any] = {}
+        """What the server's documents say of each."""
 
     async def wait_until_healthy(self, deadline_s: float) -> None:
         """Returns when the server answers that it is well.
@@ -63,8 +66,8 @@ class HttpControl(VllmControl):
         except HttpRefused as error:
             hint = "it must not be started with --disable-fastapi-docs"
             raise EngineUnavailable(self.name, f"{error.reason}: {hint}") from None
-        paths = document.get("paths", {})
-        self._operations = frozenset(path.removeprefix("/") for path in paths)
+        paths: dict[str, Any] = document.get("paths", {})
+        self._operations = {path.removeprefix("/"): methods for path, methods in paths.items()}
         missing = [operation for operation in _NEEDED if not self.has(operation)]
         if missing:
             raise EngineUnavailable(
@@ -75,6 +78,11 @@ class HttpControl(VllmControl):
 
     def has(self, operation: str) -> bool:
         return operation in self._operations
+
+    def _takes(self, operation: str, word: str) -> bool:
+        """Whether a POST takes this in its query."""
+        taken = self._operations.get(operation, {}).get("post", {}).get("parameters", [])
+        return any(parameter.get("name") == word for parameter in taken)
 
     async def world_size(self, deadline_s: float) -> int:
         if not self.has("get_world_size"):
@@ -129,14 +137,19 @@ class HttpControl(VllmControl):
         await self._ask("POST", "wake_up", deadline_s, {"tags": list(tags)})
 
     async def reset_caches(self, deadline_s: float) -> None:
-        end = anyio.current_time() + deadline_s
-        if self.has("reset_prefix_cache"):
-            query = {"reset_running_requests": "true"}
-            answer = await self._ask("POST", "reset_prefix_cache", deadline_s, query)
-            if answer.get("success") is False:  # older versions say nothing, and mean success
-                raise EngineUnavailable(self.name, "its prefix cache could not be reset")
-        if self.has("reset_encoder_cache"):
-            await self._ask("POST", "reset_encoder_cache", left_s(end))
+        async with beside() as tasks:
+            if self.has("reset_encoder_cache"):
+                tasks.start_soon(self._ask, "POST", "reset_encoder_cache", deadline_s)
+            if self.has("reset_prefix_cache"):
+                await self._reset_prefix_cache(deadline_s)
+
+    async def _reset_prefix_cache(self, deadline_s: float) -> None:
+        query = {"reset_running_requests": "true"}
+        if self._takes("reset_prefix_cache", "reset_external"):
+            query["reset_external"] = "true"
+        answer = await self._ask("POST", "reset_prefix_cache", deadline_s, query)
+        if answer.get("success") is False:  # older versions say nothing, and mean success
+            raise EngineUnavailable(self.name, NOT_RESET)
 
     async def set_version(self, version: str, deadline_s: float) -> None:
         if self.has("update_weight_version"):

@@ -65,7 +65,7 @@ _QUERIES: Final[Mapping[str, Mapping[str, set[str] | None]]] = {
     "POST /pause": {"mode": {"keep", "wait", "abort"}, "clear_cache": {"true", "false"}},
     "GET /server_info": {"config_format": {"json"}},
     "GET /get_world_size": {"include_dp": {"true", "false"}},
-    "POST /reset_prefix_cache": {"reset_running_requests": {"true"}},
+    "POST /reset_prefix_cache": {"reset_running_requests": {"true"}, "reset_external": {"true"}},
     "POST /wake_up": {"tags": {"weights", "kv_cache"}},
 }
 
@@ -95,11 +95,13 @@ class StandIn:
     paused: bool = False
     asleep: set[str] = field(default_factory=set)
     version: str = "default"
+    connector_resets: bool = True
+    """Whether its KV connector, if it has one, can drop what it keeps."""
     running: int = 0
     """Requests that hold blocks."""
     preempted: int = 0
     aborted: int = 0
-    caches: set[str] = field(default_factory=lambda: {"prefix", "encoder"})
+    caches: set[str] = field(default_factory=lambda: {"prefix", "encoder", "connector"})
     """What was computed with weights and can be found."""
     calls: list[Call] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -134,7 +136,7 @@ class StandIn:
         if call.route == "GET /openapi.json":
             if self.style == "no documents":
                 return 404, {"detail": "Not Found"}
-            return 200, {"paths": {route.split()[1]: {} for route in _ROUTES[self.style]}}
+            return 200, {"paths": dict(map(self._documented, _ROUTES[self.style]))}
         self._check(call, headers)
         if call.route not in _ROUTES[self.style]:
             return 404, {"detail": "Not Found"}
@@ -157,6 +159,18 @@ class StandIn:
             self.violations.append(f"{call.detail}: a call of workers failed: {error}")
             return 500, {"error": {"message": str(error), "type": "Exception", "code": 500}}
 
+    def _documented(self, route: str) -> tuple[str, Any]:
+        """As FastAPI describes it."""
+        method, path = route.split()
+        names = {*_QUERIES.get(route, ())} - self._not_taken(route)
+        parameters = [{"name": name, "in": "query"} for name in sorted(names)]
+        return path, {method.lower(): {"parameters": parameters}}
+
+    def _not_taken(self, route: str) -> set[str]:
+        """What this version has no name for yet."""
+        is_old = self.style == "extension" and route == "POST /reset_prefix_cache"
+        return {"reset_external"} if is_old else set()
+
     def _config(self) -> dict[str, Any]:
         config = self.executor.workers[0].vllm_config
         transfer = config.weight_transfer_config
@@ -176,7 +190,7 @@ class StandIn:
         allowed = _QUERIES.get(call.route, {})
         for key, values in call.query.items():
             known = allowed.get(key)
-            if known is None or not set(values) <= known:
+            if known is None or key in self._not_taken(call.route) or not set(values) <= known:
                 violated(f"{key}={values} is not taken")
         body = set(call.body) if isinstance(call.body, dict) else set()
         if body != _BODIES.get(call.route, set()):
@@ -199,7 +213,11 @@ class StandIn:
                 self.paused = self.paused and bool(self.asleep)
                 return {"status": "awake"}
             case "/reset_prefix_cache":
-                return {"success": self._reset_prefix(preempt=bool(call.query))}
+                preempt, external = "reset_running_requests", "reset_external"
+                if self._reset_prefix(preempt=preempt in call.query):
+                    self.caches -= {"connector"} if external in call.query else set()
+                    return {"success": self.connector_resets}
+                return {"success": False}
             case "/reset_encoder_cache":
                 if self.running:
                     self.violations.append("encoder cache dropped under running requests")
@@ -233,7 +251,7 @@ class StandIn:
         self.paused = True
         if clear:
             self._reset_prefix(preempt=True)
-            self.caches.discard("encoder")
+            self.caches -= {"encoder", "connector"}
 
     def _reset_prefix(self, *, preempt: bool) -> bool:
         if self.running and not preempt:

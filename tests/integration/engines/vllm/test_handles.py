@@ -75,8 +75,7 @@ class AsyncEngine:
     async def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        del reset_connector
-        self.said.append(("reset", reset_running_requests))
+        self.said.append(("reset", reset_running_requests, reset_connector))
         return True
 
     async def update_weight_version(self, new_version: str) -> None:
@@ -116,8 +115,10 @@ class OfflineEngine:
     def generate(self) -> tuple[str, ...]:
         return self._alone(self.executor.fingerprints)
 
-    def reset_prefix_cache(self) -> bool:
-        return self._alone(lambda: True)
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        return self._alone(lambda: reset_connector)
 
     def update_weight_version(self, new_version: str) -> None:
         self.said.append(new_version)
@@ -165,7 +166,7 @@ async def test_async_engine_holds_each_version_when_updated(
     assert llm.said == [
         item
         for version in (1, 2)
-        for item in (("pause", "keep", True), ("reset", True), ("version", str(version)))
+        for item in (("pause", "keep", True), ("reset", True, True), ("version", str(version)))
     ]
 
 

@@ -17,7 +17,12 @@ from tests.integration.engines.checkpoints import Checkpoints
 from tests.integration.engines.harness import LONG_S, until
 from tests.integration.engines.vllm.conftest import CONFIG, Start
 from tests.integration.engines.vllm.server import StandIn, serving
-from tests.integration.engines.vllm.test_updates import Gate, opened, report
+from tests.integration.engines.vllm.test_updates import (
+    Gate,
+    has_been_asked,
+    opened,
+    report,
+)
 from tests.integration.engines.vllm.workers import Executor
 from weightbus.consumers.engines.http import JsonServer, open_json_server
 from weightbus.consumers.engines.turns import Turn
@@ -92,7 +97,6 @@ class Budgets(HttpControl):
 async def test_requests_of_one_call_share_its_budget(short_path: Path) -> None:
     async with open_json_server("http://127.0.0.1:1") as server:
         calls: list[Callable[[HttpControl], Awaitable[None]]] = [
-            lambda control: control.reset_caches(LONG_S),
             lambda control: control.show_draft(LONG_S),
             lambda control: control.turn(Turn(numbers=(1,), wait_s=0), LONG_S),
         ]
@@ -360,5 +364,12 @@ async def test_engine_serves_on_when_a_refused_update_could_not_drop_its_blocks(
         assert await report(engine) == (1, False, False)
 
 
-async def has_been_asked(server: StandIn, route: str, since: int) -> bool:
-    return any(call.route == route for call in server.calls[since:])
+async def test_resumption_is_refused_when_the_connector_keeps_old_blocks(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (_, updates):
+        await updates.prepare()
+        server.connector_resets = False
+        with pytest.raises(EngineUnavailable, match=r"prefix cache, .* could not be reset"):
+            await updates.update(1)

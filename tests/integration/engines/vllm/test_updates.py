@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 
 from tests.integration.engines.checkpoints import Checkpoints
-from tests.integration.engines.harness import LONG_S, Updates
+from tests.integration.engines.harness import LONG_S, Updates, until
 from tests.integration.engines.vllm.conftest import Start
 from tests.integration.engines.vllm.server import StandIn
 from tests.integration.engines.vllm.workers import Executor
@@ -108,15 +108,51 @@ async def test_calls_between_pause_and_resumption_are_few_when_the_pause_is_as_c
         clear = "true" if caches == "reset" else "false"
         resets = [
             "POST /reset_encoder_cache",
-            "POST /reset_prefix_cache?reset_running_requests=true",
+            "POST /reset_prefix_cache?reset_running_requests=true&reset_external=true",
         ]
         assert during[:2] == ["GET /is_sleeping", f"POST /pause?mode={mode}&clear_cache={clear}"]
         beside = resets if (mode, caches) == ("keep", "reset") else []
         assert sorted(during[2:-2]) == [*beside, "POST /update_weights"]
         assert during[-2:] == ["POST /update_weight_version", "POST /resume"]
-        assert server.caches == (set() if caches == "reset" else {"prefix", "encoder"})
+        assert server.caches == (set() if caches == "reset" else {"prefix", "encoder", "connector"})
         assert server.aborted == (3 if mode == "abort" else 0)
         assert server.preempted == (3 if (mode, caches) == ("keep", "reset") else 0)
+
+
+@pytest.mark.parametrize("style", ["0.32", "0.26", "extension"])
+async def test_connector_is_reset_beside_the_turn_when_the_server_takes_the_word_for_it(
+    style: str, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start(**WAYS[style])
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        server.caches.add("connector")
+        await updates.apply(1)
+        assert server.caches == ({"connector"} if style == "extension" else set())
+        await engine.resume(1, LONG_S)
+
+
+async def test_caches_are_reset_at_once_when_there_are_several(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """None waits for the answer to another."""
+    server, gate = start(), Gate()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await engine.pause(LONG_S)
+        server.before["POST /reset_prefix_cache"] = gate
+        since = len(server.calls)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(updates.apply, 1)
+            await gate.wait()
+            await until(lambda: has_been_asked(server, "POST /reset_encoder_cache", since))
+            gate.open()
+        assert server.caches == set()
+
+
+async def has_been_asked(server: StandIn, route: str, since: int) -> bool:
+    return any(call.route == route for call in server.calls[since:])
 
 
 async def test_session_is_taken_over_when_a_dead_consumer_left_it_open(
