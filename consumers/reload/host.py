@@ -122,6 +122,15 @@ class ModelHost(ABC):
         del parameter
         return ""
 
+    def padding_bytes(self, parameter: str) -> int:
+        """How many bytes of a parameter no checkpoint has, since the engine has made it larger.
+
+        Asked for right after `load_weights`. If it leaves just so many unwritten, the module goes
+        through the engine's own reload in every update.
+        """
+        del parameter
+        return 0
+
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         """Look at what was traced, for what `load_weights` takes without a word.
 

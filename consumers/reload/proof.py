@@ -5,7 +5,8 @@ an update through the engine's own loader every live parameter is compared, byte
 the plan makes of the same checkpoint. A module with a parameter that differs is *processed*, as a
 whole: it goes through the engine's own reload every time. So does every module below one that hangs
 tensors on itself which a freshly built model does not have, or of which its engine says that it
-keeps such elsewhere: they are derived from what was loaded.
+keeps such elsewhere: they are derived from what was loaded. So is a
+module with a parameter that is larger than what any checkpoint has of it.
 
 Some bytes prove nothing: zeros, or rows that are all equal, look the same in any order. A parameter
 that holds such bytes is *undecided*: of it is known only what the engine makes of these very bytes.
@@ -96,8 +97,10 @@ def prove(
     reasons: dict[str, list[str]] = {}  # by module
     owners = trace.needs.parameters
     comparable: list[int] = []
-    for number, spec in enumerate(owners):
+    for number, (spec, names) in enumerate(zip(owners, _names(trace), strict=True)):
         difference = _difference(spec, state.get(spec.name))
+        if not difference and trace.padded.intersection(names):
+            difference = "is larger than what the checkpoint has of it"
         if difference:
             _note(reasons, spec.name, f"{spec.name} {difference}")
         else:

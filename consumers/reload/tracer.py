@@ -6,13 +6,13 @@ what it did into `Needs`. It is a plan only if all of this holds; else `TraceRef
     no storage was rebound, no tensor of the model appeared or vanished;
     no checkpoint tensor was changed in place;
     no two copies meet, unless the later hides the earlier whole;
-    every parameter is written whole, and every buffer that is not known to be something else than
-    a part of the checkpoint.
+    every parameter is written whole but for what is known to be padding, and every buffer that is
+    not known to be something else than a part of the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +26,7 @@ from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.lowering import Lowering
 from weightbus.consumers.reload.memory import (
     ByteWindow,
+    StateTensor,
     module_of,
     plain_tensors,
     state_tensors,
@@ -66,6 +67,8 @@ class Trace:
     """(module, attribute) of every tensor of the scratch model that is neither."""
     excused: frozenset[str]
     """Buffers that the checkpoint does not reach."""
+    padded: frozenset[str]
+    """Parameters that are larger than what any checkpoint has of them."""
     order: tuple[int, ...]
     """Every tensor's number, as an engine's loader is given them: see `grouped_by_module`."""
 
@@ -89,10 +92,16 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
     lowering = Lowering(host.name, layout)
     ties: list[Tie] = []
     excused: list[str] = []
+    padded: list[str] = []
     owned_writes = _by_owner(host.name, owners, writes)
     for owner, owned in zip(owners, owned_writes, strict=True):
-        seen, unreached = _last_writes(host, owner, owned)
-        excused += unreached
+        seen, canvas = _last_writes(host, owner, owned)
+        for item, lacking_bytes in _unwritten(owner, canvas):
+            if seen and item.parameter and lacking_bytes == host.padding_bytes(item.name):
+                padded.append(item.name)
+            else:
+                _check_unwritten(host, item, lacking_bytes)
+                excused.append(item.name)
         if seen:
             number = lowering.add_parameter(owner.spec, owner.window.offset, seen)
             ties += (
@@ -111,6 +120,7 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
         names=frozenset(item.name for item in state),
         plain=frozenset(plain_tensors(model)),
         excused=frozenset(excused),
+        padded=frozenset(padded),
         order=grouped_by_module(_modules_of(layout, owners, owned_writes)),
     )
 
@@ -223,8 +233,8 @@ def _tensors_of(value: Window | float) -> set[int]:
 
 def _last_writes(
     host: ModelHost, owner: Owner, writes: Sequence[Write]
-) -> tuple[list[Write], list[str]]:
-    """What is seen of the writes at the end, and the buffers that nothing reaches."""
+) -> tuple[list[Write], Canvas]:
+    """What is seen of the writes at the end."""
     canvas = Canvas([write.target for write in writes], [window for _, window in owner.held])
     seen: list[Write] = []
     for number, write in enumerate(writes):
@@ -236,21 +246,30 @@ def _last_writes(
             raise TraceRefused(
                 host.name, f"a copy to {owner.spec.name} is overwritten, but only in part"
             )
-    excused = []
+    return seen, canvas
+
+
+def _unwritten(owner: Owner, canvas: Canvas) -> Iterator[tuple[StateTensor, int]]:
+    """What nothing, or not everything, is written to, and how many of its bytes are not."""
     for item, window in owner.held:
-        lacking = canvas.lacking_bytes(window)
-        if not lacking:
-            continue
-        if item.parameter and (reason := host.unwritten(item.name)):
-            raise CheckpointRefused(
-                host.name, f"{item.name}: {lacking} of its bytes are in no tensor: {reason}"
-            )
-        if item.parameter or not host.may_stay_uncovered(item.name, persistent=item.persistent):
-            raise TraceRefused(
-                host.name, f"{item.name}: {lacking} of its bytes are not written by load_weights"
-            )
-        excused.append(item.name)
-    return seen, excused
+        lacking_bytes = canvas.lacking_bytes(window)
+        if lacking_bytes:
+            yield item, lacking_bytes
+
+
+def _check_unwritten(host: ModelHost, item: StateTensor, lacking_bytes: int) -> None:
+    """
+    Raises:
+        CheckpointRefused, TraceRefused: it has to come of the checkpoint.
+    """
+    if item.parameter and (reason := host.unwritten(item.name)):
+        raise CheckpointRefused(
+            host.name, f"{item.name}: {lacking_bytes} of its bytes are in no tensor: {reason}"
+        )
+    if item.parameter or not host.may_stay_uncovered(item.name, persistent=item.persistent):
+        raise TraceRefused(
+            host.name, f"{item.name}: {lacking_bytes} of its bytes are not written by load_weights"
+        )
 
 
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     lacking,
     names_on_disk,
     near,
-    padded_parameters,
+    padding_of,
     refusing,
 )
 from weightbus.consumers.engines.vllm.renewing import renew_copies, sinks_of
@@ -80,7 +80,7 @@ class VllmHost(ModelHost):
         self._draft = draft
         self._derived: dict[str, str] = {}
         self._reached = Reached()
-        self._padded: frozenset[str] = frozenset()
+        self._padding: dict[str, int] = {}
         self._tied: list[tuple[str, str]] = []
 
     def _target(self) -> nn.Module:
@@ -109,7 +109,7 @@ class VllmHost(ModelHost):
         return scratch
 
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
-        self._reached, self._padded = Reached(), padded_parameters(model)
+        self._reached, self._padding = Reached(), padding_of(model)
         if self._is_quantised():
             weights = self._checked_by_name(list(weights))
         catching = nullcontext() if _quantises(model) else refusing(self.name, self._reached)
@@ -133,12 +133,15 @@ class VllmHost(ModelHost):
         if not self._is_quantised():
             packed = getattr(self._target(), "packed_modules_mapping", None) or {}
             own = parameter.removeprefix(TARGET).removeprefix(DRAFT)
-            is_padded = parameter in self._padded
+            is_padded = parameter in self._padding
             return lacking(own if self._draft else parameter, names, packed, is_padded=is_padded)
         missing = near(parameter, names_on_disk(self._config.model_config.model) - names)
         if not missing:
             return ""
         return f"the checkpoint lacks {', '.join(missing[:3])}, which the engine started with"
+
+    def padding_bytes(self, parameter: str) -> int:
+        return self._padding.get(parameter, 0)
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         self._check_ties(layout)

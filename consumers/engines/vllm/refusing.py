@@ -30,7 +30,7 @@ __all__ = (
     "lacking",
     "names_on_disk",
     "near",
-    "padded_parameters",
+    "padding_of",
     "refusing",
 )
 
@@ -118,14 +118,15 @@ def lacking(
     return f"the checkpoint lacks a tensor of {module}, or has a smaller one than vLLM takes"
 
 
-def padded_parameters(model: nn.Module) -> frozenset[str]:
-    """Those that vLLM has made larger than what any checkpoint has of them, as it says itself:
-    experts, where their kernel asks for it."""
-    return frozenset(
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if getattr(parameter, "weight_loader_numel", parameter.numel()) < parameter.numel()
-    )
+def padding_of(model: nn.Module) -> dict[str, int]:
+    """Bytes of every parameter that vLLM has made larger than what any checkpoint has of it, as it
+    says itself: of experts, where their kernel asks for it."""
+    padding: dict[str, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        added = parameter.numel() - getattr(parameter, "weight_loader_numel", parameter.numel())
+        if added > 0:
+            padding[name] = added * parameter.itemsize
+    return padding
 
 
 def _gaps(names: Collection[str]) -> list[str]:

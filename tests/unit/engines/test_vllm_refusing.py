@@ -17,7 +17,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     lacking,
     names_on_disk,
     near,
-    padded_parameters,
+    padding_of,
     refusing,
 )
 from weightbus.consumers.errors import CheckpointRefused
@@ -98,7 +98,7 @@ def test_only_what_vllm_says_is_larger_than_its_checkpoints_is_padded() -> None:
     for parameter, numel in ((model.whole, 8), (model.padded, 6)):
         vars(parameter)["weight_loader_numel"] = numel
     model.plain = nn.Parameter(torch.zeros(3))
-    assert padded_parameters(model) == {"padded"}
+    assert padding_of(model) == {"padded": 2 * 4}
 
 
 def test_padded_parameter_is_not_refused_unless_a_tensor_is_known_to_be_missing() -> None:

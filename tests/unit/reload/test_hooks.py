@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.reload.models import Bag, ModuleHost, same_bits
+from tests.unit.reload.models import Bag, ModuleHost, random_tensor, same_bits
 from tests.unit.reload.test_feeds import open_feeder
 from tests.unit.reload.test_worker import Fused, load_fused, make_client, make_tensors
 from tests.unit.transfer.publishing import Trainer, cut_layout, open_trainer
@@ -25,11 +25,15 @@ class TellingHost(ModuleHost):
     """Says what it was told to."""
 
     why_unwritten = ""
+    padding: Mapping[str, int] = {}
     refusal = ""
     keeps: Mapping[str, str] = {}
 
     def unwritten(self, parameter: str) -> str:
         return self.why_unwritten
+
+    def padding_bytes(self, parameter: str) -> int:
+        return self.padding.get(parameter, 0)
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         if self.refusal:
@@ -172,3 +176,61 @@ def test_version_fails_when_a_copy_cannot_be_renewed(tmp_path: Path) -> None:
         host.is_known = True
         client.apply(make_tensors(30), 3)
         host.check(make_tensors(30))
+
+
+class Padded(nn.Module):
+    """Experts that are larger than the checkpoint's, beside what is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Bag(torch.float32, weight=(4, 8))
+        self.experts.get_parameter("weight").data.zero_()
+        self.head = Bag(torch.float32, weight=(3, 7))
+
+
+def load_padded(model: Any, weights: Weights) -> None:
+    for name, weight in weights:
+        if name == "head":
+            model.head.weight.data.copy_(weight)
+        else:
+            model.experts.weight.data[:, : weight.shape[1]].copy_(weight)
+
+
+def padded_tensors(seed: int, columns: int = 6) -> dict[str, torch.Tensor]:
+    return {
+        "experts": random_tensor((4, columns), torch.float32, seed),
+        "head": random_tensor((3, 7), torch.float32, seed + 1),
+    }
+
+
+PADDING_BYTES = 4 * 2 * 4
+
+
+def test_only_what_is_padded_goes_through_the_engines_loader(tmp_path: Path) -> None:
+    host = TellingHost(Padded, load_padded)
+    host.padding = {"experts.weight": PADDING_BYTES}
+    with open_trainer(cut_layout(padded_tensors(0)), "files", tmp_path) as trainer:
+        client = make_client(trainer, host)
+        for version in (1, 2, 3):
+            tensors = padded_tensors(10 * version)
+            applied = client.apply(tensors, version)
+            expected: Any = Padded()
+            load_padded(expected, tensors.items())
+            for name, want in expected.named_parameters():
+                assert same_bits(host.live.get_parameter(name), want)
+        assert (applied.direct_parameters, applied.processed_parameters) == (1, 1)
+        assert "experts.weight is larger than what the checkpoint has of it" in applied.reason
+        assert [given for _, given in host.reloads] == [("experts", "head"), *[("experts",)] * 2]
+        client.worker.close()
+
+
+def test_model_is_not_traced_when_more_is_missing_than_the_padding() -> None:
+    host = TellingHost(Padded, load_padded)
+    host.padding = {"experts.weight": PADDING_BYTES}
+    assert trace_needs(host, cut_layout(padded_tensors(0))).padded == {"experts.weight"}
+    for columns in (5, 7):
+        with pytest.raises(TraceRefused, match=r"experts\.weight: .* are not written"):
+            trace_needs(host, cut_layout(padded_tensors(0, columns)))
+    host.why_unwritten = "a tensor is missing"
+    with pytest.raises(CheckpointRefused, match="a tensor is missing"):
+        trace_needs(host, cut_layout(padded_tensors(0, 5)))
