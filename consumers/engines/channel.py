@@ -2,12 +2,16 @@
 `ipc://`.
 
     WorkerChannel (asynchronous)  ROUTER, bound      <->  DEALER, connected  WorkerEndpoint
-    (blocking) [identity, instance, payload]                         [instance, payload]
+    (blocking) [identity, frame]                                     [frame]
 
 Independent of any engine. The instructing side binds, so that it may come and go while the workers
 live on; each worker connects with the identity `rank-<r>`. A payload is one message of
 `weightbus.schemas.worker` (or of the same base) in MessagePack; a reply carries its request's
 number.
+
+A frame is the length of an instance (one byte), the instance, and a payload. It is one frame since
+libzmq aborts the process (`!_more`, fq.cpp) when a connection ends between the frames of a message
+that a socket with IMMEDIATE is reading: an engine's worker would die with its consumer.
 
 `instance` names one worker process. On the way to a worker it says for whom the payload is, or is
 empty: for whoever is there. A worker that gets what was meant for its predecessor answers with its
@@ -209,7 +213,9 @@ class WorkerChannel:
             return False
         identity = f"rank-{pending.rank}".encode()
         try:
-            await self._socket.send_multipart([identity, pending.instance, payload], zmq.NOBLOCK)
+            await self._socket.send_multipart(
+                [identity, _frame(pending.instance, payload)], zmq.NOBLOCK
+            )
         except zmq.Again:
             return payload is _NOTHING
         except zmq.ZMQError as error:
@@ -230,10 +236,11 @@ class WorkerChannel:
         while True:
             frames = await self._socket.recv_multipart()
             rank = identities.get(frames[0])
-            if rank is None or len(frames) != 3:
+            parts = _parts(frames[1]) if len(frames) == 2 else None
+            if rank is None or parts is None:
                 _log.warning("dropped %d frames from %r: not a worker", len(frames), frames[0])
             else:
-                self._receive(rank, frames[1], frames[2])
+                self._receive(rank, *parts)
 
     def _receive(self, rank: int, instance: bytes, payload: bytes) -> None:
         for pending in self._pending.values():
@@ -319,13 +326,14 @@ class WorkerEndpoint(Generic[R]):
         """The next request for this worker, or None if there is none yet."""
         while True:
             try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+                frame = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            if len(frames) != 2:
-                _log.warning("dropped %d frames: not a request", len(frames))
+            parts = _parts(frame)
+            if parts is None:
+                _log.warning("dropped %d bytes: not a request", len(frame))
                 continue
-            instance, payload = frames
+            instance, payload = parts
             if instance not in (_ANYONE, self._instance):
                 self._send(_NOTHING)
             elif payload:
@@ -349,7 +357,17 @@ class WorkerEndpoint(Generic[R]):
 
     def _send(self, payload: bytes) -> None:
         with contextlib.suppress(zmq.Again):
-            self.socket.send_multipart([self._instance, payload], zmq.NOBLOCK)
+            self.socket.send(_frame(self._instance, payload), zmq.NOBLOCK)
+
+
+def _frame(instance: bytes, payload: bytes) -> bytes:
+    return b"".join((bytes((len(instance),)), instance, payload))
+
+
+def _parts(frame: bytes) -> tuple[bytes, bytes] | None:
+    """Instance and payload; None: it is no frame of ours."""
+    end = 1 + frame[0] if frame else 1
+    return (frame[1:end], frame[end:]) if end <= len(frame) else None
 
 
 def number_of(payload: bytes) -> int:

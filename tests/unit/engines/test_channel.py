@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -201,11 +203,68 @@ def test_request_for_a_predecessor_is_not_carried_out(path: Path) -> None:
         router.set(zmq.ROUTER_MANDATORY, 1)
         router.bind(f"ipc://{path}")
         with worker(path, instance="second") as endpoint:
-            while not send_if_connected(router, [b"rank-0", b"first", encode(INSPECT)]):
+            while not send_if_connected(router, [b"rank-0", b"\x05first" + encode(INSPECT)]):
                 endpoint.socket.poll(10)
             assert endpoint.socket.poll(router.rcvtimeo)
             assert endpoint.receive_nowait() is None
-            assert router.recv_multipart() == [b"rank-0", b"second", b""]
+            assert router.recv_multipart() == [b"rank-0", b"\x06second"]
+
+
+def test_frame_that_is_not_ours_is_dropped(path: Path) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.bind(f"ipc://{path}")
+        with worker(path) as endpoint:
+            for frame in (b"\x09short", b""):
+                while not send_if_connected(router, [b"rank-0", frame]):
+                    endpoint.socket.poll(10)
+            router.send_multipart([b"rank-0", b"\x00" + encode(INSPECT)])
+            assert endpoint.socket.poll(int(LONG_S * 1000))
+            assert isinstance(endpoint.receive_nowait(), Inspect)
+
+
+def test_worker_outlives_a_consumer_that_ends_with_many_probes_unread(path: Path) -> None:
+    """In a process of its own: where this goes wrong, libzmq aborts it."""
+    outcome = subprocess.run(
+        [sys.executable, "-c", OUTLIVE, str(path)], capture_output=True, timeout=60, check=False
+    )
+    assert (outcome.returncode, outcome.stdout) == (0, b"alive\n"), outcome.stderr.decode()
+
+
+OUTLIVE = """
+import sys
+from pathlib import Path
+
+import zmq
+
+from weightbus.consumers.engines.channel import WorkerEndpoint
+
+path = Path(sys.argv[1])
+endpoint = WorkerEndpoint(path, 0, "first", (), None)
+ended = endpoint.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+    router.linger = 0
+    router.set(zmq.ROUTER_MANDATORY, 1)
+    router.bind(f"ipc://{path}")
+    while True:
+        try:
+            router.send_multipart([b"rank-0", b"\\0"])
+            break
+        except zmq.ZMQError:
+            endpoint.socket.poll(10)
+    endpoint.receive_nowait()
+    for _ in range(300):
+        router.send_multipart([b"rank-0", b"\\0"])
+    assert endpoint.socket.poll(30_000)
+    endpoint._send(b"")  # zmq learns of the probes, and reads none of them
+assert ended.poll(30_000)
+endpoint.socket.disable_monitor()
+ended.close()
+endpoint.receive_nowait()
+endpoint.close()
+print("alive")
+"""
 
 
 def send_if_connected(router: zmq.Socket[bytes], frames: list[bytes]) -> bool:
