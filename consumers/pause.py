@@ -51,8 +51,9 @@ class Pause:
             for rank, known in zip(before, self._instances, strict=True):
                 if rank.instance != known:
                     raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
-            self.start_ns = time.time_ns()
             self._served = report
+            await self._engine.before_pause(self._deadline_s)
+            self.start_ns = time.time_ns()
             await self._engine.pause(self._deadline_s)
             self._before = before
 

@@ -90,6 +90,11 @@ class Engine(ABC):
         """
         return tuple(Prepared(request=0, rank=rank, ready=True) for rank in feeds)
 
+    async def before_pause(self, deadline_s: float) -> None:
+        """What `pause` does before requests wait, done ahead of it. Serving goes on. By default
+        there is nothing to do."""
+        del deadline_s
+
     @abstractmethod
     async def pause(self, deadline_s: float) -> None:
         """Returns when no request is running; requests that come wait. Idempotent."""

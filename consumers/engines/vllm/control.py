@@ -30,7 +30,7 @@ from weightbus.consumers.engines.vllm.status import (
     forget_statuses,
     read_status,
 )
-from weightbus.consumers.errors import EngineUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
 
 __all__ = ("NOT_RESET", "PauseMode", "StartedWith", "VllmControl", "Way")
 
@@ -47,6 +47,7 @@ EXTENSION_OPTION: Final = (
 NOT_RESET: Final = "its prefix cache, or that of its KV connector, could not be reset"
 
 START_DRAFT: Final = "start_draft_weight_update"
+_TAKE_BACK_POLL_S: Final = 0.02
 _EXTENSION: Final = ".WeightBusExtension"
 _SESSION: Final = ("init_weight_transfer_engine", "start_weight_update", "update_weights")
 
@@ -116,7 +117,8 @@ class VllmControl(ABC):
 
     @abstractmethod
     async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
-        """Returns when no request runs."""
+        """Returns when no request runs. One that fails, or is given up, may pause the engine all
+        the same: see `take_back_pause`."""
 
     @abstractmethod
     async def resume(self, deadline_s: float) -> None: ...
@@ -196,6 +198,26 @@ class VllmControl(ABC):
                 raise EngineUnavailable(self.name, reason)
             if status.error:
                 raise EngineUnavailable(self.name, f"rank {rank}: {status.error}")
+
+    async def take_back_pause(self, deadline_s: float, *, may_come: bool) -> None:
+        """Let an engine go on that was not paused before a `pause` that failed, or was given up.
+
+        Args:
+            may_come: the pause is on its way: it is waited for, as vLLM would carry it out after
+                what overtakes it. One that has not come within the budget will not.
+        """
+        end = anyio.current_time() + deadline_s
+        while not await self.is_paused(deadline_s):
+            if not may_come or left_s(end) <= _TAKE_BACK_POLL_S:
+                return
+            await anyio.sleep(_TAKE_BACK_POLL_S)
+        while left_s(end) > 0:
+            if self.is_partly_asleep():
+                return
+            await self.resume(left_s(end))
+            if not await self.is_paused(left_s(end)):
+                return
+        raise DeadlineExceeded(f"taking back a pause of {self.name}", deadline_s)
 
     async def turn(self, turn: Turn, deadline_s: float) -> None:
         """Have every worker take this turn; returns when all have."""

@@ -17,6 +17,7 @@ find them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -67,12 +68,18 @@ PROBES_PER_TURN: Final = 200
 """How often it may be looked whether workers are there before they must read what that sends them:
 a worker reads in its turns only, and 1000 frames wait at most."""
 
+TAKE_BACK_S: Final = 5.0
+"""How long a pause that was given up may be on its way to vLLM's core."""
+
 PREPARE_S: Final = 0.1
 
 _CONNECT_POLL_S: Final = 0.01
 
 _NO_LAYOUT: Final = "0" * 64
 """Digest of a layout that nobody attaches."""
+
+
+_logger = logging.getLogger(__name__)
 
 
 class VllmSettings(Struct, frozen=True, kw_only=True):
@@ -112,6 +119,8 @@ class VllmEngine(ServingEngine):
         self._settings = settings
         self._commands = 0
         """How many commands that pause or resume have begun or ended."""
+        self._is_awake = False
+        """As `before_pause` has seen, since the last pause."""
         self._woken = False
         """A part of it sleeps still, and is ours to wake."""
         self._stale_caches: ConsumerError | None = None
@@ -121,13 +130,38 @@ class VllmEngine(ServingEngine):
         self._probes = 0
 
     async def pause(self, deadline_s: float) -> None:
+        """One that fails, or is cancelled, leaves no engine paused that was not."""
         end = anyio.current_time() + deadline_s
-        control, settings = self._control, self._settings
-        if await control.is_sleeping(deadline_s):  # or is paused, by whomever
-            await self._wake(left_s(end))
+        if not self._is_awake:
+            await self.before_pause(deadline_s)
+        self._is_awake, was_paused = False, self._paused
+        settings = self._settings
         self._commands += 1
-        await control.pause(settings.pause, settings.caches == "reset", left_s(end))
-        self._paused, self._commands = True, self._commands + 1
+        try:
+            await self._control.pause(settings.pause, settings.caches == "reset", left_s(end))
+            self._paused = True
+        except BaseException as error:
+            if not was_paused:
+                await self._take_back_pause(may_come=not isinstance(error, EngineUnavailable))
+            raise
+        finally:
+            self._commands += 1
+
+    async def before_pause(self, deadline_s: float) -> None:
+        """Its parameters are where they can be written: see `VllmSettings.sleeping`."""
+        end = anyio.current_time() + deadline_s
+        self._is_awake = False
+        if await self._control.is_sleeping(deadline_s):  # or is paused, by whomever
+            await self._wake(left_s(end))
+        self._is_awake = True
+
+    async def _take_back_pause(self, *, may_come: bool) -> None:
+        """Nothing was written: it goes on as it did."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._control.take_back_pause(TAKE_BACK_S, may_come=may_come)
+            except ConsumerError as error:
+                _logger.error("the engine may stand still: %s", error)
 
     async def prepare(
         self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
@@ -243,6 +277,7 @@ class VllmEngine(ServingEngine):
         """
         end = anyio.current_time() + deadline_s
         await self._connect(deadline_s)
+        self._paused = await self._control.is_paused(left_s(end))
         await self.inspect(None, left_s(end))
 
     async def _open_ranks(self, deadline_s: float) -> None:

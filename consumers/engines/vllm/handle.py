@@ -272,6 +272,9 @@ class _OfflineControl(_HandleControl):
         del deadline_s
         self._handle.turnstile.let_go()
 
+    async def take_back_pause(self, deadline_s: float, *, may_come: bool) -> None:
+        """A pause that failed has let go by itself."""
+
     def is_partly_asleep(self) -> bool:
         """What matters here: nothing runs unless its caller, who let it sleep, generates."""
         return False

@@ -119,10 +119,7 @@ class HttpControl(VllmControl):
 
     async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
         query = {"mode": mode, "clear_cache": "true" if clear_caches else "false"}
-        # given up on its way, it could reach vLLM's core after the resumption that follows; unless
-        # requests are waited for it takes one step
-        with anyio.CancelScope(shield=mode != "wait"):
-            await self._ask("POST", "pause", deadline_s, query)
+        await self._ask("POST", "pause", deadline_s, query)
 
     async def resume(self, deadline_s: float) -> None:
         await self._ask("POST", "resume", deadline_s)

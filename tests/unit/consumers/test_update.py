@@ -311,6 +311,20 @@ async def test_transfer_ends_paused_and_proven() -> None:
     assert outcome.pause_start_ns > 0
 
 
+async def test_pause_is_measured_from_when_requests_wait() -> None:
+    class Sleeping(FakeEngine):
+        woken_ns = 0
+
+        async def before_pause(self, deadline_s: float) -> None:
+            await self._call("before_pause")
+            self.woken_ns = time.time_ns()
+
+    engine = Sleeping(1, 1)
+    outcome = await World(engine).transfer()
+    assert engine.calls == ["inspect", "before_pause", "pause", "apply"]
+    assert outcome.pause_start_ns >= engine.woken_ns > 0
+
+
 async def test_transfer_takes_the_route_of_the_plan_and_tells_it_what_is_proven() -> None:
     near, far = FakeRoute("local"), FakeRoute("p2p")
     world = World(FakeEngine(2, 1), near, far)

@@ -107,12 +107,17 @@ class StandIn:
     violations: list[str] = field(default_factory=list)
     failing: dict[str, str] = field(default_factory=dict)
     """Route -> what it fails with, for now."""
+    late: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Route -> what happens on its way to the engine core: others overtake it meanwhile."""
+    drained: threading.Event = field(default_factory=threading.Event)
+    """Set: running requests end when they are waited for."""
     before: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Route -> what happens, in the engine core, before it is carried out."""
     url: str = ""
 
     def __post_init__(self) -> None:
         self._core = threading.Lock()
+        self.drained.set()
 
     def check(self) -> None:
         assert not self.violations, "\n".join(self.violations)
@@ -151,10 +156,15 @@ class StandIn:
                 return 200, {"world_size": ranks * (self.copies if every else 1)}
             if call.route == "GET /server_info":
                 return 200, {"vllm_config": self._config()}
+            if (late := self.late.get(call.route)) is not None:
+                late()
             with self._core:
                 if (before := self.before.get(call.route)) is not None:
                     before()
-                return 200, self._carry_out(call)
+                answer = self._carry_out(call)
+            if call.query.get("mode") == ["wait"]:
+                assert self.drained.wait(LONG_S)
+            return 200, answer
         except WorkerError as error:
             self.violations.append(f"{call.detail}: a call of workers failed: {error}")
             return 500, {"error": {"message": str(error), "type": "Exception", "code": 500}}

@@ -22,10 +22,18 @@ from weightbus.consumers.engines.vllm.engine import (
     VllmSettings,
     open_vllm_engine,
 )
-from weightbus.consumers.errors import ApplyFailed, EngineUnavailable, WorkerLost
+from weightbus.consumers.engines.vllm.http import open_http_control
+from weightbus.consumers.errors import (
+    ApplyFailed,
+    DeadlineExceeded,
+    EngineUnavailable,
+    WorkerLost,
+)
 from weightbus.schemas.worker import Feed, InPlace
 
 pytestmark = pytest.mark.anyio
+
+SHORT_S = 0.3
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "0.32": {"style": "0.32"},
@@ -265,21 +273,64 @@ async def test_apply_ends_after_the_last_write_when_it_is_cancelled(
         assert await report(engine) == (1, False, False)
 
 
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 async def test_engine_serves_when_its_pause_was_cancelled(
-    start: Start, directory: Path, checkpoints: Checkpoints
+    mode: str, start: Start, directory: Path, checkpoints: Checkpoints
 ) -> None:
     """vLLM carries out what its client has given up, perhaps after what came later."""
     server, gate = start(), Gate()
-    async with opened(server, directory, checkpoints) as (engine, _):
-        server.before["POST /pause"] = gate
+    async with opened(server, directory, checkpoints, pause=mode) as (engine, _):
+        server.late["POST /pause"] = gate
+        since = len(server.calls)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(engine.pause, LONG_S)
             await gate.wait()
             tasks.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await until(lambda: has_been_asked(server, "GET /is_paused", since))
             gate.open()
-        assert server.paused
+        assert not server.paused
         await engine.resume(-1, LONG_S)
         assert await report(engine) == (-1, False, False)
+
+
+async def test_engine_serves_when_its_requests_did_not_end_within_the_budget_of_a_pause(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints, pause="wait") as (engine, _):
+        server.drained.clear()
+        with pytest.raises(DeadlineExceeded):
+            await engine.pause(SHORT_S)
+        assert not server.paused
+        server.drained.set()
+        assert await report(engine) == (-1, False, False)
+
+
+async def test_engine_stays_paused_when_a_pause_of_one_that_was_paused_is_given_up(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """It may hold a part of an update, of this consumer or of one that died."""
+    server = start()
+    server.paused = True
+    async with opened(server, directory, checkpoints, pause="wait") as (engine, _):
+        server.drained.clear()
+        with pytest.raises(DeadlineExceeded):
+            await engine.pause(SHORT_S)
+        server.drained.set()
+        assert server.paused
+        assert "POST /resume" not in server.details()
+
+
+async def test_pause_that_never_comes_is_waited_for_within_a_budget(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with open_http_control(server.url) as control:
+        await control.probe(LONG_S)
+        await control.take_back_pause(SHORT_S, may_come=True)
+        await control.take_back_pause(LONG_S, may_come=False)
+    assert "POST /resume" not in server.details()
 
 
 async def test_state_is_told_from_memory_when_a_turn_is_under_way(
