@@ -2,11 +2,11 @@
 
 Does no I/O. Equal shape does not prove equal layout: engines repack weights after loading. After
 an update through the engine's own loader every live parameter is compared, byte for byte, with what
-the plan makes of the same checkpoint. A module with a parameter that differs is *processed*, as a
-whole: it goes through the engine's own reload every time. So does every module below one that hangs
-tensors on itself which a freshly built model does not have, or of which its engine says that it
-keeps such elsewhere: they are derived from what was loaded. So is a
-module with a parameter that is larger than what any checkpoint has of it.
+the plan makes of the same checkpoint. A module with a parameter that differs, or is larger than
+what any checkpoint has of it, is *processed*, as a whole: it goes through the engine's own reload
+every time. So does every module below one that hangs tensors on itself which a freshly built model
+does not have, or of which its engine says that it keeps such elsewhere: they are derived from what
+was loaded.
 
 Some bytes prove nothing: zeros, or rows that are all equal, look the same in any order. A parameter
 that holds such bytes is *undecided*: of it is known only what the engine makes of these very bytes.
