@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from weightbus.consumers.engines.channel import WorkerEndpoint
 from weightbus.consumers.engines.directory import EngineDirectory, is_owned
 from weightbus.consumers.engines.errors import TurnMissed
@@ -30,12 +32,14 @@ from weightbus.consumers.reload.host import ModelHost
 from weightbus.consumers.reload.worker import ReloadWorker
 from weightbus.schemas.errors import MessageInvalid, WeightBusError
 from weightbus.schemas.worker import (
+    Applied,
     Apply,
     Attach,
     Describe,
     Detach,
     Failed,
     Inspect,
+    Inspected,
     Prepare,
     WorkerReply,
     WorkerRequest,
@@ -89,6 +93,10 @@ class TurnTaker:
         self._waiting: deque[WorkerRequest] = deque()
         """Received, and not yet their turn."""
         self._dropped: deque[int] = deque(maxlen=_DROPPED_KEPT)
+        self._is_spoilt = False
+        """The parameters hold nothing of what was written to them."""
+        self._forgets = False
+        """And what is known of them is to be forgotten."""
 
     @property
     def lost(self) -> DeviceLost | None:
@@ -136,7 +144,13 @@ class TurnTaker:
         except TurnMissed as error:
             self._endpoint.reply(self._failed(number, error))
             return
-        self._endpoint.reply(self._carry_out(request))
+        self._endpoint.reply(self._as_spoilt(self._carry_out(request)))
+
+    def forget(self) -> None:
+        """The parameters hold nothing any more of what was written to them. From the next turn on
+        whoever asks is answered as by another process, and until a version is written whole, told
+        that the engine must not serve."""
+        self._is_spoilt = self._forgets = True
 
     def close(self) -> None:
         """Leave the consumer and let go of all that was mapped for it; parameters stay as they are,
@@ -187,14 +201,29 @@ class TurnTaker:
         refused = self._refusal(request)
         if refused is not None:
             return self._failed(request.request, refused)
-        if self._reload is None:
+        if self._reload is None or self._forgets:
             try:
+                self._forget_now()
                 self._reload = ReloadWorker(self._make_host(), self.rank, self.world_size)
             except Exception as error:
                 if not isinstance(error, WeightBusError):
                     _logger.exception("rank %d: its model is of no use to us", self.rank)
                 return self._failed(request.request, error)
         return self._reload.handle(request)
+
+    def _forget_now(self) -> None:
+        """Plans and proofs, too: what no checkpoint has is the engine's own loader's to renew."""
+        reload, self._reload, self._forgets = self._reload, None, False
+        if reload is not None:
+            reload.close()
+
+    def _as_spoilt(self, reply: WorkerReply) -> WorkerReply:
+        """What is replied of parameters that hold nothing until a version is written."""
+        if isinstance(reply, Applied):
+            self._is_spoilt = False
+        if self._is_spoilt and isinstance(reply, Inspected | Failed):
+            return msgspec.structs.replace(reply, touched=True)
+        return reply
 
     def _failed(self, number: int, error: Exception) -> Failed:
         return Failed(

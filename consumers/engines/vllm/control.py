@@ -257,6 +257,12 @@ class VllmControl(ABC):
         when the last part of it is woken."""
         return any(status is not None and bool(status.asleep) for status in self._statuses())
 
+    def discards(self) -> tuple[int, ...]:
+        """How often each worker's weights were discarded (vLLM's sleep at level 2), as far as is
+        known. Reads files, and asks nobody."""
+        statuses = self._statuses()
+        return tuple(0 if status is None else status.discards for status in statuses)
+
     def _is_session_open(self) -> bool:
         """
         Raises:

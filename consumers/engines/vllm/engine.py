@@ -125,6 +125,8 @@ class VllmEngine(ServingEngine):
         """A part of it sleeps still, and is ours to wake."""
         self._stale_caches: ConsumerError | None = None
         """Why what was computed with other weights may still be found; None: it cannot."""
+        self._discards: tuple[int, ...] = ()
+        """How often each rank's weights had been discarded when it last said what it holds."""
         self._prepare_at = 0.0
         """On the event loop's clock: not before."""
         self._probes = 0
@@ -250,9 +252,12 @@ class VllmEngine(ServingEngine):
             paused = await self._control.is_paused(deadline_s)
             if commands == self._commands:
                 self._paused = paused
-            stale = self._probes >= PROBES_PER_TURN or not await self._are_connected()
+            discards = self._control.discards()
+            stale = discards != self._discards or self._probes >= PROBES_PER_TURN
+            stale = stale or not await self._are_connected()
             if stale and not self._turns.locked():
                 await self.inspect(None, left_s(end))
+                self._discards = discards
         served, held = self._served, self._ranks_held()
         if served is not None and instances_of(served.ranks) == instances_of(held):
             version, touched = served.version, served.ranks != held
@@ -278,6 +283,7 @@ class VllmEngine(ServingEngine):
         end = anyio.current_time() + deadline_s
         await self._connect(deadline_s)
         self._paused = await self._control.is_paused(left_s(end))
+        self._discards = self._control.discards()
         await self.inspect(None, left_s(end))
 
     async def _open_ranks(self, deadline_s: float) -> None:
@@ -336,6 +342,12 @@ class VllmEngine(ServingEngine):
         return outcomes
 
     # ---------------------------------------------------------------- sleep
+
+    def _on_new_workers(self) -> None:
+        """They are told from the old also when vLLM has discarded what they held."""
+        known = self._discards
+        if any(now > before for now, before in zip(self._control.discards(), known, strict=False)):
+            self._error = "its weights were discarded while it slept (level 2)"
 
     async def _wake(self, deadline_s: float) -> None:
         """Bring back the parameters of an engine that sleeps; one that is only paused is left as it

@@ -26,6 +26,8 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     asleep: tuple[str, ...] = ()
     """Parts of the engine that were not in the memory of its device when this was written, as vLLM
     tags them."""
+    discards: int = 0
+    """How often vLLM has discarded the weights, since the worker's process began."""
     error: str = ""
     """Why the worker cannot be opened; empty: it is."""
 

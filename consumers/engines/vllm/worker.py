@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,12 @@ from torch import nn
 from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
 from weightbus.consumers.engines.taking import TurnTaker
 from weightbus.consumers.engines.turns import Turn
+from weightbus.consumers.engines.vllm.sleeping import (
+    KNOWN_BACKEND,
+    are_weights_discarded,
+    follow_sleep,
+    parts_asleep,
+)
 from weightbus.consumers.engines.vllm.status import WorkerStatus, write_status
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
 from weightbus.consumers.reload.host import ModelHost
@@ -30,12 +35,6 @@ __all__ = ("Draft", "HostMaker", "VllmWorker", "drafts_from_checkpoint", "make_v
 
 Draft = tuple[nn.Module, Any]
 """A drafter and its `ModelConfig`."""
-
-_ALLOCATORS: Final = (
-    ("vllm.device_allocator.cumem", "CuMemAllocator"),
-    ("vllm.device_allocator.xpumem", "XpuMemAllocator"),
-)
-"""Modules and classes of vLLM that take memory off a device when the engine sleeps."""
 
 _logger = logging.getLogger(__name__)
 
@@ -71,9 +70,15 @@ class VllmWorker:
         self._session = False
         self._asleep: tuple[str, ...] = ()
         """As last reported."""
+        self._discards = 0
+        """How often the weights were discarded."""
+        self._are_discarded = False
+        """And not woken since."""
         self._needs_draft = drafts_from_checkpoint(vllm_config)
         parallel = vllm_config.parallel_config
         self._taker = TurnTaker(self._make_host, parallel.rank, parallel.world_size, self._refusal)
+        follow_sleep(self._note_sleep)
+        self._note_sleep()
 
     def open(self, directory: str) -> None:
         """Connect to the consumer of this directory, and leave our status there. Raises nothing:
@@ -86,11 +91,36 @@ class VllmWorker:
                     self._vllm_config.model_config.model,
                     f"it is data parallel ({copies} copies): start each as a server of its own",
                 )
+            self._check_sleep_mode()
             self._taker.open(self._directory)
         except ConsumerError as error:
             self._report(str(error))
             self._directory = before or self._directory
         else:
+            self._report()
+
+    def _check_sleep_mode(self) -> None:
+        """
+        Raises:
+            EngineUnavailable: it can sleep, and it would not be known what it holds then.
+        """
+        model = self._vllm_config.model_config
+        backend = getattr(model, "sleep_mode_backend", KNOWN_BACKEND)
+        if getattr(model, "enable_sleep_mode", False) and backend != KNOWN_BACKEND:
+            raise EngineUnavailable(
+                model.model,
+                f"its sleep-mode backend is {backend}, which does not tell whether weights were "
+                f"discarded: it must be {KNOWN_BACKEND}, or off",
+            )
+
+    def _note_sleep(self) -> None:
+        """Something may have fallen asleep, or woken."""
+        discarded = are_weights_discarded()
+        if discarded and not self._are_discarded:
+            self._discards += 1
+            self._taker.forget()
+        self._are_discarded = discarded
+        if self._directory is not None and (discarded or parts_asleep() != self._asleep):
             self._report()
 
     def note_session(self, is_open: bool) -> None:
@@ -101,9 +131,13 @@ class VllmWorker:
 
     def _report(self, error: str = "") -> None:
         assert self._directory is not None
-        self._asleep = _parts_asleep()
+        self._asleep = parts_asleep()
         status = WorkerStatus(
-            rank=self._taker.rank, session=self._session, asleep=self._asleep, error=error
+            rank=self._taker.rank,
+            session=self._session,
+            asleep=self._asleep,
+            discards=self._discards,
+            error=error,
         )
         try:
             write_status(self._directory, status)
@@ -117,14 +151,13 @@ class VllmWorker:
     def take(self, turn: Turn) -> None:
         """See `TurnTaker.take`; raises nothing. If the device is lost, this process ends once that
         is said."""
+        self._note_sleep()
         try:
             self._taker.take(turn)
         except ConsumerError as error:  # nobody waits for it, or sees by itself that none came
             _logger.error("turn refused: %s", error)
         lost = self._taker.lost
         if lost is None:
-            if self._directory is not None and _parts_asleep() != self._asleep:
-                self._report()
             return
         _logger.critical("%s: this worker ends", lost)
         self._taker.disconnect()  # what is mapped stays: letting go of it asks the device
@@ -144,7 +177,7 @@ class VllmWorker:
         touches = isinstance(request, Apply) or (
             isinstance(request, Inspect) and request.layout_digest is not None
         )
-        if touches and "weights" in _parts_asleep():
+        if touches and "weights" in parts_asleep():
             return EngineAsleep(type(request).__name__)
         return None
 
@@ -156,18 +189,3 @@ def drafts_from_checkpoint(vllm_config: Any) -> bool:
     if draft_config is None or draft_config is vllm_config.model_config:
         return False
     return bool(draft_config.model == vllm_config.model_config.model)
-
-
-def _parts_asleep() -> tuple[str, ...]:
-    """What vLLM's sleep mode has taken off its device, by tags: `weights`, `kv_cache`, ... Whoever
-    writes to it then faults."""
-    tags: set[str] = set()
-    for module, name in _ALLOCATORS:
-        allocator = getattr(getattr(sys.modules.get(module), name, None), "instance", None)
-        if allocator is not None:
-            tags.update(
-                allocation.tag
-                for allocation in allocator.pointer_to_data.values()
-                if getattr(allocation, "is_asleep", False)
-            )
-    return tuple(sorted(tags))

@@ -52,6 +52,21 @@ def test_status_tells_the_refusal_when_the_directory_is_open_to_others(short_pat
     assert read_status(short_path / "absent", 0) is None
 
 
+def test_status_tells_the_refusal_when_sleep_cannot_be_followed(short_path: Path) -> None:
+    sleeping = config()
+    sleeping.model_config.sleep_mode_backend = "snapshot"
+    worker = VllmWorker(sleeping, nn.Linear(1, 1), torch.device("cpu"))
+    worker.open(str(short_path))
+    assert read_status(short_path, 0) == WorkerStatus(rank=0)
+    worker.close()
+    sleeping.model_config.enable_sleep_mode = True
+    worker.open(str(short_path))
+    status = read_status(short_path, 0)
+    assert status is not None
+    assert "its sleep-mode backend is snapshot" in status.error
+    assert "must be cumem, or off" in status.error
+
+
 def test_status_tells_whether_a_session_is_open(short_path: Path) -> None:
     worker = VllmWorker(config(), nn.Linear(1, 1), torch.device("cpu"))
     worker.note_session(True)

@@ -276,6 +276,78 @@ async def test_updated_engine_sleeps_on_when_its_user_has_woken_its_parameters_o
         assert (not server.asleep, server.paused) == (woken, not woken)
 
 
+class Allocator:
+    """vLLM's (`device_allocator/cumem.py`), in which the weights are one allocation."""
+
+    def __init__(self) -> None:
+        self.weights = SimpleNamespace(tag="weights", is_asleep=False, cpu_backup_tensor=None)
+        self.pointer_to_data = {1: self.weights}
+
+    def sleep(self, offload_tags: tuple[str, ...] = ()) -> None:
+        self.weights.cpu_backup_tensor = object() if "weights" in offload_tags else None
+        self.weights.is_asleep = True
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        del tags
+        self.weights.is_asleep, self.weights.cpu_backup_tensor = False, None
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    module, allocator = ModuleType("vllm.device_allocator.cumem"), Allocator()
+    module.__dict__["CuMemAllocator"] = SimpleNamespace(instance=allocator)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return allocator
+
+
+@pytest.mark.parametrize("way", ["backend", "extension"])
+async def test_ranks_hold_nothing_when_their_weights_were_discarded_in_a_sleep(
+    way: str, allocator: Allocator, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """It has slept and was woken before anybody looked."""
+    extended: dict[str, Any] = {"style": "extension", "backend": None, "extended": True}
+    server = start(**({} if way == "backend" else extended))
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        allocator.sleep(("weights",))
+        allocator.wake_up()
+        assert await report(engine) == (1, False, False)
+        allocator.sleep()
+        allocator.wake_up()
+        assert await report(engine) == (-1, False, True)
+        said = (await engine.state(LONG_S)).error
+        assert said == "its weights were discarded while it slept (level 2)"
+        with pytest.raises(EngineUnavailable, match="rank 0 holds a part of an update"):
+            await engine.resume(1, LONG_S)
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        assert await report(engine) == (-1, False, True)
+        await updates.prepare()
+        (first, *_) = await updates.update(2)
+        assert first.processed_parameters > 0, "all of it is loaded by the engine itself"
+        assert await report(engine) == (2, False, False)
+        assert server.executor.fingerprints() == checkpoints.fingerprints(2)
+
+
+async def test_update_fails_touched_when_weights_are_discarded_in_its_pause(
+    allocator: Allocator, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await engine.pause(LONG_S)
+        allocator.sleep()
+        allocator.wake_up()
+        with pytest.raises(ApplyFailed, match="NotAttached") as caught:
+            await updates.apply(2)
+        assert caught.value.touched
+        assert await report(engine) == (-1, True, True)
+        await updates.prepare()
+        await updates.update(2)
+        assert await report(engine) == (2, False, False)
+
+
 async def test_update_is_refused_untouched_when_the_engine_fell_asleep_in_its_pause(
     asleep: SimpleNamespace, start: Start, directory: Path, checkpoints: Checkpoints
 ) -> None:
