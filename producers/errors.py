@@ -16,6 +16,7 @@ __all__ = (
     "SlotsUnsuitable",
     "TensorInvalid",
     "VersionNotNew",
+    "VersionSkipped",
 )
 
 
@@ -55,6 +56,21 @@ class SlotBusy(ProducerError):
             f"the slot of version {version} cannot be written: after {waited_s:g} s there are "
             "readers left: " + ", ".join(self.readers)
         )
+
+
+class VersionSkipped(ProducerError):
+    """Engines are still busy with versions before, and `when_busy="skip"`: go on without this one.
+
+    Raised on every rank of a trainer if it is on one. Nothing was retired because of it alone, and
+    the newest version is untouched. In a group of ranks the version is used up.
+    """
+
+    def __init__(self, version: int, reason: str, rank: int | None = None) -> None:
+        self.version, self.reason = version, reason
+        self.rank = rank
+        """Which other rank has skipped it; None: this one."""
+        by = "" if rank is None else f" by rank {rank}"
+        super().__init__(f"version {version} is skipped{by}: {reason}")
 
 
 class SlotsUnsuitable(ProducerError):

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import anyio
 import anyio.from_thread
@@ -45,9 +45,11 @@ from weightbus.schemas.placement import CudaSegment, SharedMemorySegment
 from weightbus.tracing.attributes import BYTES
 from weightbus.tracing.telemetry import Span, Telemetry
 
-__all__ = ("Publisher", "PublisherOptions", "open_publisher")
+__all__ = ("Publisher", "PublisherOptions", "WhenBusy", "open_publisher")
 
 _logger = logging.getLogger(__name__)
+
+WhenBusy = Literal["wait", "skip", "fail"]
 
 LINGER_POLL_S = 0.1
 
@@ -78,6 +80,16 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
       is whole, too: 0.4 s later for 15 GB.
     - `auto`: of tensors on one GPU `device`, or `both` if there is `p2p`; of others, and where GPU
       memory cannot be had or shared, `host`, with a warning unless no tensor lies on a GPU.
+    """
+    when_busy: WhenBusy = "wait"
+    """What to do with a version while engines still read the older one in its slot, or the newest:
+
+    - `wait` for them, at most `slot_wait_s`; then it fails with `SlotBusy`. The trainer stands
+      still meanwhile, and after 1 s that is warned about.
+    - `skip` the version at once: `VersionSkipped`. The trainer never waits for an engine.
+    - `fail` at once with `SlotBusy`.
+
+    A version that does not come is an event, too: `CheckpointSkipped`, with who is busy.
     """
     slot_wait_s: float = 120.0
     """For readers of the older version and of the newest, before the older one's slot is reused."""
@@ -119,7 +131,8 @@ async def open_publisher(
 
     Raises:
         RankInvalid: there is no such rank.
-        SettingInvalid: there are no such slots, or none that `options.p2p` could let others read.
+        SettingInvalid: `options` name no such slots or policy, or slots that `options.p2p` could
+            not let others read.
         MessageInvalid: `model` or `producer` is no subject token.
         HostUnknown: the system does not tell which host this is.
         EndpointUnavailable, EndpointFailed: `options.p2p` requires a transfer engine.
@@ -132,6 +145,9 @@ async def open_publisher(
     if options.slots not in get_args(SlotsIn):
         known = ", ".join(get_args(SlotsIn))
         raise SettingInvalid("slots", options.slots, f"must be one of {known}")
+    if options.when_busy not in get_args(WhenBusy):
+        known = ", ".join(get_args(WhenBusy))
+        raise SettingInvalid("when_busy", options.when_busy, f"must be one of {known}")
     if options.slots == "device" and options.p2p is not None:
         raise SettingInvalid("slots", options.slots, "p2p needs slots in host memory: say 'both'")
     with ExitStack() as stack:
