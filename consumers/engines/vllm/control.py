@@ -192,10 +192,7 @@ class VllmControl(ABC):
             await self._call_workers(_SESSION[0], info, left_s(end))
         else:
             await self._call_method("weightbus_open", [str(directory)], left_s(end))
-        for rank, status in enumerate(self._statuses()):
-            if status is None:
-                reason = f"its rank {rank} cannot write to {directory}: it must be on this host"
-                raise EngineUnavailable(self.name, reason)
+        for rank, status in enumerate(self._known_statuses()):
             if status.error:
                 raise EngineUnavailable(self.name, f"rank {rank}: {status.error}")
 
@@ -220,14 +217,21 @@ class VllmControl(ABC):
         raise DeadlineExceeded(f"taking back a pause of {self.name}", deadline_s)
 
     async def turn(self, turn: Turn, deadline_s: float) -> None:
-        """Have every worker take this turn; returns when all have."""
+        """Have every worker take this turn; returns when all have.
+
+        Raises:
+            EngineUnavailable: also if a worker cannot say how it is; nothing was done then.
+        """
+        end = anyio.current_time() + deadline_s
+        if self._directory is not None and None in self._statuses():
+            await self.open(self._directory, deadline_s)
         if self.way == "extension":
             encoded = msgspec.json.encode(turn).decode()
-            await self._call_method("weightbus_turn", [encoded], deadline_s)
+            await self._call_method("weightbus_turn", [encoded], left_s(end))
             return
-        end = anyio.current_time() + deadline_s
         if not self._is_session_open():
-            await self._call_workers("start_weight_update", {}, deadline_s)
+            await self._call_workers("start_weight_update", {}, left_s(end))
+            self._known_statuses()
         info = {"update_info": msgspec.to_builtins(turn)}
         await self._call_workers("update_weights", info, left_s(end))
 
@@ -254,25 +258,48 @@ class VllmControl(ABC):
     def is_partly_asleep(self) -> bool:
         """Whether a worker lacked memory that vLLM's sleep mode takes when it last had a turn: vLLM
         resumes such an engine when it is told to, and its next step faults. It resumes by itself
-        when the last part of it is woken."""
-        return any(status is not None and bool(status.asleep) for status in self._statuses())
+        when the last part of it is woken.
 
-    def discards(self) -> tuple[int, ...]:
-        """How often each worker's weights were discarded (vLLM's sleep at level 2), as far as is
-        known. Reads files, and asks nobody."""
-        statuses = self._statuses()
-        return tuple(0 if status is None else status.discards for status in statuses)
+        Raises:
+            EngineUnavailable: a worker cannot say how it is.
+        """
+        return any(status.asleep for status in self._known_statuses())
+
+    def discards(self, known: Sequence[int] = ()) -> tuple[int, ...]:
+        """How often each worker's weights were discarded (vLLM's sleep at level 2). Reads files,
+        and asks nobody: of one that cannot say how it is, what was known."""
+        return tuple(
+            (known[rank] if rank < len(known) else 0) if status is None else status.discards
+            for rank, status in enumerate(self._statuses())
+        )
 
     def _is_session_open(self) -> bool:
         """
         Raises:
             EngineUnavailable: in some workers, but not in all: nothing ends that without failing.
+                Or a worker cannot say.
         """
-        is_open = {status is not None and status.session for status in self._statuses()}
+        is_open = {status.session for status in self._known_statuses()}
         if len(is_open) > 1:
             reason = "a session is open in some of its workers only: it must be started anew"
             raise EngineUnavailable(self.name, reason)
         return True in is_open
+
+    def _known_statuses(self) -> list[WorkerStatus]:
+        """
+        Raises:
+            EngineUnavailable: a worker could not say how it is when that last changed.
+        """
+        known = []
+        for rank, status in enumerate(self._statuses()):
+            if status is None:
+                raise EngineUnavailable(
+                    self.name,
+                    f"its rank {rank} cannot write to {self._directory}: it must be on this host, "
+                    "with room on the disk",
+                )
+            known.append(status)
+        return known
 
     def _statuses(self) -> list[WorkerStatus | None]:
         assert self._directory is not None

@@ -252,7 +252,7 @@ class VllmEngine(ServingEngine):
             paused = await self._control.is_paused(deadline_s)
             if commands == self._commands:
                 self._paused = paused
-            discards = self._control.discards()
+            discards = self._control.discards(self._discards)
             stale = discards != self._discards or self._probes >= PROBES_PER_TURN
             stale = stale or not await self._are_connected()
             if stale and not self._turns.locked():
@@ -345,8 +345,8 @@ class VllmEngine(ServingEngine):
 
     def _on_new_workers(self) -> None:
         """They are told from the old also when vLLM has discarded what they held."""
-        known = self._discards
-        if any(now > before for now, before in zip(self._control.discards(), known, strict=False)):
+        now = self._control.discards(self._discards)
+        if any(more > before for more, before in zip(now, self._discards, strict=False)):
             self._error = "its weights were discarded while it slept (level 2)"
 
     async def _wake(self, deadline_s: float) -> None:

@@ -33,15 +33,21 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
 
 
 def write_status(directory: Path, status: WorkerStatus) -> None:
-    """Whole or not at all.
+    """Whole; or not at all, and then what was said before is withdrawn.
 
     Raises:
         OSError: it cannot be written.
     """
     path = _path(directory, status.rank)
     beside = path.with_suffix(".new")
-    beside.write_bytes(msgspec.json.encode(status))
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(msgspec.json.encode(status))
+        os.replace(beside, path)
+    except OSError:
+        for stale in (path, beside):
+            with suppress(OSError):
+                stale.unlink(missing_ok=True)
+        raise
 
 
 def read_status(directory: Path, rank: int) -> WorkerStatus | None:

@@ -29,6 +29,7 @@ from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.engine import VllmSettings, open_vllm_engine
 from weightbus.consumers.engines.vllm.http import HttpControl
 from weightbus.consumers.engines.vllm.plugin import BACKEND
+from weightbus.consumers.engines.vllm.status import WorkerStatus, write_status
 from weightbus.consumers.errors import ApplyFailed, EngineUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +106,7 @@ async def test_requests_of_one_call_share_its_budget(short_path: Path) -> None:
             with pytest.raises(EngineUnavailable, match="rank 0 cannot write"):
                 await control.open(short_path, LONG_S)
             assert len(control.left_s) == 4
+            write_status(short_path, WorkerStatus(rank=0))
             await call(control)
             for spent in (control.left_s[:4], control.left_s[4:]):
                 assert spent == sorted(set(spent), reverse=True)

@@ -214,6 +214,49 @@ async def test_session_is_started_again_when_somebody_finished_it(
         assert server.details(since) == ["POST /start_weight_update", "POST /update_weights"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_turn_is_refused_until_its_workers_can_say_how_they_are(
+    rank: int, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """As on a disk that is full: vLLM's session may be open in some of them, in all, or in none."""
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        finish, begin = "finish_weight_update", "start_weight_update"
+        for operations in ([finish], [finish, begin]):
+            in_the_way = directory / f"worker-{rank}.new"
+            in_the_way.mkdir()
+            for operation in operations:
+                await anyio.to_thread.run_sync(server.executor.collective_rpc, operation)
+            for _ in range(2):
+                with pytest.raises(EngineUnavailable, match=f"rank {rank} cannot write to"):
+                    await engine.inspect(None, LONG_S)
+            in_the_way.rmdir()
+            assert [rank.version for rank in await engine.inspect(None, LONG_S)] == [1, 1]
+        await updates.update(2)
+        assert await report(engine) == (2, False, False)
+
+
+async def test_session_that_its_workers_cannot_tell_of_is_used_once_they_can(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """The disk is full just when the consumer begins a session."""
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await anyio.to_thread.run_sync(server.executor.collective_rpc, "finish_weight_update")
+        in_the_way = directory / "worker-1.new"
+        server.before["POST /start_weight_update"] = in_the_way.mkdir
+        with pytest.raises(EngineUnavailable, match="rank 1 cannot write to"):
+            await engine.inspect(None, LONG_S)
+        server.before.clear()
+        in_the_way.rmdir()
+        await updates.update(2)
+        assert await report(engine) == (2, False, False)
+
+
 async def test_apply_that_was_given_up_is_over_when_its_turn_comes_late(
     start: Start, directory: Path, checkpoints: Checkpoints
 ) -> None:
