@@ -39,8 +39,8 @@ from weightbus.schemas.catalogue import (
     stream_name,
     subject_of,
 )
-from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, encode
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
+from weightbus.schemas.codec import encode
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.leases import ReaderLease, RoundLease
 from weightbus.schemas.progress import EngineState
@@ -99,8 +99,9 @@ class Bus:
         """Say it on the message's subject; returns once the server has stored it.
 
         A `CheckpointReady` of the same model, version and producer is stored and delivered to the
-        history once: the acknowledgement of a repeat says `duplicate`. With `expected_sequence`, of
-        `last_sequence`, it is stored only if nothing has been since; who listens hears it anyway.
+        history once, and so is a `CheckpointSkipped`: a repeat's acknowledgement says `duplicate`.
+        With `expected_sequence`, of `last_sequence`, it is stored only if nothing has been since;
+        who listens hears it anyway.
 
         Raises:
             WrongLastSequence: something has been.
@@ -109,10 +110,13 @@ class Bus:
         message_id = None
         if isinstance(message, CheckpointReady):
             message_id = f"{message.model}/{message.version}/{message.producer}"
+        elif isinstance(message, CheckpointSkipped):  # any rank may say it
+            message_id = f"{message.model}/{message.version}/{message.producer}/skipped"
+        content_type = entry_of(type(message)).content_type
         return await self._jetstream.publish(
             subject_of(message, self.prefix),
-            encode(message),
-            {HEADER_CONTENT_TYPE: CONTENT_TYPE_MSGPACK, **(headers or {})},
+            encode(message, content_type),
+            {HEADER_CONTENT_TYPE: content_type, **(headers or {})},
             message_id=message_id,
             expected_sequence=expected_sequence,
         )

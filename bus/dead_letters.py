@@ -18,8 +18,8 @@ import anyio
 from weightbus.bus.background import open_background
 from weightbus.bus.errors import BusError
 from weightbus.bus.jetstream import JetStream
-from weightbus.schemas.catalogue import check_token, subject_of
-from weightbus.schemas.codec import CONTENT_TYPE_MSGPACK, encode
+from weightbus.schemas.catalogue import check_token, entry_of, subject_of
+from weightbus.schemas.codec import encode
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.progress import DeadLetter
 
@@ -118,10 +118,11 @@ class DeadLetters:
     async def _publish(self, letter: DeadLetter) -> None:
         """Many readers report the same message; the id collapses their letters into one."""
         cause = hashlib.sha256(letter.subject.encode() + b"\0" + letter.payload).hexdigest()
+        content_type = entry_of(DeadLetter).content_type
         await self._jetstream.publish(
             subject_of(letter, self._prefix),
-            encode(letter),
-            {"Content-Type": CONTENT_TYPE_MSGPACK},
+            encode(letter, content_type),
+            {"Content-Type": content_type},
             message_id=f"dead/{cause}",
         )
 

@@ -19,6 +19,7 @@ from weightbus.schemas.catalogue import (
     STREAMS,
     WORKER_MESSAGES,
     BucketEntry,
+    Encoding,
     Entry,
     StreamEntry,
     bucket_name,
@@ -36,8 +37,10 @@ from weightbus.schemas.checkpoint import (
     CheckpointPart,
     CheckpointReady,
     CheckpointRetired,
+    CheckpointSkipped,
     CopyReady,
     CopyRetired,
+    SkipCause,
 )
 from weightbus.schemas.codec import CONTENT_TYPE_JSON, CONTENT_TYPE_MSGPACK, decode, encode
 from weightbus.schemas.dtypes import DTYPE_BYTES
@@ -182,6 +185,7 @@ __all__ = (
     "CheckpointPart",
     "CheckpointReady",
     "CheckpointRetired",
+    "CheckpointSkipped",
     "CopyReady",
     "CopyRetired",
     "Commit",
@@ -200,6 +204,7 @@ __all__ = (
     "encode",
     "encode_layout",
     "encode_needs",
+    "Encoding",
     "EngineRoute",
     "EngineState",
     "EngineStatus",
@@ -250,6 +255,7 @@ __all__ = (
     "SegmentSpec",
     "ShardSpec",
     "SharedMemorySegment",
+    "SkipCause",
     "Stage",
     "StageComplete",
     "StageTiming",

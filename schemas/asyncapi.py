@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from weightbus.schemas.base import SCHEMA_VERSION, Message
+from weightbus.schemas.base import SCHEMA_VERSION
 from weightbus.schemas.catalogue import (
     BUCKETS,
     CATALOGUE,
@@ -93,8 +93,7 @@ def asyncapi_document(prefix: str = "weightbus") -> dict[str, Any]:
         "operations": operations,
         "components": {
             "messages": {
-                entry.message.__name__: _message(entry.message, entry.description)
-                for entry in (*CATALOGUE, *BUCKETS)
+                entry.message.__name__: _message(entry) for entry in (*CATALOGUE, *BUCKETS)
             },
             "schemas": struct_schemas("#/components/schemas/{name}"),
         },
@@ -130,13 +129,13 @@ def _channel(entry: Entry | BucketEntry, address: str, prefix: str) -> dict[str,
     }
 
 
-def _message(message: type[Message], description: str) -> dict[str, Any]:
-    name = message.__name__
+def _message(entry: Entry | BucketEntry) -> dict[str, Any]:
+    name = entry.message.__name__
     return {
         "name": name,
         "title": name,
-        "summary": description,
-        "contentType": CONTENT_TYPE_MSGPACK,
+        "summary": entry.description,
+        "contentType": entry.content_type if isinstance(entry, Entry) else CONTENT_TYPE_MSGPACK,
         "headers": HEADERS,
         "payload": {"$ref": f"#/components/schemas/{name}"},
     }

@@ -7,7 +7,7 @@ the message, and a subject token. A message's subject is a function of the messa
 from __future__ import annotations
 
 import re
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
 from msgspec import Struct
 
@@ -16,9 +16,11 @@ from weightbus.schemas.checkpoint import (
     CheckpointPart,
     CheckpointReady,
     CheckpointRetired,
+    CheckpointSkipped,
     CopyReady,
     CopyRetired,
 )
+from weightbus.schemas.codec import CONTENT_TYPE_JSON, CONTENT_TYPE_MSGPACK
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.leases import ReaderLease, RoundLease
 from weightbus.schemas.progress import (
@@ -38,6 +40,7 @@ __all__ = (
     "STREAMS",
     "WORKER_MESSAGES",
     "BucketEntry",
+    "Encoding",
     "Entry",
     "StreamEntry",
     "bucket_name",
@@ -60,6 +63,9 @@ CONSUMER: Final = "consumer"
 LEADER: Final = "leader"
 MONITOR: Final = "monitor"
 
+Encoding = Literal["msgpack", "json"]
+"""How we write a message. Readers do not rely on it: they follow the header `Content-Type`."""
+
 
 class Entry(Struct, frozen=True, kw_only=True):
     """One message that is published on a subject."""
@@ -72,6 +78,13 @@ class Entry(Struct, frozen=True, kw_only=True):
     sender: str
     receivers: tuple[str, ...]
     description: str
+    encoding: Encoding = "msgpack"
+    """`json`: what a trainer in any language waits for, so that it needs no MessagePack to read."""
+
+    @property
+    def content_type(self) -> str:
+        """The `Content-Type` of what we send."""
+        return CONTENT_TYPE_JSON if self.encoding == "json" else CONTENT_TYPE_MSGPACK
 
 
 class BucketEntry(Struct, frozen=True, kw_only=True):
@@ -132,6 +145,17 @@ CATALOGUE: Final = (
         sender=TRAINER,
         receivers=(CONSUMER, MONITOR),
         description="A version of this producer can no longer be read.",
+    ),
+    Entry(
+        message=CheckpointSkipped,
+        subject="{p}.{model}.checkpoint.skipped.{producer}",
+        stream="CHECKPOINTS",
+        sender=TRAINER,
+        receivers=(MONITOR,),
+        description=(
+            "A version will not be published. Message id: model/version/producer/skipped."
+        ),
+        encoding="json",
     ),
     Entry(
         message=CopyReady,
@@ -196,6 +220,7 @@ CATALOGUE: Final = (
         sender=LEADER,
         receivers=(CONSUMER, MONITOR),
         description="The round is over.",
+        encoding="json",
     ),
     Entry(
         message=StageComplete,
@@ -212,6 +237,7 @@ CATALOGUE: Final = (
         sender=CONSUMER,
         receivers=(LEADER, TRAINER, MONITOR),
         description="An engine serves a version.",
+        encoding="json",
     ),
     Entry(
         message=UpdateFailed,
@@ -220,6 +246,7 @@ CATALOGUE: Final = (
         sender=CONSUMER,
         receivers=(LEADER, TRAINER, MONITOR),
         description="An engine did not reach a version.",
+        encoding="json",
     ),
     Entry(
         message=DeadLetter,
@@ -228,6 +255,7 @@ CATALOGUE: Final = (
         sender=CONSUMER,
         receivers=(MONITOR,),
         description="What could not be read, and why.",
+        encoding="json",
     ),
 )
 

@@ -1,8 +1,8 @@
-"""What is said of a version: it is ready, a part or a copy of it is, it is gone. Does no I/O."""
+"""What is said of a version: it, a part or a copy of it is ready, skipped or gone. Does no I/O."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -14,6 +14,7 @@ from weightbus.schemas.base import (
     ObjectDigest,
     RankNumber,
     Reason,
+    Seconds,
     Token,
     Version,
 )
@@ -23,8 +24,10 @@ __all__ = (
     "CheckpointPart",
     "CheckpointReady",
     "CheckpointRetired",
+    "CheckpointSkipped",
     "CopyReady",
     "CopyRetired",
+    "SkipCause",
 )
 
 Metadata = Annotated[
@@ -34,6 +37,10 @@ Metadata = Annotated[
 Paths = Annotated[
     tuple[Annotated[str, Meta(min_length=1, max_length=4096)], ...], Meta(max_length=4096)
 ]
+
+SkipCause = Literal["busy", "ranks", "failed"]
+"""`busy`: no slot was free. `ranks`: parts of the version were missing. `failed`: the copy or the
+announcement failed."""
 
 
 class CheckpointReady(Message, frozen=True, kw_only=True):
@@ -89,6 +96,27 @@ class CheckpointRetired(Message, frozen=True, kw_only=True):
     reason: Reason = ""
     active_readers: Count = 0
     """Leases that had not ended when the publisher gave up waiting for them."""
+
+
+class CheckpointSkipped(Message, frozen=True, kw_only=True):
+    """A version was to be published and will not be: the trainer has gone on without it.
+
+    Said once for a version by any rank of the producer. It asks nothing of anybody: engines go on
+    serving what they serve, and the next version is published like any other.
+    """
+
+    model: Token
+    version: Version
+    producer: Token
+    """The publisher group's name: the same on every rank."""
+    cause: SkipCause
+    reason: Reason
+    """Why, for a person: thing, value and limit."""
+    ranks: Annotated[tuple[RankNumber, ...], Meta(max_length=65_536)] = ()
+    """The ranks of the trainer that were not heard of, if that is why; ascending."""
+    waited_s: Seconds = 0.0
+    """How long the trainer waited before it went on."""
+    created_ns: Nanoseconds = 0
 
 
 class CopyReady(Message, frozen=True, kw_only=True):

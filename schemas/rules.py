@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CopyReady
+from weightbus.schemas.checkpoint import (
+    CheckpointPart,
+    CheckpointReady,
+    CheckpointSkipped,
+    CopyReady,
+)
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.limits import Limits
 from weightbus.schemas.needs_codec import check_needs, needs_digest
@@ -115,6 +120,10 @@ def _check_part(message: CheckpointPart, limits: Limits) -> None:
         limit = f"must be below world_size, {message.world_size}"
         raise MessageInvalid("CheckpointPart", "rank", message.rank, limit)
     check_ways("CheckpointPart", "placement", message.placement)
+
+
+def _check_skipped(message: CheckpointSkipped, limits: Limits) -> None:
+    _check_unique("CheckpointSkipped", "ranks", message.ranks)
 
 
 def _check_join(message: Join, limits: Limits) -> None:
@@ -265,6 +274,7 @@ def _check_digests(kind: str, digests: bytes) -> int:
 _RULES: Final[dict[type[Message], Callable[[Any, Limits], None]]] = {
     CheckpointReady: _check_ready,
     CheckpointPart: _check_part,
+    CheckpointSkipped: _check_skipped,
     CopyReady: _check_copy,
     Join: _check_join,
     RoundPlan: _check_plan,

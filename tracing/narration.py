@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 from weightbus.schemas.progress import (
     DeadLetter,
     EngineState,
@@ -25,10 +25,12 @@ from weightbus.tracing.text import (
 
 __all__ = ("narrate", "narrate_gone", "time_of_day")
 
+RANKS_SHOWN = 8
 
 Narrated = (
     EngineState
     | CheckpointReady
+    | CheckpointSkipped
     | Join
     | RoundPlan
     | StageComplete
@@ -64,6 +66,8 @@ def _sentence(message: Narrated) -> str:
             return _state(message)
         case CheckpointReady():
             return f"version {message.version} is ready, from {message.producer}"
+        case CheckpointSkipped():
+            return _skipped(message)
         case Join():
             ranks = _ranks(len(message.ranks))
             return f"{message.engine} joins round {message.round} with {ranks}"
@@ -88,6 +92,15 @@ def _state(state: EngineState) -> str:
     if state.target_version >= 0:
         text += f", moving to version {state.target_version}"
     return f"{text} ({_ranks(state.ranks)} of {state.engine_kind or 'an engine'})"
+
+
+def _skipped(skipped: CheckpointSkipped) -> str:
+    text = f"version {skipped.version} is skipped by {skipped.producer} ({skipped.cause}"
+    if skipped.waited_s:
+        text += f" after {format_seconds(skipped.waited_s)}"
+    if skipped.ranks:
+        text += f"; not heard of: {_listed(skipped.ranks)}"
+    return f"{text}): {skipped.reason}"
 
 
 def _plan(plan: RoundPlan) -> str:
@@ -143,6 +156,14 @@ def _moved(size_bytes: int, seconds: float) -> str:
     if not size_bytes:
         return ""
     return f", {format_bytes(size_bytes)}" + (f", {format_rate(rate)} GB/s" if rate else "")
+
+
+def _listed(ranks: tuple[int, ...]) -> str:
+    """The first of them, and how many more."""
+    shown = ", ".join(map(str, ranks[:RANKS_SHOWN]))
+    more = len(ranks) - RANKS_SHOWN
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def _ranks(count: int) -> str:

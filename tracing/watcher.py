@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 from msgspec import msgpack
 
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 from weightbus.schemas.progress import (
     DeadLetter,
     EngineState,
@@ -40,6 +40,7 @@ __all__ = ("WATCHED_MESSAGES", "Fleet")
 
 WATCHED_MESSAGES: Final = (
     CheckpointReady,
+    CheckpointSkipped,
     Join,
     RoundPlan,
     StageComplete,

@@ -21,6 +21,7 @@ from weightbus.schemas import (
     CheckpointPart,
     CheckpointReady,
     CheckpointRetired,
+    CheckpointSkipped,
     Commit,
     Copy,
     CopyReady,
@@ -153,6 +154,16 @@ _TRAINER: Final[tuple[Message, ...]] = (
     ),
     CheckpointRetired(
         model=MODEL, version=5, producer="trainer", reason="its slot is needed", active_readers=1
+    ),
+    CheckpointSkipped(
+        model=MODEL,
+        version=8,
+        producer="trainer",
+        cause="ranks",
+        reason="the parts of ranks 2 and 3 of 4 did not come within 60 s",
+        ranks=(2, 3),
+        waited_s=60.0,
+        created_ns=T0,
     ),
 )
 

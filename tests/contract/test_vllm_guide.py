@@ -30,6 +30,7 @@ OF_VLLM = frozenset(
         "--dtype",
         "--enable-expert-parallel",
         "--enforce-eager",
+        "--gpu-memory-utilization",
         "--host",
         "--load-format",
         "--model",

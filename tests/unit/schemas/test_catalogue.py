@@ -44,6 +44,7 @@ from weightbus.schemas import (
         ("CheckpointReady", "weightbus.qwen3-rl.checkpoint.ready"),
         ("CheckpointPart", "weightbus.qwen3-rl.checkpoint.part.trainer.1"),
         ("CheckpointRetired", "weightbus.qwen3-rl.checkpoint.retired.trainer"),
+        ("CheckpointSkipped", "weightbus.qwen3-rl.checkpoint.skipped.trainer"),
         ("CopyReady", "weightbus.qwen3-rl.checkpoint.copy.a.ready"),
         ("CopyRetired", "weightbus.qwen3-rl.checkpoint.copy.a.retired"),
         ("Join", "weightbus.qwen3-rl.round.v7-0.join"),
@@ -64,7 +65,7 @@ def test_subject_follows_from_the_message(name: str, subject: str) -> None:
 
 
 def test_every_entry_has_a_subject_test_above() -> None:
-    assert len(CATALOGUE) == 15
+    assert len(CATALOGUE) == 16
 
 
 def test_stage_of_the_whole_engine_has_its_own_token() -> None:

@@ -82,6 +82,7 @@ def block(generation: int) -> SharedMemorySegment:
         ("CheckpointReady", {"placement": ((FILE, FILE),)}, "placement[0][1]", "not repeat"),
         ("CheckpointPart", {"rank": 2}, "rank", "must be below world_size, 2"),
         ("CheckpointPart", {"placement": ((block(1),),)}, "placement[0][0].generation", "even"),
+        ("CheckpointSkipped", {"ranks": (1, 2, 1)}, "ranks[2]", "must not repeat"),
         ("Join", {"ranks": EXAMPLES["Join"].ranks * 2}, "ranks[1]", "must not repeat"),  # type: ignore[attr-defined]
         ("Abort", {"lost": ("b", "c", "b")}, "lost[2]", "must not repeat"),
         ("RoundComplete", {"completed": ("a", "a")}, "completed[1]", "must not repeat"),
