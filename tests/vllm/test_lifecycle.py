@@ -156,7 +156,7 @@ def test_fourier_embeddings_are_as_new_after_a_scratch_model_and_a_reload(
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     from weightbus.consumers.engines.vllm.lifecycle import reload_layerwise
-    from weightbus.consumers.engines.vllm.renewing import renew_copies
+    from weightbus.consumers.engines.vllm.renewing import Renewer
     from weightbus.consumers.engines.vllm.scratch import _rotary_embeddings_apart
 
     monkeypatch.setattr(fope, "get_tensor_model_parallel_world_size", lambda: 1)
@@ -185,7 +185,7 @@ def test_fourier_embeddings_are_as_new_after_a_scratch_model_and_a_reload(
     reload_layerwise(model, config, list(model.modules()), coefficients.items())
     assert {n: t.data_ptr() for n, t in rotary.state_dict(keep_vars=True).items()} == served
     assert torch.equal(_rotated(rotary), first), "what is computed once is the old"
-    assert renew_copies(model)
+    assert Renewer(model).renew()
     fresh = _fourier()
     _Rotating(fresh).load_weights(coefficients.items())
     assert torch.equal(_rotated(rotary), _rotated(fresh))

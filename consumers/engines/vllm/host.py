@@ -32,7 +32,7 @@ from weightbus.consumers.engines.vllm.refusing import (
     padding_of,
     refusing,
 )
-from weightbus.consumers.engines.vllm.renewing import renew_copies, sinks_of
+from weightbus.consumers.engines.vllm.renewing import Renewer
 from weightbus.consumers.engines.vllm.scratch import build_scratch
 from weightbus.consumers.errors import CheckpointRefused, ProofFailed
 from weightbus.consumers.reload.host import ModelHost, Weights
@@ -75,6 +75,7 @@ class VllmHost(ModelHost):
         """
         self._config = vllm_config
         self._model = model if draft is None else Joint(model, draft[0])
+        self._renewer = Renewer(self._model)
         self._name = type(model).__name__
         self._device = torch.device(device)
         self._draft = draft
@@ -145,7 +146,7 @@ class VllmHost(ModelHost):
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         self._check_ties(layout)
-        for sinks in sinks_of(self._model):
+        for sinks in self._renewer.sinks():
             if sinks.source is None:
                 raise CheckpointRefused(self._name, f"vLLM's {sinks.name} {sinks.reason}")
         if isinstance(self._model, Joint):
@@ -202,7 +203,7 @@ class VllmHost(ModelHost):
         return self._derived
 
     def renew(self) -> bool:
-        return renew_copies(self._model)
+        return self._renewer.renew()
 
     def synchronize(self) -> None:
         """On a CPU nothing runs beside the calling thread."""

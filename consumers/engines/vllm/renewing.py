@@ -20,7 +20,7 @@ from torch import nn
 from weightbus.consumers.engines.vllm.captured import storage_address
 from weightbus.consumers.errors import ProofFailed
 
-__all__ = ("Sinks", "renew_copies", "sinks_of")
+__all__ = ("Renewer", "Sinks")
 
 
 @dataclass(frozen=True)
@@ -42,46 +42,52 @@ class Sinks:
         )
 
 
-def sinks_of(model: nn.Module) -> Iterator[Sinks]:
-    """Every copy of sinks in a model."""
-    used = [
-        (name, impl, impl.sinks)
-        for name, module in model.named_modules()
-        for impl in _impls(module)
-        if isinstance(getattr(impl, "sinks", None), torch.Tensor)
-    ]
-    if not used:
-        return
-    state = {storage_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    for name, impl, kept in used:
-        if storage_address(kept) not in state:
-            told = getattr(impl, "_sinks_source", None)
-            source = told if isinstance(told, torch.Tensor) else _nearest_sinks(model, name, kept)
-            yield Sinks(name, kept, source)
+class Renewer:
+    """Of one model, whose modules stay the same."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._attention = [
+            (name, impl) for name, module in model.named_modules() for impl in _impls(module)
+        ]
+        self._fourier: list[Any] = [module for module in model.modules() if _is_fourier(module)]
 
-def renew_copies(model: nn.Module) -> bool:
-    """Make all of them of the parameters as they are now; what the device does may be under way.
+    def sinks(self) -> Iterator[Sinks]:
+        """Every copy of sinks that there is now."""
+        used = [
+            (name, impl, impl.sinks)
+            for name, impl in self._attention
+            if isinstance(getattr(impl, "sinks", None), torch.Tensor)
+        ]
+        if not used:
+            return
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        state = {storage_address(tensor) for tensor in tensors}
+        for name, impl, kept in used:
+            if storage_address(kept) not in state:
+                told = getattr(impl, "_sinks_source", None)
+                nearest = _nearest_sinks(self._model, name, kept)
+                yield Sinks(name, kept, told if isinstance(told, torch.Tensor) else nearest)
 
-    Returns:
-        Whether there are any.
+    def renew(self) -> bool:
+        """Make all copies of the parameters as they are now; what the device does may be under way.
 
-    Raises:
-        ProofFailed: it is not known what a copy is made of.
-    """
-    found = False
-    with torch.inference_mode():  # some are made within a forward pass, and can be written only so
-        for sinks in sinks_of(model):
-            if sinks.source is None:
-                raise ProofFailed(sinks.name, sinks.reason)
-            sinks.kept.copy_(sinks.source)
-            found = True
-        for module in model.modules():
-            if _is_fourier(module):
-                rotary: Any = module
-                rotary.cos_sin_cache.copy_(rotary._compute_cos_sin_cache())
+        Returns:
+            Whether there are any.
+
+        Raises:
+            ProofFailed: it is not known what a copy is made of.
+        """
+        found = bool(self._fourier)
+        with torch.inference_mode():  # what a forward pass has made can be written only so
+            for sinks in self.sinks():
+                if sinks.source is None:
+                    raise ProofFailed(sinks.name, sinks.reason)
+                sinks.kept.copy_(sinks.source)
                 found = True
-    return found
+            for rotary in self._fourier:
+                rotary.cos_sin_cache.copy_(rotary._compute_cos_sin_cache())
+        return found
 
 
 def _impls(module: nn.Module) -> list[Any]:

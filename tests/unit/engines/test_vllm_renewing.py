@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightbus.consumers.engines.vllm.renewing import renew_copies, sinks_of
+from weightbus.consumers.engines.vllm.renewing import Renewer
 from weightbus.consumers.errors import ProofFailed
 
 HEADS = 4
@@ -76,7 +76,7 @@ def test_float32_sinks_are_renewed_where_they_are() -> None:
     served = impl.sinks
     write(block, 3.0)
     assert served.tolist() == [0.0] * HEADS, "a write to the parameter does not reach it"
-    assert renew_copies(model_of(block))
+    assert Renewer(model_of(block)).renew()
     assert impl.sinks is served
     assert served.tolist() == [3.0] * HEADS
 
@@ -87,7 +87,7 @@ def test_every_kernel_is_renewed_when_there_are_several() -> None:
     for impl in impls:
         impl.process_weights_after_loading()
     write(block, 2.0)
-    assert renew_copies(model_of(block))
+    assert Renewer(model_of(block)).renew()
     assert [impl.sinks.tolist() for impl in impls] == [[2.0] * HEADS] * 2
 
 
@@ -99,7 +99,7 @@ def test_sinks_that_were_cast_in_a_forward_pass_are_renewed_from_the_parameter_a
             block.attn.impl.sinks = block.sinks.to(torch.float32)
     for number, block in enumerate(blocks):
         write(block, 1.0 + number)
-    assert renew_copies(model_of(*blocks))
+    assert Renewer(model_of(*blocks)).renew()
     assert [block.attn.impl.sinks.tolist() for block in blocks] == [[1.0] * HEADS, [2.0] * HEADS]
 
 
@@ -108,8 +108,8 @@ def test_sinks_that_were_cast_in_a_forward_pass_are_renewed_from_the_parameter_a
 )
 def test_nothing_is_done_when_the_kernel_reads_the_parameter(make: Any) -> None:
     model = model_of(Block(torch.float32, make))
-    assert list(sinks_of(model)) == []
-    assert not renew_copies(model)
+    assert list(Renewer(model).sinks()) == []
+    assert not Renewer(model).renew()
 
 
 @pytest.mark.parametrize("change", ["no parameter", "two of them", "another shape"])
@@ -123,10 +123,10 @@ def test_model_is_refused_when_it_is_not_known_what_the_sinks_are_made_of(change
             block.more_sinks = nn.Parameter(torch.ones(HEADS), requires_grad=False)
         case "another shape":
             block.attn.impl.sinks = torch.zeros(HEADS + 1)
-    (sinks,) = sinks_of(model_of(block))
+    (sinks,) = Renewer(model_of(block)).sinks()
     assert (sinks.name, sinks.source) == ("layers.0.attn", None)
     with pytest.raises(ProofFailed, match=r"layers\.0\.attn: keeps a copy of its attention sinks"):
-        renew_copies(model_of(block))
+        Renewer(model_of(block)).renew()
     assert kept.tolist() == [0.0] * HEADS
 
 
@@ -169,7 +169,7 @@ def test_sines_of_fourier_embeddings_are_renewed_where_they_are(has_run: bool) -
     if has_run:
         model.rotary()
     model.rotary.cos_coef.data.fill_(7.0)
-    assert renew_copies(model)
+    assert Renewer(model).renew()
     assert model.rotary.cos_sin_cache is served
     expected = torch.arange(10.0)[:, None, None].expand(10, 2, 3) * 7.0
     assert torch.equal(model.rotary(), expected)
