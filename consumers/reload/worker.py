@@ -305,7 +305,9 @@ class ReloadWorker:
         )
 
     def _begin(self) -> None:
-        """From here on a live parameter may have been written."""
+        """From here on a live parameter may have been written. Steps that the engine has left to
+        the device end first."""
+        self._host.synchronize()
         self._touched = True
         self._updates += 1
 

@@ -140,7 +140,8 @@ class VllmEngine(ServingEngine):
         settings = self._settings
         self._commands += 1
         try:
-            await self._control.pause(settings.pause, settings.caches == "reset", left_s(end))
+            clear = settings.caches == "reset" and settings.pause != "keep"  # else beside `apply`
+            await self._control.pause(settings.pause, clear, left_s(end))
             self._paused = True
         except BaseException as error:
             if not was_paused:

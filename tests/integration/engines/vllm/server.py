@@ -113,6 +113,8 @@ class StandIn:
     """Set: running requests end when they are waited for."""
     before: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Route -> what happens, in the engine core, before it is carried out."""
+    after: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Route -> what happens between that and its answer."""
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -164,6 +166,8 @@ class StandIn:
                 answer = self._carry_out(call)
             if call.query.get("mode") == ["wait"]:
                 assert self.drained.wait(LONG_S)
+            if (after := self.after.get(call.route)) is not None:
+                after()
             return 200, answer
         except WorkerError as error:
             self.violations.append(f"{call.detail}: a call of workers failed: {error}")

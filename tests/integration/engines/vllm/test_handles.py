@@ -166,7 +166,7 @@ async def test_async_engine_holds_each_version_when_updated(
     assert llm.said == [
         item
         for version in (1, 2)
-        for item in (("pause", "keep", True), ("reset", True, True), ("version", str(version)))
+        for item in (("pause", "keep", False), ("reset", True, True), ("version", str(version)))
     ]
 
 

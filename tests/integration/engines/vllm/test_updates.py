@@ -102,6 +102,18 @@ async def test_engine_holds_each_version_bit_for_bit_when_updated(
         assert not worker.has_session
 
 
+async def test_pause_is_over_when_the_engine_has_paused_though_its_answer_is_late(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start("0.32")
+    async with opened(server, directory, checkpoints, pause="keep") as (engine, _):
+        answer = Gate()
+        server.after["POST /pause"] = answer
+        await engine.pause(LONG_S)
+        answer.open()
+        assert server.paused
+
+
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 @pytest.mark.parametrize("caches", ["reset", "keep"])
 async def test_calls_between_pause_and_resumption_are_few_when_the_pause_is_as_configured(
@@ -112,8 +124,8 @@ async def test_calls_between_pause_and_resumption_are_few_when_the_pause_is_as_c
         await updates.prepare()
         server.running, since = 3, len(server.calls)
         await updates.update(1)
-        during = [*server.details(since)]
-        clear = "true" if caches == "reset" else "false"
+        during = [d for d in server.details(since) if d != "GET /is_paused"]
+        clear = "true" if mode != "keep" and caches == "reset" else "false"
         resets = [
             "POST /reset_encoder_cache",
             "POST /reset_prefix_cache?reset_running_requests=true&reset_external=true",
