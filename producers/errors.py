@@ -15,6 +15,7 @@ __all__ = (
     "SlotBusy",
     "SlotsUnsuitable",
     "TensorInvalid",
+    "TrainerInvalid",
     "VersionNotNew",
     "VersionSkipped",
 )
@@ -30,6 +31,14 @@ class TensorInvalid(ProducerError):
     def __init__(self, tensor: str, value: object, limit: str) -> None:
         self.tensor, self.value, self.limit = tensor, value, limit
         super().__init__(f"tensor {tensor} is {value}: {limit}")
+
+
+class TrainerInvalid(ProducerError):
+    """What a model is, or how it is spread over ranks, is none of what is known here."""
+
+    def __init__(self, what: str, value: object, limit: str) -> None:
+        self.what, self.value, self.limit = what, value, limit
+        super().__init__(f"{what} is {value}: {limit}")
 
 
 class VersionNotNew(ProducerError):
