@@ -24,6 +24,7 @@ import msgspec
 
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.turns import Turn
+from weightbus.consumers.engines.vllm.extending import EXTENSION, why_not_ours
 from weightbus.consumers.engines.vllm.plugin import BACKEND
 from weightbus.consumers.engines.vllm.status import (
     WorkerStatus,
@@ -40,15 +41,12 @@ PauseMode = Literal["keep", "wait", "abort"]
 Way = Literal["backend", "extension"]
 
 BACKEND_OPTION: Final = """--weight-transfer-config '{"backend": "weightbus"}'"""
-EXTENSION_OPTION: Final = (
-    "--worker-extension-cls weightbus.consumers.engines.vllm.extension.WeightBusExtension"
-)
+EXTENSION_OPTION: Final = f"--worker-extension-cls {EXTENSION}"
 
 NOT_RESET: Final = "its prefix cache, or that of its KV connector, could not be reset"
 
 START_DRAFT: Final = "start_draft_weight_update"
 _TAKE_BACK_POLL_S: Final = 0.02
-_EXTENSION: Final = ".WeightBusExtension"
 _SESSION: Final = ("init_weight_transfer_engine", "start_weight_update", "update_weights")
 
 
@@ -174,16 +172,20 @@ class VllmControl(ABC):
         end = anyio.current_time() + deadline_s
         self._ranks = await self.world_size(deadline_s)
         started = await self.started_with(left_s(end))
+        reason = ""
         if started.backend == BACKEND and all(map(self.has, _SESSION)):
             self.way = "backend"
-        elif (started.extension or "").endswith(_EXTENSION) and self.has("collective_rpc"):
-            self.way = "extension"
+        elif started.extension and self.has("collective_rpc"):
+            reason = await why_not_ours(started.extension, left_s(end))
+            self.way = None if reason else "extension"
         else:
+            self.way = None
+        if self.way is None:
             raise EngineUnavailable(
                 self.name,
                 "its workers cannot be reached: start it, with weightbus installed beside it, by "
                 f"{BACKEND_OPTION}, or where this vLLM has no such backends by {EXTENSION_OPTION} "
-                f"(it has backend {started.backend} and extension {started.extension})",
+                f"(it has backend {started.backend} and extension {started.extension}{reason})",
             )
         self._directory = directory
         forget_statuses(directory, self._ranks)

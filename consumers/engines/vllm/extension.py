@@ -4,7 +4,7 @@
 vLLM makes the class a base of its worker's: `self` is the worker. Its methods are called by
 `collective_rpc`, on the worker's main thread, with strings only, so that no unsafe serialization is
 needed. Names begin with `weightbus`, since none may be one that the worker has. None of them
-raises: see `status.py`.
+raises: see `status.py`. A subclass will do, too, by whatever name.
 """
 
 from __future__ import annotations
@@ -58,9 +58,3 @@ class WeightBusExtension:
             _logger.error("turn refused: no consumer has opened this worker")
         else:
             ours.take(decoded)
-
-    def weightbus_close(self) -> None:
-        """Leave the consumer."""
-        ours: VllmWorker | None = getattr(self, "_weightbus", None)
-        if ours is not None:
-            ours.close()

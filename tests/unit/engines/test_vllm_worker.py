@@ -121,7 +121,6 @@ def test_extension_raises_nothing_when_it_is_given_no_turn(
     assert not caplog.text
     extension.weightbus_turn('{"numbers": [-1, -1], "wait_s": 0}')
     assert "there are 1" in caplog.text
-    extension.weightbus_close()
 
 
 LOST = """

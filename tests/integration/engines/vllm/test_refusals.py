@@ -23,7 +23,7 @@ from tests.integration.engines.vllm.test_updates import (
     opened,
     report,
 )
-from tests.integration.engines.vllm.workers import Executor
+from tests.integration.engines.vllm.workers import Executor, RenamedExtension, Worker
 from weightbus.consumers.engines.http import JsonServer, open_json_server
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.engine import VllmSettings, open_vllm_engine
@@ -33,6 +33,9 @@ from weightbus.consumers.engines.vllm.status import WorkerStatus, write_status
 from weightbus.consumers.errors import ApplyFailed, EngineUnavailable
 
 pytestmark = pytest.mark.anyio
+
+ELSEWHERE = "theirs.extension.WeightBusExtension"
+"""Of a module that the consumer cannot import."""
 
 REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "no dev mode": ({"style": "no dev mode"}, r"no /pause, .*VLLM_SERVER_DEV_MODE=1"),
@@ -55,6 +58,41 @@ async def test_engine_is_refused_when_it_lacks_what_is_needed(
     with pytest.raises(EngineUnavailable, match=reason):
         async with opened(server, directory, checkpoints):
             pass
+
+
+def extended_by(server: StandIn, extension: str) -> StandIn:
+    for worker in server.executor.workers:
+        worker.vllm_config.parallel_config.worker_extension_cls = extension
+    return server
+
+
+@pytest.mark.parametrize("name", [f"{RenamedExtension.__module__}.RenamedExtension", ELSEWHERE])
+async def test_extension_is_taken_by_what_it_can_do_whatever_its_name(
+    name: str, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = extended_by(start("extension", backend=None, extended=True), name)
+    async with opened(server, directory, checkpoints) as (_, updates):
+        await updates.prepare()
+        await updates.update(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (f"{Worker.__module__}.Worker", "has no weightbus_open, weightbus_turn"),
+        (f"{Worker.__module__}.Absent", "cannot be looked at from here: AttributeError"),
+        ("theirs.extension.Own", "cannot be looked at from here: ModuleNotFoundError"),
+    ],
+)
+async def test_extension_is_refused_unasked_when_it_cannot_do_what_is_needed(
+    name: str, reason: str, start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """vLLM takes harm from calls of methods that its workers do not have."""
+    server = extended_by(start("extension", backend=None), name)
+    with pytest.raises(EngineUnavailable, match=rf"extension {name}, which {reason}"):
+        async with opened(server, directory, checkpoints):
+            pass
+    assert not any("collective_rpc" in detail for detail in server.details())
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://[::1"])

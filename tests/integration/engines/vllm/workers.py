@@ -28,7 +28,7 @@ from weightbus.consumers.engines.vllm.extension import WeightBusExtension
 from weightbus.consumers.engines.vllm.worker import Draft, VllmWorker
 from weightbus.consumers.reload.host import ModelHost, Weights
 
-__all__ = ("Executor", "StandInHost", "Worker", "WorkerError")
+__all__ = ("Executor", "RenamedExtension", "StandInHost", "Worker", "WorkerError")
 
 LONG_S = 60.0
 
@@ -163,7 +163,12 @@ class ExtendedWorker(WeightBusExtension, Worker):
         return self.make_host(config, model, device, draft)
 
     def close(self) -> None:
-        self.weightbus_close()
+        if (ours := getattr(self, "_weightbus", None)) is not None:
+            ours.close()
+
+
+class RenamedExtension(WeightBusExtension):
+    """A user's own, by a name of its own."""
 
 
 class Executor:
