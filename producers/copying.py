@@ -1,29 +1,34 @@
 """Copies a part's tensors into a block in host memory, whatever holds them.
 
 `HostCopier` copies at once; `GpuCopier` queues on streams, and never waits for a device. No view of
-a trainer's tensor is kept.
+a trainer's tensor is kept. What is published as another dtype is cast, and an adapter's product
+added, in the copy: the trainer's tensors stay as they are, and one tensor at a time has a copy of
+its own (none on the CPU, if it is only cast).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 
 from weightbus.producers.devices import Devices, Handover, Stream
-from weightbus.schemas.dtypes import DTYPE_BYTES
-from weightbus.schemas.layout import Layout, ShardSpec
+from weightbus.producers.shards import Part, box_bytes, torch_dtype
 
-__all__ = ("Copier", "GpuCopier", "HostCopier", "box_bytes", "place_of")
+__all__ = ("Copier", "GpuCopier", "HostCopier", "copy_shard")
 
 
 class Copier(Protocol):
     """Copies a run of shards at a time. For one thread."""
 
-    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Copy each source to its place, or see to it that it will be."""
+    def copy(self, data: torch.Tensor, part: Part, begin: int, end: int) -> None:
+        """Copy shards `begin` to `end` to their places in `data`, or see to it that they will be.
+
+        Args:
+            data: a slot's bytes, in host memory.
+        """
 
     def mark(self) -> Callable[[], None]:
         """Returns what waits until all that was given to be copied by now is; for any thread."""
@@ -35,15 +40,15 @@ class Copier(Protocol):
 class HostCopier:
     """One `copy_` per tensor, of any strides, on any device; done when it returns."""
 
-    def __init__(self, sources: Sequence[torch.Tensor]) -> None:
-        """Waits for the devices that hold sources."""
-        for device in {source.device for source in sources if source.device.type != "cpu"}:
-            torch.get_device_module(device).synchronize(device)
+    def __init__(self, part: Part) -> None:
+        """Waits for the devices that hold its tensors."""
+        for device in part.devices:
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize(device)
 
-    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for place, source in zip(places, sources, strict=True):
-                place.copy_(source)
+    def copy(self, data: torch.Tensor, part: Part, begin: int, end: int) -> None:
+        for number in range(begin, end):
+            copy_shard(data, part, number)
 
     def mark(self) -> Callable[[], None]:
         return lambda: None
@@ -64,15 +69,15 @@ class GpuCopier:
         for number, stream in streams.items():
             stream.follow(handover.streams[number])
 
-    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    def copy(self, data: torch.Tensor, part: Part, begin: int, end: int) -> None:
         by_device: dict[int | None, list[int]] = {}
-        for number, source in enumerate(sources):
-            by_device.setdefault(self._devices.number_of(source), []).append(number)
+        for number in range(begin, end):
+            device = self._devices.number_of(part.sources[number])
+            by_device.setdefault(device, []).append(number)
         for device, numbers in by_device.items():
-            with nullcontext() if device is None else self._streams[device].use(), torch.no_grad():
+            with nullcontext() if device is None else self._streams[device].use():
                 for number in numbers:
-                    queued = device is not None
-                    places[number].copy_(sources[number], non_blocking=queued)
+                    copy_shard(data, part, number, non_blocking=device is not None)
 
     def mark(self) -> Callable[[], None]:
         waits = [stream.mark() for stream in self._streams.values()]
@@ -88,16 +93,11 @@ class GpuCopier:
             stream.follow(copies)
 
 
-def place_of(data: torch.Tensor, shard: ShardSpec, source: torch.Tensor) -> torch.Tensor:
-    """Where a shard lies in a block's bytes: a view of its source's dtype and shape."""
-    size_bytes = source.numel() * source.element_size()
+def copy_shard(data: torch.Tensor, part: Part, number: int, *, non_blocking: bool = False) -> None:
+    """Copy one shard to its place in a slot's bytes, on the current stream of its device."""
+    shard = part.layout.shards[number]
+    size_bytes = box_bytes(part.layout, shard)
     place = data[shard.offset_bytes : shard.offset_bytes + size_bytes]
-    return place.view(source.dtype).view(source.shape)
-
-
-def box_bytes(layout: Layout, shard: ShardSpec) -> int:
-    """Size of a shard."""
-    size_bytes = DTYPE_BYTES[layout.tensors[shard.tensor].dtype]
-    for extent in shard.sizes:
-        size_bytes *= extent
-    return size_bytes
+    with torch.no_grad():
+        place = place.view(torch_dtype(part.layout, shard)).view(shard.sizes)
+        place.copy_(part.elements(number), non_blocking=non_blocking)

@@ -179,7 +179,8 @@ class Devices:
         return tuple(sorted(device.index for device in part.devices if device.type == "cuda"))
 
     def hand_over(self, part: Part, copied: Callable[[], None] | None = None) -> Handover:
-        """To be called in the trainer's thread."""
+        """To be called in the trainer's thread, for each version: `Part.prepare` is called here."""
+        part.prepare()
         streams = {number: self.device(number).current_stream() for number in self.numbers_of(part)}
         return Handover(streams, copied or (lambda: None))
 

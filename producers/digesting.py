@@ -16,10 +16,11 @@ import numpy as np
 
 from weightbus.bus.digest import digest_box
 from weightbus.bus.errors import CudaFailed, CudaUnavailable
-from weightbus.producers.copying import Copier, box_bytes
+from weightbus.producers.copying import Copier
 from weightbus.producers.devices import Devices, Digest, Stream
 from weightbus.producers.digests import Sums
 from weightbus.producers.memory import keep
+from weightbus.producers.shards import box_bytes
 from weightbus.schemas.dtypes import DTYPE_BYTES
 from weightbus.schemas.layout import Layout, ShardSpec
 

@@ -4,8 +4,9 @@ Needs Triton; imported only where slots lie on a GPU. Bits are copied as integer
 stays what it is: torch's batched copy takes 16-bit floats through 32 bits.
 
 What the layout says is cut into pieces once. What the trainer's tensors say, their addresses, is
-asked every time, and taken to the device when it has changed. Tensors with gaps, and those in host
-memory, are copied one by one.
+asked every time, and taken to the device when it has changed. Tensors with gaps, those in host
+memory, those of another dtype than is published, and those that something is added to are copied
+one by one, by torch's own kernels on the same stream.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from weightbus.producers.copying import box_bytes, place_of
-from weightbus.producers.shards import Part
+from weightbus.producers.copying import copy_shard
+from weightbus.producers.shards import Part, box_bytes, torch_dtype
 from weightbus.schemas.layout import Layout
 
 __all__ = ("GpuCopy", "plan_pieces")
@@ -95,7 +96,8 @@ class GpuCopy:
     """Copies parts of one layout, on one device. For one thread at a time."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self._shards, self._device = layout.shards, device
+        self._dtypes = [torch_dtype(layout, shard) for shard in layout.shards]
+        self._device = device
         self._pieces = plan_pieces(layout)
         self._part: weakref.ref[Part] | None = None
         self._plain: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
@@ -115,7 +117,8 @@ class GpuCopy:
         """
         sources, count = part.sources, len(part.sources)
         if self._part is None or self._part() is not part:
-            self._plain = np.fromiter(map(self._is_plain, sources), np.bool_, count)
+            plain = (self._is_plain(part, number) for number in range(count))
+            self._plain = np.fromiter(plain, np.bool_, count)
             self._part = weakref.ref(part)
         addresses = np.fromiter((source.data_ptr() for source in sources), np.int64, count)
         self._learn(addresses, _lanes(addresses) * self._plain)
@@ -137,16 +140,17 @@ class GpuCopy:
                 BLOCK=BLOCK_LANES,
                 num_warps=WARPS,
             )
-        with torch.no_grad():
-            for number in np.flatnonzero(~self._plain).tolist():
-                source = part.sources[number]
-                place = place_of(data, self._shards[number], source)
-                place.copy_(source, non_blocking=source.device == self._device)
+        for number in np.flatnonzero(~self._plain).tolist():
+            here = part.sources[number].device == self._device
+            copy_shard(data, part, number, non_blocking=here)
 
-    def _is_plain(self, source: torch.Tensor) -> bool:
-        """Whether its bytes, as they lie in memory, are what is to be copied."""
+    def _is_plain(self, part: Part, number: int) -> bool:
+        """Whether the bytes of a source, as they lie in memory, are what is to be copied."""
+        source = part.sources[number]
         return (
-            source.is_contiguous()
+            number not in part.deltas
+            and source.dtype == self._dtypes[number]
+            and source.is_contiguous()
             and source.device == self._device
             and not source.is_neg()
             and not source.is_conj()

@@ -7,19 +7,35 @@ order is the trainer's. Every box begins at a multiple of `ALIGNMENT_BYTES` of t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch.distributed import tensor as distributed
 
+from weightbus.producers.dtensors import local_box
 from weightbus.producers.errors import TensorInvalid
-from weightbus.schemas.dtypes import TORCH_NAMES
+from weightbus.schemas.dtypes import DTYPE_BYTES, TORCH_NAMES
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 
-__all__ = ("ALIGNMENT_BYTES", "Part", "Shard", "Tensors", "plan_part")
+__all__ = (
+    "ALIGNMENT_BYTES",
+    "Box",
+    "Delta",
+    "Part",
+    "Shard",
+    "Tensors",
+    "box_bytes",
+    "box_of_shard",
+    "box_of_tensor",
+    "cast_dtype",
+    "plan_boxes",
+    "plan_part",
+    "torch_dtype",
+)
 
 ALIGNMENT_BYTES: Final = 256
 """What a GPU's widest loads and its allocator align to; wide loads need both sides aligned."""
@@ -30,11 +46,15 @@ MAX_DIMENSIONS: Final = 8
 MAX_NAME_CHARACTERS: Final = 512
 """`schemas.base.Name`."""
 
+CASTABLE: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What `dtype=` casts, and casts to: FP8 needs scales, which a cast does not make."""
+
 _DTYPE_NAMES: Final[dict[torch.dtype, str]] = {
     getattr(torch, attribute): name
     for name, attribute in TORCH_NAMES.items()
     if hasattr(torch, attribute)
 }
+_DTYPES: Final = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,25 @@ Tensors = Mapping[str, torch.Tensor] | Iterable[Shard]
 """A state dict (its values may be `DTensor`), or boxes."""
 
 
+class Delta(ABC):
+    """What is added to a tensor as it is copied: the product of an adapter's factors."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Take the factors of now. In the trainer's thread; may talk to other ranks, which call it,
+        too, for the same deltas in the same order.
+
+        Raises:
+            TensorInvalid: the adapter is of a kind that is not known.
+        """
+
+    @abstractmethod
+    def add_to(self, source: torch.Tensor) -> torch.Tensor:
+        """The sum, in the source's dtype, on the current stream of its device; the source stays as
+        it is. A temporary of the source's size; or the source itself, if there is nothing to add.
+        Talks to nobody."""
+
+
 @dataclass(frozen=True)
 class Part:
     """What one rank publishes.
@@ -67,46 +106,85 @@ class Part:
     """
 
     layout: Layout
-    """Specs of whole tensors, this rank's shards, one segment; not empty even without shards."""
+    """Specs of whole tensors, this rank's shards, one segment; not empty even without shards. Its
+    dtypes are what is published: what the sources hold is cast in the copy."""
     sources: tuple[torch.Tensor, ...]
     """For every shard of the layout the tensor that holds its elements, in the shard's shape."""
+    deltas: Mapping[int, Delta] = field(default_factory=dict)
+    """Number of a shard -> what is added to its source in the copy."""
+    prepared: Sequence[Delta] = ()
+    """All deltas of the model, also of shards that other ranks publish: the same on every rank."""
 
     @cached_property
     def size_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(source.nbytes for source in self.sources)
+        """Of all that is published: as it lies in a slot, without gaps."""
+        return sum(box_bytes(self.layout, shard) for shard in self.layout.shards)
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:
         """That hold the tensors."""
         return frozenset(source.device for source in self.sources)
 
+    def prepare(self) -> None:
+        """Called in the trainer's thread for each version that is published, before it is copied.
 
-class _Box(NamedTuple):
+        Where adapters are cut over ranks, it is a collective of torch's: all ranks call it.
+
+        Raises:
+            TensorInvalid: an adapter has become one of a kind that is not known.
+        """
+        for delta in self.prepared:
+            delta.prepare()
+
+    def elements(self, number: int) -> torch.Tensor:
+        """What shard `number` publishes, not yet cast: its source, or the sum with its delta."""
+        delta, source = self.deltas.get(number), self.sources[number]
+        return source if delta is None else delta.add_to(source)
+
+
+class Box(NamedTuple):
+    """One box, to be published by this rank or another."""
+
     name: str
     dtype: torch.dtype
+    """Of `source`, before a cast."""
     shape: tuple[int, ...]
+    """Of the whole tensor."""
     starts: tuple[int, ...]
     source: torch.Tensor | None
     """None: another rank publishes it."""
+    delta: Delta | None = None
 
 
-def plan_part(tensors: Tensors) -> Part:
+def plan_part(tensors: Tensors, *, dtype: torch.dtype | None = None) -> Part:
     """The part of a rank that holds `tensors`.
 
     Tied tensors are published under each of their names. Boxes without elements get no shard. Boxes
     that overlap are left to `check_layout`.
 
+    Args:
+        dtype: what tensors of floating point (16 bits and more) are cast to in the copy; they stay
+            as they are, and so do all others. None: nothing is cast.
+
     Raises:
         TensorInvalid: something is no tensor, or has no bytes, no dtype of safetensors or no box.
     """
+    return plan_boxes(_boxes(tensors), dtype)
+
+
+def plan_boxes(
+    boxes: Iterable[Box], dtype: torch.dtype | None = None, prepared: Sequence[Delta] = ()
+) -> Part:
+    """As `plan_part`."""
     specs: dict[str, TensorSpec] = {}
     numbers: dict[str, int] = {}
     shards: list[ShardSpec] = []
     sources: list[torch.Tensor] = []
+    deltas: dict[int, Delta] = {}
     end_bytes = 0
-    for box in _boxes(tensors):
-        spec = TensorSpec(box.name, _dtype_name(box), box.shape)
+    for box in boxes:
+        target = cast_dtype(box.dtype, dtype)
+        spec = TensorSpec(box.name, _dtype_name(box.name, target), box.shape)
         known = specs.setdefault(box.name, spec)
         number = numbers.setdefault(box.name, len(numbers))
         if known != spec:
@@ -115,37 +193,79 @@ def plan_part(tensors: Tensors) -> Part:
         if box.source is None or box.source.numel() == 0:
             continue
         sizes = tuple(box.source.shape)
+        if box.delta is not None:
+            deltas[len(shards)] = box.delta
         shards.append(ShardSpec(number, box.starts, sizes, 0, end_bytes))
         sources.append(box.source)
-        end_bytes = _align(end_bytes + box.source.numel() * box.source.element_size())
+        end_bytes = _align(end_bytes + box.source.numel() * target.itemsize)
     segment = SegmentSpec(max(end_bytes, ALIGNMENT_BYTES))
-    return Part(Layout(tuple(specs.values()), tuple(shards), (segment,)), tuple(sources))
+    layout = Layout(tuple(specs.values()), tuple(shards), (segment,))
+    return Part(layout, tuple(sources), deltas, tuple(prepared))
+
+
+def cast_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor of dtype `source` is published as.
+
+    Raises:
+        TensorInvalid: nothing is cast to `dtype`.
+    """
+    if dtype is None:
+        return source
+    if dtype not in CASTABLE:
+        names = ", ".join(map(str, CASTABLE))
+        raise TensorInvalid("(each)", f"to be cast to {dtype}", f"must be one of {names}")
+    return dtype if source in CASTABLE else source
+
+
+def torch_dtype(layout: Layout, shard: ShardSpec) -> torch.dtype:
+    """Of what is published of a shard."""
+    return _DTYPES[layout.tensors[shard.tensor].dtype]
+
+
+def box_bytes(layout: Layout, shard: ShardSpec) -> int:
+    """Size of a shard as it is published."""
+    size_bytes = DTYPE_BYTES[layout.tensors[shard.tensor].dtype]
+    for extent in shard.sizes:
+        size_bytes *= extent
+    return size_bytes
 
 
 def _align(offset_bytes: int) -> int:
     return -(-offset_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _boxes(tensors: Tensors) -> Iterator[_Box]:
+def _boxes(tensors: Tensors) -> Iterator[Box]:
     if isinstance(tensors, Mapping):
         for name, tensor in tensors.items():
-            yield _box_of_tensor(name, tensor)
+            yield box_of_tensor(name, tensor)
         return
     for number, shard in enumerate(tensors):
         if not isinstance(shard, Shard):
             raise TensorInvalid(f"number {number}", _type_of(shard), "must be a Shard")
-        yield _box_of_shard(shard)
+        yield box_of_shard(shard)
 
 
-def _box_of_tensor(name: Any, tensor: Any) -> _Box:
+def box_of_tensor(name: str, tensor: torch.Tensor) -> Box:
+    """Of a plain tensor the whole; of a `DTensor` what this rank publishes.
+
+    Raises:
+        TensorInvalid
+    """
     _check_tensor(name, tensor)
-    if isinstance(tensor, distributed.DTensor):
-        return _box_of_dtensor(name, tensor)
     shape = tuple(tensor.shape)
-    return _Box(name, tensor.dtype, shape, (0,) * len(shape), tensor)
+    if not isinstance(tensor, distributed.DTensor):
+        return Box(name, tensor.dtype, shape, (0,) * len(shape), tensor)
+    box = local_box(name, tensor)
+    if box is None:
+        return Box(name, tensor.dtype, shape, (0,) * len(shape), None)
+    return Box(name, tensor.dtype, shape, box.starts, box.local)
 
 
-def _box_of_shard(shard: Shard) -> _Box:
+def box_of_shard(shard: Shard) -> Box:
+    """
+    Raises:
+        TensorInvalid
+    """
     _check_tensor(shard.name, shard.tensor)
     if isinstance(shard.tensor, distributed.DTensor):
         limit = "must be a local tensor; a DTensor goes into a state dict as it is"
@@ -158,64 +278,7 @@ def _box_of_shard(shard: Shard) -> _Box:
     if not len(shape) == len(starts) == len(sizes) or not inside:
         value = f"a box of sizes {sizes} at {starts} of shape {shape}"
         raise TensorInvalid(shard.name, value, "must lie inside, with as many dimensions")
-    return _Box(shard.name, shard.tensor.dtype, shape, starts, shard.tensor)
-
-
-def _box_of_dtensor(name: str, tensor: distributed.DTensor) -> _Box:
-    """The local box of this rank; none where it is a replica and not the first of its mesh."""
-    shape = tuple(tensor.shape)
-    nowhere = _Box(name, tensor.dtype, shape, (0,) * len(shape), None)
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return nowhere
-    held = [[range(extent)] for extent in shape]
-    for where, ways, placement in zip(coordinate, mesh.shape, tensor.placements, strict=True):
-        if placement.is_replicate():
-            if where != 0:
-                return nowhere
-        elif (dimension := getattr(placement, "dim", None)) is not None:
-            split_factor = getattr(placement, "split_factor", 1)
-            held[dimension] = _indices_held(held[dimension], where, ways, split_factor)
-        else:
-            raise TensorInvalid(name, f"placed as {placement}", "must be Shard or Replicate")
-    local = tensor.to_local().detach()
-    spans = [_span(indices) for indices in held]
-    sizes = tuple(sum(map(len, indices)) for indices in held)
-    if tuple(map(len, spans)) != sizes or (all(sizes) and sizes != tuple(local.shape)):
-        value = f"placed as {tensor.placements}, {tuple(local.shape)} of {shape} here"
-        raise TensorInvalid(name, value, "must be one box on every rank; give it as Shards")
-    return _Box(name, tensor.dtype, shape, tuple(span.start for span in spans), local)
-
-
-def _indices_held(indices: list[range], where: int, ways: int, split_factor: int) -> list[range]:
-    """What number `where` of `ways` ranks keeps of `indices`, as `torch.chunk` cuts them.
-
-    `split_factor` is 1 for `Shard`. FSDP2 over tensor parallelism places weights as
-    `_StridedShard`: the indices are cut into so many pieces first, and every rank has its chunk of
-    each piece.
-    """
-    held = []
-    for piece in range(split_factor):
-        held += _chunk(_chunk(indices, piece, split_factor), where, ways)
-    return held
-
-
-def _chunk(indices: list[range], number: int, count: int) -> list[range]:
-    size = -(-sum(map(len, indices)) // count)
-    begin, end = number * size, (number + 1) * size
-    chunk = []
-    for run in indices:
-        part = run[max(begin, 0) : max(end, 0)]
-        if part:
-            chunk.append(part)
-        begin, end = begin - len(run), end - len(run)
-    return chunk
-
-
-def _span(indices: list[range]) -> range:
-    """From the first index to the last: as long as `indices` only if they lie in one run."""
-    return range(indices[0].start, indices[-1].stop) if indices else range(0)
+    return Box(shard.name, shard.tensor.dtype, shape, starts, shard.tensor)
 
 
 def _check_tensor(name: Any, tensor: Any) -> None:
@@ -236,10 +299,10 @@ def _check_tensor(name: Any, tensor: Any) -> None:
         raise TensorInvalid(name, f"{tensor.ndim}-dimensional", f"at most {MAX_DIMENSIONS}")
 
 
-def _dtype_name(box: _Box) -> str:
-    if box.dtype not in _DTYPE_NAMES:
-        raise TensorInvalid(box.name, box.dtype, f"must be one of {', '.join(TORCH_NAMES)}")
-    return _DTYPE_NAMES[box.dtype]
+def _dtype_name(name: str, dtype: torch.dtype) -> str:
+    if dtype not in _DTYPE_NAMES:
+        raise TensorInvalid(name, dtype, f"must be one of {', '.join(TORCH_NAMES)}")
+    return _DTYPE_NAMES[dtype]
 
 
 def _type_of(value: object) -> str:

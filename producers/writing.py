@@ -1,7 +1,7 @@
 """Copies a part's tensors into a block in host memory, and has digested what has been written.
 
-Blocking; runs in a worker thread. No temporaries: every tensor goes straight into its place in the
-mapped block, whatever its strides and device, and is digested there.
+Blocking; runs in a worker thread. Every tensor goes straight into its place in the mapped block,
+whatever its strides, device and dtype, and is digested there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Final
 
 import torch
 
-from weightbus.producers.copying import Copier, HostCopier, box_bytes, place_of
+from weightbus.producers.copying import Copier, HostCopier
 from weightbus.producers.devices import wait_after
 from weightbus.producers.digesting import Digester
 from weightbus.producers.digests import Sums
-from weightbus.producers.shards import Part
+from weightbus.producers.shards import Part, box_bytes
 from weightbus.schemas.layout import Layout
 
 __all__ = ("write_part",)
@@ -43,13 +43,12 @@ def write_part(
         CudaFailed: a device failed.
         CudaTimeout: it may go on copying to `data`, or reading it, whatever else has failed.
     """
-    copier = copier or HostCopier(part.sources)
+    copier = copier or HostCopier(part)
     target = torch.frombuffer(data, dtype=torch.uint8)
     try:
         for begin, end in _batches(part.layout):
             check_cancelled()
-            shards, sources = part.layout.shards[begin:end], part.sources[begin:end]
-            copier.copy([*map(place_of, [target] * len(shards), shards, sources)], sources)
+            copier.copy(target, part, begin, end)
             digester.start(begin, end, copier)
         copier.mark()()
         copied()

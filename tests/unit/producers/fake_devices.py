@@ -13,7 +13,7 @@ from tests.fake_cuda import FakeCuda
 from weightbus.bus.cuda import CudaRuntime
 from weightbus.bus.digest import digest_box
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable
-from weightbus.producers.copying import place_of
+from weightbus.producers.copying import copy_shard
 from weightbus.producers.devices import Device, Devices, Digest, SlotCopy, Stream
 from weightbus.producers.digests import Sums
 from weightbus.producers.shards import Part
@@ -138,8 +138,8 @@ class _Copy:
         assert part is self._prepared
         self._device.before_copy()
         self._device.note(f"copied on {self._device.current.name}")
-        for shard, source in zip(self._layout.shards, part.sources, strict=True):
-            place_of(data, shard, source).copy_(source.detach())
+        for number in range(len(self._layout.shards)):
+            copy_shard(data, part, number)
 
 
 class _Digest:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from weightbus.bus.digest import digest_tensor
+from weightbus.producers.copying import copy_shard
 from weightbus.producers.devices import Stream
 from weightbus.producers.digesting import ThreadDigester
 from weightbus.producers.sealing import add_digests, plan_seal
@@ -129,12 +130,12 @@ class Late:
     """A copier that copies when it is waited for, as a device would."""
 
     def __init__(self) -> None:
-        self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._given: list[tuple[torch.Tensor, Part, int]] = []
         self._lock = threading.Lock()
 
-    def copy(self, places: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    def copy(self, data: torch.Tensor, part: Part, begin: int, end: int) -> None:
         with self._lock:
-            self._given += zip(places, sources, strict=True)
+            self._given += [(data, part, number) for number in range(begin, end)]
 
     def mark(self) -> Callable[[], None]:
         return self._do
@@ -144,8 +145,8 @@ class Late:
 
     def _do(self) -> None:
         with self._lock:
-            for place, source in self._given:
-                place.copy_(source)
+            for data, part, number in self._given:
+                copy_shard(data, part, number)
             self._given.clear()
 
 
