@@ -1,0 +1,1 @@
+"""Publishers in the shape that trainers call: `hooks` for loops, `transformers` for `Trainer`."""
