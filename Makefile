@@ -34,7 +34,7 @@ demo-vllm: $(VLLM_VENV)/.vllm ## The same with vLLM servers, on CPUs: about five
 	@$(VLLM_VENV)/bin/weightbus demo --engine vllm
 
 test: $(VENV)/.dev ## Run all tests
-	@.ci/libraries p2p network
+	@.ci/libraries p2p network languages
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt .ci/vllm
