@@ -57,17 +57,20 @@ class StartedWith(NamedTuple):
     """Of weight transfer; None: there is none."""
     extension: str | None
     """Class that extends its workers; None: there is none."""
+    encodes: bool
+    """It may keep what encoders make, of images or speech."""
 
     @staticmethod
     def of(vllm_config: Any) -> StartedWith:
         """Of a `VllmConfig`, or of the document that it makes."""
         transfer = _get(vllm_config, "weight_transfer_config")
         extension = _get(_get(vllm_config, "parallel_config"), "worker_extension_cls")
-        return StartedWith(_get(transfer, "backend"), extension or None)
+        encoders = _get(_get(vllm_config, "model_config"), "multimodal_config", "not known")
+        return StartedWith(_get(transfer, "backend"), extension or None, encoders is not None)
 
 
-def _get(thing: Any, name: str) -> Any:
-    return thing.get(name) if isinstance(thing, dict) else getattr(thing, name, None)
+def _get(thing: Any, name: str, default: Any = None) -> Any:
+    return thing.get(name, default) if isinstance(thing, dict) else getattr(thing, name, default)
 
 
 class VllmControl(ABC):
@@ -85,6 +88,7 @@ class VllmControl(ABC):
         self._directory: Path | None = None
         """Where the workers were told to connect, and leave their status."""
         self._ranks = 0
+        self._encodes = True
 
     # ---------------------------------------------------------------- what a subclass gives
 
@@ -162,6 +166,11 @@ class VllmControl(ABC):
 
     # ---------------------------------------------------------------- what is common
 
+    def _has_encoders(self) -> bool:
+        """Whether there is something to drop of what encoders have made: to be dropped after the
+        blocks, as only then no request holds it (the encoder caches of vLLM 0.26 and 0.32)."""
+        return self._encodes and self.has("reset_encoder_cache")
+
     async def open(self, directory: Path, deadline_s: float) -> None:
         """Have every worker connect to the consumer of this directory. Idempotent, and to be called
         again when workers are new.
@@ -172,7 +181,7 @@ class VllmControl(ABC):
         end = anyio.current_time() + deadline_s
         self._ranks = await self.world_size(deadline_s)
         started = await self.started_with(left_s(end))
-        reason = ""
+        self._encodes, reason = started.encodes, ""
         if started.backend == BACKEND and all(map(self.has, _SESSION)):
             self.way = "backend"
         elif started.extension and self.has("collective_rpc"):

@@ -4,15 +4,15 @@ Owns the connection to vLLM, the channel to its workers, and a file in the engin
 says what was served last. The engine itself is somebody else's, and goes on when this closes.
 
 What is computed with weights and kept outlives an update unless it is dropped. With `caches` at
-`reset` vLLM drops it as part of the pause, before anything is written, so that an engine that
-cannot is refused then: the blocks of the prefix cache, those of a connector, and what encoders
-made. Blocks of running requests cannot be told from the others by vLLM: in mode `keep` such
-requests are preempted, and when they go on, their keys and values are computed anew with the new
-weights, from the prompt and the tokens that they have made so far. No request is lost. Since
-vLLM's documentation leaves it open whether it does so in mode `keep`, it is asked once more there
-while the weights are written, and its answer is looked at. With `caches` at `keep` nothing is
-dropped: running requests go on at once, on keys and values of the old weights, and new requests
-find them.
+`reset` vLLM drops it while it is paused: the blocks of the prefix cache, those of a connector, and
+what encoders made. In modes `wait` and `abort` it does so as part of the pause, so that an engine
+that cannot is refused before anything is written; in mode `keep`, whose documentation leaves open
+whether the pause does, it is asked beside the weights' being written, and its answer is looked at
+before it serves. Blocks of running requests cannot be told from the others by vLLM: such requests
+are preempted, and when they go on, their keys and values are computed anew with the new weights,
+from the prompt and the tokens that they have made so far. No request is lost. With `caches` at
+`keep` nothing is dropped: running requests go on at once, on keys and values of the old weights,
+and new requests find them.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class VllmEngine(ServingEngine):
         served = Served(version, self._ranks_held())
         write_served(self._place.path / SERVED_FILE, served)
         self._served = served
-        if version >= 0:
+        if version >= 0:  # before it goes on: vLLM marks every token with it
             await self._control.set_version(str(version), left_s(end))
         if self._woken:
             await self._control.wake_up((), left_s(end))

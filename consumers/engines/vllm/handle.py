@@ -18,7 +18,6 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
-from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.vllm.control import (
     NOT_RESET,
@@ -209,12 +208,12 @@ class _AsyncControl(_HandleControl):
         await self._call("wake_up", deadline_s, list(tags) or None)
 
     async def reset_caches(self, deadline_s: float) -> None:
-        async with beside() as tasks:
-            if self.has("reset_encoder_cache"):
-                tasks.start_soon(self._call, "reset_encoder_cache", deadline_s)
-            words = {"reset_running_requests": True, **self._external()}
-            if await self._call("reset_prefix_cache", deadline_s, **words) is False:
-                raise EngineUnavailable(self.name, NOT_RESET)
+        end = anyio.current_time() + deadline_s
+        words = {"reset_running_requests": True, **self._external()}
+        if await self._call("reset_prefix_cache", deadline_s, **words) is False:
+            raise EngineUnavailable(self.name, NOT_RESET)
+        if self._has_encoders():
+            await self._call("reset_encoder_cache", left_s(end))
 
     async def set_version(self, version: str, deadline_s: float) -> None:
         if self.has("update_weight_version"):
@@ -297,7 +296,7 @@ class _OfflineControl(_HandleControl):
         if await self._call("reset_prefix_cache", deadline_s, **self._external()) is False:
             raise EngineUnavailable(self.name, NOT_RESET)
         reset = getattr(self._llm.llm_engine, "reset_encoder_cache", None)
-        if callable(reset):
+        if self._encodes and callable(reset):
             await self._exclusively("reset_encoder_cache", left_s(end), reset)
 
     async def set_version(self, version: str, deadline_s: float) -> None:

@@ -149,11 +149,11 @@ class HttpControl(VllmControl):
         await self._ask("POST", "wake_up", deadline_s, {"tags": list(tags)})
 
     async def reset_caches(self, deadline_s: float) -> None:
-        async with beside() as tasks:
-            if self.has("reset_encoder_cache"):
-                tasks.start_soon(self._ask, "POST", "reset_encoder_cache", deadline_s)
-            if self.has("reset_prefix_cache"):
-                await self._reset_prefix_cache(deadline_s)
+        end = anyio.current_time() + deadline_s
+        if self.has("reset_prefix_cache"):
+            await self._reset_prefix_cache(deadline_s)
+        if self._has_encoders():
+            await self._ask("POST", "reset_encoder_cache", left_s(end))
 
     async def _reset_prefix_cache(self, deadline_s: float) -> None:
         query = {"reset_running_requests": "true"}

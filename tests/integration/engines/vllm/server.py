@@ -95,6 +95,8 @@ class StandIn:
     paused: bool = False
     asleep: set[str] = field(default_factory=set)
     version: str = "default"
+    encodes: bool = True
+    """Its model is multimodal."""
     connector_resets: bool = True
     """Whether its KV connector, if it has one, can drop what it keeps."""
     running: int = 0
@@ -189,6 +191,9 @@ class StandIn:
         config = self.executor.workers[0].vllm_config
         transfer = config.weight_transfer_config
         return {
+            "model_config": {"multimodal_config": {"language_model_only": False}}
+            if self.encodes
+            else {"multimodal_config": None},
             "weight_transfer_config": transfer and {"backend": transfer.backend},
             "parallel_config": {**vars(config.parallel_config), "data_parallel_size": self.copies},
         }

@@ -136,6 +136,7 @@ class Budgets(HttpControl):
 async def test_requests_of_one_call_share_its_budget(short_path: Path) -> None:
     async with open_json_server("http://127.0.0.1:1") as server:
         calls: list[Callable[[HttpControl], Awaitable[None]]] = [
+            lambda control: control.reset_caches(LONG_S),
             lambda control: control.show_draft(LONG_S),
             lambda control: control.turn(Turn(numbers=(1,), wait_s=0), LONG_S),
         ]

@@ -153,22 +153,23 @@ async def test_connector_is_reset_beside_the_turn_when_the_server_takes_the_word
         await engine.resume(1, LONG_S)
 
 
-async def test_caches_are_reset_at_once_when_there_are_several(
-    start: Start, directory: Path, checkpoints: Checkpoints
+@pytest.mark.parametrize("encodes", [True, False])
+async def test_encoder_cache_is_reset_only_when_there_is_one(
+    encodes: bool, start: Start, directory: Path, checkpoints: Checkpoints
 ) -> None:
-    """None waits for the answer to another."""
-    server, gate = start(), Gate()
-    async with opened(server, directory, checkpoints) as (engine, updates):
+    """Each request more makes the pause longer. It follows the blocks, which running requests hold
+    until then."""
+    server = start()
+    server.encodes = encodes
+    async with opened(server, directory, checkpoints) as (_, updates):
         await updates.prepare()
-        await engine.pause(LONG_S)
-        server.before["POST /reset_prefix_cache"] = gate
-        since = len(server.calls)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(updates.apply, 1)
-            await gate.wait()
-            await until(lambda: has_been_asked(server, "POST /reset_encoder_cache", since))
-            gate.open()
-        assert server.caches == set()
+        server.running, since = 3, len(server.calls)
+        await updates.update(1)
+        resets = [detail for detail in server.details(since) if "/reset_" in detail]
+    assert [detail.partition("?")[0] for detail in resets] == [
+        "POST /reset_prefix_cache",
+        *(["POST /reset_encoder_cache"] if encodes else []),
+    ]
 
 
 async def has_been_asked(server: StandIn, route: str, since: int) -> bool:
