@@ -35,11 +35,11 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.catalogue import (
     bucket_name,
     entry_of,
+    message_id_of,
     pattern_of,
     stream_name,
     subject_of,
 )
-from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 from weightbus.schemas.codec import encode
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.leases import ReaderLease, RoundLease
@@ -107,17 +107,12 @@ class Bus:
             WrongLastSequence: something has been.
             PayloadTooLarge
         """
-        message_id = None
-        if isinstance(message, CheckpointReady):
-            message_id = f"{message.model}/{message.version}/{message.producer}"
-        elif isinstance(message, CheckpointSkipped):  # any rank may say it
-            message_id = f"{message.model}/{message.version}/{message.producer}/skipped"
         content_type = entry_of(type(message)).content_type
         return await self._jetstream.publish(
             subject_of(message, self.prefix),
             encode(message, content_type),
             {HEADER_CONTENT_TYPE: content_type, **(headers or {})},
-            message_id=message_id,
+            message_id=message_id_of(message),
             expected_sequence=expected_sequence,
         )
 

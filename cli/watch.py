@@ -69,7 +69,7 @@ def command(model: str | None, nats_url: str | None, as_json: bool, once: bool) 
     EngineGone with model and engine.
 
     --once --json prints one object: newest (model -> version), and the lists engines, rounds,
-    failures and dead_letters.
+    failures, dead_letters and skipped.
 
     Exit codes: 0 shown or interrupted, 1 no bus, 2 used wrongly.
     """

@@ -48,6 +48,7 @@ __all__ = (
     "check_token",
     "entry_of",
     "key_of",
+    "message_id_of",
     "message_types_of",
     "pattern_of",
     "stream_name",
@@ -80,6 +81,9 @@ class Entry(Struct, frozen=True, kw_only=True):
     description: str
     encoding: Encoding = "msgpack"
     """`json`: what a trainer in any language waits for, so that it needs no MessagePack to read."""
+    message_id: str = ""
+    """Template of the header `Nats-Msg-Id`, such as `{model}/{version}/{producer}`: the stream
+    drops a repeat. Empty: every message is one of its own."""
 
     @property
     def content_type(self) -> str:
@@ -128,7 +132,8 @@ CATALOGUE: Final = (
         stream="CHECKPOINTS",
         sender=TRAINER,
         receivers=(CONSUMER, MONITOR),
-        description="A version can be read. Message id: model/version/producer.",
+        description="A version can be read.",
+        message_id="{model}/{version}/{producer}",
     ),
     Entry(
         message=CheckpointPart,
@@ -152,10 +157,9 @@ CATALOGUE: Final = (
         stream="CHECKPOINTS",
         sender=TRAINER,
         receivers=(MONITOR,),
-        description=(
-            "A version will not be published. Message id: model/version/producer/skipped."
-        ),
+        description="A version will not be published.",
         encoding="json",
+        message_id="{model}/{version}/{producer}/skipped",
     ),
     Entry(
         message=CopyReady,
@@ -218,7 +222,7 @@ CATALOGUE: Final = (
         subject="{p}.{model}.round.{round}.done",
         stream="PROGRESS",
         sender=LEADER,
-        receivers=(CONSUMER, MONITOR),
+        receivers=(CONSUMER, TRAINER, MONITOR),
         description="The round is over.",
         encoding="json",
     ),
@@ -253,7 +257,7 @@ CATALOGUE: Final = (
         subject="{p}.{model}.dead",
         stream="PROGRESS",
         sender=CONSUMER,
-        receivers=(MONITOR,),
+        receivers=(TRAINER, MONITOR),
         description="What could not be read, and why.",
         encoding="json",
     ),
@@ -319,6 +323,16 @@ def subject_of(message: Message, prefix: str) -> str:
         MessageInvalid: the message has no subject, or a token of it is not one.
     """
     return _fill(entry_of(type(message)).subject, message, check_prefix(prefix))
+
+
+def message_id_of(message: Message) -> str | None:
+    """What a repeat of `message` is known by; None: two of them are two.
+
+    Raises:
+        MessageInvalid: the message has no subject, or a token of the id is not one.
+    """
+    template = entry_of(type(message)).message_id
+    return _fill(template, message, "") if template else None
 
 
 def key_of(message: Message) -> str:

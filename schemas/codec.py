@@ -16,6 +16,7 @@ from weightbus.schemas.base import SCHEMA_VERSION, Message
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.faults import DECODE_ERRORS, ENCODE_ERRORS, NOT_READ, fault_of, reread
 from weightbus.schemas.limits import DEFAULT_LIMITS, Limits
+from weightbus.schemas.newer import without_unknown_ways
 from weightbus.schemas.rules import check_message
 from weightbus.schemas.worker import WorkerMessage
 
@@ -61,7 +62,7 @@ def decode(
     except DECODE_ERRORS as error:
         document = reread(payload, _UNTYPED[media_type])
         _check_schema_version(kind, document)
-        raise fault_of(kind, error, _union(types), document) from None
+        message = _without_news(kind, error, document, media_type, types)
     if message.schema_version != SCHEMA_VERSION:
         raise _other_version(type(message).__name__, message.schema_version)
     check_message(message, limits)
@@ -117,6 +118,26 @@ def _check_schema_version(kind: str, document: Any) -> None:
     found = document.get("schema_version", SCHEMA_VERSION)
     if isinstance(found, int) and not isinstance(found, bool) and found > SCHEMA_VERSION:
         raise _other_version(kind, found)
+
+
+def _without_news(
+    kind: str,
+    error: Exception,
+    document: Any,
+    media_type: str,
+    types: tuple[type[M], ...],
+) -> M:
+    """The message in a `document` that did not decode because of `error`, if what stands in the
+    way is only what a newer minor version has added; else `error` is raised in our words."""
+    known = without_unknown_ways(document)
+    if known is document:
+        raise fault_of(kind, error, _union(types), document) from None
+    try:
+        payload = _ENCODERS[media_type](known)
+        message: M = _decoder(media_type, types)(payload)
+    except (*DECODE_ERRORS, *ENCODE_ERRORS) as other:
+        raise fault_of(kind, other, _union(types), known) from None
+    return message
 
 
 def _other_version(kind: str, found: int) -> MessageInvalid:

@@ -1,6 +1,7 @@
 """Placement: where each segment of a layout is for one version. Does no I/O.
 
-A placement may offer several ways to one segment; the reader takes the nearest it can use.
+A placement may offer several ways to one segment; the reader takes the nearest it can use, and
+passes over those whose kind it does not know.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ __all__ = (
     "CudaSegment",
     "FileSegment",
     "HostId",
+    "MAX_SEGMENT_WAYS",
     "Placement",
     "RemoteSegment",
     "SHM_NAME_PATTERN",
@@ -27,6 +29,8 @@ HostId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
 
 SHM_NAME_PATTERN: Final = r"^weightbus-[A-Za-z0-9_.-]{1,200}\Z"
 """Of a block below /dev/shm."""
+
+MAX_SEGMENT_WAYS: Final = 8
 
 Generation = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 Handle = Annotated[bytes, Meta(max_length=1024)]
@@ -82,7 +86,7 @@ class RemoteSegment(Struct, frozen=True, kw_only=True, tag_field="kind", tag="re
 
 Segment = FileSegment | SharedMemorySegment | CudaSegment | RemoteSegment
 
-Ways = Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=8)]
+Ways = Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=MAX_SEGMENT_WAYS)]
 
 Placement = Annotated[tuple[Ways, ...], Meta(max_length=4096)]
 """For every segment of the layout, in its order, the ways to reach it."""

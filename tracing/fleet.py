@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from weightbus.schemas.checkpoint import SkipCause
 from weightbus.schemas.progress import EngineStatus
 
 __all__ = (
@@ -18,6 +19,7 @@ __all__ = (
     "FailureView",
     "FleetView",
     "RoundView",
+    "SkippedView",
     "WatchedStatus",
 )
 
@@ -90,6 +92,19 @@ class FailureView(Struct, frozen=True, kw_only=True):
     """When, in nanoseconds since the Unix epoch."""
 
 
+class SkippedView(Struct, frozen=True, kw_only=True):
+    """A version that its trainer went on without."""
+
+    model: str
+    producer: str
+    version: int
+    cause: SkipCause
+    reason: str
+    ranks: tuple[int, ...]
+    """Of the trainer, not heard of; often none."""
+    skipped_ns: int
+
+
 class DeadLetterView(Struct, frozen=True, kw_only=True):
     """What could not be read."""
 
@@ -110,4 +125,6 @@ class FleetView(Struct, frozen=True, kw_only=True):
     failures: tuple[FailureView, ...]
     """The last ones, the latest first."""
     dead_letters: tuple[DeadLetterView, ...]
+    """The last ones, the latest first."""
+    skipped: tuple[SkippedView, ...] = ()
     """The last ones, the latest first."""

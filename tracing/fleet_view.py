@@ -68,7 +68,7 @@ class FleetTables:
                 yield line
         else:
             yield Text("no engines")
-        if fleet.rounds or fleet.failures or fleet.dead_letters:
+        if fleet.rounds or fleet.failures or fleet.skipped or fleet.dead_letters:
             yield Text("")
         yield from map(_round_line, fleet.rounds)
         for failure in fleet.failures:
@@ -77,6 +77,12 @@ class FleetTables:
                 f"{failure.model} {failure.engine} version {failure.version}: ",
                 printable(f"{failure.cause}: {failure.reason}"),
                 " (quarantined)" if failure.quarantined else "",
+            )
+        for skipped in fleet.skipped:
+            yield Text.assemble(
+                (f"{time_of_day(skipped.skipped_ns)} skipped ", "yellow"),
+                f"{skipped.model} version {skipped.version} by {skipped.producer}: ",
+                printable(f"{skipped.cause}: {skipped.reason}"),
             )
         for letter in fleet.dead_letters:
             yield Text.assemble(

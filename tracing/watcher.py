@@ -31,6 +31,7 @@ from weightbus.tracing.fleet import (
     FailureView,
     FleetView,
     RoundView,
+    SkippedView,
     WatchedStatus,
 )
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
@@ -53,6 +54,7 @@ WATCHED_MESSAGES: Final = (
 
 FAILURES_KEPT: Final = 8
 DEAD_LETTERS_KEPT: Final = 8
+SKIPPED_KEPT: Final = 8
 ROUNDS_KEPT: Final = 64
 CLOSED_ROUNDS_KNOWN: Final = 256
 REPEATS_KNOWN: Final = 4096
@@ -102,6 +104,7 @@ class Fleet:
         self._closed: dict[tuple[str, str], int] = {}
         self._failures: dict[tuple[str, str, str], FailureView] = {}
         self._dead_letters: dict[DeadLetterView, None] = {}
+        self._skipped: dict[tuple[str, str, int], SkippedView] = {}
         self._told_digests: dict[bytes, None] = {}
 
     @property
@@ -121,6 +124,9 @@ class Fleet:
         match message:
             case CheckpointReady():
                 return self._feed_ready(message)
+            case CheckpointSkipped():
+                key = (message.model, message.producer, message.version)
+                _keep(self._skipped, key, _skipped_view(message, received_ns), SKIPPED_KEPT)
             case Join():
                 return self._feed_join(message, received_ns)
             case RoundPlan():
@@ -160,6 +166,7 @@ class Fleet:
             ),
             failures=tuple(reversed(self._failures.values())),
             dead_letters=tuple(reversed(self._dead_letters)),
+            skipped=tuple(reversed(self._skipped.values())),
         )
 
     def _feed_state(self, state: EngineState) -> bool:
@@ -324,6 +331,18 @@ def _given_up_view(done: RoundComplete, engine: str, reason: str, received_ns: i
         reason=reason,
         quarantined=False,
         failed_ns=done.ended_ns or received_ns,
+    )
+
+
+def _skipped_view(skipped: CheckpointSkipped, received_ns: int) -> SkippedView:
+    return SkippedView(
+        model=skipped.model,
+        producer=skipped.producer,
+        version=skipped.version,
+        cause=skipped.cause,
+        reason=skipped.reason,
+        ranks=skipped.ranks,
+        skipped_ns=skipped.created_ns or received_ns,
     )
 
 

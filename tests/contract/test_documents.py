@@ -192,6 +192,13 @@ def test_asyncapi_is_for_the_given_prefix() -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
+def test_asyncapi_names_the_encoding_of_every_message(entry: Any) -> None:
+    message = ASYNCAPI["components"]["messages"][entry.message.__name__]
+    kind = getattr(entry, "encoding", "msgpack")
+    assert message["contentType"] == f"application/{kind}"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_guide_shows_where_every_message_goes(entry: Any) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
     place = (

@@ -29,6 +29,14 @@ HOSTILE_JSON: Final[dict[str, bytes]] = {
     + b'"files":["/"],"metadata":{'
     + b",".join(b'"%d":"x"' % n for n in range(50_000))
     + b"}}",
+    "unknown kinds of ways": _HEAD
+    + b'"placement":['
+    + b",".join([b'[{"kind":"x"},{"kind":"y"},{"kind":"file"}]'] * 4096)
+    + b"]}",
+    "an unknown kind beside many empty lists": _HEAD
+    + b'"placement":[[{"kind":"x"},{"kind":"file","path":"/"}]],"later":['
+    + b"[]," * 100_000
+    + b"[]]}",
     "a list": b"[1]",
     "null": b"null",
     "trailing bytes": _HEAD + b'"files":["/a"]} {}',

@@ -11,6 +11,8 @@ from tests.contract.examples import EXAMPLES
 from weightbus.schemas import (
     BUCKETS,
     CATALOGUE,
+    CONTENT_TYPE_JSON,
+    CONTENT_TYPE_MSGPACK,
     STREAMS,
     WORKER_MESSAGES,
     Abort,
@@ -19,6 +21,7 @@ from weightbus.schemas import (
     Commit,
     Describe,
     EngineState,
+    Entry,
     Join,
     MessageInvalid,
     RoundComplete,
@@ -30,6 +33,7 @@ from weightbus.schemas import (
     check_prefix,
     entry_of,
     key_of,
+    message_id_of,
     message_types_of,
     pattern_of,
     stream_name,
@@ -72,6 +76,31 @@ def test_stage_of_the_whole_engine_has_its_own_token() -> None:
     stage = msgspec.structs.replace(EXAMPLES["StageComplete"], rank=None)
     assert subject_of(stage, "p") == "p.qwen3-rl.stage.a.all"
     assert message_types_of("p.qwen3-rl.stage.a.all", "p") == (StageComplete,)
+
+
+def test_what_a_trainer_in_any_language_reads_is_json_and_the_rest_messagepack() -> None:
+    written = {entry.message.__name__ for entry in CATALOGUE if entry.encoding == "json"}
+    assert written == {
+        "CheckpointSkipped",
+        "RoundComplete",
+        "UpdateComplete",
+        "UpdateFailed",
+        "DeadLetter",
+    }
+    assert entry_of(RoundComplete).content_type == CONTENT_TYPE_JSON
+    assert entry_of(CheckpointReady).content_type == CONTENT_TYPE_MSGPACK
+
+
+def test_message_id_tells_a_repeat_of_what_is_said_once_for_a_version() -> None:
+    ids = {name: message_id_of(EXAMPLES[name]) for name in map(_name, CATALOGUE)}
+    assert {name: known for name, known in ids.items() if known} == {
+        "CheckpointReady": "qwen3-rl/7/trainer",
+        "CheckpointSkipped": "qwen3-rl/8/trainer/skipped",
+    }
+
+
+def _name(entry: Entry) -> str:
+    return entry.message.__name__
 
 
 @pytest.mark.parametrize(

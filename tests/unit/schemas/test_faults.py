@@ -48,8 +48,8 @@ def broken(message: Message, path: list[str | int], value: Any) -> dict[str, Any
         ),
         (
             "CheckpointReady",
-            ["placement", 0, 0, "kind"],
-            "tape",
+            ["placement", 0],
+            [{"kind": "tape"}],
             "placement[0][0].kind",
             "tape",
             "must be file or shared_memory or cuda or remote",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightbus.schemas.base import Message, RouteName, Stage
-from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped, SkipCause
 from weightbus.schemas.progress import (
     EngineState,
     EngineStatus,
@@ -22,7 +22,7 @@ from weightbus.schemas.rounds import (
 
 __all__ = (
     "MODEL", "MS", "T0_NS", "TRACE_ID", "complete", "done", "failed", "join", "plan", "ready",
-    "stage", "state", "whole_round",
+    "skipped", "stage", "state", "whole_round",
 )  # fmt: skip
 
 MODEL = "minilm"
@@ -37,6 +37,15 @@ def ready(version: int = 7, *, at_ms: int = 0, model: str = MODEL) -> Checkpoint
     return CheckpointReady(
         model=model, version=version, producer="trainer", files=("/w/a.safetensors",),
         created_ns=T0_NS + at_ms * MS,
+    )  # fmt: skip
+
+
+def skipped(
+    version: int = 8, cause: SkipCause = "busy", *ranks: int, waited_s: float = 0.0
+) -> CheckpointSkipped:
+    return CheckpointSkipped(
+        model=MODEL, version=version, producer="trainer", cause=cause, reason="a reads slot 1",
+        ranks=ranks, waited_s=waited_s, created_ns=T0_NS + 5 * MS,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.unit.tracing.rounds import T0_NS, join, ready, stage, state, whole_round
+from tests.unit.tracing.rounds import T0_NS, join, ready, skipped, stage, state, whole_round
 from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing.fleet import FleetView
 from weightbus.tracing.fleet_view import FleetTables
@@ -23,6 +23,7 @@ minilm b      quarantined
 round v8 of minilm: 1.00 s, no plan yet, waiting for a, last a/0 fetch
 22:13:20.365Z failed minilm b version 7: TornRead: segment s has generation 9:
 it must be 8 (quarantined)
+22:13:20.005Z skipped minilm version 9 by trainer: busy: a reads slot 1
 22:13:20.000Z dead letter weightbus.minilm.checkpoint.ready: version is \\x1b[2J
 """
 
@@ -34,7 +35,7 @@ def fleet_view() -> FleetView:
         reported_ns=T0_NS,
     )  # fmt: skip
     for message in (
-        state("a"), state("b"), *whole_round(), letter, ready(8), join("a", 8),
+        state("a"), state("b"), *whole_round(), letter, skipped(9), ready(8), join("a", 8),
         stage("a", "fetch", 1, 2, rank=0, version=8),
     ):  # fmt: skip
         fleet.feed(message, T0_NS)

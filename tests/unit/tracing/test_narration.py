@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.tracing.rounds import T0_NS, complete, failed, state, whole_round
+from tests.unit.tracing.rounds import T0_NS, complete, failed, skipped, state, whole_round
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter
 from weightbus.schemas.rounds import Commit
@@ -50,6 +50,21 @@ def test_round_is_told_line_by_line() -> None:
     (
         complete("a", size_bytes=0),
         "a serves version 7 after 129 ms, local, verified, paused 85.0 ms",
+    ),
+    (skipped(), "version 8 is skipped by trainer (busy): a reads slot 1"),
+    (
+        skipped(8, "failed", waited_s=1.5),
+        "version 8 is skipped by trainer (failed after 1.50 s): a reads slot 1",
+    ),
+    (
+        skipped(8, "ranks", 2, waited_s=60.0),
+        "version 8 is skipped by trainer (ranks after 60.0 s; not heard of: rank 2): "
+        "a reads slot 1",
+    ),
+    (
+        skipped(8, "ranks", *range(10)),
+        "version 8 is skipped by trainer (ranks; not heard of: "
+        "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more): a reads slot 1",
     ),
     (
         DeadLetter(model="minilm", subject="weightbus.m.dead", reason="\x1b[2J\nx"),

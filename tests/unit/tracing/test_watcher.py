@@ -19,6 +19,7 @@ from tests.unit.tracing.rounds import (
     plan,
     ready,
     route,
+    skipped,
     stage,
     state,
     whole_round,
@@ -26,7 +27,7 @@ from tests.unit.tracing.rounds import (
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing.fleet import EngineView, FleetView
-from weightbus.tracing.watcher import Fleet
+from weightbus.tracing.watcher import SKIPPED_KEPT, Fleet
 
 SECOND_NS = 1_000_000_000
 
@@ -210,6 +211,19 @@ def test_dead_letters_are_kept_with_their_reasons() -> None:
     assert [(each.subject, each.reason) for each in view.dead_letters] == [
         (letter.subject, letter.reason)
     ]
+
+
+def test_skipped_version_is_told_once_and_is_not_the_newest() -> None:
+    view = view_of(ready(7), skipped(8, "ranks", 2, 3), skipped(8, "ranks", 2, 3))
+    (told,) = view.skipped
+    assert (told.model, told.producer, told.version) == (MODEL, "trainer", 8)
+    assert (told.cause, told.ranks, told.skipped_ns) == ("ranks", (2, 3), T0_NS + 5 * MS)
+    assert view.newest == {MODEL: 7}
+
+
+def test_the_last_skipped_versions_are_kept_the_latest_first() -> None:
+    view = view_of(*(skipped(version) for version in range(SKIPPED_KEPT + 4)))
+    assert [told.version for told in view.skipped] == list(range(SKIPPED_KEPT + 3, 3, -1))
 
 
 @pytest.mark.parametrize("seed", range(20))
