@@ -8,9 +8,8 @@ object under several names, and published under the first, as `save_pretrained` 
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch.distributed import tensor as distributed
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from weightbus.producers.adapters import adapted, known_type, wrapped_by_peft
 from weightbus.producers.errors import RankInvalid, TensorInvalid
 from weightbus.producers.fused import Split, cut
 from weightbus.producers.shards import (
@@ -70,7 +70,7 @@ def plan_module(
     """The part of rank `rank` of the `world_size` ranks that hold `module`.
 
     Names are those of the innermost module: `torch.compile`, `DistributedDataParallel`,
-    `DataParallel` and activation checkpointing leave no trace in them.
+    `DataParallel`, activation checkpointing and PEFT leave no trace in them.
 
     - Of a `DTensor` (FSDP2, tensor parallelism) each rank publishes its own box, and of boxes that
       are held by replicas (HSDP) the first one does.
@@ -78,10 +78,16 @@ def plan_module(
       FSDP ignores). They are dealt to the ranks, the largest first, each to the rank that has the
       fewest bytes so far: a rank copies, and keeps in its slots, 1/world_size of them.
 
-    Give the part to `publish` each time; `Part` says when it is to be planned anew.
+    - Of PEFT's LoRA layers the sum W + B A s is published, as their adapters are at each `publish`,
+      added in the copy, one layer at a time; and of modules to save those in use. Under FSDP the
+      factors A (r x in) are gathered then, in the trainer's thread: a collective of all ranks.
+
+    Give the part to `publish` each time; `Part` says when it is to be planned anew, and so it is
+    when adapters were added, or other modules to save are active.
 
     Args:
-        module: with its wrappers, or without. It stays as it is, and is not kept.
+        module: with its wrappers, or without. It stays as it is (what FSDP2 has gathered is given
+            up, as by `state_dict`), and is not kept, but for layers with adapters.
         rank: of this process, as given to the publisher; every rank calls this.
         world_size: as given to the publisher.
         dtype: what parameters and buffers of floating point are cast to in the copy, as in
@@ -96,6 +102,9 @@ def plan_module(
     """
     if not 0 <= rank < world_size:
         raise RankInvalid(rank, f"must be 0 to {world_size - 1}, world_size being {world_size}")
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()  # after a forward pass it may show the gathered parameters
     entries = list(_distinct(_walk(module, "", buffers)))
     plain = [entry for entry in entries if entry.is_plain]
     sizes = [e.tensor.numel() * cast_dtype(e.tensor.dtype, dtype).itemsize for e in plain]
@@ -112,6 +121,11 @@ def plan_module(
 def _walk(module: nn.Module, prefix: str, buffers: Buffers) -> Iterator[_Entry]:
     """All parameters, then buffers, of each module before its children's."""
     module = _unwrapped(module, prefix)
+    layer = adapted(prefix.removesuffix("."), module)
+    if layer is not None:
+        for entry in _walk(layer.base, prefix, buffers):
+            yield entry._replace(delta=layer.delta) if entry.name == f"{prefix}weight" else entry
+        return
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield _Entry(prefix + name, parameter, None)
@@ -125,17 +139,13 @@ def _walk(module: nn.Module, prefix: str, buffers: Buffers) -> Iterator[_Entry]:
 
 
 def _unwrapped(module: nn.Module, prefix: str) -> nn.Module:
-    while True:
-        inner = _inner(module)
-        if inner is None:
-            break
+    name = prefix.removesuffix(".")
+    while (inner := _inner(module) or wrapped_by_peft(name, module)) is not None:
         module = inner
     if isinstance(module, FullyShardedDataParallel):
-        name = prefix.removesuffix(".") or type(module).__name__
         limit = "its parameters are flat ranges; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        name = name or type(module.module).__name__
         raise TensorInvalid(name, "wrapped in FullyShardedDataParallel", limit)
-    if isinstance(module, FSDPModule):
-        module.reshard()  # after a forward pass it may show the gathered parameters
     return module
 
 
@@ -145,17 +155,11 @@ def _inner(module: nn.Module) -> nn.Module | None:
         inner = module.module
         return inner
     for where, kind, attribute in _WRAPPERS:
-        wrapper = _known(where, kind)
+        wrapper = known_type(where, kind)
         if wrapper is not None and isinstance(module, wrapper):
             inner = getattr(module, attribute)
             return inner
     return None
-
-
-def _known(where: str, kind: str) -> type | None:
-    """A type, if its module is loaded."""
-    found: Any = getattr(sys.modules.get(where), kind, None)
-    return found if isinstance(found, type) else None
 
 
 def _distinct(entries: Iterator[_Entry]) -> Iterator[_Entry]:
@@ -168,7 +172,7 @@ def _distinct(entries: Iterator[_Entry]) -> Iterator[_Entry]:
         known = first.setdefault(id(entry.tensor), entry)
         if known is entry:
             yield entry
-        elif known.delta is not entry.delta:
+        elif known.delta != entry.delta:
             value = f"tied to {known.name}, and one of them has an adapter"
             raise TensorInvalid(entry.name, value, "an adapter on both or none, or untied")
 
