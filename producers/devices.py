@@ -148,6 +148,10 @@ class Handover:
     copied: Callable[[], None] = lambda: None
     """To be called from the writing thread once the trainer may go on: what it queues on `streams`
     may change the tensors then."""
+    goes_on: bool = False
+    """Whether the trainer does; else it waits until all is done."""
+    begun_s: float = field(default_factory=time.perf_counter)
+    """When the trainer handed it over, by `time.perf_counter`."""
 
 
 class Devices:
@@ -181,8 +185,11 @@ class Devices:
     def hand_over(self, part: Part, copied: Callable[[], None] | None = None) -> Handover:
         """To be called in the trainer's thread, for each version: `Part.prepare` is called here."""
         part.prepare()
+        begun_s = time.perf_counter()
         streams = {number: self.device(number).current_stream() for number in self.numbers_of(part)}
-        return Handover(streams, copied or (lambda: None))
+        if copied is None:
+            return Handover(streams, begun_s=begun_s)
+        return Handover(streams, copied, goes_on=True, begun_s=begun_s)
 
     def _open(self, number: int) -> Device:
         return _CudaDevice(number)

@@ -6,7 +6,8 @@ begins and whenever it hears the call, until it hears `CheckpointReady`. A rank 
 so, and why, and no other waits for it, not even one that begins later: what was given up since this
 rank's publisher was opened is read back. A version is tried once, so there is no older try to
 mistake it for. Rank 0 hears all ranks and the others hear rank 0, who passes bad news on: what is
-heard grows with their number, not with its square. Every wait has one deadline.
+heard grows with their number, not with its square. A version that one rank skips is skipped by all,
+in the same way. Every wait has one deadline.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from msgspec import structs
 
 from weightbus.bus.received import Received, Reconnected
 from weightbus.producers.announcing import Announcer
-from weightbus.producers.errors import SealFailed
+from weightbus.producers.errors import SealFailed, VersionSkipped
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
 from weightbus.schemas.errors import WeightBusError
 
@@ -32,6 +33,9 @@ FOLLOWERS_LONGER_S = 2.0
 MISSING_NAMED = 16
 REASON_CHARACTERS = 4096
 """Limit of `schemas.base.Reason`."""
+SKIPPED = f"{VersionSkipped.__name__}: "
+"""How the `error` of a part begins that is given up because the version is skipped. (All begin with
+the name of the error's class.)"""
 
 
 class RankGroup:
@@ -53,6 +57,7 @@ class RankGroup:
 
         Raises:
             SealFailed: a rank gave up, was started differently, or was not heard in time.
+            VersionSkipped: a rank has skipped it.
         """
         parts = {mine.rank: mine}
         with anyio.move_on_after(self._timeout_s):
@@ -82,6 +87,7 @@ class RankGroup:
 
         Raises:
             SealFailed: a rank gave up, was started differently, or rank 0 did not seal in time.
+            VersionSkipped: a rank has skipped it.
         """
         timeout_s = self._timeout_s + FOLLOWERS_LONGER_S
         called = False
@@ -112,17 +118,46 @@ class RankGroup:
 
     async def give_up(self, mine: CheckpointPart, error: BaseException) -> None:
         """Tell the other ranks that they wait in vain. Best effort: the error is on its way up."""
-        reason = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, VersionSkipped):
+            by = "" if error.rank is None else f"rank {error.rank}, "
+            reason = f"{SKIPPED}{by}{error.reason}"
+        reason = reason[:REASON_CHARACTERS]
         with anyio.move_on_after(GIVE_UP_TIMEOUT_S, shield=True):
             try:
                 await self._bus.publish(structs.replace(mine, error=reason))
             except WeightBusError:
                 return
 
+    async def unheard(self, version: int, producer: str) -> tuple[int, ...]:
+        """On rank 0: the other ranks that have said nothing yet of a version, good or bad.
+
+        Raises:
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        heard = {self._rank}
+        async for part in self._stored():
+            if (part.message.version, part.message.producer) == (version, producer):
+                heard.add(part.message.rank)
+        return tuple(rank for rank in range(self._world_size) if rank not in heard)
+
+    async def rank_0_has_ended(self, mine: CheckpointPart) -> bool:
+        """On every other rank: whether rank 0 has given the version up, or announced it.
+
+        Raises:
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        last = await self._bus.last(
+            CheckpointPart, model=self._model, producer=self._producer, rank=0
+        )
+        if last is not None and last.message.version == mine.version and last.message.error:
+            return True
+        return await self._sealed(mine) is not None
+
     async def _look_back(self, mine: CheckpointPart) -> None:
         """
         Raises:
-            SealFailed: a rank has given up before this one listened.
+            SealFailed, VersionSkipped: a rank has given up before this one listened.
         """
         async for part in self._stored():
             if part.message.error:
@@ -150,6 +185,8 @@ class RankGroup:
         if part.world_size != self._world_size:
             reason = f"rank {part.rank} is one of {part.world_size} ranks, rank {mine.rank} one of"
             raise SealFailed(mine.version, f"{reason} {self._world_size}")
+        if part.error.startswith(SKIPPED):
+            raise VersionSkipped(mine.version, part.error.removeprefix(SKIPPED), part.rank)
         if part.error:
             raise SealFailed(mine.version, f"rank {part.rank} gave up: {part.error}")
         return True

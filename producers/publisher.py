@@ -8,23 +8,22 @@ published or the publisher ends; a `publish` that raises leaves the publisher as
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 from msgspec import Struct, structs
 
-from weightbus.bus.blocks import SHM_DIRECTORY, SHM_PREFIX
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint, P2pOptions, open_endpoint_if_any
 from weightbus.bus.errors import BusTimeout, CudaFailed, SettingInvalid
 from weightbus.bus.host import host_id
-from weightbus.bus.sweep import sweep_blocks
 from weightbus.producers.announcing import Announcer
+from weightbus.producers.clearing import clean_up_after_the_dead
 from weightbus.producers.devices import Devices, Handover
 from weightbus.producers.digests import put_sums
 from weightbus.producers.errors import (
@@ -35,21 +34,20 @@ from weightbus.producers.errors import (
 )
 from weightbus.producers.files import Files, publish_files
 from weightbus.producers.group import RankGroup
+from weightbus.producers.measuring import BlockedClock, Measures
 from weightbus.producers.memory import HostMemory, Owner, keep
 from weightbus.producers.sealer import Piece, Sealer, StoredLayout
 from weightbus.producers.shards import Part, Tensors, plan_part
-from weightbus.producers.slots import Slot, Slots
+from weightbus.producers.skipping import SkipTeller
+from weightbus.producers.slots import Slot, Slots, WhenBusy
 from weightbus.producers.writers import SlotsIn, Writer, Writers
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointRetired
-from weightbus.schemas.placement import CudaSegment, SharedMemorySegment
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
 from weightbus.tracing.attributes import BYTES
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Publisher", "PublisherOptions", "WhenBusy", "open_publisher")
 
 _logger = logging.getLogger(__name__)
-
-WhenBusy = Literal["wait", "skip", "fail"]
 
 LINGER_POLL_S = 0.1
 
@@ -157,7 +155,7 @@ async def open_publisher(
         publisher = Publisher(
             announcer, rank, world_size, telemetry, options, endpoint, devices or Devices()
         )
-        await publisher._clean_up_after_the_dead()
+        await clean_up_after_the_dead(bus, model)
         if world_size > 1:
             await publisher._group.open()
         try:
@@ -188,10 +186,12 @@ class Publisher:
         host = HostMemory(owner, endpoint)
         self._devices = devices
         self._writers = Writers(options.slots, owner, host, devices, options.digest_threads)
-        self._slots = Slots(announcer)
+        self._slots = Slots(announcer, options.when_busy, options.slot_wait_s, warns=rank == 0)
         self._sealer = Sealer(announcer)
         self._part_layout = StoredLayout(self._bus, partial=True)
         self._group = RankGroup(announcer, rank, world_size, options.seal_timeout_s)
+        self._teller = SkipTeller(announcer, rank, self._group if world_size > 1 else None)
+        self._measures = Measures(announcer, self._slots, telemetry, rank)
         self._one_at_a_time = anyio.Lock()
         self._running: anyio.CancelScope | None = None
         self._closed = False
@@ -229,7 +229,10 @@ class Publisher:
             SlotsUnsuitable, CudaUnavailable: not in slots of this kind; nothing has happened.
             VersionNotNew: the version is not greater than all before it: nothing has happened; or
                 another publisher has announced one meanwhile: a slot was written for nothing.
-            SlotBusy: readers did not end; the older version is retired, the newest is untouched.
+            VersionSkipped: engines are still busy, and `when_busy` is `skip`; the newest version is
+                untouched.
+            SlotBusy: readers did not end in time, or at once if `when_busy` is `fail`. The newest
+                version is untouched; the older one is retired if its readers were waited for.
             SharedMemoryFull, DeviceMemoryFull: two slots of this size do not fit; the newest
                 version is untouched.
             SharedMemoryUnavailable: the system refuses a slot; the newest version is untouched.
@@ -256,10 +259,15 @@ class Publisher:
         self, part: Part, version: int, metadata: Mapping[str, str], handover: Handover
     ) -> CheckpointReady:
         """As `publish`, for a trainer in another thread than this one."""
+        clock = BlockedClock(handover)
         async with self._until_the_end():
-            with self._announcer.span(self._telemetry, version) as span:
+            with (
+                self._announcer.span(self._telemetry, version) as span,
+                self._measures.measure(clock, span),
+                self._measures.count(version),
+            ):
                 span.set(BYTES, part.size_bytes)
-                return await self._publish_part(part, version, metadata, span, handover)
+                return await self._publish_part(part, version, metadata, span, clock.handover)
 
     async def publish_files(
         self,
@@ -281,10 +289,17 @@ class Publisher:
         if self._rank != 0:
             raise RankInvalid(self._rank, "files are published by rank 0 alone")
         async with self._until_the_end():
-            with self._announcer.span(self._telemetry, version) as span:
-                return await publish_files(
-                    self._announcer, files, version, metadata, digest=digest, span=span
-                )
+            with (
+                self._announcer.span(self._telemetry, version) as span,
+                self._measures.count(version),
+            ):
+                try:
+                    return await publish_files(
+                        self._announcer, files, version, metadata, digest=digest, span=span
+                    )
+                except BaseException as error:
+                    await self._teller.tell(version, error, 0.0)
+                    raise
 
     async def _publish_part(
         self,
@@ -300,9 +315,13 @@ class Publisher:
         write = partial(self._write, part, version, newest, handover, writer)
         if self._world_size > 1:
             return await self._publish_among_ranks(part, draft, write, span)
-        await self._sealer.prepare([part.layout])
-        mine = await write()
-        return await self._sealer.seal([mine], draft, span.ref.headers())
+        try:
+            await self._sealer.prepare([part.layout])
+            mine = await write()
+            return await self._sealer.seal([mine], draft, span.ref.headers())
+        except BaseException as error:
+            await self._teller.tell(version, error, self._slots.waited_s)
+            raise
 
     async def _publish_among_ranks(
         self,
@@ -338,7 +357,12 @@ class Publisher:
             self._check_open()
             return await self._sealer.seal(pieces, draft, span.ref.headers())
         except BaseException as error:
+            own = self._teller.is_own(error)
+            if own:
+                await self._teller.tell(draft.version, error, self._slots.waited_s)
             await self._group.give_up(said, error)
+            if not own:
+                await self._teller.tell_of_others(said, error)
             raise
 
     async def _choose(self, part: Part) -> Writer:
@@ -365,12 +389,10 @@ class Publisher:
         self, part: Part, version: int, newest: int, writer: Writer
     ) -> tuple[Writer, Slot]:
         """A slot, and who writes it: `writer`, unless there is no room on its device."""
-        size_bytes, wait_s = part.layout.segments[0].size_bytes, self._options.slot_wait_s
+        size_bytes = part.layout.segments[0].size_bytes
         while True:
             try:
-                return writer, await self._slots.free(
-                    size_bytes, version, newest, wait_s, writer.kinds
-                )
+                return writer, await self._slots.free(size_bytes, version, newest, writer.kinds)
             except (CudaFailed, DeviceMemoryFull) as error:
                 if not self._writers.falls_back(error):
                     raise
@@ -398,21 +420,6 @@ class Publisher:
     def _check_open(self) -> None:
         if self._closed:
             raise PublisherClosed(self._model)
-
-    async def _clean_up_after_the_dead(self) -> None:
-        """Remove their blocks; if the last version of this model lay there, say that it is gone."""
-        removed = await anyio.to_thread.run_sync(sweep_blocks, self._model)
-        last = await self._bus.last(CheckpointReady, model=self._model)
-        if last is None or not await anyio.to_thread.run_sync(_was_in, last.message, removed):
-            return
-        await self._bus.publish(
-            CheckpointRetired(
-                model=self._model,
-                version=last.message.version,
-                producer=last.message.producer,
-                reason="its publisher died",
-            )
-        )
 
     async def _linger(self) -> None:
         """Let what is published in the background be announced, and engines come to the newest."""
@@ -465,27 +472,9 @@ class Publisher:
                 await anyio.to_thread.run_sync(remove, abandon_on_cancel=True)
             except RuntimeError:  # no new thread: the interpreter exits
                 remove()
+        self._measures.freed()
         if waiting.cancelled_caught:
             keep(remove)
             _logger.warning(
                 "slots of %s were not freed within %g s: they stay", self._model, FREE_TIMEOUT_S
             )
-
-
-def _was_in(ready: CheckpointReady, removed: Collection[str]) -> bool:
-    """Whether a version lay in blocks that are gone, or on GPUs whose sign of life they were.
-
-    A segment on a GPU does not name its sign. While any publisher of its name has a block here, it
-    may be that one's: what was swept can be of another that died before.
-    """
-    here = host_id()
-    prefix = f"{SHM_PREFIX}{ready.model}.{ready.producer}."
-    owner_died = any(name.startswith(prefix) for name in removed) and not any(
-        SHM_DIRECTORY.glob(f"{prefix}*")
-    )
-    return any(
-        (isinstance(way, SharedMemorySegment) and way.name in removed)
-        or (isinstance(way, CudaSegment) and way.host_id == here and owner_died)
-        for ways in ready.placement
-        for way in ways
-    )

@@ -9,19 +9,25 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = (
+    "BLOCKED_S",
     "BYTES",
+    "CAUSE",
     "ENGINE",
     "ERROR_TYPE",
+    "MEMORY",
     "MESSAGING_DESTINATION_NAME",
     "MESSAGING_OPERATION_NAME",
     "MESSAGING_OPERATION_TYPE",
     "MESSAGING_SYSTEM",
     "MODEL",
+    "PRODUCER",
     "RANK",
     "ROUND",
     "ROUTE",
+    "SLOT_BYTES",
     "STAGE",
     "VERSION",
+    "WAITED_S",
     "AttributeValue",
     "messaging_attributes",
     "messaging_span_name",
@@ -38,6 +44,18 @@ RANK: Final = "weightbus.rank"
 STAGE: Final = "weightbus.stage"
 ROUTE: Final = "weightbus.route"
 BYTES: Final = "weightbus.bytes"
+
+PRODUCER: Final = "weightbus.producer"
+BLOCKED_S: Final = "weightbus.blocked_s"
+"""How long the trainer could not go on because of a version."""
+WAITED_S: Final = "weightbus.waited_s"
+"""For readers of older versions, as part of that."""
+SLOT_BYTES: Final = "weightbus.slot_bytes"
+"""What both slots of a rank take, in all kinds of memory."""
+MEMORY: Final = "weightbus.memory"
+"""`host` or `device`."""
+CAUSE: Final = "weightbus.cause"
+"""Why a version was skipped: a `SkipCause`."""
 
 ERROR_TYPE: Final = "error.type"
 """Class name of what ended a span that failed."""

@@ -1,4 +1,4 @@
-"""Where spans are sent to, if anywhere: OTLP settings, the exporter of the protocol, the losses.
+"""Where spans and metrics are sent to, if anywhere: OTLP settings, exporters, the losses.
 
 Reads nothing by itself: `OtlpSettings.from_env` is given the environment by an entry point. The
 exporters are the extra `otlp`; they are imported only when an endpoint is set.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct
@@ -16,18 +16,26 @@ from msgspec import Struct
 from weightbus.tracing.errors import ExporterMissing, TelemetryInvalid
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics.export import MetricExporter
     from opentelemetry.sdk.trace.export import SpanExporter
 
-__all__ = ("EXPORT_TIMEOUT_S", "ExportLosses", "OtlpProtocol", "OtlpSettings", "open_exporter")
+__all__ = (
+    "EXPORT_TIMEOUT_S",
+    "ExportLosses",
+    "OtlpProtocol",
+    "OtlpSettings",
+    "open_exporter",
+    "open_metric_exporter",
+)
 
 OtlpProtocol = Literal["http/protobuf", "grpc"]
 
 EXPORT_TIMEOUT_S: Final = 5
 """How long one batch may take, retries included, before it is given up."""
 
-_EXPORTER_MODULES: Final[Mapping[OtlpProtocol, str]] = {
-    "http/protobuf": "opentelemetry.exporter.otlp.proto.http.trace_exporter",
-    "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+_EXPORTER_PACKAGES: Final[Mapping[OtlpProtocol, str]] = {
+    "http/protobuf": "opentelemetry.exporter.otlp.proto.http",
+    "grpc": "opentelemetry.exporter.otlp.proto.grpc",
 }
 
 
@@ -40,12 +48,17 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
     protocol: OtlpProtocol = "http/protobuf"
     headers: Mapping[str, str] = {}
     """Sent with every request: authorisation of the collector, for example."""
+    metrics_endpoint: str = ""
+    """URL that metrics are sent to, by the same protocol and with the same headers: for HTTP
+    `http://collector:4318/v1/metrics`. Empty: they are not sent."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> OtlpSettings | None:
         """The standard variables `OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT`, `PROTOCOL`, `HEADERS`.
 
-        None if no endpoint is set, or `OTEL_SDK_DISABLED` is true.
+        Metrics are sent, too, where `OTEL_EXPORTER_OTLP_[METRICS_]ENDPOINT` says so, unless
+        `OTEL_METRICS_EXPORTER` is `none`. None if no endpoint for spans is set, or
+        `OTEL_SDK_DISABLED` is true.
 
         Raises:
             TelemetryInvalid: a variable holds what cannot be used.
@@ -63,8 +76,12 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
             raise TelemetryInvalid(
                 "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint, "must begin with http:// or https://"
             )
-        headers = _headers(_variable(environ, "HEADERS"))
-        return cls(endpoint=endpoint, protocol=protocol, headers=headers)
+        return cls(
+            endpoint=endpoint,
+            protocol=protocol,
+            headers=_headers(_variable(environ, "HEADERS")),
+            metrics_endpoint=_metrics_endpoint(environ, protocol),
+        )
 
 
 class ExportLosses(Struct, frozen=True, kw_only=True):
@@ -88,14 +105,51 @@ def open_exporter(settings: OtlpSettings) -> SpanExporter:
     Raises:
         ExporterMissing: the extra `otlp` is not installed.
     """
-    try:
-        module = import_module(_EXPORTER_MODULES[settings.protocol])
-    except ImportError as error:
-        raise ExporterMissing(settings.protocol, settings.endpoint) from error
-    exporter = module.OTLPSpanExporter(
+    exporter = _module_of(settings, "trace_exporter").OTLPSpanExporter(
         endpoint=settings.endpoint, headers=dict(settings.headers), timeout=EXPORT_TIMEOUT_S
     )
     return cast("SpanExporter", exporter)
+
+
+def open_metric_exporter(settings: OtlpSettings) -> MetricExporter:
+    """That of metrics, for `metrics_endpoint`.
+
+    Raises:
+        ExporterMissing: the extra `otlp` is not installed.
+    """
+    exporter = _module_of(settings, "metric_exporter").OTLPMetricExporter(
+        endpoint=settings.metrics_endpoint,
+        headers=dict(settings.headers),
+        timeout=EXPORT_TIMEOUT_S,
+    )
+    return cast("MetricExporter", exporter)
+
+
+def _module_of(settings: OtlpSettings, name: str) -> Any:
+    try:
+        return import_module(f"{_EXPORTER_PACKAGES[settings.protocol]}.{name}")
+    except ImportError as error:
+        raise ExporterMissing(settings.protocol, settings.endpoint) from error
+
+
+def _metrics_endpoint(environ: Mapping[str, str], protocol: OtlpProtocol) -> str:
+    """
+    Raises:
+        TelemetryInvalid
+    """
+    if environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() == "none":
+        return ""
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "").strip()
+    if not endpoint:
+        for_all = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+        if not for_all or protocol == "grpc":
+            return for_all
+        return for_all.rstrip("/") + "/v1/metrics"
+    if urlsplit(endpoint).scheme not in ("http", "https"):
+        raise TelemetryInvalid(
+            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", endpoint, "must begin with http:// or https://"
+        )
+    return endpoint
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:

@@ -1,9 +1,10 @@
-"""Spans, and the twin on the bus of every stage's span.
+"""Spans, and the twin on the bus of every stage's span; and the meters of metrics.
 
-Owns, if spans are exported, a tracer provider and a `SpanShipper` of its own; touches no global of
-OpenTelemetry. Invariants: a span always has ids, exported or not; a `StageComplete` has the ids,
-the parent and the times of its span; no span ends before it starts, whatever the wall clock does;
-nothing here waits while an update runs.
+Owns, if they are exported, a tracer provider and a `SpanShipper`, and a meter provider, of its own.
+Touches no global of OpenTelemetry, but for the global meters where no metrics are exported: a
+trainer that has set up metrics of its own gets ours with them. Invariants: a span always has ids,
+exported or not; a `StageComplete` has the ids, the parent and the times of its span; no span ends
+before it starts, whatever the wall clock does; nothing here waits while an update runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, structs
 from opentelemetry.context import Context
+from opentelemetry.metrics import Meter, get_meter
 from opentelemetry.trace import (
     Link,
     NonRecordingSpan,
@@ -34,11 +36,18 @@ from weightbus.tracing import attributes as names
 from weightbus.tracing.attributes import AttributeValue
 from weightbus.tracing.context import SpanRef
 from weightbus.tracing.ids import new_span_id, new_trace_id
-from weightbus.tracing.otlp import ExportLosses, OtlpSettings, open_exporter
+from weightbus.tracing.otlp import (
+    ExportLosses,
+    OtlpSettings,
+    open_exporter,
+    open_metric_exporter,
+)
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.trace.export import SpanExporter
 
+    from weightbus.tracing.sdk import OwnMeters
     from weightbus.tracing.shipping import SpanShipper
 
 __all__ = ("Emit", "Span", "StageScope", "StageSpan", "Telemetry", "open_telemetry")
@@ -116,8 +125,18 @@ class StageSpan(Span):
 class Telemetry:
     """Makes spans. Without a tracer they have ids and go nowhere."""
 
-    def __init__(self, tracer: Tracer | None = None, shipper: SpanShipper | None = None) -> None:
-        self._tracer, self._shipper = tracer, shipper
+    def __init__(
+        self,
+        tracer: Tracer | None = None,
+        shipper: SpanShipper | None = None,
+        open_meter: Callable[[str], Meter] = get_meter,
+    ) -> None:
+        self._tracer, self._shipper, self._open_meter = tracer, shipper, open_meter
+
+    def meter(self, name: str) -> Meter:
+        """The meter of one part of this program: where metrics are exported that of this service,
+        else that of OpenTelemetry's global provider, which keeps nothing unless one was set."""
+        return self._open_meter(name)
 
     @property
     def losses(self) -> ExportLosses:
@@ -289,41 +308,62 @@ def open_telemetry(
     *,
     otlp: OtlpSettings | None = None,
     exporter: SpanExporter | None = None,
+    reader: MetricReader | None = None,
     resource: Mapping[str, str] = {},
     shutdown_s: float = SHUTDOWN_S,
 ) -> Iterator[Telemetry]:
-    """Telemetry of one process or service; its end waits at most `shutdown_s` for unsent spans.
+    """Telemetry of one process or service; its end waits at most `shutdown_s` for what is unsent.
 
-    Spans go to the collector of `otlp`, or to `exporter`, or nowhere. `resource` adds attributes
-    that every span of this service has.
+    Spans go to the collector of `otlp`, or to `exporter`, or nowhere; metrics to that collector's
+    `metrics_endpoint`, or to `reader`, or to OpenTelemetry's global provider. `resource` adds
+    attributes that all spans and metrics of this service have.
 
     Raises:
         ExporterMissing: `otlp` is given, but the extra `otlp` is not installed.
     """
     if otlp is not None:
         exporter = open_exporter(otlp)
-    if exporter is None:
-        yield Telemetry()
-        return
-    from weightbus.tracing.sdk import make_tracer
-    from weightbus.tracing.shipping import SpanShipper
+        if otlp.metrics_endpoint and reader is None:
+            from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
-    shipper = SpanShipper(exporter)
+            reader = PeriodicExportingMetricReader(open_metric_exporter(otlp))
+    meters: OwnMeters | None = None
+    shipper: SpanShipper | None = None
+    tracer: Tracer | None = None
+    if reader is not None:
+        from weightbus.tracing.sdk import OwnMeters
+
+        meters = OwnMeters(service, reader, resource)
+    if exporter is not None:
+        from weightbus.tracing.sdk import make_tracer
+        from weightbus.tracing.shipping import SpanShipper
+
+        shipper = SpanShipper(exporter)
+        tracer = make_tracer(service, shipper, resource)
     try:
-        yield Telemetry(make_tracer(service, shipper, resource), shipper)
+        yield Telemetry(tracer, shipper, get_meter if meters is None else meters.get)
     finally:
-        losses = shipper.close(shutdown_s)
-        if losses.total:
-            _logger.warning(
-                "%d spans of %s were lost: %d refused by the collector, %d unsent at the end, "
-                "%d without room%s",
-                losses.total,
-                service,
-                losses.refused,
-                losses.unsent,
-                losses.queue_full,
-                "" if shipper.last_error is None else f"; last error: {shipper.last_error!r}",
-            )
+        end_s = time.monotonic() + shutdown_s
+        closing = None if meters is None else meters.close(shutdown_s)
+        if shipper is not None:
+            _close_shipper(shipper, service, shutdown_s)
+        if closing is not None:
+            closing.join(max(0.0, end_s - time.monotonic()))
+
+
+def _close_shipper(shipper: SpanShipper, service: str, shutdown_s: float) -> None:
+    losses = shipper.close(shutdown_s)
+    if losses.total:
+        _logger.warning(
+            "%d spans of %s were lost: %d refused by the collector, %d unsent at the end, "
+            "%d without room%s",
+            losses.total,
+            service,
+            losses.refused,
+            losses.unsent,
+            losses.queue_full,
+            "" if shipper.last_error is None else f"; last error: {shipper.last_error!r}",
+        )
 
 
 class _Stopwatch:

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 __all__ = ("Collector", "free_port", "hanging_collector", "open_collector")
@@ -25,6 +29,8 @@ class Collector:
         self.url = url
         self.status = 200
         self.spans: dict[str, list[Span]] = {}
+        self.metrics: dict[str, dict[str, Metric]] = {}
+        """By service name and their own; the last that was said."""
         self.headers: list[dict[str, str]] = []
 
     def take(self, request: ExportTraceServiceRequest) -> None:
@@ -33,10 +39,18 @@ class Collector:
             for scope in group.scope_spans:
                 self.spans.setdefault(service["service.name"], []).extend(scope.spans)
 
+    def take_metrics(self, request: ExportMetricsServiceRequest) -> None:
+        for group in request.resource_metrics:
+            service = {item.key: item.value.string_value for item in group.resource.attributes}
+            for scope in group.scope_metrics:
+                last = self.metrics.setdefault(service["service.name"], {})
+                last.update({metric.name: metric for metric in scope.metrics})
+
 
 @contextmanager
 def open_collector() -> Iterator[Collector]:
-    """A real HTTP server on loopback that decodes what is posted to `/v1/traces`."""
+    """A real HTTP server on loopback that decodes what is posted to `/v1/traces` and
+    `/v1/metrics`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -46,6 +60,8 @@ def open_collector() -> Iterator[Collector]:
             collector.headers.append({name.lower(): text for name, text in self.headers.items()})
             if self.path == "/v1/traces" and collector.status == 200:
                 collector.take(ExportTraceServiceRequest.FromString(body))  # type: ignore[no-untyped-call]
+            if self.path == "/v1/metrics" and collector.status == 200:
+                collector.take_metrics(ExportMetricsServiceRequest.FromString(body))  # type: ignore[no-untyped-call]
             answer = ExportTraceServiceResponse().SerializeToString()  # type: ignore[no-untyped-call]
             self.send_response(collector.status)
             self.send_header("Content-Type", "application/x-protobuf")

@@ -17,6 +17,7 @@ from tests.integration.tracing.collector import (
     open_collector,
 )
 from weightbus.schemas.progress import StageComplete
+from weightbus.tracing.metrics import METER, PublisherMetrics
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import StageScope, open_telemetry
 
@@ -99,6 +100,27 @@ def assert_whole_tree(spans: list[Span], *, root: Span) -> None:
     assert orphans == []
     for span in spans:
         assert span.end_time_unix_nano >= span.start_time_unix_nano
+
+
+def test_collector_has_the_figures_when_a_service_ends() -> None:
+    with open_collector() as collector:
+        settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
+        with open_telemetry("trainer", otlp=settings, shutdown_s=30) as telemetry:
+            metrics = PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=0)
+            metrics.skipped("busy")
+    (point,) = collector.metrics["trainer"]["weightbus.versions.skipped"].sum.data_points
+    assert point.as_int == 1
+    assert "weightbus.publish.blocked" not in collector.metrics["trainer"], "nothing was measured"
+
+
+def test_end_is_bounded_when_the_collector_takes_no_metrics() -> None:
+    with hanging_collector() as url:
+        settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
+        before = time.monotonic()
+        with open_telemetry("trainer", otlp=settings, shutdown_s=0.3) as telemetry:
+            metrics = PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=0)
+            metrics.published()
+        assert time.monotonic() - before < 3
 
 
 @pytest.mark.parametrize("status", [400, 503])

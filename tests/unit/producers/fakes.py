@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
 
 import anyio
@@ -41,6 +41,10 @@ class FakeBus:
         """They were."""
         self.objects = self.layouts = self.presence = self.reader_leases = self
 
+        self.on_publish: Callable[[Message], None] = lambda message: None
+        """Called with every message once it was said."""
+        self.slow_put_s = 0.0
+        """How long it takes to put an object."""
         self.faster: list[CheckpointReady] = []
         """What others announce just before our next `CheckpointReady` comes."""
 
@@ -60,6 +64,7 @@ class FakeBus:
         if options.get("expected_sequence", len(self.said)) != len(self.said):
             raise WrongLastSequence
         self.said.append(message)
+        self.on_publish(message)
         return PublishAck(stream="s", sequence=len(self.said))
 
     async def last_sequence(self, message_type: type[Message], *, model: str) -> int:
@@ -91,6 +96,7 @@ class FakeBus:
         if isinstance(what, Layout):
             return layout_digest(what)
         self._fail("put")
+        await anyio.sleep(self.slow_put_s)
         self.kept[what] = blob
         return what
 

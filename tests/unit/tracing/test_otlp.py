@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from msgspec import structs
 
 from weightbus.tracing.errors import TelemetryInvalid
 from weightbus.tracing.otlp import OtlpSettings
@@ -14,29 +15,38 @@ from weightbus.tracing.otlp import OtlpSettings
 PREFIX = "OTEL_EXPORTER_OTLP_"
 
 
+HTTP = OtlpSettings(endpoint="http://c/v1/traces", metrics_endpoint="http://c/v1/metrics")
+GRPC = OtlpSettings(endpoint="http://c:4317", metrics_endpoint="http://c:4317", protocol="grpc")
+
+
 @pytest.mark.parametrize(("environ", "expected"), [
     ({}, None),
     ({"ENDPOINT": ""}, None),
-    ({"ENDPOINT": "http://c:4318"}, OtlpSettings(endpoint="http://c:4318/v1/traces")),
-    ({"ENDPOINT": "http://c:4318/otel/"}, OtlpSettings(endpoint="http://c:4318/otel/v1/traces")),
+    ({"ENDPOINT": "http://c"}, HTTP),
+    (
+        {"ENDPOINT": "http://c:4318/otel/"},
+        OtlpSettings(
+            endpoint="http://c:4318/otel/v1/traces",
+            metrics_endpoint="http://c:4318/otel/v1/metrics",
+        ),
+    ),
     ({"TRACES_ENDPOINT": "http://c/in"}, OtlpSettings(endpoint="http://c/in")),
     (
-        {"ENDPOINT": "http://c:4318", "TRACES_ENDPOINT": "https://t/v1/traces"},
-        OtlpSettings(endpoint="https://t/v1/traces"),
+        {"TRACES_ENDPOINT": "http://c/in", "METRICS_ENDPOINT": "http://m/in"},
+        OtlpSettings(endpoint="http://c/in", metrics_endpoint="http://m/in"),
     ),
     (
-        {"ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"},
-        OtlpSettings(endpoint="http://c:4317", protocol="grpc"),
+        {"ENDPOINT": "http://c", "TRACES_ENDPOINT": "https://t/v1/traces"},
+        structs.replace(HTTP, endpoint="https://t/v1/traces"),
     ),
+    ({"ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"}, GRPC),
     (
         {"ENDPOINT": "http://c:4317", "PROTOCOL": "http/protobuf", "TRACES_PROTOCOL": "grpc"},
-        OtlpSettings(endpoint="http://c:4317", protocol="grpc"),
+        GRPC,
     ),
     (
         {"ENDPOINT": "http://c", "HEADERS": "Authorization=Bearer%20x=, tenant = a "},
-        OtlpSettings(
-            endpoint="http://c/v1/traces", headers={"authorization": "Bearer x=", "tenant": "a"}
-        ),
+        structs.replace(HTTP, headers={"authorization": "Bearer x=", "tenant": "a"}),
     ),
 ])  # fmt: skip
 def test_settings_follow_the_standard_variables(
@@ -47,6 +57,11 @@ def test_settings_follow_the_standard_variables(
     )
 
 
+def test_metrics_are_not_sent_when_their_exporter_is_none() -> None:
+    environ = {PREFIX + "ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"}
+    assert OtlpSettings.from_env(environ) == structs.replace(HTTP, metrics_endpoint="")
+
+
 def test_settings_are_none_when_the_sdk_is_disabled() -> None:
     environ = {PREFIX + "ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "TRUE"}
     assert OtlpSettings.from_env(environ) is None
@@ -54,6 +69,7 @@ def test_settings_are_none_when_the_sdk_is_disabled() -> None:
 
 @pytest.mark.parametrize(("variable", "value", "setting"), [
     ("ENDPOINT", "collector:4318", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    ("METRICS_ENDPOINT", "collector:4318", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"),
     ("PROTOCOL", "http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"),
     ("HEADERS", "tenant=a,secret", "OTEL_EXPORTER_OTLP_HEADERS"),
 ])  # fmt: skip
