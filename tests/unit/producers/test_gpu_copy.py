@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.interpreted import interpreted
-from weightbus.producers.shards import Part, plan_part
+from weightbus.producers.shards import Box, Delta, Part, plan_boxes, plan_part, torch_dtype
 
 GUARD = 0xA5
 
@@ -30,7 +30,8 @@ def assert_copied(part: Part, data: torch.Tensor) -> None:
     """Every box is there, and the bytes between them are untouched."""
     left = data.numpy().copy()
     for shard, source in zip(part.layout.shards, part.sources, strict=True):
-        plain = source.detach().resolve_conj().resolve_neg().contiguous()
+        dtype = torch_dtype(part.layout, shard)
+        plain = source.detach().resolve_conj().resolve_neg().to(dtype).contiguous()
         raw = plain.reshape(-1).view(torch.uint8).numpy()
         place = slice(shard.offset_bytes, shard.offset_bytes + raw.size)
         assert np.array_equal(left[place], raw)
@@ -92,6 +93,40 @@ def test_copy_follows_strides_when_a_tensor_has_gaps(gpu: ModuleType) -> None:
     copy.prepare(part)
     copy.start(data, part)
     assert_copied(part, data)
+
+
+def test_copy_casts_when_another_dtype_is_published(gpu: ModuleType) -> None:
+    tensors = {
+        "single": torch.randn(12, 18),
+        "brain": torch.randn(300).bfloat16(),
+        "turned": torch.randn(12, 18).t(),
+        "whole": torch.arange(99),
+        "double": torch.randn(70_000, dtype=torch.float64),
+    }
+    part = plan_part(tensors, dtype=torch.bfloat16)
+    data = blank(part)
+    copy = gpu.GpuCopy(part.layout, torch.device("cpu"))
+    copy.prepare(part)
+    copy.start(data, part)
+    assert_copied(part, data)
+
+
+def test_copy_adds_a_delta_when_a_shard_has_one(gpu: ModuleType) -> None:
+    class One(Delta):
+        def prepare(self) -> None:
+            raise AssertionError("that is for the trainer's thread")
+
+        def add_to(self, source: torch.Tensor) -> torch.Tensor:
+            return source + 1
+
+    shape = (64,)
+    boxes = [Box("w", torch.float32, shape, (0,), torch.randn(shape), One())]
+    part = plan_boxes(boxes)
+    data = blank(part)
+    copy = gpu.GpuCopy(part.layout, torch.device("cpu"))
+    copy.prepare(part)
+    copy.start(data, part)
+    assert torch.equal(data[:256].view(torch.float32), part.sources[0] + 1)
 
 
 def test_copy_finds_tensors_where_they_are_now_when_they_have_moved(gpu: ModuleType) -> None:

@@ -134,6 +134,33 @@ def test_plan_names_tensor_value_and_limit_when_it_is_refused(
     assert limit in str(refused.value)
 
 
+def test_plan_names_what_is_published_when_a_dtype_is_given() -> None:
+    source = {
+        "single": torch.zeros(3),
+        "double": torch.zeros(3, dtype=torch.float64),
+        "half": torch.zeros(3, dtype=torch.float16),
+        "brain": torch.zeros(3, dtype=torch.bfloat16),
+        "eight": torch.zeros(3, dtype=torch.float8_e4m3fn),
+        "whole": torch.zeros(3, dtype=torch.int64),
+        "truth": torch.zeros(3, dtype=torch.bool),
+        "complex": torch.zeros(3, dtype=torch.complex64),
+    }
+    part = plan_part(source, dtype=torch.bfloat16)
+    dtypes = [spec.dtype for spec in part.layout.tensors]
+    assert dtypes == ["BF16"] * 4 + ["F8_E4M3", "I64", "BOOL", "C64"]
+    assert part.size_bytes == 4 * 6 + 3 + 24 + 3 + 24
+    assert [each.dtype for each in part.sources] == [each.dtype for each in source.values()]
+    check_layout(part.layout)
+    large = plan_part({"a": torch.zeros(100), "b": torch.zeros(1)}, dtype=torch.float64)
+    assert [shard.offset_bytes for shard in large.layout.shards] == [0, 1024]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
+def test_plan_names_dtypes_when_it_cannot_cast_to_one(dtype: torch.dtype) -> None:
+    with pytest.raises(TensorInvalid, match=rf"{dtype}: must be one of torch.bfloat16, torch"):
+        plan_part({"w": torch.zeros(2)}, dtype=dtype)
+
+
 @pytest.fixture
 def fake_ranks() -> Iterator[Any]:
     """Turns this process into rank r of n, with a backend that communicates with nobody."""
@@ -204,6 +231,54 @@ def _local_of(
             pieces, _ = placement._split_tensor(local, ways, with_padding=False, contiguous=True)
             local = pieces[where]
     return local
+
+
+@pytest.mark.parametrize("ways", [(4, 2), (2, 4), (3, 2), (2, 3)], ids=str)
+def test_dtensor_boxes_are_those_of_fsdp_when_it_cuts_uneven_tensor_parallel_rows(
+    fake_ranks: Any, ways: tuple[int, int]
+) -> None:
+    """FSDP2 cuts what tensor parallelism has left of the rows, though its mesh comes first."""
+    data_parallel, tensor_parallel = ways
+    placements = (_StridedShard(0, split_factor=tensor_parallel), ShardPlacement(0))
+    for rank in range(data_parallel * tensor_parallel):
+        mesh = fake_ranks(rank, ways)
+        first, second = mesh.get_coordinate()
+        for rows in range(1, 20):
+            whole = torch.arange(2.0 * rows).reshape(rows, 2)
+            piece = _torch_chunk(_torch_chunk(whole, second, tensor_parallel), first, data_parallel)
+            tensor = DTensor.from_local(
+                piece, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+            part = plan_part({"w": tensor})
+            assert [tuple(each.shape) for each in part.sources] == [(len(piece), 2)] * bool(
+                len(piece)
+            )
+            for shard, source in zip(part.layout.shards, part.sources, strict=True):
+                (row, _), (count, _) = shard.starts, shard.sizes
+                assert torch.equal(source, whole[row : row + count]), (rows, rank)
+
+
+def _torch_chunk(tensor: torch.Tensor, number: int, count: int) -> torch.Tensor:
+    chunks = tensor.chunk(count)
+    return chunks[number] if number < len(chunks) else tensor[:0]
+
+
+def test_dtensor_is_refused_when_it_holds_rows_that_it_should_not(fake_ranks: Any) -> None:
+    """Also where none are expected: nobody would publish them."""
+    mesh = fake_ranks(3, (4,))
+    for rows in (1, 2):
+        tensor = DTensor.from_local(
+            torch.zeros(rows, 2),
+            mesh,
+            (ShardPlacement(0),),
+            run_check=False,
+            shape=torch.Size((3, 2)),
+            stride=(2, 1),
+        )
+        with pytest.raises(
+            TensorInvalid, match=rf"\({rows}, 2\) of \(3, 2\) here: must be one box"
+        ):
+            plan_part({"w": tensor})
 
 
 def test_dtensor_is_refused_when_partial(fake_ranks: Any) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from weightbus.bus.digest import digest_tensor
 from weightbus.producers.copying import copy_shard
 from weightbus.producers.devices import Stream
 from weightbus.producers.digesting import ThreadDigester
 from weightbus.producers.sealing import add_digests, plan_seal
-from weightbus.producers.shards import Part, Shard, plan_part
+from weightbus.producers.shards import Box, Delta, Part, Shard, plan_boxes, plan_part
 from weightbus.producers.writing import write_part
 from weightbus.schemas.dtypes import DTYPE_BYTES
 
@@ -76,6 +78,69 @@ def test_write_follows_strides_when_a_tensor_is_not_contiguous(
     data = bytearray(part.layout.segments[0].size_bytes)
     write_part(part, memoryview(data), threads(part, data, 1), _never)
     assert bytes(data[: tensor.nbytes]) == _bits(tensor.detach().resolve_conj())
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_write_casts_as_torch_does_and_digests_what_is_there(target: torch.dtype) -> None:
+    tensors = {
+        "single": _random_bits((5, 40), torch.float32, 1),
+        "turned": _random_bits((7, 40), torch.float64, 2).t(),
+        "stepped": _random_bits((9, 40), torch.float32, 3)[::2, 1::3],
+        "brain": torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16),
+        "specials": torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, 1e38]),
+        "eight": _random_bits((64,), torch.float8_e4m3fn, 4),
+        "whole": _random_bits((5,), torch.int64, 5),
+    }
+    before = {name: _bits(tensor) for name, tensor in tensors.items()}
+    part = plan_part(tensors, dtype=target)
+    data = bytearray(part.layout.segments[0].size_bytes)
+    digests = write_part(part, memoryview(data), threads(part, data, 2), _never)
+    for shard, digest in zip(part.layout.shards, digests, strict=True):
+        name = part.layout.tensors[shard.tensor].name
+        kept = name in ("eight", "whole")
+        expected = _bits(tensors[name] if kept else tensors[name].to(target))
+        assert bytes(data[shard.offset_bytes : shard.offset_bytes + len(expected)]) == expected
+        assert digest == digest_tensor(np.frombuffer(expected, dtype=np.uint8)), name
+        assert _bits(tensors[name]) == before[name], f"{name} was changed"
+
+
+class Twice(Delta):
+    """Adds as much again, and says what is asked of it."""
+
+    def __init__(self) -> None:
+        self.prepared, self.alive = 0, 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def add_to(self, source: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        assert self.alive == 0, "another temporary is kept"
+        total = source + source
+        self.alive += 1
+        weakref.finalize(total, self._gone)
+        return total
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+
+def test_write_adds_a_delta_before_the_cast_one_temporary_at_a_time() -> None:
+    delta = Twice()
+    weights = [_random_bits((40,), torch.float32, seed).nan_to_num(0.5) for seed in range(6)]
+    boxes = [
+        Box(f"t{n}", torch.float32, (40,), (0,), nn.Parameter(weight), delta if n % 2 else None)
+        for n, weight in enumerate(weights)
+    ]
+    part = plan_boxes(boxes, torch.bfloat16, [delta])
+    data = bytearray(part.layout.segments[0].size_bytes)
+    part.prepare()
+    write_part(part, memoryview(data), threads(part, data, 1), _never)
+    for number, shard in enumerate(part.layout.shards):
+        expected = weights[number] * (2 if number % 2 else 1)
+        begin = shard.offset_bytes
+        assert bytes(data[begin : begin + 80]) == _bits(expected.to(torch.bfloat16))
+    assert (delta.prepared, delta.alive) == (1, 0)
 
 
 def test_digests_of_boxes_add_up_to_those_of_whole_tensors_when_ranks_hold_them() -> None:
