@@ -17,15 +17,17 @@ from weightbus.consumers.engines.sglang.lifecycle import (
     load_checkpoint,
     reload_modules,
 )
-from weightbus.consumers.engines.sglang.scratch import build_scratch
+from weightbus.consumers.engines.sglang.scratch import build_scratch, keeps_graphs, started_from
 from weightbus.consumers.engines.sglang.threads import on_one_thread
 from weightbus.consumers.engines.vllm.refusing import (
     Reached,
     check_dtypes,
     check_sizes,
+    names_on_disk,
+    near,
     refusing,
 )
-from weightbus.consumers.errors import CheckpointRefused
+from weightbus.consumers.errors import CheckpointRefused, ProofFailed
 from weightbus.consumers.reload.host import ModelHost, Weights
 from weightbus.consumers.reload.memory import module_of
 from weightbus.schemas.layout import Layout
@@ -35,6 +37,11 @@ __all__ = ("SglangHost",)
 
 _OPTIONAL = frozenset({"input_scale", "k_scale", "prob_scale", "q_scale", "v_scale"})
 """Last names of parameters that SGLang fills by itself where a checkpoint has none."""
+
+_ELSEWHERE = (
+    "is made anew elsewhere when SGLang loads again: graphs keep the old one; start SGLang with "
+    "--disable-cuda-graph, and without --enable-torch-compile"
+)
 
 
 class SglangHost(ModelHost):
@@ -47,19 +54,28 @@ class SglangHost(ModelHost):
         is_last_rank: bool = True,
         build: Callable[[str], nn.Module] = build_scratch,
         load: Callable[[nn.Module, Weights, torch.device], None] = load_checkpoint,
+        keeps_graphs: Callable[[], bool] = keeps_graphs,
+        started_from: Callable[[], str] = started_from,
     ) -> None:
         """
         Args:
             is_last_rank: of its tensor-parallel ranks: it reads tensors to their ends.
             build: makes another model of this rank on `meta`, given the architecture's name.
             load: the mapping of checkpoint tensors to parameters.
+            keeps_graphs: whether something was compiled or captured of the model.
+            started_from: where the checkpoint is that the engine was started with.
         """
         self._model = model
         self._device = device
         self._is_last_rank = is_last_rank
         self._build = build
         self._load = load
+        self._keeps_graphs = keeps_graphs
+        self._started_from = started_from
         self._derived: dict[str, str] = {}
+        self._reached = Reached()
+        self._moved = ""
+        """What of a model with graphs could not be kept in its memory once; empty: nothing."""
 
     @property
     def name(self) -> str:
@@ -77,28 +93,46 @@ class SglangHost(ModelHost):
 
     def load_weights(self, model: nn.Module, weights: Weights) -> None:
         self._check_can_load_again(model)
-        reached = Reached()
+        if self._moved:
+            raise CheckpointRefused(self.name, f"{self._moved} {_ELSEWHERE}")
+        self._reached = reached = Reached()
         with refusing(self.name, reached), on_one_thread():
             self._load(model, reached.noted(weights), self._device)
 
     def unwritten(self, parameter: str) -> str:
+        """Quantisation makes parameters that no checkpoint has (`w13_g_idx_sort_indices` of GPTQ
+        experts, scales): there, only what the checkpoint that the engine was started with has is
+        known to be needed."""
         if parameter.rpartition(".")[2] in _OPTIONAL:
             return ""
-        return "SGLang would leave them as they are"
+        if not self._is_quantised():
+            return "SGLang would leave them as they are"
+        missing = near(parameter, names_on_disk(self._started_from()) - self._reached.names)
+        if not missing:
+            return ""
+        return f"the checkpoint lacks {', '.join(missing[:3])}, which the engine started with"
+
+    def _is_quantised(self) -> bool:
+        return getattr(self._model, "quant_config", None) is not None
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         """Of a quantised model it is not known what a tensor of another dtype or size means."""
-        if getattr(self._model, "quant_config", None) is None:
+        if not self._is_quantised():
             check_dtypes(self.name, needs, layout)
             if self._is_last_rank:
                 check_sizes(self.name, needs, layout)
 
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
-        derived = reload_modules(
+        if self._moved:
+            raise ProofFailed(self._moved, _ELSEWHERE)
+        reloaded = reload_modules(
             self._model, modules, lambda: self._load(self._model, weights, self._device)
         )
+        if reloaded.moved and self._keeps_graphs():
+            self._moved = reloaded.moved[0]
+            raise ProofFailed(self._moved, _ELSEWHERE)
         if modules is None:
-            self._derived = derived
+            self._derived = reloaded.derived
 
     def derived(self) -> Mapping[str, str]:
         return self._derived

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,13 +21,15 @@ from weightbus.consumers.engines.vllm.captured import (
     Bound,
     bound_attributes,
     keep_in_place,
+    reaches_only,
     rebound,
+    tensors_within,
 )
 from weightbus.consumers.errors import ProofFailed
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.memory import state_tensors
 
-__all__ = ("can_restore", "load_checkpoint", "reload_modules")
+__all__ = ("Reloaded", "can_restore", "load_checkpoint", "reload_modules")
 
 _RESTORING = (
     "restore_weights_before_loading",
@@ -60,6 +62,15 @@ class _Holder:
     bound: Bound
 
 
+class Reloaded(NamedTuple):
+    """What SGLang's post-processing keeps of weights elsewhere than in parameters and buffers."""
+
+    derived: dict[str, str]
+    """The modules that keep it on themselves, or on their quantisation method, and where."""
+    moved: tuple[str, ...]
+    """`module.attribute` of what is elsewhere now than it was: what captured it holds the old."""
+
+
 def can_restore(module: nn.Module) -> bool:
     """Whether SGLang says that it can load a module again whose parameters it has repacked."""
     kind = type(getattr(module, "quant_method", None))
@@ -80,17 +91,13 @@ def load_checkpoint(model: nn.Module, weights: Weights, device: torch.device) ->
 
 def reload_modules(
     model: nn.Module, names: frozenset[str] | None, load: Callable[[], None]
-) -> dict[str, str]:
+) -> Reloaded:
     """Restore modules of a model, let `load` write to them, and process them.
 
     If it raises, they may hold anything.
 
     Args:
         names: of the modules; None: all.
-
-    Returns:
-        The modules that keep what they derive from their weights on themselves, or on their
-        quantisation method, and where.
 
     Raises:
         ProofFailed: a parameter has another form than before: what captured it holds the old one.
@@ -111,9 +118,11 @@ def reload_modules(
         for item in kept:
             _put_back(item)
         state = frozenset(item.tensor.untyped_storage().data_ptr() for item in state_tensors(model))
-        return {
-            holder.module: attribute for holder in holders for attribute in _renew(holder, state)
-        }
+        renewed = [(holder.module, *found) for holder in holders for found in _renew(holder, state)]
+        return Reloaded(
+            derived={module: attribute for module, attribute, _ in renewed},
+            moved=tuple(f"{module}.{attribute}" for module, attribute, moved in renewed if moved),
+        )
 
 
 def _overrides(kind: type, name: str) -> bool:
@@ -171,14 +180,26 @@ def _put_back(kept: _Kept) -> None:
         held[kept.name] = kept.tensor
 
 
-def _renew(holder: _Holder, state: frozenset[int]) -> Iterator[str]:
+def _renew(holder: _Holder, state: frozenset[int]) -> Iterator[tuple[str, bool]]:
     """The attributes that reach tensors, not of the model's own state, and were bound anew; the
-    tensors move to where the old ones are, if they have the same structure."""
+    tensors move to where the old ones are, if they have the same structure. And whether something
+    could still hold old ones."""
     for attribute, value in rebound(holder.thing, holder.bound, state).items():
         old = holder.bound.get(attribute)
-        if old is not None and keep_in_place(old, value, state):
+        is_kept = reaches_only(old, state) or _places(old, state) == _places(value, state)
+        if not is_kept and keep_in_place(old, value, state):
             vars(holder.thing)[attribute] = old
-        yield attribute
+            is_kept = True
+        yield attribute, not is_kept
+
+
+def _places(value: object, state: frozenset[int]) -> list[tuple[object, ...]]:
+    """Where every tensor is that is reached from a value, those of the model's state left out."""
+    return [
+        (way, tensor.data_ptr(), *_form(tensor))
+        for way, tensor in tensors_within(value)
+        if not reaches_only(tensor, state)
+    ]
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:

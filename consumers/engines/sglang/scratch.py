@@ -17,13 +17,16 @@ from torch import nn
 
 from weightbus.consumers.errors import TraceRefused
 
-__all__ = ("build_scratch",)
+__all__ = ("build_scratch", "keeps_graphs", "started_from")
 
 _ROTARY = (
     "sglang.srt.layers.rotary_embedding.factory",
     "sglang.srt.layers.rotary_embedding",
 )
 """Where the cache of rotary embeddings is, the newer place first."""
+
+_PHASES = ("decode", "prefill")
+"""Of which graphs are captured."""
 
 
 def build_scratch(name: str) -> nn.Module:
@@ -57,6 +60,24 @@ def build_scratch(name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TraceRefused(name, f"SGLang made a {type(model).__name__} of it, not a module")
     return model
+
+
+def started_from() -> str:
+    """The directory, or the name, of the checkpoint that the server was started with."""
+    return str(_server_args().model_path)
+
+
+def keeps_graphs() -> bool:
+    """Whether something may have been compiled or captured of the model: unless it is known that
+    SGLang was told to do neither (0.5.23 tells of graphs by phase)."""
+    args = _server_args()
+    if getattr(args, "enable_torch_compile", False):
+        return True
+    if getattr(args, "disable_cuda_graph", False):
+        return False
+    phases = getattr(args, "cuda_graph_config", None)
+    backends = {getattr(getattr(phases, name, None), "backend", "") for name in _PHASES}
+    return backends != {"disabled"}
 
 
 def _server_args() -> Any:

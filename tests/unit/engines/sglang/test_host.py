@@ -6,22 +6,36 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from tests.unit.engines.sglang.test_lifecycle import QuantizeMethodBase, Turning
+from tests.unit.engines.sglang.test_lifecycle import (
+    Growing,
+    Layer,
+    QuantizeMethodBase,
+    Turning,
+)
 from tests.unit.reload.models import layout_of
 from weightbus.consumers.engines.sglang.host import SglangHost
-from weightbus.consumers.engines.sglang.scratch import build_scratch
-from weightbus.consumers.errors import CheckpointRefused, TraceRefused
+from weightbus.consumers.engines.sglang.scratch import build_scratch, keeps_graphs
+from weightbus.consumers.errors import CheckpointRefused, ProofFailed, TraceRefused
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.tracer import trace_needs
 
 CPU = torch.device("cpu")
+
+
+def phases(decode: str, prefill: str) -> SimpleNamespace:
+    """Graphs of SGLang 0.5.23."""
+    return SimpleNamespace(
+        decode=SimpleNamespace(backend=decode), prefill=SimpleNamespace(backend=prefill)
+    )
 
 
 class Repacking(QuantizeMethodBase):
@@ -137,6 +151,79 @@ def test_checkpoint_is_refused_when_a_tensor_has_another_shape() -> None:
     host = host_of(Fused())
     with pytest.raises(CheckpointRefused, match=r"at b.weight of shape \(3, 4\)"):
         host.load_weights(host.scratch_model(), checkpoint(b_weight=torch.rand(3, 4)).items())
+
+
+def graphed(layer: Layer, *, keeps_graphs: bool) -> tuple[SglangHost, list[int]]:
+    """A host, and how often SGLang has loaded."""
+    loads: list[int] = []
+
+    def load(model: nn.Module, weights: Weights, device: torch.device) -> None:
+        loads.append(len(list(weights)))
+
+    host = SglangHost(
+        nn.ModuleDict({"layer": layer}), CPU, load=load, keeps_graphs=lambda: keeps_graphs
+    )
+    return host, loads
+
+
+def test_nothing_is_written_any_more_when_a_copy_could_not_be_kept_where_graphs_read_it() -> None:
+    host, loads = graphed(Layer(Growing()), keeps_graphs=True)
+    said = r"layer\.packed.*graphs keep the old one; start SGLang with --disable-cuda-graph"
+    for _ in range(2):
+        with pytest.raises(ProofFailed, match=said):
+            host.reload([], None)
+    with pytest.raises(CheckpointRefused, match=said):
+        host.load_weights(nn.Module(), [])
+    assert loads == [0]
+
+
+def test_copies_may_move_when_nothing_was_captured() -> None:
+    host, loads = graphed(Layer(Growing()), keeps_graphs=False)
+    for _ in range(2):
+        host.reload([], None)
+    assert loads == [0, 0]
+    assert host.derived() == {"layer": "packed"}
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({}, True),
+        ({"disable_cuda_graph": True}, False),
+        ({"disable_cuda_graph": True, "enable_torch_compile": True}, True),
+        ({"cuda_graph_config": phases("full", "disabled")}, True),
+        ({"cuda_graph_config": phases("disabled", "disabled")}, False),
+    ],
+    ids=["default", "off", "compiled", "one-phase", "no-phase"],
+)
+def test_graphs_are_kept_unless_the_server_was_told_to_make_none(
+    args: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ModuleType("sglang.srt.runtime_context")
+    vars(context)["get_server_args"] = lambda: SimpleNamespace(**args)
+    for name in ("sglang", "sglang.srt"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, context.__name__, context)
+    assert keeps_graphs() is expected
+
+
+def test_parameter_of_a_quantised_model_is_needed_when_the_engine_was_started_with_it(
+    tmp_path: Path,
+) -> None:
+    """Others, which no checkpoint has, are for SGLang to make."""
+    names = ("layers.0.w.qweight", "layers.0.w.scales", "layers.1.w.qweight")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    model = Fused()
+    model.quant_config = object()  # type: ignore[assignment]
+
+    def load(model: nn.Module, weights: Weights, device: torch.device) -> None:
+        del model, device
+        assert list(weights)
+
+    host = SglangHost(model, CPU, load=load, started_from=lambda: str(tmp_path))
+    host.load_weights(Fused(), [(name, torch.zeros(1)) for name in names[::2]])
+    assert host.unwritten("layers.1.w.g_idx_sort_indices") == ""
+    assert "lacks layers.0.w.scales, which" in host.unwritten("layers.0.w.scales")
 
 
 def test_every_checkpoint_is_refused_when_a_parameter_was_repacked_for_good() -> None:

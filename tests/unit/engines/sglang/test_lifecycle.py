@@ -54,6 +54,28 @@ class Packing(QuantizeMethodBase):
         layer.packed = layer.weight.data.flip(0).contiguous()
 
 
+class Growing(QuantizeMethodBase):
+    """Hangs a copy on the layer that has more rows each time."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.times += 1
+        layer.packed = layer.weight.data.repeat(self.times, 1)
+
+
+class Writing(Packing):
+    """Writes to its copy, and hangs a new view of it on the layer."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        packed = getattr(layer, "packed", None)
+        if packed is None:
+            super().process_weights_after_loading(layer)
+        else:
+            layer.packed = packed.copy_(layer.weight.data.flip(0)).view_as(packed)
+
+
 class Layer(nn.Module):
     def __init__(self, method: QuantizeMethodBase | None, rows: int = 2) -> None:
         super().__init__()
@@ -106,10 +128,24 @@ def test_packed_copy_is_renewed_in_its_own_memory_and_told() -> None:
     layer = Layer(Packing())
     captured = layer.packed
     assert isinstance(captured, torch.Tensor)
-    derived = reload_modules(model_of(layer), None, loading(layer, 1.0))
+    reloaded = reload_modules(model_of(layer), None, loading(layer, 1.0))
     assert layer.packed is captured
     assert captured.tolist() == [[4, 5, 6], [1, 2, 3]]
-    assert derived == {"layer": "packed"}
+    assert reloaded == ({"layer": "packed"}, ())
+
+
+def test_packed_copy_is_told_to_have_moved_when_it_comes_out_in_another_form() -> None:
+    layer = Layer(Growing())
+    reloaded = reload_modules(model_of(layer), None, loading(layer, 1.0))
+    assert reloaded == ({"layer": "packed"}, ("layer.packed",))
+
+
+def test_packed_copy_has_not_moved_when_its_memory_was_written_and_is_looked_at_anew() -> None:
+    layer = Layer(Writing())
+    reloaded = reload_modules(model_of(layer), None, loading(layer, 1.0))
+    assert reloaded == ({"layer": "packed"}, ())
+    assert isinstance(layer.packed, torch.Tensor)
+    assert layer.packed.tolist() == [[4, 5, 6], [1, 2, 3]]
 
 
 def test_modules_that_are_not_named_are_left_alone() -> None:
@@ -123,7 +159,7 @@ def test_modules_that_are_not_named_are_left_alone() -> None:
 
 def test_layer_without_a_method_is_loaded_as_it_is() -> None:
     layer = Layer(None)
-    assert reload_modules(model_of(layer), None, loading(layer, 1.0)) == {}
+    assert reload_modules(model_of(layer), None, loading(layer, 1.0)) == ({}, ())
     assert layer.weight.flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
