@@ -13,6 +13,7 @@ from weightbus.schemas.base import SCHEMA_VERSION
 from weightbus.schemas.catalogue import (
     BUCKETS,
     CATALOGUE,
+    PARAMETERS,
     STREAMS,
     BucketEntry,
     Entry,
@@ -23,20 +24,11 @@ from weightbus.schemas.catalogue import (
 from weightbus.schemas.codec import CONTENT_TYPE_JSON, CONTENT_TYPE_MSGPACK
 from weightbus.schemas.jsonschema import struct_schemas
 
-__all__ = ("ASYNCAPI_VERSION", "asyncapi_document")
+__all__ = ("ASYNCAPI_VERSION", "HEADERS", "asyncapi_document")
 
 ASYNCAPI_VERSION: Final = "3.0.0"
 
-PARAMETERS: Final = {
-    "model": "A name that trainers and engines agree on.",
-    "engine": "Id of an inference engine.",
-    "producer": "Name of a trainer's publisher, the same on all its ranks.",
-    "rank": "A rank's number; `all` for a stage of the whole engine.",
-    "round": "Id of one version's way to the engines that are present.",
-    "version": "Number of a version.",
-}
-
-HEADERS: Final = {
+HEADERS: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
         "Content-Type": {

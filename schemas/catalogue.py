@@ -37,6 +37,7 @@ __all__ = (
     "ALL_RANKS",
     "BUCKETS",
     "CATALOGUE",
+    "PARAMETERS",
     "STREAMS",
     "WORKER_MESSAGES",
     "BucketEntry",
@@ -295,6 +296,16 @@ WORKER_MESSAGES: Final[tuple[type[Message], ...]] = (
     *get_args(WorkerReply),
 )
 """What a consumer and its engine's workers say to each other; never on the bus."""
+
+PARAMETERS: Final = {
+    "model": "A name that trainers and engines agree on.",
+    "engine": "Id of an inference engine.",
+    "producer": "Name of a trainer's publisher, the same on all its ranks.",
+    "rank": "A rank's number; `all` for a stage of the whole engine.",
+    "round": "Id of one version's way to the engines that are present.",
+    "version": "Number of a version.",
+}
+"""What the tokens of subjects and keys stand for, and the fields of the same names."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FIELD = re.compile(r"\{(\w+)\}")

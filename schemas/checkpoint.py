@@ -55,7 +55,9 @@ class CheckpointReady(Message, frozen=True, kw_only=True):
     producer: Token
     """Who published; with model and version it makes the message id, so a repeat is dropped."""
     layout_digest: ObjectDigest | None = None
+    """Key of the layout in the object store; None beside `files`."""
     placement: Placement = ()
+    """Where each segment of the layout is; empty beside `files`."""
     files: Paths = ()
     """Absolute paths of safetensors files, as the readers see them."""
     weights_digest: Digest64 | None = None
@@ -63,9 +65,11 @@ class CheckpointReady(Message, frozen=True, kw_only=True):
     tensor_digests: ObjectDigest | None = None
     """Object with the digest of every tensor, in layout order, 8 bytes each, little endian."""
     created_ns: Nanoseconds = 0
+    """When it was published."""
     valid_until_ns: Nanoseconds = 0
     """When the placement stops being readable by itself; 0: until `CheckpointRetired`."""
     metadata: Metadata = {}
+    """Whatever the trainer wants to be read beside it: step, loss."""
 
 
 class CheckpointPart(Message, frozen=True, kw_only=True):
@@ -94,6 +98,7 @@ class CheckpointRetired(Message, frozen=True, kw_only=True):
     version: Version
     producer: Token
     reason: Reason = ""
+    """Why, for a person."""
     active_readers: Count = 0
     """Leases that had not ended when the publisher gave up waiting for them."""
 
@@ -110,6 +115,8 @@ class CheckpointSkipped(Message, frozen=True, kw_only=True):
     producer: Token
     """The publisher group's name: the same on every rank."""
     cause: SkipCause
+    """`busy`: no slot was free. `ranks`: parts of it were missing. `failed`: the copy or the
+    announcement failed."""
     reason: Reason
     """Why, for a person: thing, value and limit."""
     ranks: Annotated[tuple[RankNumber, ...], Meta(max_length=65_536)] = ()
@@ -117,6 +124,7 @@ class CheckpointSkipped(Message, frozen=True, kw_only=True):
     waited_s: Seconds = 0.0
     """How long the trainer waited before it went on."""
     created_ns: Nanoseconds = 0
+    """When it was given up."""
 
 
 class CopyReady(Message, frozen=True, kw_only=True):

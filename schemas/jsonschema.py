@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from weightbus.schemas.base import SCHEMA_VERSION, Message
-from weightbus.schemas.catalogue import BUCKETS, CATALOGUE, WORKER_MESSAGES
+from weightbus.schemas.catalogue import BUCKETS, CATALOGUE, PARAMETERS, WORKER_MESSAGES
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 
@@ -84,7 +84,7 @@ def _describe(schema: dict[str, Any], struct: type[msgspec.Struct]) -> None:
     """The struct's docstring and those under its fields, as descriptions."""
     if struct.__doc__:
         schema["description"] = inspect.cleandoc(struct.__doc__)
-    docs: dict[str, str] = {}
+    docs: dict[str, str] = dict(PARAMETERS) if issubclass(struct, Message) else {}
     for base in reversed(struct.__mro__):
         if issubclass(base, msgspec.Struct) and base is not msgspec.Struct:
             docs |= _field_docstrings(base)

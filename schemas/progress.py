@@ -76,15 +76,19 @@ class UpdateComplete(Message, frozen=True, kw_only=True):
     round: Token
     engine: Token
     verified: Verified
+    """`verified`: all ranks' digests add up to the publisher's. `not_offered`: it gave none."""
     weights_digest: Digest64 | None = None
     """The digest that all ranks' parts added up to."""
     routes: Annotated[tuple[RouteName, ...], Meta(max_length=3)]
+    """How the bytes came."""
     bytes: SizeBytes
+    """Bytes moved into parameters, over all ranks."""
     start_ns: Nanoseconds
     """When the consumer received `CheckpointReady`."""
     end_ns: Nanoseconds
     """When the engine served again."""
     paused_s: Seconds = 0.0
+    """How long the engine served nothing."""
     direct_parameters: Count = 0
     """Parameters written in place by the plan, over all ranks."""
     processed_parameters: Count = 0
@@ -92,6 +96,7 @@ class UpdateComplete(Message, frozen=True, kw_only=True):
     reason: Reason = ""
     """Why the engine's own loader was taken, if it was."""
     trace_id: TraceId = ""
+    """Of the trace that tells it all; empty: none."""
 
 
 class UpdateFailed(Message, frozen=True, kw_only=True):
@@ -106,13 +111,17 @@ class UpdateFailed(Message, frozen=True, kw_only=True):
     reason: Reason
     """The error's message: thing, value and limit."""
     stage: Stage | None = None
+    """The stage that failed; None: before any."""
     served_version: ServedVersion = -1
     """What the engine serves now; -1: nothing (it is paused or empty)."""
     quarantined: bool = False
     """Its parameters may be a mix: it stays paused until an update ends whole."""
     start_ns: Nanoseconds = 0
+    """When the consumer received `CheckpointReady`."""
     end_ns: Nanoseconds = 0
+    """When the update was given up."""
     trace_id: TraceId = ""
+    """Of the trace that tells it all; empty: none."""
 
 
 class EngineState(Message, frozen=True, kw_only=True):
@@ -139,12 +148,20 @@ class DeadLetter(Message, frozen=True, kw_only=True):
     subject: Annotated[str, Meta(max_length=512)]
     """Where it was found."""
     reason: Reason
+    """All of it in one sentence."""
     field: Annotated[str, Meta(max_length=512)] = "$"
+    """Path of the field at fault, such as `placement[0][1].path`; `$`: the whole."""
     value: Annotated[str, Meta(max_length=256)] = ""
+    """What stood there, shortened."""
     limit: Annotated[str, Meta(max_length=512)] = ""
+    """The rule or limit that it broke."""
     content_type: Annotated[str, Meta(max_length=128)] = ""
+    """The header, as it came."""
     payload: Annotated[bytes, Meta(max_length=1024)] = b""
     """Its first kilobyte."""
     payload_bytes: SizeBytes = 0
+    """How long it was in full."""
     reported_by: Annotated[str, Meta(max_length=64)] = ""
+    """Who could not read it."""
     reported_ns: Nanoseconds = 0
+    """When."""

@@ -236,14 +236,22 @@ class RoundComplete(Message, frozen=True, kw_only=True):
     version: Version
     round: Token
     epoch: Epoch
+    """Of the last plan."""
     leader: Token
+    """The engine whose consumer led the round."""
     completed: Annotated[tuple[Token, ...], Meta(max_length=4096)] = ()
+    """Engines that serve the version."""
     failed: Annotated[dict[Token, Reason], Meta(max_length=4096)] = {}
     """Engine id -> why it does not serve the version."""
     layout_digest: ObjectDigest | None = None
+    """Of the layout that the version has."""
     bytes: SizeBytes = 0
     """Bytes moved into parameters, over all engines."""
     engines: Count = 0
+    """How many engines took part."""
     started_ns: Nanoseconds = 0
+    """When the leader had its plan."""
     ended_ns: Nanoseconds = 0
+    """When the leader closed it."""
     trace_id: Annotated[str, Meta(max_length=32)] = ""
+    """Of the trace that tells it all; empty: none."""

@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.protocols import Validator
 
 from tests.contract.examples import EXAMPLES, LAYOUT, NEEDS
+from tests.contract.tables import HEARD, SAID
 from weightbus.schemas import (
     BUCKETS,
     CATALOGUE,
@@ -114,6 +115,14 @@ def test_token_pattern_means_the_same_as_in_the_codec() -> None:
     assert not re.search(pattern, "a.b")
 
 
+def test_every_field_of_what_other_languages_say_and_read_is_described() -> None:
+    for kind in (*SAID, *HEARD):
+        schema = SCHEMA["$defs"][kind.__name__]
+        for name, field in schema["properties"].items():
+            assert name == "type" or field.get("description"), (kind, name)
+    assert SCHEMA["$defs"]["Join"]["properties"]["model"]["description"].startswith("A name that")
+
+
 def test_fields_are_described_by_the_docstrings_of_the_structs() -> None:
     ready = SCHEMA["$defs"]["CheckpointReady"]
     assert ready["description"].startswith("One version of a model's weights can be read.")
@@ -200,12 +209,11 @@ def test_asyncapi_names_the_encoding_of_every_message(entry: Any) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_guide_shows_where_every_message_goes(entry: Any) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
     place = (
         (entry.subject, entry.stream) if hasattr(entry, "subject") else (entry.key, entry.bucket)
     )
     row = f"| `{entry.message.__name__}` | `{place[0]}` | {place[1]} | {entry.sender} | "
-    assert row + ", ".join(entry.receivers) + " |" in guide
+    assert row + ", ".join(entry.receivers) + " |" in GUIDE
 
 
 def test_guide_s_example_is_a_message() -> None:
