@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
@@ -57,6 +57,10 @@ class StepOptions:
     split_of: Callable[[nn.Module], Split | None] | None = None
     """Called once for a module: how tensors that it has fused are cut into the checkpoint's; None:
     they are not. `weightbus.producers.huggingface.split_of` knows the models of transformers."""
+    plan_once: bool = False
+    """Keep the plan of a module, which takes 10 to 50 us for each of the checkpoint's tensors to
+    make, until a parameter or buffer lies in other memory than before. It holds the memory that it
+    was made of: not for trainers that move parameters to the host and back between steps."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What every version says beside its `step`; of rank 0."""
     on_error: OnError = "raise"
@@ -144,6 +148,7 @@ class StepPublisher:
         self._rank, self._world_size = rank, world_size
         self._pending: tuple[int, int, Pending] | None = None
         self._splits: WeakKeyDictionary[nn.Module, Split | None] = WeakKeyDictionary()
+        self._planned: tuple[Sequence[object], Part] | None = None
         self._shift = 0
         try:
             self._newest = publisher.newest_version()
@@ -204,6 +209,7 @@ class StepPublisher:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._planned = None
         if kind is not None:
             self._publisher.__exit__(kind, error, traceback)
             return
@@ -218,11 +224,22 @@ class StepPublisher:
                 _logger.warning("the publisher did not end well: %s", ended)
 
     def _plan(self, model: Stepped) -> Part:
-        """Anew for every version: trainers move parameters, to the host and back, between steps."""
         if isinstance(model, Part):
             return model
         if not isinstance(model, nn.Module):
             return plan_part(model, dtype=self._steps.dtype)
+        if not self._steps.plan_once:
+            return self._plan_module(model)
+        memory = _memory_of(model)
+        if self._planned is None or self._planned[0] != memory:
+            part = self._plan_module(model)
+            self._planned = _memory_of(model), part
+            if part.prepared:  # adapters can be put to other use without a sign of it here
+                self._planned = None
+            return part
+        return self._planned[1]
+
+    def _plan_module(self, model: nn.Module) -> Part:
         if model not in self._splits:
             split_of = self._steps.split_of
             self._splits[model] = None if split_of is None else split_of(model)
@@ -286,6 +303,16 @@ class StepPublisher:
             error,
             self.failed,
         )
+
+
+def _memory_of(model: nn.Module) -> Sequence[object]:
+    """Where everything lies that a plan of `model` depends on; of a `DTensor` what is here."""
+    return [
+        (name, tensor.shape, tensor.dtype, local.data_ptr(), local.shape, local.stride())
+        for tensors in (model.named_parameters, model.named_buffers)
+        for name, tensor in tensors(remove_duplicate=False)
+        for local in (getattr(tensor, "_local_tensor", tensor),)
+    ]
 
 
 def _check(steps: StepOptions) -> None:

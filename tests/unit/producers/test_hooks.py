@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -264,6 +266,34 @@ def test_ranks_that_hold_the_same_module_publish_it_once() -> None:
     assert all(held)
     assert not held[0] & held[1]
     assert held[0] | held[1] == set(net.state_dict())
+
+
+def test_plan_is_kept_until_a_parameter_lies_elsewhere_when_so_told(
+    publisher: FakePublisher, net: nn.Module
+) -> None:
+    on_step_end = StepPublisher(publisher, StepOptions(plan_once=True))
+    on_step_end(net, 1)
+    with torch.no_grad():
+        net.weight += 1
+    on_step_end(net, 2)
+    net.weight.data = torch.full((2, 3), 5.0)
+    on_step_end(net, 3)
+    first, second, third = (part for part, _ in publisher.started.values())
+    assert first is second
+    assert torch.equal(third.sources[0], torch.full((2, 3), 5.0))
+    on_step_end(nn.Linear(3, 2), 4)
+    assert publisher.started[4][0] is not third
+
+
+def test_plan_is_made_anew_for_every_version_and_holds_no_memory_between(
+    publisher: FakePublisher, net: nn.Module
+) -> None:
+    on_step_end = StepPublisher(publisher, StepOptions())
+    on_step_end(net, 1)
+    held = weakref.ref(publisher.started.pop(1)[0])
+    on_step_end(net, 2)
+    gc.collect()
+    assert held() is None
 
 
 def test_state_dict_is_published_in_the_wanted_dtype(publisher: FakePublisher) -> None:
