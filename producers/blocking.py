@@ -23,7 +23,7 @@ from anyio.from_thread import start_blocking_portal
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
 from weightbus.producers.devices import Devices
-from weightbus.producers.errors import PublisherClosed
+from weightbus.producers.errors import PublisherClosed, VersionSkipped
 from weightbus.producers.files import Files
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import Part, Tensors, plan_part
@@ -145,7 +145,8 @@ class BlockingPublisher:
         next waits for it. If it fails, that is logged, and `Publication.result` raises it.
 
         Raises:
-            What `publish` raises, if it fails before the tensors are copied.
+            What `publish` raises, if it fails before the tensors are copied. Where a version is
+            skipped because another rank does, that can be heard later: of `Publication.result`.
         """
         self._check_open()
         part = tensors if isinstance(tensors, Part) else plan_part(tensors)
@@ -221,5 +222,7 @@ def _log_failure(version: int, future: Future[CheckpointReady]) -> None:
     """Nobody may ask for the result."""
     if future.cancelled():
         _logger.error("version %d was not published: the publisher has ended", version)
-    elif (error := future.exception()) is not None:
+    elif isinstance(error := future.exception(), VersionSkipped):
+        _logger.info("%s", error)
+    elif error is not None:
         _logger.error("version %d was not published: %s", version, error)

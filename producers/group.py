@@ -34,8 +34,8 @@ MISSING_NAMED = 16
 REASON_CHARACTERS = 4096
 """Limit of `schemas.base.Reason`."""
 SKIPPED = f"{VersionSkipped.__name__}: "
-"""How the `error` of a part begins that is given up because the version is skipped. (All begin with
-the name of the error's class.)"""
+"""How the `error` of a part begins that is given up because the version is skipped; those of others
+begin with the name of their class, too."""
 
 
 class RankGroup:
@@ -119,6 +119,8 @@ class RankGroup:
     async def give_up(self, mine: CheckpointPart, error: BaseException) -> None:
         """Tell the other ranks that they wait in vain. Best effort: the error is on its way up."""
         reason = f"{type(error).__name__}: {error}"
+        if not isinstance(error, Exception):
+            reason = "its publisher has ended"
         if isinstance(error, VersionSkipped):
             by = "" if error.rank is None else f"rank {error.rank}, "
             reason = f"{SKIPPED}{by}{error.reason}"
