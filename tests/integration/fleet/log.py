@@ -18,6 +18,7 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import (
     CheckpointReady,
     CheckpointRetired,
+    CheckpointSkipped,
     CopyReady,
     CopyRetired,
 )
@@ -32,6 +33,7 @@ DEADLINE_S = 60.0
 KINDS = (
     CheckpointReady,
     CheckpointRetired,
+    CheckpointSkipped,
     CopyReady,
     CopyRetired,
     Join,

@@ -22,7 +22,17 @@ from tests.integration.tracing.monitors import (
     weightbus,
 )
 from tests.nats_server import NatsServer
-from tests.unit.tracing.rounds import MODEL, complete, failed, join, plan, ready, state, whole_round
+from tests.unit.tracing.rounds import (
+    MODEL,
+    complete,
+    failed,
+    join,
+    plan,
+    ready,
+    skipped,
+    state,
+    whole_round,
+)
 from weightbus.schemas.base import Message
 from weightbus.tracing.fleet import FleetView
 
@@ -53,7 +63,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 
 def test_watch_once_prints_the_state_as_one_json_object(nats_server: NatsServer) -> None:
-    put_on_bus(nats_server.settings, [*whole_round(), ready(8), join("a", 8), LATER])
+    put_on_bus(nats_server.settings, [*whole_round(), ready(8), join("a", 8), skipped(9), LATER])
     done = weightbus("watch", "--once", "--json", "--nats", nats_server.url)
     assert (done.returncode, done.stderr) == (0, "")
     view = msgspec.json.decode(done.stdout, type=FleetView)
@@ -63,6 +73,7 @@ def test_watch_once_prints_the_state_as_one_json_object(nats_server: NatsServer)
     assert (b.engine, b.status) == ("b", "gone")
     assert [(each.round, each.waiting) for each in view.rounds] == [("v8", ("a",))]
     assert [failure.cause for failure in view.failures] == ["TornRead"]
+    assert [(each.version, each.cause) for each in view.skipped] == [(9, "busy")]
 
 
 def test_watch_once_prints_tables(nats_server: NatsServer) -> None:
@@ -104,8 +115,8 @@ def test_watch_prints_a_line_per_event_until_it_is_interrupted(nats_server: Nats
     with watching(nats_server) as process:
         first = next_line(process)
         assert f"{MODEL}: a is updating, on version 6, moving to version 7" in first
-        put_on_bus(nats_server.settings, [ready(7), join("a"), complete("a")])
-        told = [next_line(process).partition("Z ")[2] for _ in range(3)]
+        put_on_bus(nats_server.settings, [ready(7), join("a"), complete("a"), skipped(8)])
+        told = [next_line(process).partition("Z ")[2] for _ in range(4)]
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 0
         assert process.stderr is not None
@@ -113,6 +124,7 @@ def test_watch_prints_a_line_per_event_until_it_is_interrupted(nats_server: Nats
     assert told[0] == f"{MODEL}: version 7 is ready, from trainer\n"
     assert told[1] == f"{MODEL}: a joins round v7 with 1 rank\n"
     assert told[2].startswith(f"{MODEL}: a serves version 7 after 129 ms")
+    assert told[3] == f"{MODEL}: version 8 is skipped by trainer (busy): a reads slot 1\n"
 
 
 def test_watch_prints_an_object_per_event_when_asked_for_json(nats_server: NatsServer) -> None:
