@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import numpy as np
@@ -41,6 +41,7 @@ __all__ = (
     "Updates",
     "digests_of",
     "until",
+    "updating",
 )
 
 LONG_S = 120.0
@@ -156,6 +157,21 @@ GPU_KINDS: Mapping[str, Opener] = {"torch-cuda": partial(open_torch, device="cud
 def digests_of(rank: Applied | Inspected) -> npt.NDArray[np.uint64]:
     """The digests of a rank's cells; a copy."""
     return np.frombuffer(rank.cell_digests, dtype="<u8").astype(np.uint64)
+
+
+E = TypeVar("E", bound=Engine)
+
+
+@asynccontextmanager
+async def updating(
+    opening: AbstractAsyncContextManager[E], checkpoints: Checkpoints, *, prepares: bool = False
+) -> AsyncIterator[tuple[E, Updates]]:
+    """An engine that is opened so, and what does to it what a consumer does."""
+    async with opening as engine:
+        updates = Updates(engine, checkpoints)
+        if prepares:
+            await updates.prepare()
+        yield engine, updates
 
 
 class Updates:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.integration.engines.checkpoints import Checkpoints
-from tests.integration.engines.harness import LONG_S
+from tests.integration.engines.harness import LONG_S, Updates, updating
 from tests.integration.engines.sglang.stand_in import Rank, StandIn
 from weightbus.consumers.engines.sglang.engine import (
     SglangEngine,
@@ -88,6 +88,12 @@ class Consumers:
             roots=[str(self.checkpoints.directory)],
             start_timeout_s=self.start_timeout_s,
         )
+
+    def prepared(
+        self, settings: SglangSettings | None = None
+    ) -> AbstractAsyncContextManager[tuple[SglangEngine, Updates]]:
+        """Opened, and ready for any version."""
+        return updating(self.open(settings), self.checkpoints, prepares=True)
 
 
 class LackingCheckpoints(Checkpoints):

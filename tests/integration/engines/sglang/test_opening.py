@@ -7,7 +7,7 @@ from typing import cast
 import anyio
 import pytest
 
-from tests.integration.engines.harness import LONG_S, Updates
+from tests.integration.engines.harness import LONG_S
 from tests.integration.engines.sglang.setting import Consumers
 from tests.integration.engines.sglang.stand_in import ROUTES, Answer, Rank, Route
 from weightbus.consumers.engines.sglang.engine import SglangSettings
@@ -108,9 +108,10 @@ async def test_engine_is_updated_when_the_keys_are_right(
     consumers: Consumers, api_key: str, admin_key: str
 ) -> None:
     consumers.stand_in.api_key, consumers.stand_in.admin_key = api_key, admin_key
-    async with consumers.open(SglangSettings(api_key=api_key, admin_key=admin_key)) as engine:
-        updates = Updates(engine, consumers.checkpoints)
-        await updates.prepare()
+    async with consumers.prepared(SglangSettings(api_key=api_key, admin_key=admin_key)) as (
+        _engine,
+        updates,
+    ):
         await updates.update(1)
 
 

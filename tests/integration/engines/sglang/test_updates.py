@@ -55,14 +55,10 @@ async def test_ranks_hold_each_version_bit_for_bit_when_it_is_resumed(
     assert [rank.errors for rank in models.ranks] == [[], []]
 
 
-async def test_update_asks_in_order_when_requests_are_kept(
-    consumers: Consumers, checkpoints: Checkpoints
-) -> None:
+async def test_update_asks_in_order_when_requests_are_kept(consumers: Consumers) -> None:
     stand_in = consumers.stand_in
     stand_in.running = ["a", "b"]
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (_, updates):
         before = len(stand_in.asked)
         await updates.update(1)
         asked = stand_in.asked[before:]
@@ -78,12 +74,10 @@ async def test_update_asks_in_order_when_requests_are_kept(
 
 
 async def test_session_is_begun_once_and_ended_when_the_consumer_leaves(
-    consumers: Consumers, checkpoints: Checkpoints
+    consumers: Consumers,
 ) -> None:
     stand_in = consumers.stand_in
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (_, updates):
         await updates.update(1)
         assert stand_in.session == "draft"
     assert stand_in.session is None
@@ -95,9 +89,7 @@ async def test_session_of_a_consumer_that_died_is_used_on(
 ) -> None:
     stand_in = consumers.stand_in
     stand_in.session = "draft"
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (_, updates):
         await updates.update(1)
     assert models.fingerprints() == checkpoints.fingerprints(1)
     assert "/begin_weight_update" not in stand_in.paths
@@ -116,7 +108,6 @@ async def test_session_of_a_consumer_that_died_is_used_on(
 )
 async def test_requests_and_caches_are_treated_as_set(
     consumers: Consumers,
-    checkpoints: Checkpoints,
     settings: SglangSettings,
     mode: str,
     flushes: int,
@@ -125,9 +116,7 @@ async def test_requests_and_caches_are_treated_as_set(
 ) -> None:
     stand_in = consumers.stand_in
     stand_in.running = ["a"]
-    async with consumers.open(settings) as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared(settings) as (_, updates):
         assert stand_in.running == ["a"]  # turns outside of updates leave it alone
         before = len(stand_in.asked)
         await updates.update(1)
@@ -138,14 +127,12 @@ async def test_requests_and_caches_are_treated_as_set(
 
 
 async def test_update_is_refused_before_a_write_when_the_server_does_not_flush(
-    consumers: Consumers, models: Models, checkpoints: Checkpoints
+    consumers: Consumers, models: Models
 ) -> None:
     stand_in = consumers.stand_in
     stand_in.running, stand_in.flushes_beside_waiting = ["a"], False
     held = models.fingerprints()
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, _):
         with pytest.raises(EngineUnavailable, match="caches cannot be reset"):
             await engine.pause(LONG_S)
         assert (stand_in.paused, stand_in.running) == ("", ["a"])
@@ -156,23 +143,17 @@ async def test_update_is_refused_before_a_write_when_the_server_does_not_flush(
 
 
 async def test_apply_is_refused_when_the_engine_is_not_paused(
-    consumers: Consumers, models: Models, checkpoints: Checkpoints
+    consumers: Consumers, models: Models
 ) -> None:
     held = models.fingerprints()
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (_, updates):
         with pytest.raises(EngineUnavailable, match="not paused"):
             await updates.apply(1)
     assert models.fingerprints() == held
 
 
-async def test_resume_is_refused_when_a_rank_holds_another_version(
-    consumers: Consumers, checkpoints: Checkpoints
-) -> None:
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+async def test_resume_is_refused_when_a_rank_holds_another_version(consumers: Consumers) -> None:
+    async with consumers.prepared() as (engine, updates):
         await engine.pause(LONG_S)
         await updates.apply(1, ranks=[1])
         with pytest.raises(EngineUnavailable, match="rank 0 holds version -1"):
@@ -186,9 +167,7 @@ async def test_resume_is_refused_when_a_rank_holds_another_version(
 async def test_engine_stays_paused_for_the_next_consumer_when_one_leaves_in_an_update(
     consumers: Consumers, models: Models, checkpoints: Checkpoints
 ) -> None:
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, updates):
         await updates.update(1)
         await engine.pause(LONG_S)
         await updates.apply(2)
@@ -205,11 +184,9 @@ async def test_engine_stays_paused_for_the_next_consumer_when_one_leaves_in_an_u
 
 
 async def test_engine_goes_on_with_the_next_consumer_when_nothing_was_written(
-    consumers: Consumers, checkpoints: Checkpoints
+    consumers: Consumers,
 ) -> None:
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, updates):
         await updates.update(1)
         await engine.pause(LONG_S)
     assert consumers.stand_in.paused
@@ -240,9 +217,7 @@ async def test_failed_apply_leaves_the_engine_paused_until_a_version_is_whole(
 ) -> None:
     """What is written when a server fails in an update is not known."""
     stand_in = consumers.stand_in
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, updates):
         await updates.update(1)
         await engine.pause(LONG_S)
         stand_in.refusals[UPDATE] = Answer(500, "Internal Server Error")
@@ -276,12 +251,8 @@ async def test_requests_time_out_and_come_to_nothing_when_the_server_is_slow(
         await updates.update(1)
 
 
-async def test_engine_is_unavailable_when_its_server_is_dead(
-    consumers: Consumers, checkpoints: Checkpoints
-) -> None:
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+async def test_engine_is_unavailable_when_its_server_is_dead(consumers: Consumers) -> None:
+    async with consumers.prepared() as (engine, updates):
         await engine.pause(LONG_S)
         consumers.stand_in.stopped = True
         with pytest.raises(EngineUnavailable):
@@ -297,9 +268,7 @@ async def test_engine_serves_nothing_of_the_bus_when_its_server_is_started_anew(
     consumers: Consumers, checkpoints: Checkpoints
 ) -> None:
     stand_in = consumers.stand_in
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, updates):
         await updates.update(1)
         fresh = Models()
         stand_in.restart(fresh.ranks)
@@ -316,12 +285,10 @@ async def test_engine_serves_nothing_of_the_bus_when_its_server_is_started_anew(
 
 
 async def test_turn_is_given_by_a_new_server_when_the_old_one_was_paused(
-    consumers: Consumers, checkpoints: Checkpoints
+    consumers: Consumers,
 ) -> None:
     stand_in = consumers.stand_in
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, updates):
         await updates.update(1)
         await engine.pause(LONG_S)
         stand_in.restart(Models().ranks)
@@ -347,9 +314,7 @@ async def test_version_is_not_read_when_it_lies_outside_of_the_roots(
     consumers: Consumers, models: Models, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     held = models.fingerprints()
-    async with consumers.open() as engine:
-        updates = Updates(engine, checkpoints)
-        await updates.prepare()
+    async with consumers.prepared() as (engine, updates):
         await engine.pause(LONG_S)
         elsewhere = Checkpoints(tmp_path, "decoder", checkpoints.config, 2)
         feed = InPlace(sources=elsewhere.sources(1))

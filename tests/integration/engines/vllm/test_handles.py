@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import anyio.to_thread
 import pytest
 
 from tests.integration.engines.checkpoints import Checkpoints
-from tests.integration.engines.harness import LONG_S, Updates
+from tests.integration.engines.harness import LONG_S, Updates, updating
 from tests.integration.engines.vllm.workers import Executor
 from weightbus.consumers.engines.vllm.engine import (
     VllmEngine,
@@ -141,15 +141,17 @@ def executor(checkpoints: Checkpoints) -> Iterator[Executor]:
     executor.end()
 
 
-@asynccontextmanager
-async def opened(
+def opened(
     handle: VllmHandle, directory: Path, checkpoints: Checkpoints
-) -> AsyncIterator[tuple[VllmEngine, Updates]]:
-    roots = [str(checkpoints.directory)]
-    async with open_vllm_engine(
-        directory, handle=handle, settings=VllmSettings(), roots=roots, start_timeout_s=LONG_S
-    ) as engine:
-        yield engine, Updates(engine, checkpoints)
+) -> AbstractAsyncContextManager[tuple[VllmEngine, Updates]]:
+    opening = open_vllm_engine(
+        directory,
+        handle=handle,
+        settings=VllmSettings(),
+        roots=[str(checkpoints.directory)],
+        start_timeout_s=LONG_S,
+    )
+    return updating(opening, checkpoints)
 
 
 async def test_async_engine_holds_each_version_when_updated(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 
 from tests.integration.engines.checkpoints import Checkpoints
-from tests.integration.engines.harness import LONG_S, Updates, until
+from tests.integration.engines.harness import LONG_S, Updates, until, updating
 from tests.integration.engines.vllm.conftest import Start
 from tests.integration.engines.vllm.server import StandIn
 from tests.integration.engines.vllm.workers import Executor
@@ -43,18 +43,17 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@asynccontextmanager
-async def opened(
+def opened(
     server: StandIn, directory: Path, checkpoints: Checkpoints, **settings: Any
-) -> AsyncIterator[tuple[VllmEngine, Updates]]:
-    async with open_vllm_engine(
+) -> AbstractAsyncContextManager[tuple[VllmEngine, Updates]]:
+    opening = open_vllm_engine(
         directory,
         url=server.url,
         settings=VllmSettings(**settings),
         roots=[str(checkpoints.directory)],
         start_timeout_s=LONG_S,
-    ) as engine:
-        yield engine, Updates(engine, checkpoints)
+    )
+    return updating(opening, checkpoints)
 
 
 class Gate:
