@@ -73,7 +73,8 @@ def plan_module(
     `DataParallel`, activation checkpointing and PEFT leave no trace in them.
 
     - Of a `DTensor` (FSDP2, tensor parallelism) each rank publishes its own box, and of boxes that
-      are held by replicas (HSDP) the first one does.
+      are held by replicas (HSDP) the first one does. Replicas that its mesh does not know of (what
+      is not tensor parallel, beside what is) are copied by each rank, compared, and sealed once.
     - All other tensors are taken to be whole and equal on every rank (DDP, buffers, parameters that
       FSDP ignores). They are dealt to the ranks, the largest first, each to the rank that has the
       fewest bytes so far: a rank copies, and keeps in its slots, 1/world_size of them.
