@@ -28,6 +28,7 @@ from weightbus.producers.files import Files
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.progress import EngineState
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import Telemetry, open_telemetry
 
@@ -126,6 +127,13 @@ class BlockingPublisher:
     def newest_version(self) -> int:
         """As `Publisher.newest_version`."""
         return self._call(self._publisher.newest_version)
+
+    def wait_until_served(
+        self, version: int, *, timeout_s: float, engines: int = 1
+    ) -> tuple[EngineState, ...]:
+        """As `Publisher.wait_until_served`."""
+        wait = self._publisher.wait_until_served
+        return self._call(partial(wait, version, timeout_s=timeout_s, engines=engines))
 
     def publish(
         self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}

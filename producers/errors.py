@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
     "DeviceMemoryFull",
+    "NotServed",
     "ProducerError",
     "PublisherClosed",
     "RankInvalid",
@@ -112,6 +113,29 @@ class SealFailed(ProducerError):
     def __init__(self, version: int, reason: str, missing: Sequence[int] = ()) -> None:
         self.version, self.reason, self.missing = version, reason, tuple(missing)
         super().__init__(f"version {version} is not sealed: {reason}")
+
+
+class NotServed(ProducerError):
+    """Engines have not come to a version in time. They may still do so."""
+
+    def __init__(
+        self,
+        model: str,
+        version: int,
+        behind: Mapping[str, int],
+        present: int,
+        wanted: int,
+        waited_s: float,
+    ) -> None:
+        self.model, self.version, self.behind = model, version, dict(behind)
+        """Of present engines that serve an older version, or none (-1): which."""
+        self.present, self.wanted, self.waited_s = present, wanted, waited_s
+        said = [f"{engine} serves version {served}" for engine, served in sorted(behind.items())]
+        if present < wanted:
+            said.insert(0, f"{present} of {wanted} engines are present")
+        super().__init__(
+            f"version {version} of {model} is not served after {waited_s:g} s: " + ", ".join(said)
+        )
 
 
 class RankInvalid(ProducerError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import get_args
 
@@ -28,6 +28,7 @@ from weightbus.producers.devices import Devices, Handover
 from weightbus.producers.digests import put_sums
 from weightbus.producers.errors import (
     DeviceMemoryFull,
+    NotServed,
     PublisherClosed,
     RankInvalid,
     VersionNotNew,
@@ -37,19 +38,19 @@ from weightbus.producers.group import RankGroup
 from weightbus.producers.measuring import BlockedClock, Measures
 from weightbus.producers.memory import HostMemory, Owner, keep
 from weightbus.producers.sealer import Piece, Sealer, StoredLayout
+from weightbus.producers.serving import wait_until_served
 from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.producers.skipping import SkipTeller
 from weightbus.producers.slots import Slot, Slots, WhenBusy
 from weightbus.producers.writers import SlotsIn, Writer, Writers
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
+from weightbus.schemas.progress import EngineState
 from weightbus.tracing.attributes import BYTES
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Publisher", "PublisherOptions", "WhenBusy", "open_publisher")
 
 _logger = logging.getLogger(__name__)
-
-LINGER_POLL_S = 0.1
 
 NO_LAYOUT = "0" * 64
 """Of a part that is given up before its layout is stored."""
@@ -204,6 +205,20 @@ class Publisher:
             BusUnavailable, BusTimeout, RequestRefused
         """
         return await self._announcer.newest()
+
+    async def wait_until_served(
+        self, version: int, *, timeout_s: float, engines: int = 1
+    ) -> tuple[EngineState, ...]:
+        """Until all present engines, at least `engines` of them, serve `version` or a newer one.
+
+        Raises:
+            NotServed: after `timeout_s` it is not so.
+            PublisherClosed, BusUnavailable, BusTimeout, RequestRefused
+        """
+        self._check_open()
+        return await wait_until_served(
+            self._bus, self._model, version, engines=engines, timeout_s=timeout_s
+        )
 
     async def publish(
         self,
@@ -428,13 +443,10 @@ class Publisher:
                 pass
         if background.cancelled_caught:
             return
-        with anyio.move_on_after(self._options.linger_s):
+        timeout_s = self._options.linger_s
+        with suppress(NotServed), anyio.move_on_after(timeout_s):
             newest = await self._announcer.newest()
-            while True:
-                engines = await self._bus.presence.list(self._model)
-                if all(engine.version >= newest for engine in engines):
-                    return
-                await anyio.sleep(LINGER_POLL_S)
+            await wait_until_served(self._bus, self._model, newest, engines=0, timeout_s=timeout_s)
 
     async def _close(self) -> None:
         self._closed = True

@@ -31,6 +31,7 @@ from weightbus.producers.publisher import PublisherOptions
 from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.errors import WeightBusError
+from weightbus.schemas.progress import EngineState
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import Telemetry
 
@@ -80,6 +81,10 @@ class Publishing(Protocol):
     def newest_version(self) -> int: ...
 
     def start(self, tensors: Part, version: int, metadata: Mapping[str, str]) -> Pending: ...
+
+    def wait_until_served(
+        self, version: int, *, timeout_s: float, engines: int
+    ) -> tuple[EngineState, ...]: ...
 
     def __exit__(
         self,
@@ -163,6 +168,7 @@ class StepPublisher:
         """Versions that were not announced because of an error."""
         self.last_step: int | None = None
         """That was published, or tried."""
+        self._announced = self._newest
 
     def __call__(self, model: Stepped, step: int) -> int | None:
         """`publish`, if `step` is one of those to be published."""
@@ -190,6 +196,22 @@ class StepPublisher:
             return None
         self._pending = step, version, pending
         return version
+
+    def wait_until_served(self, *, timeout_s: float, engines: int = 1) -> tuple[EngineState, ...]:
+        """Until all present engines, at least `engines` of them, serve what was announced last.
+
+        For loops that generate with the weights of the step before, and no older. Any rank may call
+        it; one is enough, if the others wait for it.
+
+        Raises:
+            NotServed: after `timeout_s`, which begins when the last version is announced.
+            What became of the last version, unless `on_error` is "warn".
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        self._settle()
+        return self._publisher.wait_until_served(
+            self._announced, timeout_s=timeout_s, engines=engines
+        )
 
     def close(self) -> None:
         """Wait for the last version to be announced, and end well: see `BlockingPublisher.close`.
@@ -284,6 +306,7 @@ class StepPublisher:
             self._judge(error, step, version)
         else:
             self._pending = None
+            self._announced = version
             self.published += 1
 
     def _judge(self, error: WeightBusError, step: int, version: int) -> None:

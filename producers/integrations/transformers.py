@@ -20,6 +20,7 @@ from weightbus.producers.fused import Split
 from weightbus.producers.huggingface import split_of
 from weightbus.producers.integrations.hooks import StepOptions, StepPublisher, step_publisher
 from weightbus.producers.publisher import PublisherOptions
+from weightbus.schemas.progress import EngineState
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import Telemetry
 
@@ -127,6 +128,14 @@ class WeightBusCallback(TrainerCallback):
         with self:
             if is_another or self._opened().last_step != state.global_step:
                 self._opened().publish(model, state.global_step)
+
+    def wait_until_served(self, *, timeout_s: float, engines: int = 1) -> tuple[EngineState, ...]:
+        """As `StepPublisher.wait_until_served`; while training.
+
+        Raises:
+            What that raises.
+        """
+        return self._opened().wait_until_served(timeout_s=timeout_s, engines=engines)
 
     def close(self) -> None:
         """End the publisher well, if one is open.

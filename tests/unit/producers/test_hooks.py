@@ -19,6 +19,7 @@ from weightbus.producers.fused import Split, Window
 from weightbus.producers.integrations.hooks import StepOptions, StepPublisher, step_publisher
 from weightbus.producers.shards import Part
 from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.progress import EngineState
 
 
 class FakePublication:
@@ -45,6 +46,7 @@ class FakePublisher:
         self.later: dict[int, Exception] = {}
         self.at_end: Exception | None = None
         self.ended_by: list[type[BaseException] | None] = []
+        self.waited_for: list[tuple[int, float, int]] = []
 
     def newest_version(self) -> int:
         return self.newest
@@ -54,6 +56,12 @@ class FakePublisher:
             raise self.at_once[version]
         self.started[version] = tensors, metadata
         return FakePublication(version, self.later.get(version))
+
+    def wait_until_served(
+        self, version: int, *, timeout_s: float, engines: int
+    ) -> tuple[EngineState, ...]:
+        self.waited_for.append((version, timeout_s, engines))
+        return ()
 
     def __exit__(
         self,
@@ -75,7 +83,7 @@ def publisher() -> FakePublisher:
 
 
 @pytest.fixture
-def net() -> nn.Module:
+def net() -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
 
@@ -208,6 +216,25 @@ def test_what_is_no_error_of_ours_is_never_taken_for_a_warning(publisher: FakePu
         on_step_end({"w": torch.ones(1)}, 1)
 
 
+def test_what_was_announced_last_is_waited_for_when_later_versions_were_not(
+    publisher: FakePublisher, net: nn.Module
+) -> None:
+    publisher.newest = 7
+    publisher.later[10] = VersionSkipped(10, "engine e reads version 8")
+    publisher.later[11] = SealFailed(11, "rank 1 gave up")
+    on_step_end = StepPublisher(publisher, StepOptions())
+    on_step_end.wait_until_served(timeout_s=1)
+    on_step_end(net, 8)
+    on_step_end.wait_until_served(timeout_s=2, engines=3)
+    for step in (9, 10):
+        on_step_end(net, step)
+    on_step_end.wait_until_served(timeout_s=1)
+    on_step_end(net, 11)
+    with pytest.raises(SealFailed):
+        on_step_end.wait_until_served(timeout_s=1)
+    assert publisher.waited_for == [(7, 1, 1), (8, 2, 3), (9, 1, 1)]
+
+
 def test_publisher_ends_without_lingering_when_training_fails(
     publisher: FakePublisher, net: nn.Module
 ) -> None:
@@ -269,7 +296,7 @@ def test_ranks_that_hold_the_same_module_publish_it_once() -> None:
 
 
 def test_plan_is_kept_until_a_parameter_lies_elsewhere_when_so_told(
-    publisher: FakePublisher, net: nn.Module
+    publisher: FakePublisher, net: nn.Linear
 ) -> None:
     on_step_end = StepPublisher(publisher, StepOptions(plan_once=True))
     on_step_end(net, 1)
