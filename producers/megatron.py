@@ -119,9 +119,9 @@ def _unwrapped(module: torch.nn.Module) -> Any:
     """Megatron's wrappers (DDP, Float16Module) keep the model as `module`; a GPTModel has none."""
     inner: Any = module
     while not hasattr(inner, "decoder"):
-        inner = getattr(inner, "module", None)
+        outer, inner = inner, getattr(inner, "module", None)
         if not isinstance(inner, torch.nn.Module):
-            value = f"of type {type(module).__qualname__}"
+            value = f"of type {type(outer).__qualname__}"
             raise TrainerInvalid("a Megatron model", value, "must be a GPTModel, or wrap one")
     return inner
 
