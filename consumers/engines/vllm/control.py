@@ -118,9 +118,15 @@ class VllmControl(ABC):
         """By which options our end in its workers could be made."""
 
     @abstractmethod
-    async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
+    async def pause(
+        self, mode: PauseMode, clear_caches: bool, deadline_s: float, *, stands: bool = False
+    ) -> None:
         """Returns when no request runs. One that fails, or is given up, may pause the engine all
-        the same: see `take_back_pause`."""
+        the same: see `take_back_pause`.
+
+        Args:
+            stands: it may have been paused before, in whatever mode: its saying so tells nothing.
+        """
 
     @abstractmethod
     async def resume(self, deadline_s: float) -> None: ...

@@ -121,6 +121,8 @@ class VllmEngine(ServingEngine):
         """How many commands that pause or resume have begun or ended."""
         self._is_awake = False
         """As `before_pause` has seen, since the last pause."""
+        self._stands = False
+        """And that it slept, or was paused."""
         self._woken = False
         """A part of it sleeps still, and is ours to wake."""
         self._stale_caches: ConsumerError | None = None
@@ -136,12 +138,12 @@ class VllmEngine(ServingEngine):
         end = anyio.current_time() + deadline_s
         if not self._is_awake:
             await self.before_pause(deadline_s)
-        self._is_awake, was_paused = False, self._paused
+        self._is_awake, was_paused = False, self._paused or self._stands
         settings = self._settings
         self._commands += 1
         try:
             clear = settings.caches == "reset" and settings.pause != "keep"  # else beside `apply`
-            await self._control.pause(settings.pause, clear, left_s(end))
+            await self._control.pause(settings.pause, clear, left_s(end), stands=was_paused)
             self._paused = True
         except BaseException as error:
             if not was_paused:
@@ -154,7 +156,8 @@ class VllmEngine(ServingEngine):
         """Its parameters are where they can be written: see `VllmSettings.sleeping`."""
         end = anyio.current_time() + deadline_s
         self._is_awake = False
-        if await self._control.is_sleeping(deadline_s):  # or is paused, by whomever
+        self._stands = await self._control.is_sleeping(deadline_s)
+        if self._stands:  # it sleeps, or is paused, by whomever
             await self._wake(left_s(end))
         self._is_awake = True
 

@@ -192,7 +192,10 @@ class _AsyncControl(_HandleControl):
             if not self.has(operation):
                 raise EngineUnavailable(self.name, f"its AsyncLLM has no {operation}")
 
-    async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
+    async def pause(
+        self, mode: PauseMode, clear_caches: bool, deadline_s: float, *, stands: bool = False
+    ) -> None:
+        del stands
         await self._call("pause_generation", deadline_s, mode=mode, clear_cache=clear_caches)
 
     async def resume(self, deadline_s: float) -> None:
@@ -238,9 +241,11 @@ class _OfflineControl(_HandleControl):
     def _config(self) -> Any:
         return self._llm.llm_engine.vllm_config
 
-    async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
+    async def pause(
+        self, mode: PauseMode, clear_caches: bool, deadline_s: float, *, stands: bool = False
+    ) -> None:
         """Who generates is waited for, whatever the mode."""
-        del mode
+        del mode, stands
         end = anyio.current_time() + deadline_s
         turnstile = self._handle.turnstile
         if not turnstile.is_held:

@@ -118,12 +118,14 @@ class HttpControl(VllmControl):
             raise EngineUnavailable(self.name, "/server_info does not tell its configuration")
         return config
 
-    async def pause(self, mode: PauseMode, clear_caches: bool, deadline_s: float) -> None:
+    async def pause(
+        self, mode: PauseMode, clear_caches: bool, deadline_s: float, *, stands: bool = False
+    ) -> None:
         """With `keep`, vLLM begins no step once it says that it is paused: what still runs on the
         device is waited for there, before anything is written. Its own answer comes 20 ms later."""
         query = {"mode": mode, "clear_cache": "true" if clear_caches else "false"}
         async with beside() as tasks:
-            if mode == "keep":
+            if mode == "keep" and not stands:
                 tasks.start_soon(self._until_paused, tasks.cancel_scope, deadline_s)
             await self._ask("POST", "pause", deadline_s, query)
             tasks.cancel_scope.cancel()

@@ -113,6 +113,28 @@ async def test_pause_is_over_when_the_engine_has_paused_though_its_answer_is_lat
         assert server.paused
 
 
+async def test_pause_waits_for_its_answer_when_the_engine_was_paused_before(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """By a pause that lets running requests end, it may say so while they still run."""
+    server, answer, over = start(), Gate(), anyio.Event()
+    server.paused = True
+    async with opened(server, directory, checkpoints, pause="keep") as (engine, _):
+        server.after["POST /pause"] = answer
+
+        async def pause() -> None:
+            await engine.pause(LONG_S)
+            over.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pause)
+            with anyio.fail_after(LONG_S / 8):
+                await answer.wait()
+            assert await engine._control.world_size(LONG_S) == 2  # it answers one by one
+            assert not over.is_set()
+            answer.open()
+
+
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 @pytest.mark.parametrize("caches", ["reset", "keep"])
 async def test_calls_between_pause_and_resumption_are_few_when_the_pause_is_as_configured(
