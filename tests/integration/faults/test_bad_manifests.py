@@ -25,6 +25,7 @@ from weightbus.schemas.layout import Layout, SegmentSpec
 from weightbus.schemas.placement import FileSegment
 from weightbus.schemas.progress import DeadLetter, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Join
+from weightbus.schemas.safetensors import layout_of_files, parse_safetensors_header
 
 pytestmark = pytest.mark.anyio
 
@@ -247,11 +248,13 @@ async def test_event_is_a_dead_letter_when_it_cannot_be_read(fleet: Fleet) -> No
     async with fleet.follow("a") as a, fleet.publisher() as trainer:
         first = await trainer.publish()
         await a.completes(first.version)
+        of_next_major = msgspec.to_builtins(first) | {"schema_version": 2, "version": 2**31}
         of_other_model = encode(structs.replace(first, model="other", version=2**31))
         for content_type, payload, reason in (
             (CONTENT_TYPE_MSGPACK, b"\xc1 not MessagePack", ""),
             (CONTENT_TYPE_JSON, b'{"type": "CheckpointReady", "version": -1}', ""),
             (CONTENT_TYPE_MSGPACK, of_other_model, "other"),
+            (CONTENT_TYPE_JSON, msgspec.json.encode(of_next_major), "2: spoken here: 1"),
         ):
             headers = {"Content-Type": content_type}
             await publish_raw(fleet.server.url, subject, payload, headers)
@@ -261,6 +264,33 @@ async def test_event_is_a_dead_letter_when_it_cannot_be_read(fleet: Fleet) -> No
         await a.serves(first.version)
         await a.completes((await trainer.publish()).version)
     assert fleet.log.said(UpdateFailed) == []
+
+
+async def test_version_is_served_when_a_newer_publisher_says_more_than_we_know(
+    fleet: Fleet,
+) -> None:
+    async with fleet.follow("a") as a:
+        version = fleet.next_version()
+        path = fleet.directory / "newer.safetensors"
+        write_honest(path, fleet, version)
+        content = path.read_bytes()
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        layout = layout_of_files([parse_safetensors_header(header, len(content), str(path))])
+        newer = {
+            "model": fleet.model,
+            "version": version,
+            "producer": "newer",
+            "layout_digest": await fleet.bus.layouts.put(layout),
+            "placement": [[{"kind": "tape", "reel": 7}, {"kind": "file", "path": str(path)}]],
+            "created_ns": 1,
+            "urgency": "high",
+        }
+        subject = f"weightbus.{fleet.model}.checkpoint.ready"
+        headers = {"Content-Type": CONTENT_TYPE_JSON}
+        await publish_raw(fleet.server.url, subject, msgspec.json.encode(newer), headers)
+        await fleet.log.wait(UpdateComplete, engine="a", version=version)
+        await a.serves(version)
+    assert fleet.log.said(DeadLetter) == []
 
 
 async def test_checkpoint_without_a_tensor_of_the_model_is_refused_by_the_engine(
