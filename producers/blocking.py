@@ -185,6 +185,10 @@ class BlockingPublisher:
         publish_files = self._publisher.publish_files
         return self._call(partial(publish_files, files, version, metadata, digest=digest))
 
+    def give_up(self, version: int, reason: str) -> None:
+        """As `Publisher.give_up`. Ctrl-C, or a signal's handler that raises, ends the wait only."""
+        self._call(partial(self._publisher.give_up, version, reason))
+
     def close(self) -> None:
         """End well: linger, retire, wait for readers, remove the blocks. Idempotent.
 

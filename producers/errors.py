@@ -8,6 +8,7 @@ from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
     "DeviceMemoryFull",
+    "GivenUp",
     "NotServed",
     "ProducerError",
     "PublisherClosed",
@@ -113,6 +114,14 @@ class SealFailed(ProducerError):
     def __init__(self, version: int, reason: str, missing: Sequence[int] = ()) -> None:
         self.version, self.reason, self.missing = version, reason, tuple(missing)
         super().__init__(f"version {version} is not sealed: {reason}")
+
+
+class GivenUp(ProducerError):
+    """The trainer will not come to publish a version: what `give_up` says on the bus."""
+
+    def __init__(self, version: int, reason: str) -> None:
+        self.version, self.reason = version, reason
+        super().__init__(f"version {version} is given up: {reason}")
 
 
 class NotServed(ProducerError):

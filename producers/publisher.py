@@ -28,6 +28,7 @@ from weightbus.producers.devices import Devices, Handover
 from weightbus.producers.digests import put_sums
 from weightbus.producers.errors import (
     DeviceMemoryFull,
+    GivenUp,
     NotServed,
     PublisherClosed,
     RankInvalid,
@@ -316,6 +317,33 @@ class Publisher:
                     await self._teller.tell(version, error, 0.0)
                     raise
 
+    async def give_up(self, version: int, reason: str) -> None:
+        """Say that this rank will not come to publish `version`: its training has failed.
+
+        Called on every rank that still can, for what was to be published next. No rank that is in
+        `publish` waits for it any longer, and `CheckpointSkipped` names the ranks of which nothing
+        is heard within 0.5 s. In a group of ranks the version is used up; nothing is said of one
+        that `publish` was called with there. Best effort, within 6 s, which a cancellation does
+        not cut short; what the bus refuses is logged.
+
+        Raises:
+            MessageInvalid: there is no such version.
+            PublisherClosed
+        """
+        draft, error = self._announcer.draft(version, {}), GivenUp(version, reason)
+        async with self._until_the_end():
+            if version <= self._tried:
+                return
+            with anyio.CancelScope(shield=True), suppress(GivenUp), self._measures.count(version):
+                if self._world_size == 1:
+                    await self._teller.tell(version, error, 0.0)
+                else:
+                    self._tried = version
+                    said = self._said(draft)
+                    await self._group.give_up(said, error)
+                    await self._teller.tell_of_others(said, error)
+                raise error
+
     async def _publish_part(
         self,
         part: Part,
@@ -348,16 +376,7 @@ class Publisher:
         if draft.version <= self._tried:
             raise VersionNotNew(self._model, draft.version, self._tried, self._producer)
         self._tried = draft.version
-        said = CheckpointPart(
-            model=self._model,
-            version=draft.version,
-            producer=self._producer,
-            rank=self._rank,
-            world_size=self._world_size,
-            layout_digest=NO_LAYOUT,
-            placement=(),
-            created_ns=draft.created_ns,
-        )
+        said = self._said(draft)
         try:
             layout_digest = await self._part_layout.put(part.layout)
             said = structs.replace(said, layout_digest=layout_digest)
@@ -379,6 +398,19 @@ class Publisher:
             if not own:
                 await self._teller.tell_of_others(said, error)
             raise
+
+    def _said(self, draft: CheckpointReady) -> CheckpointPart:
+        """What this rank says of its part, before it has one."""
+        return CheckpointPart(
+            model=self._model,
+            version=draft.version,
+            producer=self._producer,
+            rank=self._rank,
+            world_size=self._world_size,
+            layout_digest=NO_LAYOUT,
+            placement=(),
+            created_ns=draft.created_ns,
+        )
 
     async def _choose(self, part: Part) -> Writer:
         """In a thread: it asks the driver, and compiles kernels."""

@@ -6,8 +6,9 @@ a version that is skipped, and where ranks wait for others in vain, rank 0 does,
 heard of; and where that is rank 0 itself, the others do. All is best effort, within a deadline: an
 error is on its way up already.
 
-A rank that is cancelled (its trainer ends) waits a moment before it looks who is missing: where a
-launcher ends all ranks since one has died, the living say so in that time; the dead one is left.
+A rank that is cancelled (its trainer ends), or gives up, waits a moment before it looks who is
+missing: where a launcher ends all ranks since one has died, the living say so in that time; the
+dead one is left.
 """
 
 from __future__ import annotations
@@ -67,17 +68,17 @@ class SkipTeller:
             await self._say(version, cause_of(error), _reason(error), (), waited_s)
 
     async def tell_of_others(self, mine: CheckpointPart, error: BaseException) -> None:
-        """The version failed by others' fault, who may have said so, or is cancelled.
+        """The version failed by others' fault, who may have said so, or is cancelled or given up.
 
         Called after this rank has given its own part up.
         """
         assert self._group is not None
         if isinstance(error, VersionSkipped):
             return  # rank 0 says it
-        cancelled = not isinstance(error, Exception)
+        is_sealing = isinstance(error, SealFailed)
         missing = error.missing if isinstance(error, SealFailed) else ()
         with anyio.move_on_after(TELL_TIMEOUT_S, shield=True):
-            if not missing and (cancelled or self._rank == 0):
+            if not missing and (not is_sealing or self._rank == 0):
                 await anyio.sleep(RANK_0_LOOKS_AFTER_S if self._rank == 0 else OTHERS_LOOK_AFTER_S)
             try:
                 if self._rank == 0:
@@ -90,7 +91,7 @@ class SkipTeller:
                     return
             except WeightBusError:
                 return
-            cause: SkipCause = "ranks" if missing or not cancelled else "failed"
+            cause: SkipCause = "ranks" if missing or is_sealing else "failed"
             await self._say(mine.version, cause, _reason(error), missing, 0.0)
 
     async def _is_told(self, version: int) -> bool:
