@@ -6,6 +6,7 @@ model; a layer keeps its rank's share. Parameters are created unset, on the curr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,7 +33,7 @@ __all__ = (
 )
 
 VOCAB_PADDING = 64
-"""The vocabulary is padded to a multiple of this and of the ranks, as in vLLM."""
+"""The vocabulary is padded to a multiple of this, as in vLLM, and of the ranks."""
 
 
 class _Linear(nn.Module):
@@ -198,7 +199,7 @@ class VocabParallelEmbedding(nn.Module):
         self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, parallel: TensorParallel
     ) -> None:
         super().__init__()
-        multiple = VOCAB_PADDING * parallel.size
+        multiple = math.lcm(VOCAB_PADDING, parallel.size)
         self.vocab_size = vocab_size
         self.rows = -(-vocab_size // multiple) * multiple // parallel.size
         self.first = parallel.rank * self.rows

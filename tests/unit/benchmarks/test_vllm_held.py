@@ -45,6 +45,14 @@ def test_version_is_named_when_every_bit_is_its_own(rank: int, ranks: int) -> No
     assert holding(shapes) == f"version 5, {size_bytes} bytes"
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "ranks", "rows"), [(151_936, 4, 37_984), (151_936, 1, 151_936), (500, 2, 256)]
+)
+def test_vocabulary_is_padded_and_cut_as_by_vllm(vocab_size: int, ranks: int, rows: int) -> None:
+    shapes = build_meta({**CONFIG, "vocab_size": vocab_size}, ranks - 1, ranks)
+    assert shapes.get_parameter("embed_tokens.weight").shape[0] == rows
+
+
 def test_one_wrong_bit_is_found_in_vllm_s_own_memory() -> None:
     named = parameters_of(5)
     shapes = build_meta(CONFIG, 0, 1)
