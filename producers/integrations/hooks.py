@@ -313,7 +313,9 @@ class StepPublisher:
         """To be called while `error` is handled."""
         if isinstance(error, VersionSkipped):
             self.skipped += 1
-            _logger.info("step %d is not published: %s (%d skipped)", step, error, self.skipped)
+            level = logging.WARNING if self._rank == 0 else logging.INFO
+            counts = self.skipped, self.published
+            _logger.log(level, "step %d: %s (%d skipped, %d published)", step, error, *counts)
             return
         self.failed += 1
         if self._steps.on_error == "raise":

@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Literal
 
 import pytest
 import torch
@@ -142,12 +143,22 @@ def test_version_is_counted_once_it_is_known_to_be_announced(
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 @pytest.mark.parametrize("when", ["at_once", "later"])
 def test_skipped_version_does_not_end_training(
-    publisher: FakePublisher, net: nn.Module, when: str, on_error: str
+    publisher: FakePublisher,
+    net: nn.Module,
+    caplog: pytest.LogCaptureFixture,
+    when: str,
+    on_error: Literal["raise", "warn"],
 ) -> None:
     getattr(publisher, when)[2] = VersionSkipped(2, "engine e reads version 0")
-    with StepPublisher(publisher, StepOptions(on_error=on_error)) as on_step_end:  # type: ignore[arg-type]
+    with (
+        caplog.at_level(logging.WARNING),
+        StepPublisher(publisher, StepOptions(on_error=on_error)) as on_step_end,
+    ):
         for step in (1, 2, 3):
             on_step_end(net, step)
+    assert caplog.messages == [
+        "step 2: version 2 is skipped: engine e reads version 0 (1 skipped, 1 published)"
+    ]
     counts = on_step_end.published, on_step_end.skipped, on_step_end.failed
     assert counts == (2, 1, 0)
 
