@@ -1,6 +1,6 @@
 """Every rank of a Megatron grid gives its boxes: together they are the checkpoint, each once.
 
-Megatron's side is built here as its modules use it: `SelfAttention` views what `linear_qkv` makes as
+Its side is built here as its modules use it: `SelfAttention` views what `linear_qkv` makes as
 (groups, heads of a group, head_dim), and `MLP` chunks what `linear_fc1` makes in two.
 """
 
