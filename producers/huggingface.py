@@ -3,28 +3,24 @@
 Since version 5 a module's names are not the checkpoint's: the experts of a layer are one tensor,
 and some models are renamed throughout. transformers knows how to turn that back, but copies what it
 cuts, and would gather a `DTensor`. So its own conversion is run once, on tensors without data, and
-watched: what comes out as a view of a module's tensor is a `Window`. Talks to no rank; every rank
-gets the same.
+watched (`conversions`). Talks to no rank; every rank gets the same.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from weightbus.producers.conversions import Tensors, windows_of
 from weightbus.producers.errors import TensorInvalid, TrainerInvalid
 from weightbus.producers.fused import Split, Window
 
 __all__ = ("split_of",)
-
-_aten = torch.ops.aten
-_SAME_VALUES: Final = (_aten.clone.default, _aten.contiguous.default, _aten.detach.default)
 
 
 def split_of(model: torch.nn.Module) -> Split:
@@ -45,8 +41,9 @@ def split_of(model: torch.nn.Module) -> Split:
     pretrained = _pretrained(model)
     skeleton = _skeleton(pretrained)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    dropped = frozenset(getattr(skeleton, "_keys_to_ignore_on_save", None) or ())
-    windows = dict.fromkeys(dropped & shapes.keys(), ()) | _windows(skeleton, shapes, dropped)
+    dropped = shapes.keys() & set(getattr(skeleton, "_keys_to_ignore_on_save", None) or ())
+    kept = {name: shape for name, shape in shapes.items() if name not in dropped}
+    windows = dict.fromkeys(dropped, ()) | windows_of(_conversion_of(skeleton), kept)
 
     def split(name: str, shape: tuple[int, ...]) -> Sequence[Window] | None:
         if name not in shapes:
@@ -54,9 +51,8 @@ def split_of(model: torch.nn.Module) -> Split:
         found, expected = windows[name], shapes[name]
         if len(found) != 1 or not _is_whole(found[0], expected):
             if shape != expected:
-                raise TensorInvalid(
-                    name, f"of shape {shape}", f"the model's config says {expected}"
-                )
+                limit = f"the model's config says {expected}"
+                raise TensorInvalid(name, f"of shape {shape}", limit)
             return found
         if found[0].name == name:
             return None
@@ -78,16 +74,29 @@ def _pretrained(model: torch.nn.Module) -> Any:
     except ImportError as error:
         limit = "transformers 5 or later; before, names were the checkpoint's own: give no split"
         raise TrainerInvalid("transformers", f"not usable ({error})", limit) from error
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            if getattr(module, "hf_quantizer", None) is not None:
-                value = f"quantized ({type(module.hf_quantizer).__qualname__})"
-                raise TrainerInvalid("the model", value, "must hold values that were trained")
-            return module
-    value = f"of type {type(model).__qualname__}"
-    raise TrainerInvalid(
-        "the model", value, "must be a PreTrainedModel of transformers, or wrap one"
-    )
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        outer, inner = inner, _inner(inner)
+        if inner is None:
+            value = f"of type {type(outer).__qualname__}"
+            limit = "must be a PreTrainedModel of transformers, in wrappers that are known or none"
+            raise TrainerInvalid("the model", value, limit)
+    if getattr(inner, "hf_quantizer", None) is not None:
+        value = f"quantized ({type(inner.hf_quantizer).__qualname__})"
+        raise TrainerInvalid("the model", value, "must hold values that were trained")
+    return inner
+
+
+def _inner(module: Any) -> Any:
+    """What a wrapper holds that leaves no trace in the names of a planned module; or None."""
+    if isinstance(module, DistributedDataParallel | DataParallel):
+        return module.module
+    if hasattr(module, "get_base_model"):  # PEFT
+        return module.get_base_model()
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):  # torch.compile, checkpointing
+        if name in module._modules:
+            return module._modules[name]
+    return None
 
 
 def _skeleton(pretrained: Any) -> Any:
@@ -103,136 +112,7 @@ def _skeleton(pretrained: Any) -> Any:
     return skeleton
 
 
-def _windows(
-    skeleton: Any, shapes: Mapping[str, tuple[int, ...]], dropped: frozenset[str]
-) -> dict[str, tuple[Window, ...]]:
-    """For every tensor of a module the checkpoint's in it, in the order of its memory."""
+def _conversion_of(skeleton: Any) -> Callable[[Tensors], Tensors]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    sources = {
-        name: torch.empty(shape, device="meta")
-        for name, shape in shapes.items()
-        if name not in dropped
-    }
-    watcher = _Watcher(sources)
-    with torch.no_grad(), watcher:
-        found = revert_weight_conversion(skeleton, dict(sources))
-    windows: dict[str, list[Window]] = {name: [] for name in sources}
-    for name, tensor in found.items():
-        shape = tuple(tensor.shape)
-        for piece in watcher.pieces(name, tensor):
-            window = Window(name, shape, piece.starts, piece.sizes, piece.at, piece.axes)
-            windows[piece.source].append(window)
-    for name, parts in windows.items():
-        count = sum(torch.Size(part.sizes).numel() for part in parts)
-        if count != sources[name].numel():
-            value = f"{sources[name].numel():,} elements long, {count:,} of them in the checkpoint"
-            raise TensorInvalid(name, value, "transformers' conversion must keep all, and once")
-    return {n: tuple(sorted(parts, key=lambda p: p.starts)) for n, parts in windows.items()}
-
-
-class _Piece(NamedTuple):
-    """A box of a module's tensor, and where it lies in the tensor that is asked for."""
-
-    source: str
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    at: tuple[int, ...]
-    axes: tuple[int, ...]
-
-
-class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Knows of which memory tensors without data are views, and which were joined of others.
-
-    A copy counts as the tensor that it copies. Memory that another operation made is known by that
-    operation's name, to refuse what lies in it.
-    """
-
-    def __init__(self, sources: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._sources = {_memory(tensor): name for name, tensor in sources.items()}
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in sources.items()}
-        self._joined: dict[int, list[tuple[torch.Tensor, tuple[int, ...]]]] = {}
-        self._made: dict[int, str] = {}
-        self._alive: list[torch.Tensor] = list(sources.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SAME_VALUES:
-            return args[0]
-        if func is _aten._unsafe_view.default:
-            try:
-                return _aten.view.default(*args)
-            except RuntimeError:  # it moves elements
-                return self._note(torch.empty(args[1], device="meta"), "reshape")
-        if func is _aten.cat.default or func is _aten.stack.default:
-            return self._join(func, *args, **(kwargs or {}))
-        known = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor) and _memory(tensor) not in known:
-                self._note(tensor, str(func))
-        return results
-
-    def pieces(self, name: str, tensor: torch.Tensor) -> Iterator[_Piece]:
-        """What `tensor` consists of."""
-        memory = _memory(tensor)
-        if memory in self._sources:
-            source = self._sources[memory]
-            yield _piece_of_view(name, tensor, source, self._shapes[source])
-            return
-        joined = self._joined.get(memory)
-        if joined is None or tensor.storage_offset() != 0 or not tensor.is_contiguous():
-            made = self._made.get(memory, "a view of what was joined")
-            raise TensorInvalid(name, f"made by {made}", "must be boxes of the module's tensors")
-        for part, first in joined:
-            if part.ndim != tensor.ndim:
-                raise TensorInvalid(name, "joined and reshaped", "must be boxes of the module's")
-            for piece in self.pieces(name, part):
-                at = tuple(map(sum, zip(first, piece.at, strict=True)))
-                yield piece._replace(at=at)
-
-    def _note(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
-        self._made[_memory(tensor)] = operation
-        self._alive.append(tensor)
-        return tensor
-
-    def _join(self, func: Any, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-        if func is _aten.stack.default:
-            tensors = [tensor.unsqueeze(dim) for tensor in tensors]
-        result = torch.cat(tuple(tensors), dim)
-        first, parts = 0, []
-        for tensor in tensors:
-            at = [0] * result.ndim
-            at[dim] = first
-            parts.append((tensor, tuple(at)))
-            first += tensor.shape[dim]
-        self._joined[_memory(result)] = parts
-        return self._note(result, "a view of what was joined")
-
-
-def _piece_of_view(name: str, view: torch.Tensor, source: str, shape: tuple[int, ...]) -> _Piece:
-    """Which box of `source` (contiguous) a view is: its strides are those of some dimensions."""
-    strides = [max(torch.Size(shape[n + 1 :]).numel(), 1) for n in range(len(shape))]
-    number_of = {strides[n]: n for n in range(len(shape)) if shape[n] > 1}
-    axes, sizes = [], [1] * len(shape)
-    for extent, stride in zip(view.shape, view.stride(), strict=True):
-        axis = -1 if extent == 1 else number_of.get(stride, -1)
-        if extent != 1 and (axis < 0 or axis in axes):
-            value = f"{tuple(view.shape)} of strides {view.stride()} in {source} {shape}"
-            raise TensorInvalid(name, value, "must be a box of it, dimension by dimension")
-        axes.append(axis)
-        if axis >= 0:
-            sizes[axis] = extent
-    starts, offset = [], view.storage_offset()
-    for stride in strides:
-        starts.append(offset // stride)
-        offset %= stride
-    ends = (start + size for start, size in zip(starts, sizes, strict=True))
-    if any(end > extent for end, extent in zip(ends, shape, strict=True)):
-        value = f"{tuple(view.shape)} from element {view.storage_offset()} of {source} {shape}"
-        raise TensorInvalid(name, value, "must be a box of it, dimension by dimension")
-    return _Piece(source, tuple(starts), tuple(sizes), (0,) * view.ndim, tuple(axes))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return lambda tensors: dict(revert_weight_conversion(skeleton, dict(tensors)))

@@ -1,0 +1,224 @@
+"""Real models of transformers are published as `save_pretrained` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.integration.producers.tiny_models import tiny_model, tiny_moe
+from tests.unit.producers.assembling import assemble
+from weightbus.producers.errors import TensorInvalid, TrainerInvalid
+from weightbus.producers.huggingface import split_of
+from weightbus.producers.modules import plan_module
+from weightbus.producers.sealing import plan_seal
+from weightbus.producers.shards import Part, Shard
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MLA: dict[str, Any] = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
+
+
+def tied() -> Any:
+    """One tensor, two names."""
+    return tiny_model()
+
+
+def experts() -> Any:
+    """Cut by expert, gate and up."""
+    return tiny_moe()
+
+
+def renamed_experts() -> Any:
+    """Cut, and modules renamed: `mlp` is `block_sparse_moe`, gate `w1`."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
+    return transformers.MixtralForCausalLM(config)
+
+
+def experts_with_buffers() -> Any:
+    """A correction bias that is a buffer; dense layers before those with experts."""
+    config = transformers.DeepseekV3Config(
+        **{**SIZES, **MLA, "num_key_value_heads": 4},
+        moe_intermediate_size=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_experts_per_tok=2,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def all_renamed() -> Any:
+    """A model for text and images, whose parts have other names in its checkpoint."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**SIZES, "head_dim": 4},
+        vision_config={**vision, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+MODELS = (tied, experts, renamed_experts, experts_with_buffers, all_renamed)
+
+
+def named(function: Callable[[], Any]) -> str:
+    return function.__name__
+
+
+def saved(model: Any, directory: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(directory)
+    return {
+        name: tensor
+        for file in directory.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def shards_of(part: Part) -> list[Shard]:
+    layout = part.layout
+    return [
+        Shard(layout.tensors[box.tensor].name, source, layout.tensors[box.tensor].shape, box.starts)
+        for box, source in zip(layout.shards, part.sources, strict=True)
+    ]
+
+
+def check(parts: list[Part], expected: dict[str, torch.Tensor]) -> None:
+    plan_seal([part.layout for part in parts])
+    found = assemble(shard for part in parts for shard in shards_of(part))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("build", MODELS, ids=named)
+def test_parts_of_a_model_are_what_it_saves_when_split(
+    build: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = build()
+    expected = saved(model, tmp_path)
+    split = split_of(model)
+    for ranks in (1, 3):
+        parts = [plan_module(model, rank=r, world_size=ranks, split=split) for r in range(ranks)]
+        check(parts, expected)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    for part in parts:
+        assert all(source.untyped_storage().data_ptr() in storages for source in part.sources)
+
+
+@pytest.fixture
+def become() -> Iterator[Callable[[int, int], None]]:
+    def become_rank(rank: int, ranks: int) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+
+    yield become_rank
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("build", [experts, renamed_experts], ids=named)
+def test_parts_of_ranks_are_what_the_model_saves_when_it_is_sharded_by_fsdp(
+    build: Callable[[], Any], become: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    expected = saved(build(), tmp_path)
+    parts = []
+    for rank in range(3):
+        become(rank, 3)
+        model = build()
+        # torch remembers what it knows of a mesh by its value: another name, another mesh
+        mesh = init_device_mesh("cpu", (3,), mesh_dim_names=(f"of_rank_{rank}",))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        parts.append(plan_module(model, rank=rank, world_size=3, split=split_of(model)))
+    check(parts, expected)
+
+
+def test_split_is_the_same_when_the_model_is_wrapped() -> None:
+    peft = pytest.importorskip("peft")
+    model = experts()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    shape = (4, 32, 32)
+    windows = split_of(model)(name, shape)
+    assert windows is not None
+    assert len(windows) == 8
+    assert split_of(adapted)(name, shape) == windows
+    assert split_of(torch.compile(model))(name, shape) == windows  # type: ignore[arg-type]
+
+
+def test_names_are_those_of_the_checkpoint_when_the_model_was_loaded(tmp_path: Path) -> None:
+    expected = saved(all_renamed(), tmp_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    check([plan_module(model, split=split_of(model))], expected)
+
+
+def test_splitting_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+    model = experts()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    split_of(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_own_tensors_are_published_as_they_are_when_the_class_lacks_them() -> None:
+    model = experts()
+    split = split_of(model)
+    assert split("value_head.weight", (1, 32)) is None
+    assert split("model.norm.weight", (32,)) is None
+
+
+def test_renamed_tensor_keeps_its_own_shape_when_the_config_says_another() -> None:
+    split = split_of(all_renamed())
+    (window,) = split("model.language_model.embed_tokens.weight", (64, 16)) or ()
+    assert (window.name, window.shape) == ("language_model.model.embed_tokens.weight", (64, 16))
+
+
+def test_fused_tensor_is_refused_when_the_config_says_another_shape() -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    with pytest.raises(TensorInvalid, match=r"of shape \(5, 32, 16\): .* says \(4, 32, 16\)"):
+        split_of(experts())(name, (5, 32, 16))
+
+
+def test_model_is_refused_when_it_is_none_of_transformers() -> None:
+    with pytest.raises(TrainerInvalid, match="of type Linear: must be a PreTrainedModel"):
+        split_of(torch.nn.Linear(1, 1))
+
+
+def test_model_is_refused_when_it_lies_in_a_module_that_is_no_wrapper() -> None:
+    with pytest.raises(TrainerInvalid, match=r"of type Sequential: .* wrappers that are known"):
+        split_of(torch.nn.Sequential(experts()))
+
+
+def test_model_is_refused_when_it_is_quantized() -> None:
+    model = experts()
+    model.hf_quantizer = object()
+    with pytest.raises(TrainerInvalid, match="quantized"):
+        split_of(model)
