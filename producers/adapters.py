@@ -3,11 +3,12 @@
 Edge adapter of `peft`, which is not imported here: where nobody has imported it, nothing is wrapped
 by it. Nothing is ever merged in place: to merge and unmerge is not the identity in floating point.
 
-A weight W of a layer is published as W + B A s, and rounded to W's dtype once: the bits that
-`LoraLayer.merge` in PEFT makes of a whole tensor (but of an embedding in 16 bits, where it rounds
-twice). Where W is cut over ranks, each computes its box alone, of its rows of B and its columns of
-A. So A (r x in), which FSDP cuts along r, is gathered, layer by layer, for each version; so is B
-(out x r) where it is not cut as W is. They are kept until the next version.
+A weight W of a layer is published as W + B A s, and rounded to W's dtype once: what
+`LoraLayer.merge` in PEFT makes (but of an embedding in 16 bits, where it rounds twice), bit for bit
+where the library that multiplies matrices gives the same bits for some rows as for all. Where W is
+cut over ranks, each computes its box alone, of its rows of B and its columns of A. So A (r x in),
+which FSDP cuts along r, is gathered, layer by layer, for each version; so is B (out x r) where it
+is not cut as W is. They are kept until the next version.
 """
 
 from __future__ import annotations
@@ -168,13 +169,14 @@ class LowRank(Delta):
                     raise TensorInvalid(self._name, f"adapted by {adapter}", limit)
         self._terms = terms
 
-    def add_to(self, source: torch.Tensor) -> torch.Tensor:
-        total = source
+    def add_to(self, source: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        total = source[begin:end]
         with torch.no_grad():
             for term in self._terms:
-                product = _product(term)
                 if self._turned:
-                    product = product.t()
+                    product = _product(term.left, term.right[:, begin:end], term.scaling).t()
+                else:
+                    product = _product(term.left[begin:end], term.right, term.scaling)
                 if product.dtype == total.dtype:
                     total = product.add_(total)
                 else:
@@ -195,12 +197,11 @@ class LowRank(Delta):
         return [_Term(left, right[:, columns], self._layer.scaling[adapter])]
 
 
-def _product(term: _Term) -> torch.Tensor:
+def _product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     """As PEFT does it: halves are multiplied as FP32 on a CPU."""
-    left, right = term.left, term.right
     if left.device.type == "cpu" and left.dtype in _HALVES:
-        return (left.float() @ right.float()).mul_(term.scaling).to(left.dtype)
-    return (left @ right).mul_(term.scaling)
+        return (left.float() @ right.float()).mul_(scaling).to(left.dtype)
+    return (left @ right).mul_(scaling)
 
 
 def _placing(tensor: torch.Tensor) -> object:

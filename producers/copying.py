@@ -2,15 +2,16 @@
 
 `HostCopier` copies at once; `GpuCopier` queues on streams, and never waits for a device. No view of
 a trainer's tensor is kept. What is published as another dtype is cast, and an adapter's product
-added, in the copy: the trainer's tensors stay as they are, and one tensor at a time has a copy of
-its own (none on the CPU, if it is only cast).
+added, in the copy: the trainer's tensors stay as they are. What takes a temporary, a sum or what a
+GPU casts for the host, is made in pieces of rows: that bounds it, and lets a CPU keep sums in its
+cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -18,6 +19,11 @@ from weightbus.producers.devices import Devices, Handover, Stream
 from weightbus.producers.shards import Part, box_bytes, torch_dtype
 
 __all__ = ("Copier", "GpuCopier", "HostCopier", "copy_shard")
+
+CPU_PIECE_BYTES: Final = 2**20
+"""Of a temporary: half the time of one that is so large that it is new memory each time."""
+
+GPU_PIECE_BYTES: Final = 64 * 2**20
 
 
 class Copier(Protocol):
@@ -100,4 +106,15 @@ def copy_shard(data: torch.Tensor, part: Part, number: int, *, non_blocking: boo
     place = data[shard.offset_bytes : shard.offset_bytes + size_bytes]
     with torch.no_grad():
         place = place.view(torch_dtype(part.layout, shard)).view(shard.sizes)
-        place.copy_(part.elements(number), non_blocking=non_blocking)
+        source, delta = part.sources[number], part.deltas.get(number)
+        is_cast_on_gpu = source.dtype != place.dtype and source.device != place.device
+        if delta is None and not (is_cast_on_gpu and source.ndim):
+            place.copy_(source, non_blocking=non_blocking)
+            return
+        piece_bytes = CPU_PIECE_BYTES if source.device.type == "cpu" else GPU_PIECE_BYTES
+        rows = max(piece_bytes * len(source) // source.nbytes, 1)
+        for begin in range(0, len(source), rows):
+            end = min(begin + rows, len(source))
+            piece = source[begin:end] if delta is None else delta.add_to(source, begin, end)
+            place[begin:end].copy_(piece, non_blocking=non_blocking)
+            del piece  # before there is another

@@ -89,10 +89,10 @@ class Delta(ABC):
         """
 
     @abstractmethod
-    def add_to(self, source: torch.Tensor) -> torch.Tensor:
-        """The sum, in the source's dtype, on the current stream of its device; the source stays as
-        it is. A temporary of the source's size; or the source itself, if there is nothing to add.
-        Talks to nobody."""
+    def add_to(self, source: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Rows `begin` to `end` of the sum, in the source's dtype, on the current stream of its
+        device; the source, of two dimensions, stays as it is. A temporary of the size of these
+        rows, or a view of the source, if there is nothing to add. Talks to nobody."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,6 @@ class Part:
         """
         for delta in self.prepared:
             delta.prepare()
-
-    def elements(self, number: int) -> torch.Tensor:
-        """What shard `number` publishes, not yet cast: its source, or the sum with its delta."""
-        delta, source = self.deltas.get(number), self.sources[number]
-        return source if delta is None else delta.add_to(source)
 
 
 class Box(NamedTuple):

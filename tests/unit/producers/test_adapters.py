@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from weightbus.producers.copying import copy_shard
+from weightbus.producers.copying import CPU_PIECE_BYTES, copy_shard
 from weightbus.producers.errors import TensorInvalid
 from weightbus.producers.modules import plan_module
 from weightbus.producers.shards import Part, torch_dtype
@@ -121,6 +121,18 @@ def test_sum_is_cast_after_it_is_made_when_a_dtype_is_given() -> None:
     found = published(plan_module(model, dtype=torch.bfloat16))
     assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
     assert_same(found, merged(model))
+
+
+def test_sum_is_whole_when_it_is_made_in_pieces() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"linear": nn.Linear(700, 1900), "turned": Conv1D(500, 1300)})
+    assert all(each.weight.nbytes > 2 * CPU_PIECE_BYTES for each in net.values())
+    settings = peft.LoraConfig(r=5, target_modules=["linear", "turned"])
+    model = peft.get_peft_model(net, settings)  # type: ignore[arg-type]
+    fill(model, 1)
+    found = published(plan_module(model))
+    for name, tensor in merged(model).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_adapters_count_as_the_layers_use_them_at_each_publish() -> None:

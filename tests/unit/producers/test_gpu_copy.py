@@ -116,17 +116,17 @@ def test_copy_adds_a_delta_when_a_shard_has_one(gpu: ModuleType) -> None:
         def prepare(self) -> None:
             raise AssertionError("that is for the trainer's thread")
 
-        def add_to(self, source: torch.Tensor) -> torch.Tensor:
-            return source + 1
+        def add_to(self, source: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+            return source[begin:end] + 1
 
-    shape = (64,)
-    boxes = [Box("w", torch.float32, shape, (0,), torch.randn(shape), One())]
+    shape = (8, 8)
+    boxes = [Box("w", torch.float32, shape, (0, 0), torch.randn(shape), One())]
     part = plan_boxes(boxes)
     data = blank(part)
     copy = gpu.GpuCopy(part.layout, torch.device("cpu"))
     copy.prepare(part)
     copy.start(data, part)
-    assert torch.equal(data[:256].view(torch.float32), part.sources[0] + 1)
+    assert torch.equal(data[:256].view(torch.float32).view(shape), part.sources[0] + 1)
 
 
 def test_copy_finds_tensors_where_they_are_now_when_they_have_moved(gpu: ModuleType) -> None:

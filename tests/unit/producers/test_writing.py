@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from weightbus.bus.digest import digest_tensor
-from weightbus.producers.copying import copy_shard
+from weightbus.producers.copying import CPU_PIECE_BYTES, copy_shard
 from weightbus.producers.devices import Stream
 from weightbus.producers.digesting import ThreadDigester
 from weightbus.producers.sealing import add_digests, plan_seal
@@ -108,16 +108,18 @@ class Twice(Delta):
     """Adds as much again, and says what is asked of it."""
 
     def __init__(self) -> None:
-        self.prepared, self.alive = 0, 0
+        self.prepared = self.alive = self.pieces = 0
 
     def prepare(self) -> None:
         self.prepared += 1
 
-    def add_to(self, source: torch.Tensor) -> torch.Tensor:
+    def add_to(self, source: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         assert self.alive == 0, "another temporary is kept"
-        total = source + source
+        total = source[begin:end] + source[begin:end]
+        assert total.nbytes <= CPU_PIECE_BYTES
         self.alive += 1
+        self.pieces += 1
         weakref.finalize(total, self._gone)
         return total
 
@@ -127,20 +129,20 @@ class Twice(Delta):
 
 def test_write_adds_a_delta_before_the_cast_one_temporary_at_a_time() -> None:
     delta = Twice()
-    weights = [_random_bits((40,), torch.float32, seed).nan_to_num(0.5) for seed in range(6)]
+    weights = [torch.randn(1300, 700, dtype=torch.float64) for _ in range(6)]
     boxes = [
-        Box(f"t{n}", torch.float32, (40,), (0,), nn.Parameter(weight), delta if n % 2 else None)
-        for n, weight in enumerate(weights)
+        Box(f"t{n}", w.dtype, (1300, 700), (0, 0), nn.Parameter(w), delta if n % 2 else None)
+        for n, w in enumerate(weights)
     ]
     part = plan_boxes(boxes, torch.bfloat16, [delta])
     data = bytearray(part.layout.segments[0].size_bytes)
     part.prepare()
     write_part(part, memoryview(data), threads(part, data, 1), _never)
     for number, shard in enumerate(part.layout.shards):
-        expected = weights[number] * (2 if number % 2 else 1)
+        expected = _bits((weights[number] * (2 if number % 2 else 1)).to(torch.bfloat16))
         begin = shard.offset_bytes
-        assert bytes(data[begin : begin + 80]) == _bits(expected.to(torch.bfloat16))
-    assert (delta.prepared, delta.alive) == (1, 0)
+        assert bytes(data[begin : begin + len(expected)]) == expected
+    assert (delta.prepared, delta.alive, delta.pieces) == (1, 0, 3 * 7)
 
 
 def test_digests_of_boxes_add_up_to_those_of_whole_tensors_when_ranks_hold_them() -> None:
