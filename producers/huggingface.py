@@ -106,10 +106,29 @@ def _skeleton(pretrained: Any) -> Any:
     kind: Any = next(c for c in type(pretrained).__mro__ if not issubclass(c, FSDPModule))
     with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
         skeleton = kind(copy.deepcopy(pretrained.config))
-    conversions = getattr(pretrained, "_weight_conversions", None)
-    if conversions is not None:
-        skeleton._weight_conversions = conversions
+    skeleton._weight_conversions = _conversions(pretrained, skeleton)
     return skeleton
+
+
+def _conversions(pretrained: Any, skeleton: Any) -> Any:
+    """As `revert_weight_conversion` finds them, for checkpoints as they are published on the hub.
+
+    Where transformers reads experts both ways, and turns them only if it must, it writes its own
+    way; engines read that of the hub.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, Transpose
+
+    conversions = getattr(pretrained, "_weight_conversions", None)
+    if conversions is None:
+        found = get_model_conversion_mapping(skeleton, add_legacy=False)
+        conversions = [each for each in found if not isinstance(each, PrefixChange)]
+    conversions = copy.deepcopy(conversions)
+    for conversion in conversions:
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                operation.check_dims = False
+    return conversions
 
 
 def _conversion_of(skeleton: Any) -> Callable[[Tensors], Tensors]:

@@ -83,6 +83,17 @@ def all_renamed() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def turned_experts() -> Any:
+    """Whose experts transformers writes turned, other than they are published on the hub."""
+    heads = {"num_heads": 2, "depth": 1, "deepstack_visual_indexes": [0]}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 16, "patch_size": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**SIZES, **experts, "head_dim": 4}, vision_config={**vision, **heads}
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
 MODELS = (tied, experts, renamed_experts, experts_with_buffers, all_renamed)
 
 
@@ -176,6 +187,21 @@ def test_split_is_the_same_when_the_model_is_wrapped() -> None:
 def test_names_are_those_of_the_checkpoint_when_the_model_was_loaded(tmp_path: Path) -> None:
     expected = saved(all_renamed(), tmp_path)
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    check([plan_module(model, split=split_of(model))], expected)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_experts_are_turned_as_on_the_hub_when_transformers_would_not(
+    loaded: bool, tmp_path: Path
+) -> None:
+    model = turned_experts()
+    expected = saved(model, tmp_path)
+    names = [name for name in expected if ".experts." in name]
+    assert len(names) == 4
+    for name in names:
+        expected[name] = expected[name].transpose(1, 2)
+    if loaded:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
     check([plan_module(model, split=split_of(model))], expected)
 
 
