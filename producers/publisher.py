@@ -103,9 +103,10 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
     What is published in the background has as long, and 10 s, to be announced; it is cancelled
     then, and at once where the end is not a good one."""
     digest_threads: int = 4
-    """Threads that digest slots in host memory while the tensors are copied there. Where these lie
-    on one GPU, that GPU does it, if it can: it takes 48 bytes of its memory per 128 KiB of the
-    part, 11 MB for 30 GB, and as long as the copy, which it overlaps."""
+    """Threads that digest slots in host memory while the tensors are copied there, or right after
+    that where this process may use fewer than two cores for each. Where the tensors lie on one GPU,
+    that GPU does it, if it can: it takes 48 bytes of its memory per 128 KiB of the part, 11 MB for
+    30 GB, and as long as the copy, which it overlaps."""
     p2p: P2pOptions | None = None
     """How engines on other hosts may read slots in host memory; None: not at all."""
 

@@ -3,7 +3,8 @@
 `Writers.choose` decides by what was asked for and by where the tensors lie; a `Writer` does it.
 Blocking; runs in worker threads. The trainer goes on as soon as its tensors are copied:
 
-- into host memory from host memory: when the last one is;
+- into host memory from host memory: when the last one is. Where there are few cores, digesting
+  begins then: beside the copy it would take its cores, and both would be slower;
 - into host memory from GPUs: when the last one is, on streams of our own. Where all GPU tensors of
   a part lie on one, that GPU digests the slot, else threads of the CPU do;
 - into GPU memory: at once. The copies are queued after the trainer's work so far, and before all
@@ -16,6 +17,7 @@ Nothing of ours touches a trainer's tensor or a slot after a writer has ended, u
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
@@ -50,6 +52,11 @@ __all__ = ("SlotsIn", "Writer", "Writers")
 _logger = logging.getLogger(__name__)
 
 SlotsIn = Literal["host", "device", "both", "auto"]
+
+CORES_PER_THREAD: Final = 2
+"""Threads digest beside copies from host memory where this process may use as many cores for each
+of them. On two cores, 268 MB were copied in 0.46 s, and digested by 4 threads after 0.66 s, one
+after the other; beside each other in 0.80 s and 0.91 s."""
 
 CHUNK_BYTES: Final = 64 * 2**20
 """Of one copy from a GPU to the host: the trainer's own small copies get in between."""
@@ -162,9 +169,12 @@ class _HostWriter(Writer):
             if pinned and len(numbers) == 1:
                 digester = self._digesters.open(numbers[0], part.layout, block.address)
         data = block.begin_write()
+        beside = bool(numbers) or _has_cores_for(self._threads)
         digester = digester or ThreadDigester(part.layout, data, self._threads)
         try:
-            sums = write_part(part, data, digester, check_cancelled, copier, handover.copied)
+            sums = write_part(
+                part, data, digester, check_cancelled, copier, handover.copied, beside=beside
+            )
         except CudaTimeout:
             slot.leave()
             for number in numbers:
@@ -257,6 +267,10 @@ class _DeviceWriter(Writer):
         if self._digest is None or self._digest[0] != layout:
             self._digest = layout, self._device.open_digest(layout)
         return self._digest[1]
+
+
+def _has_cores_for(threads: int) -> bool:
+    return len(os.sched_getaffinity(0)) >= CORES_PER_THREAD * threads
 
 
 def _pin(host: HostMemory, block: SharedBlock, devices: Devices, number: int) -> bool:

@@ -31,13 +31,15 @@ def write_part(
     check_cancelled: Callable[[], None],
     copier: Copier | None = None,
     copied: Callable[[], None] = lambda: None,
+    *,
+    beside: bool = True,
 ) -> Sums:
     """Copy every shard of `part` into `data`; returns the partial digest of each, in layout order.
 
-    While one batch of shards is copied, `digester`, which is made for `data` and closed here,
-    digests those before it. `copied` is called once all is copied: the trainer may touch its
-    tensors again, as it may when this has ended. `check_cancelled` is called between batches; what
-    it raises is passed on.
+    `digester`, which is made for `data` and closed here, digests batches of shards while later ones
+    are copied, or if not `beside` all of them after the last copy. `copied` is called once all is
+    copied: the trainer may touch its tensors again, as it may when this has ended.
+    `check_cancelled` is called between batches; what it raises is passed on.
 
     Raises:
         CudaFailed: a device failed.
@@ -49,9 +51,13 @@ def write_part(
         for begin, end in _batches(part.layout):
             check_cancelled()
             copier.copy(target, part, begin, end)
-            digester.start(begin, end, copier)
+            if beside:
+                digester.start(begin, end, copier)
         copier.mark()()
         copied()
+        for begin, end in () if beside else _batches(part.layout):
+            check_cancelled()
+            digester.start(begin, end, copier)
         return digester.finish()
     except BaseException as error:
         digester.cancel()
