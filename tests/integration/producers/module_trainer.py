@@ -125,6 +125,7 @@ def main() -> None:
             if step == "0":
                 network = WAYS[way]()
                 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+                look(network)
                 with counted() as planning:
                     part = plan_module(
                         network, rank=int(rank), world_size=int(world_size), dtype=torch.bfloat16
@@ -152,13 +153,15 @@ def counted() -> Any:
 
 
 def train(network: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
-    """A step, and a look at the result: it leaves FSDP's parameters gathered.
-
-    Two ranks see the same data: they may be tensor parallel.
-    """
+    """A step. Two ranks see the same data: they may be tensor parallel."""
     optimizer.zero_grad()
     network((torch.arange(5) + rank // 2) % 11).square().mean().backward()
     optimizer.step()
+    look(network)
+
+
+def look(network: nn.Module) -> None:
+    """It leaves parameters of FSDP gathered."""
     with torch.no_grad():
         network(torch.arange(3))
 
