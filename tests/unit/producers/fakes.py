@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
 
 import anyio
+import anyio.lowlevel
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusTimeout
@@ -57,6 +58,7 @@ class FakeBus:
     async def publish(
         self, message: Message, headers: Mapping[str, str] | None = None, **options: int
     ) -> PublishAck:
+        await anyio.lowlevel.checkpoint()
         self._fail(type(message).__name__)
         if isinstance(message, CheckpointReady):
             self.said += self.faster
