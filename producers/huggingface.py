@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from weightbus.producers.conversions import Tensors, windows_of
@@ -100,12 +99,11 @@ def _inner(module: Any) -> Any:
 
 
 def _skeleton(pretrained: Any) -> Any:
-    """The same model without data and wrappers: FSDP changes classes, PEFT modules."""
+    """The same model without data, adapters and FSDP: FSDP2's classes make those they stand for."""
     from transformers.initialization import no_init_weights
 
-    kind: Any = next(c for c in type(pretrained).__mro__ if not issubclass(c, FSDPModule))
     with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
-        skeleton = kind(copy.deepcopy(pretrained.config))
+        skeleton = type(pretrained)(copy.deepcopy(pretrained.config))
     skeleton._weight_conversions = _conversions(pretrained, skeleton)
     return skeleton
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -188,6 +188,25 @@ def test_names_are_those_of_the_checkpoint_when_the_model_was_loaded(tmp_path: P
     expected = saved(all_renamed(), tmp_path)
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
     check([plan_module(model, split=split_of(model))], expected)
+
+
+def test_names_are_those_that_were_loaded_when_the_loader_was_told_to_rename(
+    tmp_path: Path,
+) -> None:
+    state = saved(experts(), tmp_path)
+    state["model.last.weight"] = state.pop("model.norm.weight")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, key_mapping={r"model\.last": "model.norm"}
+    )
+    check([plan_module(model, split=split_of(model))], state)
+
+
+def test_split_needs_no_memory_when_the_model_is_larger_than_the_host() -> None:
+    with torch.device("meta"):
+        config = transformers.Qwen3MoeConfig(**{**SIZES, "vocab_size": 10**12})
+        model = transformers.Qwen3MoeForCausalLM(config)
+    assert split_of(model)("model.embed_tokens.weight", (10**12, 16)) is None
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -90,6 +90,7 @@ def test_windows_come_in_the_order_of_memory_when_the_conversion_has_another() -
         (lambda t: {"w": torch.cat([t["a"], t["a"]]).view(48, 2)}, "w", "joined"),
         (lambda t: {"w": t["a"].to(torch.bfloat16)}, "w", "aten._to_copy"),
         (lambda t: {"w": t["a"].expand(2, 4, 6, 2)}, "w", "dimension by dimension"),
+        (lambda t: {"w": t["a"].unfold(0, 3, 1)}, "w", "dimension by dimension"),
         (lambda t: {"w": t["a"][1:]}, "a", "48 elements long|48 .* 36 of them"),
         (lambda t: {"w": t["a"], "v": t["a"]}, "a", "96 of them"),
         (lambda t: {}, "a", "0 of them"),
