@@ -22,6 +22,7 @@ from weightbus.producers.errors import RankInvalid, TensorInvalid
 from weightbus.producers.fused import Split, cut
 from weightbus.producers.shards import (
     Box,
+    Cast,
     Delta,
     Part,
     Shard,
@@ -63,7 +64,7 @@ def plan_module(
     *,
     rank: int = 0,
     world_size: int = 1,
-    dtype: torch.dtype | None = None,
+    dtype: Cast | None = None,
     buffers: Buffers = "persistent",
     split: Split | None = None,
 ) -> Part:
@@ -108,7 +109,8 @@ def plan_module(
             each.reshard()  # after a forward pass it may show the gathered parameters
     entries = list(_distinct(_walk(module, "", buffers)))
     plain = [entry for entry in entries if entry.is_plain]
-    sizes = [e.tensor.numel() * cast_dtype(e.tensor.dtype, dtype).itemsize for e in plain]
+    dtypes = [cast_dtype(e.name, e.tensor.dtype, dtype) for e in plain]
+    sizes = [e.tensor.numel() * each.itemsize for e, each in zip(plain, dtypes, strict=True)]
     owners = {e.name: owner for e, owner in zip(plain, _deal(sizes, world_size), strict=True)}
     boxes = []
     for entry in entries:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple
@@ -24,6 +24,7 @@ from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 __all__ = (
     "ALIGNMENT_BYTES",
     "Box",
+    "Cast",
     "Delta",
     "Part",
     "Shard",
@@ -74,6 +75,10 @@ class Shard:
 
 Tensors = Mapping[str, torch.Tensor] | Iterable[Shard]
 """A state dict (its values may be `DTensor`), or boxes."""
+
+Cast = torch.dtype | Callable[[str], torch.dtype | None]
+"""What tensors of floating point are published as: one dtype for all, or one for each name under
+which something is published, alike on all ranks. None: as they are."""
 
 
 class Delta(ABC):
@@ -151,7 +156,7 @@ class Box(NamedTuple):
     delta: Delta | None = None
 
 
-def plan_part(tensors: Tensors, *, dtype: torch.dtype | None = None) -> Part:
+def plan_part(tensors: Tensors, *, dtype: Cast | None = None) -> Part:
     """The part of a rank that holds `tensors`.
 
     Tied tensors are published under each of their names. Boxes without elements get no shard. Boxes
@@ -168,7 +173,7 @@ def plan_part(tensors: Tensors, *, dtype: torch.dtype | None = None) -> Part:
 
 
 def plan_boxes(
-    boxes: Iterable[Box], dtype: torch.dtype | None = None, prepared: Sequence[Delta] = ()
+    boxes: Iterable[Box], dtype: Cast | None = None, prepared: Sequence[Delta] = ()
 ) -> Part:
     """As `plan_part`."""
     specs: dict[str, TensorSpec] = {}
@@ -178,7 +183,7 @@ def plan_boxes(
     deltas: dict[int, Delta] = {}
     end_bytes = 0
     for box in boxes:
-        target = cast_dtype(box.dtype, dtype)
+        target = cast_dtype(box.name, box.dtype, dtype)
         spec = TensorSpec(box.name, _dtype_name(box.name, target), box.shape)
         known = specs.setdefault(box.name, spec)
         number = numbers.setdefault(box.name, len(numbers))
@@ -198,18 +203,19 @@ def plan_boxes(
     return Part(layout, tuple(sources), deltas, tuple(prepared))
 
 
-def cast_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+def cast_dtype(name: str, source: torch.dtype, dtype: Cast | None) -> torch.dtype:
     """What a tensor of dtype `source` is published as.
 
     Raises:
         TensorInvalid: nothing is cast to `dtype`.
     """
-    if dtype is None:
+    target = dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name)
+    if target is None:
         return source
-    if dtype not in CASTABLE:
+    if target not in CASTABLE:
         names = ", ".join(map(str, CASTABLE))
-        raise TensorInvalid("(each)", f"to be cast to {dtype}", f"must be one of {names}")
-    return dtype if source in CASTABLE else source
+        raise TensorInvalid(name, f"to be cast to {target}", f"must be one of {names}")
+    return target if source in CASTABLE else source
 
 
 def torch_dtype(layout: Layout, shard: ShardSpec) -> torch.dtype:

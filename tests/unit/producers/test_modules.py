@@ -172,9 +172,14 @@ def test_fused_tensors_are_cut_when_a_split_is_given() -> None:
         half = (2, 3)
         return [Window("gate", half, (0, 0), half), Window("up", half, (2, 0), half)]
 
+    def cast(name: str) -> torch.dtype | None:
+        return torch.float64 if name == "up" else None
+
     module = nn.Sequential(linear := nn.Linear(3, 4))
-    parts = [plan_module(module, split=split, rank=rank, world_size=2) for rank in (0, 1)]
-    specs = (TensorSpec("gate", "F32", (2, 3)), TensorSpec("up", "F32", (2, 3)))
+    parts = [
+        plan_module(module, split=split, dtype=cast, rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    specs = (TensorSpec("gate", "F32", (2, 3)), TensorSpec("up", "F64", (2, 3)))
     assert all(part.layout.tensors[:2] == specs for part in parts)
     assert [len(part.layout.shards) for part in parts] == [2, 1]
     for number, rows in enumerate((slice(0, 2), slice(2, 4))):

@@ -155,9 +155,23 @@ def test_plan_names_what_is_published_when_a_dtype_is_given() -> None:
     assert [shard.offset_bytes for shard in large.layout.shards] == [0, 1024]
 
 
+def test_plan_asks_for_each_name_when_the_dtype_is_a_function() -> None:
+    def cast(name: str) -> torch.dtype | None:
+        return {"a": torch.bfloat16, "b": torch.float64, "ints": torch.float32}.get(name)
+
+    names = ("a", "b", "c")
+    part = plan_part(
+        {name: torch.zeros(2) for name in names} | {"ints": torch.zeros(2, dtype=torch.int8)},
+        dtype=cast,
+    )
+    assert [spec.dtype for spec in part.layout.tensors] == ["BF16", "F64", "F32", "I8"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
 def test_plan_names_dtypes_when_it_cannot_cast_to_one(dtype: torch.dtype) -> None:
-    with pytest.raises(TensorInvalid, match=rf"{dtype}: must be one of torch.bfloat16, torch"):
+    with pytest.raises(
+        TensorInvalid, match=rf"w is to be cast to {dtype}: must be one of torch.bfloat16, torch"
+    ):
         plan_part({"w": torch.zeros(2)}, dtype=dtype)
 
 
