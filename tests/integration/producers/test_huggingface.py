@@ -240,6 +240,13 @@ def test_own_tensors_are_published_as_they_are_when_the_class_lacks_them() -> No
     assert split("model.norm.weight", (32,)) is None
 
 
+def test_tensor_is_left_out_when_its_class_does_not_save_it() -> None:
+    class Forgetful(type(tied())):  # type: ignore[misc]
+        _keys_to_ignore_on_save = ("model.norm.weight",)
+
+    assert split_of(Forgetful(tied().config))("model.norm.weight", (32,)) == ()
+
+
 def test_renamed_tensor_keeps_its_own_shape_when_the_config_says_another() -> None:
     split = split_of(all_renamed())
     (window,) = split("model.language_model.embed_tokens.weight", (64, 16)) or ()
