@@ -7,6 +7,7 @@ training ends with are published, whatever step that is.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -56,7 +57,8 @@ class WeightBusCallback(TrainerCallback):
         """Connects to nothing yet. `model` is the name that engines follow.
 
         `at_begin`: publish the weights that training begins with, too. `steps.split_of` is that of
-        `producers.huggingface` unless one is given.
+        `producers.huggingface` unless one is given; a module of one's own around a model of
+        transformers needs one, or `lambda model: None` for its own names.
         """
         steps = steps or StepOptions()
         self._steps = steps if steps.split_of else replace(steps, split_of=_split_of)
@@ -164,6 +166,9 @@ class WeightBusCallback(TrainerCallback):
 
 
 def _split_of(module: nn.Module) -> Split | None:
-    """A `Trainer` takes other modules, too: their names are their own."""
-    is_known = any(isinstance(inner, PreTrainedModel) for inner in module.modules())
-    return split_of(module) if is_known else None
+    """A `Trainer` takes other modules, too, whose names are their own; before transformers 5 those
+    of its models were the checkpoint's.
+    """
+    converts = find_spec("transformers.core_model_loading") is not None
+    known = converts and any(isinstance(inner, PreTrainedModel) for inner in module.modules())
+    return split_of(module) if known else None

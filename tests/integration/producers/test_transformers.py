@@ -209,6 +209,29 @@ async def test_training_that_fails_leaves_a_publisher_that_the_next_one_goes_on_
     assert announced == [(1, "1"), (2, "1"), (3, "2")]
 
 
+async def test_module_that_is_none_of_transformers_is_published_under_its_own_names(
+    nats_server: NatsServer, bus: Bus, model: str, tmp_path: Path
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Embedding(64, 1)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> State:
+            return {"loss": self.module(input_ids).sum()}
+
+    callback = WeightBusCallback(nats_server.settings, model)
+    async with reading(bus, model) as next_version:
+        reader = Reader(next_version, lambda net: dict(net.state_dict()))
+        trainer = Trainer(
+            Net(), arguments(tmp_path, 1), train_dataset=Tokens(), callbacks=[callback, reader]
+        )
+        await anyio.to_thread.run_sync(trainer.train)
+    _, found, held = reader.seen[1]
+    assert list(found) == ["module.weight"]
+    check(found, held)
+
+
 async def test_loop_of_ones_own_publishes_after_the_newest_version_when_it_starts_again(
     nats_server: NatsServer, bus: Bus, model: str
 ) -> None:
