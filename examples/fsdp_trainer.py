@@ -20,20 +20,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from followers import running_followers
+from msgspec import structs
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from weightbus.bus.settings import BusSettings
 from weightbus.producers.blocking import BlockingPublisher
+from weightbus.producers.errors import PublisherClosed
 from weightbus.producers.modules import plan_module
 from weightbus.producers.publisher import PublisherOptions
 
@@ -41,7 +44,10 @@ STEPS = 30
 """Between two versions."""
 COLLECTIVE_S = 300.0
 """After it a collective fails: other ranks wait while rank 0 starts engines."""
+COLLECTIVE_ENDS_S = 2.0
+"""After SIGTERM, by itself; else its rank is ended."""
 SEAL_S = 20.0
+OWN_BUS_S = 5.0
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, GROUPS, HEAD = 100, 64, 128, 2, 4, 2, 16
 CONFIG = {
@@ -170,50 +176,74 @@ def main(versions: int = 5, model: str = "fsdp") -> None:
         if rank == 0:
             followers = stack.enter_context(running_followers(model, CONFIG, url))
             url = followers.url
+        settings = BusSettings.from_env(os.environ)
+        if settings.url is None:  # what rank 0 runs ends with it: no use to wait for long
+            settings = structs.replace(settings, url=agreed(url), reconnect_for_s=OWN_BUS_S)
+        options = PublisherOptions(seal_timeout_s=SEAL_S)
         publisher = BlockingPublisher(
-            BusSettings(url=agreed(url)),
-            model,
-            rank=rank,
-            world_size=world_size,
-            options=PublisherOptions(seal_timeout_s=SEAL_S),
+            settings, model, rank=rank, world_size=world_size, options=options
         )
         with publisher:
             part = plan_module(network, rank=rank, world_size=world_size, dtype=torch.bfloat16)
-            first = max(publisher.newest_version(), 0) + 1  # a trainer started again goes on
-            for version in range(first, first + versions):
-                with giving_up(publisher, version):
+            ending = Ending(publisher)
+            ending.coming = max(publisher.newest_version(), 0) + 1  # started again, it goes on
+            try:
+                for _ in range(versions):
                     loss = train(network, optimizer)
-                ready = publisher.publish(part, version)
-                if followers is not None:
-                    print(f"version {version}: loss {loss:.3f}, digest {ready.weights_digest}")
-                    followers.show(ready)  # a real trainer does not wait for that
+                    ready = publisher.publish(part, ending.coming)
+                    ending.coming += 1
+                    if followers is not None:
+                        print(f"version {ready.version}: loss {loss:.3f}, {ready.weights_digest}")
+                        followers.show(ready)  # a real trainer does not wait for that
+            except BaseException as error:
+                print(f"rank {rank} does not come to version {ending.coming}: {error}", flush=True)
+                ending.give_up(f"{type(error).__name__}: {error}")
+                raise
         dist.barrier()  # no rank needs the bus any more
     dist.destroy_process_group()
 
 
-@contextmanager
-def giving_up(publisher: BlockingPublisher, version: int) -> Iterator[None]:
-    """What fails in here keeps `version` from coming: the bus is told, and which ranks are gone.
+class Ending:
+    """Says which version does not come when a rank fails, or SIGTERM ends it.
 
-    These cannot say so themselves. The others learn it from the next collective, which fails, or
-    from torchrun, which ends them.
+    torchrun sends SIGTERM to the other ranks once one has died, and SIGKILL half a minute later. A
+    rank that says nothing until then counts as missing, but it may be deep in a collective, where
+    no handler of Python's runs: so a thread is told of the signal, too.
     """
-    try:
-        yield
-    except BaseException as error:
-        publisher.give_up(version, f"{type(error).__name__}: {error}")
-        raise
 
+    def __init__(self, publisher: BlockingPublisher) -> None:
+        self.coming = 0
+        """The version to be published next."""
+        self._publisher = publisher
+        self._has_handled = threading.Event()
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno())
+        signal.signal(signal.SIGTERM, self._handle)
+        threading.Thread(target=self._watch, daemon=True).start()
 
-def end(number: int, frame: object) -> None:
-    """SIGTERM by itself would leave no time to say anything on the bus."""
-    signal.signal(number, signal.SIG_IGN)  # torchrun sends SIGKILL half a minute later
-    raise SystemExit(128 + number)
+    def give_up(self, reason: str) -> None:
+        """Nothing if `publish` was called with that version: it has said so itself."""
+        with suppress(PublisherClosed):
+            self._publisher.give_up(self.coming, reason)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._has_handled.set()
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    def _watch(self) -> None:
+        while self._woken.recv(1) != bytes([signal.SIGTERM]):
+            pass
+        self.give_up("SIGTERM came: another rank has ended, or the launcher has")
+        if not self._has_handled.wait(COLLECTIVE_ENDS_S):
+            end = SystemExit(128 + signal.SIGTERM)
+            self._publisher.__exit__(SystemExit, end, None)
+            os._exit(end.code)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--config"]:
         print(json.dumps(CONFIG))
     else:
-        signal.signal(signal.SIGTERM, end)
         main(*map(int, sys.argv[1:2]), *sys.argv[2:3])

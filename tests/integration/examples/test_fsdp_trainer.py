@@ -24,6 +24,8 @@ from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "fsdp_trainer.py"
 RUN_S = 240.0
+MANY = 100_000
+"""Versions, of which few will come."""
 END_S = 60.0
 """From a rank's death to the end of all others; torchrun sends SIGKILL after 30 s."""
 
@@ -81,22 +83,37 @@ async def test_every_version_is_proven_in_both_engines_when_the_example_runs_by_
     assert [name for name in os.listdir("/dev/shm") if model in name] == []
 
 
+async def kill(process: subprocess.Popen[str], rank: int) -> str:
+    """Kill a rank while it trains for version 3; what is printed from then on."""
+    printed = await read(process, RUN_S, until="version 2: loss")
+    (number,) = re.findall(rf"rank {rank} of \d is process (\d+)", printed)
+    os.kill(int(number), signal.SIGKILL)
+    output = await read(process, END_S)
+    assert process.wait(END_S) == 1, output
+    return output
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, 2])
 async def test_version_fails_with_the_name_of_the_rank_when_a_rank_is_killed(
     nats_server: NatsServer, bus: Bus, dies: int
 ) -> None:
     model = f"m{uuid.uuid4().hex[:12]}"
-    with trainer(3, 100_000, model, WEIGHTBUS_NATS_URL=nats_server.url) as process:
+    with trainer(3, MANY, model, WEIGHTBUS_NATS_URL=nats_server.url) as process:
         try:
-            printed = await read(process, RUN_S, until="version 2: loss")
-            (number,) = re.findall(rf"rank {dies} of 3 is process (\d+)", printed)
-            os.kill(int(number), signal.SIGKILL)
-            output = await read(process, END_S)
+            output = await kill(process, dies)
         finally:
             sweep_blocks(model)
-    assert process.wait(END_S) == 1, output
     skipped = [each.message async for each in bus.replay(CheckpointSkipped, model=model)]
     ready = [each.message async for each in bus.replay(CheckpointReady, model=model)]
     assert [(each.cause, each.ranks) for each in skipped] == [("ranks", (dies,))], output
     assert skipped[0].version == ready[-1].version + 1
+
+
+@pytest.mark.faults
+async def test_killed_rank_is_named_and_nothing_is_left_when_the_example_runs_by_itself() -> None:
+    model = f"m{uuid.uuid4().hex[:12]}"
+    with trainer(2, MANY, model) as process:
+        output = await kill(process, 1)
+    assert re.search(r"version \d+ is skipped by trainer \(ranks; not heard of: rank 1\)", output)
+    assert [name for name in os.listdir("/dev/shm") if model in name] == []
