@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEEDS ?= 2000
 JOBS ?= 2
 
-.PHONY: demo demo-vllm test test-vllm check format sim bench clean help
+.PHONY: demo demo-vllm demo-fsdp test test-vllm check format sim bench clean help
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ demo: $(VENV)/.demo ## Train a real model while engines follow it, every version
 demo-vllm: $(VLLM_VENV)/.vllm ## The same with vLLM servers, on CPUs: about five minutes
 	@.ci/libraries p2p
 	@$(VLLM_VENV)/bin/weightbus demo --engine vllm
+
+demo-fsdp: $(VENV)/.demo ## Train with FSDP2 on two ranks, each version proven in two engines
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/fsdp_trainer.py
 
 test: $(VENV)/.dev ## Run all tests
 	@.ci/libraries p2p network languages
