@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weightbus.producers.adapters import adapted, known_type, wrapped_by_peft
 from weightbus.producers.errors import RankInvalid, TensorInvalid
-from weightbus.producers.fused import Split, cut
+from weightbus.producers.fused import Split, Window, cut
 from weightbus.producers.shards import (
     Box,
     Cast,
@@ -196,11 +196,20 @@ def _split(box: Box, split: Split | None) -> list[Box]:
     windows = None if split is None else split(box.name, box.shape)
     if windows is None:
         return [box]
-    if box.delta is not None:
-        limit = "an adapter's tensor must be the checkpoint's own"
+    if len(windows) == 1 and _is_whole(windows[0], box.shape):
+        return [box._replace(name=windows[0].name)]
+    if box.delta is not None and windows:
+        limit = "what an adapter changes must be one of the checkpoint's tensors"
         raise TensorInvalid(box.name, "split, and has an adapter", limit)
     boxes = [Box(w.name, box.dtype, w.shape, (0,) * len(w.shape), None) for w in windows]
     if box.source is not None:
         shard = Shard(box.name, box.source, box.shape, box.starts)
         boxes += map(box_of_shard, cut(shard, windows))
     return boxes
+
+
+def _is_whole(window: Window, shape: tuple[int, ...]) -> bool:
+    """Whether it only has another name."""
+    zeros = (0,) * len(shape)
+    plain = window.axes is None and window.at in (None, zeros)
+    return plain and (window.shape, window.starts, window.sizes) == (shape, zeros, shape)

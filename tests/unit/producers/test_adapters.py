@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weightbus.producers.copying import CPU_PIECE_BYTES, copy_shard
 from weightbus.producers.errors import TensorInvalid
+from weightbus.producers.fused import Window
 from weightbus.producers.modules import plan_module
 from weightbus.producers.shards import Part, torch_dtype
 
@@ -175,6 +176,26 @@ def test_replicas_are_dealt_to_ranks_with_their_adapters() -> None:
         assert not found.keys() & mine.keys()
         found |= mine
     assert_same(found, merged(model))
+
+
+def test_adapted_weights_have_another_name_when_the_split_gives_them_one() -> None:
+    def split(name: str, shape: tuple[int, ...]) -> list[Window] | None:
+        zeros = (0,) * len(shape)
+        return [] if name == "embed.weight" else [Window(f"m.{name}", shape, zeros, shape)]
+
+    model = adapted()
+    expected = {f"m.{name}": tensor for name, tensor in merged(model).items()}
+    del expected["m.embed.weight"]
+    assert_same(published(plan_module(model, split=split)), expected)
+
+
+def test_layer_is_refused_when_it_is_split_and_has_an_adapter() -> None:
+    def split(name: str, shape: tuple[int, ...]) -> list[Window] | None:
+        half = (shape[0] // 2, *shape[1:])
+        return [Window("half", half, (0,) * len(shape), half)] if name == "turned.weight" else None
+
+    with pytest.raises(TensorInvalid, match=r"turned.weight is split, and has an adapter: what an"):
+        plan_module(adapted(), split=split)
 
 
 def test_bases_are_one_layer_when_a_module_has_two_names() -> None:
