@@ -187,14 +187,18 @@ def test_blocking_publisher_works_from_any_thread_and_ends_with_its_block(
     publisher.close()
 
 
-def test_blocking_publisher_sends_its_spans_when_a_collector_is_given(
+def test_blocking_publisher_sends_spans_and_metrics_when_a_collector_is_given(
     nats_server: NatsServer, model: str
 ) -> None:
     with open_collector() as collector:
-        otlp = OtlpSettings(endpoint=f"{collector.url}/v1/traces")
+        otlp = OtlpSettings(
+            endpoint=f"{collector.url}/v1/traces", metrics_endpoint=f"{collector.url}/v1/metrics"
+        )
         with BlockingPublisher(nats_server.settings, model, producer="t", otlp=otlp) as publisher:
             publisher.publish({"w": torch.ones(3)}, 1)
         (published,) = collector.spans["t"]
+        (blocked,) = collector.metrics["t"]["weightbus.publish.blocked"].histogram.data_points
+    assert blocked.count == 1
     assert published.parent_span_id == b""
     assert published.name.startswith("publish")
 
