@@ -22,7 +22,9 @@ from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus
 from weightbus.producers.integrations.hooks import StepOptions, step_publisher
 from weightbus.producers.integrations.transformers import WeightBusCallback
-from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.producers.publisher import PublisherOptions
+from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
+from weightbus.schemas.leases import ReaderLease
 
 pytestmark = pytest.mark.anyio
 
@@ -207,6 +209,32 @@ async def test_training_that_fails_leaves_a_publisher_that_the_next_one_goes_on_
         assert callback.publisher is opened
     announced = [(ready.version, ready.metadata["step"]) for ready in await versions(bus, model)]
     assert announced == [(1, "1"), (2, "1"), (3, "2")]
+
+
+async def test_training_goes_on_without_versions_while_an_engine_still_reads_when_so_told(
+    nats_server: NatsServer, bus: Bus, model: str, tmp_path: Path
+) -> None:
+    callback = WeightBusCallback(
+        nats_server.settings, model, options=PublisherOptions(when_busy="skip", close_wait_s=1)
+    )
+    lease = ReaderLease(model=model, version=1, engine="slow", consumer="c")
+
+    class Slow(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                anyio.from_thread.run(bus.reader_leases.take, lease, 60)
+            if state.global_step == 4:
+                anyio.from_thread.run(bus.reader_leases.release, lease)
+
+    trainer = Trainer(
+        tiny_model(), arguments(tmp_path, 5), train_dataset=Tokens(), callbacks=[callback, Slow()]
+    )
+    await anyio.to_thread.run_sync(trainer.train)
+    assert [ready.version for ready in await versions(bus, model)] == [1, 2, 5]
+    assert callback.publisher is not None
+    assert (callback.publisher.published, callback.publisher.skipped) == (3, 2)
+    said = [past.message async for past in bus.replay(CheckpointSkipped, model=model)]
+    assert [(skipped.version, skipped.cause) for skipped in said] == [(3, "busy"), (4, "busy")]
 
 
 async def test_module_that_is_none_of_transformers_is_published_under_its_own_names(
