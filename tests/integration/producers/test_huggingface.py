@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,8 +23,6 @@ from weightbus.producers.huggingface import split_of
 from weightbus.producers.modules import plan_module
 from weightbus.producers.sealing import plan_seal
 from weightbus.producers.shards import Part, Shard
-
-transformers = pytest.importorskip("transformers", minversion="5")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -172,7 +172,6 @@ def test_parts_of_ranks_are_what_the_model_saves_when_it_is_sharded_by_fsdp(
 
 
 def test_split_is_the_same_when_the_model_is_wrapped() -> None:
-    peft = pytest.importorskip("peft")
     model = experts()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     name = "model.layers.0.mlp.experts.gate_up_proj"
