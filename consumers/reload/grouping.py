@@ -12,6 +12,7 @@ wins.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Collection, Sequence
 
 import torch
@@ -58,19 +59,23 @@ class Held:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._given: list[tuple[weakref.ref[torch.UntypedStorage], int]] = []
+        self._given: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        """What was given out and is not known to be free again, by the reference's id."""
+        self._freed: deque[weakref.ref[torch.UntypedStorage]] = deque()
+        """Since it was last asked; whichever thread drops the last view of something adds to it."""
         self._used_bytes = 0
-        """Of what was given out: nothing of it is known to be free again."""
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether there is room for one more, which is given out then; a view of it counts as the
         whole."""
+        while self._freed:
+            _, size_bytes = self._given.pop(id(self._freed.popleft()))
+            self._used_bytes -= size_bytes
         memory = tensor.untyped_storage()
-        if self._used_bytes + memory.nbytes() > self._most_bytes:
-            self._given = [given for given in self._given if given[0]() is not None]
-            self._used_bytes = sum(size_bytes for _, size_bytes in self._given)
-        if self._used_bytes + memory.nbytes() > self._most_bytes:
+        size_bytes = memory.nbytes()
+        if self._used_bytes + size_bytes > self._most_bytes:
             return False
-        self._given.append((weakref.ref(memory), memory.nbytes()))
-        self._used_bytes += memory.nbytes()
+        given = weakref.ref(memory, self._freed.append)
+        self._given[id(given)] = given, size_bytes
+        self._used_bytes += size_bytes
         return True

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -193,6 +196,42 @@ def test_what_is_held_is_counted_until_the_last_view_of_it_goes() -> None:
     assert held.takes(torch.zeros(100, dtype=torch.uint8))
     assert held.takes(torch.zeros(100, dtype=torch.uint8)), "nobody has kept the one before"
     assert not Held(0).takes(torch.zeros(1))
+
+
+def test_what_another_thread_lets_go_of_makes_room() -> None:
+    held, kept = Held(4), [torch.zeros(1) for _ in range(2)]
+    assert held.takes(kept[0])
+    assert not held.takes(kept[1])
+    dropping = threading.Thread(target=kept.pop, args=(0,))
+    dropping.start()
+    dropping.join()
+    assert held.takes(kept[0])
+    assert not held.takes(torch.zeros(1))
+
+
+def test_being_asked_takes_no_longer_however_much_is_held() -> None:
+    """Else a loader that holds thousands of tensors is as slow as their square."""
+
+    def lines_of_an_answer(count: int) -> int:
+        held, kept = Held(4 * count), [torch.zeros(1) for _ in range(count)]
+        assert all(held.takes(tensor) for tensor in kept)
+        lines = 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal lines
+            lines += event == "line" and frame.f_code.co_filename.endswith("grouping.py")
+            return trace
+
+        tensor, before = torch.zeros(1), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            taken = held.takes(tensor)
+        finally:
+            sys.settrace(before)
+        assert not taken
+        return lines
+
+    assert 0 < lines_of_an_answer(1000) == lines_of_an_answer(2)
 
 
 @pytest.mark.parametrize(
