@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -122,18 +123,20 @@ async def test_version_fails_at_once_when_engines_are_busy(fake: FakeBus) -> Non
 async def test_wait_is_warned_about_once_with_numbers_and_its_end_is_an_event(
     fake: FakeBus, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with open_full(fake, "wait", wait_s=1.6) as publisher:
+    async with open_full(fake, "wait", wait_s=1.9) as publisher:
         fake.leases = [lease(1, age_s=7.0), lease(2)]
         with pytest.raises(SlotBusy):
             await publisher.publish(weights(3), 3)
         fake.leases = []
     (said,) = fake.said_of(CheckpointSkipped)
     assert (said.version, said.cause) == (3, "busy")
-    assert 1.6 <= said.waited_s < 10
+    assert 1.9 <= said.waited_s < 10
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "version 3 of back-pressure has waited 1." in warning
-    assert "of 1.6 s at most" in warning
-    assert "slow (version 1) for 8." in warning or "slow (version 1) for 9." in warning, warning
+    assert re.search(r"version 3 of back-pressure has waited 1\.[0-9] s", warning), warning
+    assert "of 1.9 s at most" in warning
+    age = re.search(r"slow \(version 1\) for ([0-9.]+) s", warning)
+    assert age is not None, warning
+    assert 8.0 <= float(age[1]) < 20
     assert "slow (version 2) for " in warning
     assert f"the two slots take {2 * size_of_slot():,} host bytes" in warning
 
@@ -202,12 +205,12 @@ async def test_trainer_is_blocked_until_its_tensors_are_copied_and_no_longer(
             await publisher.publish_part(part, 1, {}, waiting)
             copied = anyio.Event()
             gone_on = publisher.hand_over(part, lambda: anyio.from_thread.run_sync(copied.set))
-            fake.slow_put_s = 0.4
+            fake.slow_put_s = 2.0
             await publisher.publish_part(part, 2, {}, gone_on)
             assert copied.is_set()
     blocked = [dict(span.attributes or {}) for span in exporter.get_finished_spans()]
     assert float(str(blocked[0]["weightbus.blocked_s"])) >= 0.2, "from when it is handed over"
-    assert float(str(blocked[1]["weightbus.blocked_s"])) < 0.4, "what comes after costs it nothing"
+    assert float(str(blocked[1]["weightbus.blocked_s"])) < 2.0, "what comes after costs it nothing"
 
 
 async def test_version_is_said_to_have_failed_when_it_cannot_be_announced(fake: FakeBus) -> None:
