@@ -113,7 +113,7 @@ async def test_version_fails_with_the_name_of_the_rank_when_a_rank_is_killed(
 @pytest.mark.faults
 async def test_killed_rank_is_named_and_nothing_is_left_when_the_example_runs_by_itself() -> None:
     model = f"m{uuid.uuid4().hex[:12]}"
-    with trainer(2, MANY, model) as process:
+    with trainer(3, MANY, model) as process:
         output = await kill(process, 1)
     assert re.search(r"version \d+ is skipped by trainer \(ranks; not heard of: rank 1\)", output)
     assert [name for name in os.listdir("/dev/shm") if model in name] == []
