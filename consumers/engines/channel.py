@@ -60,6 +60,9 @@ _RECONNECT_MS = 20
 _LINGER_MS = 500
 """How long an endpoint that is closed may take to hand over its last reply."""
 
+_FRAME_BYTES = 256
+"""More than a payload has at most: the length of an instance, and the instance."""
+
 _ANYONE = b""
 _NOTHING = b""
 
@@ -280,7 +283,7 @@ async def open_channel(
         socket.linger = 0
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)
-        socket.set(zmq.MAXMSGSIZE, DEFAULT_LIMITS.max_worker_payload_bytes)
+        socket.set(zmq.MAXMSGSIZE, DEFAULT_LIMITS.max_worker_payload_bytes + _FRAME_BYTES)
         socket.bind(f"ipc://{path}")
         channel = WorkerChannel(socket, ranks, replies)
         async with open_background() as tasks:
@@ -319,7 +322,7 @@ class WorkerEndpoint(Generic[R]):
         self.socket.set(zmq.IDENTITY, f"rank-{rank}".encode())
         self.socket.set(zmq.IMMEDIATE, 1)
         self.socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        self.socket.set(zmq.MAXMSGSIZE, DEFAULT_LIMITS.max_worker_payload_bytes)
+        self.socket.set(zmq.MAXMSGSIZE, DEFAULT_LIMITS.max_worker_payload_bytes + _FRAME_BYTES)
         self.socket.connect(f"ipc://{socket_path(path)}")
 
     def receive_nowait(self) -> R | None:

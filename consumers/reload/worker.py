@@ -285,7 +285,7 @@ class ReloadWorker:
         else:
             opened = self._opened(reloader, request.feed, deadline)
             with opened as segments, settling(self._host):
-                deadline.check()
+                self._await_steps(deadline)
                 self._begin()
                 outcome, filled = reloader.apply(segments, deadline), ()
         self._touched, self._version = False, request.version
@@ -304,10 +304,13 @@ class ReloadWorker:
             reason=outcome.reason[:4096],
         )
 
-    def _begin(self) -> None:
-        """From here on a live parameter may have been written. Steps that the engine has left to
-        the device end first."""
+    def _await_steps(self, deadline: Deadline) -> None:
+        """What the engine has left to the device ends before anything of ours is queued there."""
         self._host.synchronize()
+        deadline.check()
+
+    def _begin(self) -> None:
+        """From here on a live parameter may have been written."""
         self._touched = True
         self._updates += 1
 
@@ -320,6 +323,7 @@ class ReloadWorker:
                 if not feed.device:
                     _check_proven(reloader)
                 with settling(self._host):
+                    self._await_steps(deadline)
                     plan = reloader.prepare_stream(feed.bucket_bytes, len(blocks))
                     if feed.device:
                         fed = self._fed(reloader, feed, blocks, plan)

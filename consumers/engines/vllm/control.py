@@ -14,6 +14,7 @@ workers' status says that it is: one that a dead consumer left open is taken ove
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ START_DRAFT: Final = "start_draft_weight_update"
 _TAKE_BACK_POLL_S: Final = 0.02
 _SESSION: Final = ("init_weight_transfer_engine", "start_weight_update", "update_weights")
 
+_logger = logging.getLogger(__name__)
+
 
 class StartedWith(NamedTuple):
     """Options of vLLM."""
@@ -59,6 +62,9 @@ class StartedWith(NamedTuple):
     """Class that extends its workers; None: there is none."""
     encodes: bool
     """It may keep what encoders make, of images or speech."""
+    drains: bool
+    """Once it is paused, what its workers are told comes behind every step that was begun, and no
+    connector holds blocks: not so between pipeline stages, and not where Ray runs the steps."""
 
     @staticmethod
     def of(vllm_config: Any) -> StartedWith:
@@ -66,7 +72,15 @@ class StartedWith(NamedTuple):
         transfer = _get(vllm_config, "weight_transfer_config")
         extension = _get(_get(vllm_config, "parallel_config"), "worker_extension_cls")
         encoders = _get(_get(vllm_config, "model_config"), "multimodal_config", "not known")
-        return StartedWith(_get(transfer, "backend"), extension or None, encoders is not None)
+        parallel = _get(vllm_config, "parallel_config")
+        drains = (
+            _get(parallel, "pipeline_parallel_size") == 1
+            and _get(parallel, "distributed_executor_backend") in ("mp", "uni")
+            and _get(vllm_config, "kv_transfer_config", "not known") is None
+        )
+        return StartedWith(
+            _get(transfer, "backend"), extension or None, encoders is not None, drains
+        )
 
 
 def _get(thing: Any, name: str, default: Any = None) -> Any:
@@ -88,7 +102,7 @@ class VllmControl(ABC):
         self._directory: Path | None = None
         """Where the workers were told to connect, and leave their status."""
         self._ranks = 0
-        self._encodes = True
+        self._encodes, self._drains = True, False
 
     # ---------------------------------------------------------------- what a subclass gives
 
@@ -187,7 +201,7 @@ class VllmControl(ABC):
         end = anyio.current_time() + deadline_s
         self._ranks = await self.world_size(deadline_s)
         started = await self.started_with(left_s(end))
-        self._encodes, reason = started.encodes, ""
+        self._encodes, self._drains, reason = started.encodes, started.drains, ""
         if started.backend == BACKEND and all(map(self.has, _SESSION)):
             self.way = "backend"
         elif started.extension and self.has("collective_rpc"):
@@ -221,17 +235,26 @@ class VllmControl(ABC):
                 what overtakes it. One that has not come within the budget will not.
         """
         end = anyio.current_time() + deadline_s
-        while not await self.is_paused(deadline_s):
-            if not may_come or left_s(end) <= _TAKE_BACK_POLL_S:
-                return
+        came = False
+        while left_s(end) > _TAKE_BACK_POLL_S:
+            try:
+                if await self.is_paused(left_s(end)):
+                    came = True
+                    if self.is_partly_asleep():
+                        return
+                    await self.resume(left_s(end))
+                elif came or not may_come:
+                    return
+            except EngineUnavailable as error:  # one answer that failed is not the last
+                _logger.warning("a pause is taken back: %s", error)
             await anyio.sleep(_TAKE_BACK_POLL_S)
-        while left_s(end) > 0:
-            if self.is_partly_asleep():
-                return
-            await self.resume(left_s(end))
-            if not await self.is_paused(left_s(end)):
-                return
+        if not came:
+            return
         raise DeadlineExceeded(f"taking back a pause of {self.name}", deadline_s)
+
+    def may_still_pause(self, error: BaseException) -> bool:
+        """Whether a `pause` that failed so may be carried out all the same, and later."""
+        return not isinstance(error, EngineUnavailable)
 
     async def turn(self, turn: Turn, deadline_s: float) -> None:
         """Have every worker take this turn; returns when all have.

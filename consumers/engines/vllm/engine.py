@@ -147,7 +147,7 @@ class VllmEngine(ServingEngine):
             self._paused = True
         except BaseException as error:
             if not was_paused:
-                await self._take_back_pause(may_come=not isinstance(error, EngineUnavailable))
+                await self._take_back_pause(may_come=self._control.may_still_pause(error))
             raise
         finally:
             self._commands += 1

@@ -7,7 +7,7 @@ which of them there are is read from `/openapi.json`.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import anyio
@@ -21,7 +21,7 @@ from weightbus.consumers.engines.vllm.control import (
     StartedWith,
     VllmControl,
 )
-from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
+from weightbus.consumers.errors import ConsumerError, DeadlineExceeded, EngineUnavailable
 
 __all__ = ("HttpControl", "open_http_control")
 
@@ -121,22 +121,27 @@ class HttpControl(VllmControl):
     async def pause(
         self, mode: PauseMode, clear_caches: bool, deadline_s: float, *, stands: bool = False
     ) -> None:
-        """With `keep`, vLLM begins no step once it says that it is paused: what still runs on the
-        device is waited for there, before anything is written. Its own answer comes 20 ms later."""
+        """With `keep`, vLLM begins no step once it says that it is paused, and the next turn comes
+        behind those that were begun (`StartedWith.drains`): what still runs on the device is waited
+        for there, before anything is written. Its own answer comes 20 ms later."""
         query = {"mode": mode, "clear_cache": "true" if clear_caches else "false"}
         async with beside() as tasks:
-            if mode == "keep" and not stands:
+            if mode == "keep" and not stands and self._drains and self.has("is_sleeping"):
                 tasks.start_soon(self._until_paused, tasks.cancel_scope, deadline_s)
             await self._ask("POST", "pause", deadline_s, query)
             tasks.cancel_scope.cancel()
 
     async def _until_paused(self, asking: anyio.CancelScope, deadline_s: float) -> None:
         end = anyio.current_time() + deadline_s
-        while True:
-            if await self.is_paused(left_s(end)):
-                asking.cancel()
-                return
-            await anyio.sleep(_PAUSED_POLL_S)
+        with suppress(ConsumerError):  # the answer to the pause tells more
+            while True:
+                if await self.is_paused(left_s(end)):
+                    asking.cancel()
+                    return
+                await anyio.sleep(_PAUSED_POLL_S)
+
+    def may_still_pause(self, error: BaseException) -> bool:
+        return not isinstance(error, HttpRefused)
 
     async def resume(self, deadline_s: float) -> None:
         await self._ask("POST", "resume", deadline_s)

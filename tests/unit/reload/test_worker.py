@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -490,6 +491,25 @@ def test_deadline_is_looked_at_between_steps(trainer: Trainer) -> None:
     failed = client.fail(msgspec.structs.replace(request, deadline_s=0.0))
     assert (failed.error, failed.touched) == ("DeadlineExceeded", False)
     assert client.apply(make_tensors(10), 1).version == 1
+
+
+def test_nothing_is_touched_when_the_time_is_up_before_the_engine_s_own_steps_have_ended(
+    trainer: Trainer,
+) -> None:
+    class Busy(ModuleHost):
+        steps_s = 0.0
+
+        def synchronize(self) -> None:
+            time.sleep(self.steps_s)
+
+    host = Busy(Fused, load_fused)
+    client = make_client(trainer, host)
+    client.apply(make_tensors(10), 1)
+    host.steps_s = 0.2
+    request = client.request(trainer.publish(make_tensors(20), 2), 2)
+    failed = client.fail(msgspec.structs.replace(request, deadline_s=0.1))
+    assert (failed.error, failed.touched) == ("DeadlineExceeded", False)
+    check_model(host.live_model(), make_tensors(10))
 
 
 def test_requests_are_refused_when_they_do_not_fit(trainer: Trainer) -> None:

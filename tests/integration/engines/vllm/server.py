@@ -117,6 +117,8 @@ class StandIn:
     """Route -> what happens, in the engine core, before it is carried out."""
     after: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Route -> what happens between that and its answer."""
+    stages: int = 1
+    """Of a pipeline, as it says."""
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -195,7 +197,12 @@ class StandIn:
             if self.encodes
             else {"multimodal_config": None},
             "weight_transfer_config": transfer and {"backend": transfer.backend},
-            "parallel_config": {**vars(config.parallel_config), "data_parallel_size": self.copies},
+            "kv_transfer_config": None,
+            "parallel_config": {
+                **vars(config.parallel_config),
+                "data_parallel_size": self.copies,
+                "pipeline_parallel_size": self.stages,
+            },
         }
 
     def _check(self, call: Call, headers: Mapping[str, str]) -> None:

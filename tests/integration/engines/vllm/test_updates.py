@@ -410,6 +410,49 @@ async def test_pause_that_never_comes_is_waited_for_within_a_budget(
     assert "POST /resume" not in server.details()
 
 
+async def test_pause_waits_for_its_answer_when_steps_may_be_overtaken(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server, answer, ended = start(), Gate(), anyio.Event()
+    server.stages = 2
+    async with opened(server, directory, checkpoints, pause="keep") as (engine, _):
+        server.after["POST /pause"] = answer
+        since = len(server.calls)
+
+        async def pause() -> None:
+            await engine.pause(LONG_S)
+            ended.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pause)
+            await answer.wait()
+            with anyio.move_on_after(SHORT_S):
+                await ended.wait()
+            assert server.paused
+            assert not ended.is_set()
+            assert "GET /is_paused" not in server.details(since)
+            answer.open()
+
+
+async def test_engine_serves_when_asking_for_its_pause_fails_and_the_pause_comes_late(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server, gate = start(), Gate()
+    async with opened(server, directory, checkpoints, pause="keep") as (engine, updates):
+        await updates.prepare()
+        server.late["POST /pause"] = gate
+        server.failing["GET /is_paused"], since = "for now", len(server.calls)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.pause, LONG_S)
+            await gate.wait()
+            await until(lambda: has_been_asked(server, "GET /is_paused", since))
+            del server.failing["GET /is_paused"]
+            gate.open()
+        assert server.paused
+        await engine.resume(-1, LONG_S)
+        assert await report(engine) == (-1, False, False)
+
+
 async def test_state_is_told_from_memory_when_a_turn_is_under_way(
     start: Start, directory: Path, checkpoints: Checkpoints
 ) -> None:

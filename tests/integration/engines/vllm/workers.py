@@ -249,6 +249,8 @@ def _config(rank: int, ranks: int, drafts: bool, backend: str | None, extended: 
             rank=rank,
             world_size=ranks,
             data_parallel_size=1,
+            pipeline_parallel_size=1,
+            distributed_executor_backend="mp",
             worker_extension_cls=f"{__name__}.WeightBusExtension" if extended else "",
         ),
     )
