@@ -20,11 +20,12 @@ from weightbus.consumers.engines.sglang.lifecycle import (
 from weightbus.consumers.engines.sglang.scratch import build_scratch, keeps_graphs, started_from
 from weightbus.consumers.engines.sglang.threads import on_one_thread
 from weightbus.consumers.engines.vllm.refusing import (
+    Origin,
     Reached,
     check_dtypes,
     check_sizes,
+    lacking_quantised,
     names_on_disk,
-    near,
     refusing,
 )
 from weightbus.consumers.errors import CheckpointRefused, ProofFailed
@@ -55,7 +56,7 @@ class SglangHost(ModelHost):
         build: Callable[[str], nn.Module] = build_scratch,
         load: Callable[[nn.Module, Weights, torch.device], None] = load_checkpoint,
         keeps_graphs: Callable[[], bool] = keeps_graphs,
-        started_from: Callable[[], str] = started_from,
+        started_from: Callable[[], Origin] = started_from,
     ) -> None:
         """
         Args:
@@ -107,10 +108,8 @@ class SglangHost(ModelHost):
             return ""
         if not self._is_quantised():
             return "SGLang would leave them as they are"
-        missing = near(parameter, names_on_disk(self._started_from()) - self._reached.names)
-        if not missing:
-            return ""
-        return f"the checkpoint lacks {', '.join(missing[:3])}, which the engine started with"
+        origin = self._started_from()
+        return lacking_quantised(parameter, self._reached.names, names_on_disk(origin), origin)
 
     def _is_quantised(self) -> bool:
         return getattr(self._model, "quant_config", None) is not None

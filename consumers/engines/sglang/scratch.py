@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightbus.consumers.engines.vllm.refusing import Origin
 from weightbus.consumers.errors import TraceRefused
 
 __all__ = ("build_scratch", "keeps_graphs", "started_from")
@@ -62,9 +63,14 @@ def build_scratch(name: str) -> nn.Module:
     return model
 
 
-def started_from() -> str:
-    """The directory, or the name, of the checkpoint that the server was started with."""
-    return str(_server_args().model_path)
+def started_from() -> Origin:
+    """Where the checkpoint is that the server was started with."""
+    args = _server_args()
+    return Origin(
+        str(args.model_path),
+        revision=getattr(args, "revision", None),
+        download_dir=getattr(args, "download_dir", None),
+    )
 
 
 def keeps_graphs() -> bool:

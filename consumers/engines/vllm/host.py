@@ -22,15 +22,17 @@ from vllm.distributed import (
 from weightbus.consumers.engines.vllm.drafter import DRAFT, TARGET, Joint, share_as, tie_as
 from weightbus.consumers.engines.vllm.lifecycle import processes_itself, reload_layerwise
 from weightbus.consumers.engines.vllm.refusing import (
+    Origin,
     Reached,
     check_dtypes,
     check_sizes,
     half_there,
     lacking,
+    lacking_quantised,
     names_on_disk,
-    near,
     padding_of,
     refusing,
+    untold,
 )
 from weightbus.consumers.engines.vllm.renewing import Renewer
 from weightbus.consumers.engines.vllm.scratch import build_scratch
@@ -119,7 +121,10 @@ class VllmHost(ModelHost):
 
     def _checked_by_name(self, weights: list[tuple[str, torch.Tensor]]) -> Weights:
         """Quantised models may not be traceable, and then nothing tells what is not written."""
-        on_disk = names_on_disk(self._config.model_config.model)
+        origin = self._started_from()
+        on_disk = names_on_disk(origin)
+        if not on_disk:
+            raise CheckpointRefused(self._name, untold(origin))
         missing = half_there({name for name, _ in weights}, on_disk)
         if missing:
             raise CheckpointRefused(
@@ -136,10 +141,15 @@ class VllmHost(ModelHost):
             own = parameter.removeprefix(TARGET).removeprefix(DRAFT)
             is_padded = parameter in self._padding
             return lacking(own if self._draft else parameter, names, packed, is_padded=is_padded)
-        missing = near(parameter, names_on_disk(self._config.model_config.model) - names)
-        if not missing:
-            return ""
-        return f"the checkpoint lacks {', '.join(missing[:3])}, which the engine started with"
+        origin = self._started_from()
+        return lacking_quantised(parameter, names, names_on_disk(origin), origin)
+
+    def _started_from(self) -> Origin:
+        return Origin(
+            self._config.model_config.model,
+            revision=self._config.model_config.revision,
+            download_dir=self._config.load_config.download_dir,
+        )
 
     def padding_bytes(self, parameter: str) -> int:
         return self._padding.get(parameter, 0)

@@ -9,9 +9,9 @@ models skip by design what belongs to drafters, to other ranks, or to nobody.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,15 +23,18 @@ from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 
 __all__ = (
+    "Origin",
     "Reached",
     "check_dtypes",
     "check_sizes",
     "half_there",
     "lacking",
+    "lacking_quantised",
     "names_on_disk",
     "near",
     "padding_of",
     "refusing",
+    "untold",
 )
 
 _DISAGREES: Final = (
@@ -45,6 +48,16 @@ _DISAGREES: Final = (
 
 _VALUES: Final = ("F64", "F32", "F16", "BF16")
 """Dtypes that are cast to each other without a scale."""
+
+
+class Origin(NamedTuple):
+    """Where the checkpoint is that an engine was started with."""
+
+    name: str
+    """A directory, or a name on the Hugging Face hub."""
+    revision: str | None = None
+    download_dir: str | None = None
+    """Where the hub's snapshots are on this host; None: where they are by default."""
 
 
 class Reached:
@@ -118,6 +131,36 @@ def lacking(
     return f"the checkpoint lacks a tensor of {module}, or has a smaller one than vLLM takes"
 
 
+def lacking_quantised(
+    parameter: str, names: Collection[str], on_disk: Collection[str], origin: Origin
+) -> str:
+    """What the checkpoint should have had for a parameter of a quantised model: of what the engine
+    was started with, since it has defaults for scales, and makes parameters that no checkpoint has.
+
+    Args:
+        names: what it has.
+        on_disk: see `names_on_disk`.
+
+    Returns:
+        Empty if nothing is known to be missing.
+    """
+    if not on_disk:
+        return untold(origin)
+    missing = near(parameter, set(on_disk).difference(names))
+    if not missing:
+        return ""
+    return f"the checkpoint lacks {', '.join(missing[:3])}, which the engine started with"
+
+
+def untold(origin: Origin) -> str:
+    """Why no checkpoint is taken by a quantised model of which `names_on_disk` has nothing."""
+    return (
+        f"no safetensors file of {origin.name}, which the engine was started with, is found on "
+        "this host: only these tell which tensors a quantised model needs. Start it from a "
+        "directory that has them"
+    )
+
+
 def padding_of(model: nn.Module) -> dict[str, int]:
     """Bytes of every parameter that vLLM has made larger than what any checkpoint has of it, as it
     says itself: of experts, where their kernel asks for it."""
@@ -188,16 +231,35 @@ def check_dtypes(model: str, needs: Needs, layout: Layout) -> None:
             )
 
 
-def names_on_disk(directory: str) -> frozenset[str]:
-    """Of every tensor in the safetensors files of a checkpoint; none if it is not there."""
+def names_on_disk(origin: Origin) -> frozenset[str]:
+    """Of every tensor in the safetensors files of a checkpoint; none if it is not there. Nothing is
+    downloaded."""
     names: set[str] = set()
     try:
-        for path in sorted(Path(directory).glob("*.safetensors")):
+        for path in sorted(_directory_of(origin).glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 names.update(file.keys())
     except (OSError, SafetensorError):
         return frozenset()
     return frozenset(names)
+
+
+def _directory_of(origin: Origin) -> Path:
+    """A snapshot's, where there is no such directory, but one of that name."""
+    if not Path(origin.name).is_dir():
+        with suppress(ImportError, OSError, ValueError):  # what the hub's client raises is one
+            from huggingface_hub import snapshot_download
+
+            return Path(
+                snapshot_download(
+                    origin.name,
+                    revision=origin.revision,
+                    cache_dir=origin.download_dir,
+                    local_files_only=True,
+                    allow_patterns=[],  # engines do not download all that a repository has
+                )
+            )
+    return Path(origin.name)
 
 
 def half_there(names: Collection[str], on_disk: Collection[str]) -> list[str]:

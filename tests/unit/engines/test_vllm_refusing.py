@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from weightbus.consumers.engines.vllm.refusing import (
+    Origin,
     Reached,
     check_dtypes,
     check_sizes,
     half_there,
     lacking,
+    lacking_quantised,
     names_on_disk,
     near,
     padding_of,
@@ -135,10 +137,41 @@ def test_values_are_cast_to_values_only() -> None:
 def test_names_are_those_of_every_file_of_a_checkpoint(tmp_path: Path) -> None:
     for name in ("layers.0.a", "layers.1.b"):
         save_file({name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    found = names_on_disk(str(tmp_path))
+    found = names_on_disk(Origin(str(tmp_path)))
     assert found == {"layers.0.a", "layers.1.b"}
     assert near("model.layers.1.w", found) == ["layers.1.b"]
-    assert names_on_disk(str(tmp_path / "absent")) == frozenset()
+    assert names_on_disk(Origin(str(tmp_path / "absent"))) == frozenset()
+
+
+@pytest.mark.parametrize("revision", [None, "tuned", "c" * 40])
+def test_names_are_those_of_a_snapshot_when_the_engine_was_started_by_a_name(
+    tmp_path: Path, revision: str | None
+) -> None:
+    """Though a repository has more than engines download."""
+    pytest.importorskip("huggingface_hub")
+    repository = tmp_path / "models--some--one"
+    (repository / "refs").mkdir(parents=True)
+    for ref, commit in (("main", "a" * 40), ("tuned", "b" * 40), ("", "c" * 40)):
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        save_file({f"layers.0.{ref}": torch.zeros(1)}, snapshot / "model.safetensors")
+        if ref:
+            (repository / "refs" / ref).write_text(commit)
+    name = {None: "layers.0.main", "tuned": "layers.0.tuned"}.get(revision, "layers.0.")
+    origin = Origin("some/one", revision=revision, download_dir=str(tmp_path))
+    assert names_on_disk(origin) == {name}
+    assert names_on_disk(origin._replace(revision="absent")) == frozenset()
+    assert names_on_disk(origin._replace(name="some/other")) == frozenset()
+    assert names_on_disk(origin._replace(name="/no/such/directory")) == frozenset()
+
+
+def test_parameter_of_a_quantised_model_is_needed_unless_the_engine_was_started_without() -> None:
+    on_disk, origin = ["layers.0.w", "layers.0.w_scale"], Origin("some/one")
+    assert lacking_quantised("layers.0.made", on_disk, on_disk, origin) == ""
+    said = lacking_quantised("layers.0.w_scale", on_disk[:1], on_disk, origin)
+    assert said == "the checkpoint lacks layers.0.w_scale, which the engine started with"
+    said = lacking_quantised("layers.0.made", on_disk, [], origin)
+    assert "no safetensors file of some/one, which the engine was started with, is found" in said
 
 
 def test_layers_that_are_half_there_are_told_from_layers_of_a_drafter() -> None:

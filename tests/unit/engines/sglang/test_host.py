@@ -23,7 +23,8 @@ from tests.unit.engines.sglang.test_lifecycle import (
 )
 from tests.unit.reload.models import layout_of
 from weightbus.consumers.engines.sglang.host import SglangHost
-from weightbus.consumers.engines.sglang.scratch import build_scratch, keeps_graphs
+from weightbus.consumers.engines.sglang.scratch import build_scratch, keeps_graphs, started_from
+from weightbus.consumers.engines.vllm.refusing import Origin
 from weightbus.consumers.errors import CheckpointRefused, ProofFailed, TraceRefused
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.tracer import trace_needs
@@ -197,14 +198,18 @@ def test_copies_may_move_when_nothing_was_captured() -> None:
     ids=["default", "off", "compiled", "one-phase", "no-phase"],
 )
 def test_graphs_are_kept_unless_the_server_was_told_to_make_none(
-    args: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+    args: dict[str, Any], expected: bool
 ) -> None:
-    context = ModuleType("sglang.srt.runtime_context")
-    vars(context)["get_server_args"] = lambda: SimpleNamespace(**args)
-    for name in ("sglang", "sglang.srt"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, context.__name__, context)
-    assert keeps_graphs() is expected
+    accessor = {"get_server_args": lambda: SimpleNamespace(**args)}
+    with sglang_of(sglang__srt__runtime_context=accessor):
+        assert keeps_graphs() is expected
+
+
+def test_it_is_known_of_which_snapshot_the_server_was_started() -> None:
+    args = {"model_path": "some/one", "revision": "tuned", "download_dir": "/cache"}
+    accessor = {"get_server_args": lambda: SimpleNamespace(**args)}
+    with sglang_of(sglang__srt__runtime_context=accessor):
+        assert started_from() == Origin("some/one", "tuned", "/cache")
 
 
 def test_parameter_of_a_quantised_model_is_needed_when_the_engine_was_started_with_it(
@@ -220,10 +225,14 @@ def test_parameter_of_a_quantised_model_is_needed_when_the_engine_was_started_wi
         del model, device
         assert list(weights)
 
-    host = SglangHost(model, CPU, load=load, started_from=lambda: str(tmp_path))
+    host = SglangHost(model, CPU, load=load, started_from=lambda: Origin(str(tmp_path)))
     host.load_weights(Fused(), [(name, torch.zeros(1)) for name in names[::2]])
     assert host.unwritten("layers.1.w.g_idx_sort_indices") == ""
     assert "lacks layers.0.w.scales, which" in host.unwritten("layers.0.w.scales")
+    host = SglangHost(model, CPU, load=load, started_from=lambda: Origin("no/such"))
+    host.load_weights(Fused(), [(name, torch.zeros(1)) for name in names])
+    assert "no safetensors file of no/such" in host.unwritten("layers.0.w.scales")
+    assert host.unwritten("layers.0.input_scale") == ""
 
 
 def test_every_checkpoint_is_refused_when_a_parameter_was_repacked_for_good() -> None:
