@@ -86,6 +86,11 @@ class ModelHost(ABC):
     def free_bytes(self) -> int:
         """Memory of the device that staging may take now."""
 
+    def note_discarded(self) -> None:
+        """What the engine has loaded is gone: until a version is written, weights, and what the
+        engine has made of them, may hold anything. Called before anything else."""
+        return
+
     def renew(self) -> bool:
         """Make anew what the engine has made of its weights once and keeps.
 

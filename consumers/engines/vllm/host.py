@@ -36,6 +36,7 @@ from weightbus.consumers.engines.vllm.refusing import (
 )
 from weightbus.consumers.engines.vllm.renewing import Renewer
 from weightbus.consumers.engines.vllm.scratch import build_scratch
+from weightbus.consumers.engines.vllm.sleeping import are_weights_asleep
 from weightbus.consumers.errors import CheckpointRefused, ProofFailed
 from weightbus.consumers.reload.host import ModelHost, Weights
 from weightbus.schemas.layout import Layout
@@ -85,6 +86,10 @@ class VllmHost(ModelHost):
         self._reached = Reached()
         self._padding: dict[str, int] = {}
         self._tied: list[tuple[str, str]] = []
+        self._is_discarded = False
+        """What vLLM has loaded is gone."""
+        self._is_to_compare = False
+        """Copies of weights with what they are made of: they slept when a layout was looked at."""
 
     def _target(self) -> nn.Module:
         return self._model.target if isinstance(self._model, Joint) else self._model
@@ -156,9 +161,11 @@ class VllmHost(ModelHost):
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         self._check_ties(layout)
-        for sinks in self._renewer.sinks():
-            if sinks.source is None:
-                raise CheckpointRefused(self._name, f"vLLM's {sinks.name} {sinks.reason}")
+        is_asleep = are_weights_asleep()
+        compares = not is_asleep and not self._is_discarded
+        if (sinks := self._renewer.unknown(compares=compares)) is not None:
+            raise CheckpointRefused(self._name, f"vLLM's {sinks.name} {sinks.reason}")
+        self._is_to_compare = is_asleep and not self._is_discarded
         if isinstance(self._model, Joint):
             self._model.drafted = frozenset(
                 layout.tensors[copy.tensor].name
@@ -188,6 +195,10 @@ class VllmHost(ModelHost):
                 )
 
     def reload(self, weights: Weights, modules: frozenset[str] | None) -> None:
+        if self._is_to_compare:
+            if (sinks := self._renewer.unknown(compares=True)) is not None:
+                raise ProofFailed(sinks.name, sinks.reason)
+            self._is_to_compare = False
         named = dict(self._model.named_modules(remove_duplicate=False))
         if modules is None:
             layers = list(dict.fromkeys(named.values()))
@@ -211,6 +222,9 @@ class VllmHost(ModelHost):
 
     def derived(self) -> Mapping[str, str]:
         return self._derived
+
+    def note_discarded(self) -> None:
+        self._is_discarded = True
 
     def renew(self) -> bool:
         return self._renewer.renew()

@@ -11,7 +11,7 @@ Their memory stays where it is, as captured graphs read them there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,13 +32,15 @@ class Sinks:
     kept: torch.Tensor
     source: torch.Tensor | None
     """The parameter that they are a copy of; None: it is not known which."""
+    kernel: int
+    """Its number, of all of the model."""
 
     @property
     def reason(self) -> str:
         """Why an engine that has them takes no version, if the source is not known."""
         return (
             f"keeps a copy of its attention sinks, {tuple(self.kept.shape)} of {self.kept.dtype}, "
-            "and does not tell of which parameter: it would become stale"
+            "which is not known to be that of a parameter as it is: it would become stale"
         )
 
 
@@ -50,24 +52,43 @@ class Renewer:
         self._attention = [
             (name, impl) for name, module in model.named_modules() for impl in _impls(module)
         ]
+        self._copying: set[int] = set()
+        """Kernels whose sinks were once found to be a parameter's, as it was then."""
         self._fourier: list[Any] = [module for module in model.modules() if _is_fourier(module)]
 
     def sinks(self) -> Iterator[Sinks]:
         """Every copy of sinks that there is now."""
         used = [
-            (name, impl, impl.sinks)
-            for name, impl in self._attention
+            (number, name, impl, impl.sinks)
+            for number, (name, impl) in enumerate(self._attention)
             if isinstance(getattr(impl, "sinks", None), torch.Tensor)
         ]
         if not used:
             return
         tensors = (*self._model.parameters(), *self._model.buffers())
         state = {storage_address(tensor) for tensor in tensors}
-        for name, impl, kept in used:
+        for number, name, impl, kept in used:
             if storage_address(kept) not in state:
                 told = getattr(impl, "_sinks_source", None)
                 nearest = _nearest_sinks(self._model, name, kept)
-                yield Sinks(name, kept, told if isinstance(told, torch.Tensor) else nearest)
+                source = told if isinstance(told, torch.Tensor) else nearest
+                yield Sinks(name, kept, source, number)
+
+    def unknown(self, *, compares: bool) -> Sinks | None:
+        """A copy of which it is not known what it is made of, if there is any.
+
+        Args:
+            compares: whether copies have to hold what their parameters hold, as those that a kernel
+                scales do not. They need not again: an update that fails may part them.
+        """
+        for sinks in self.sinks():
+            if sinks.source is None:
+                return sinks
+            if compares and sinks.kernel not in self._copying:
+                if not torch.equal(sinks.kept, sinks.source.to(sinks.kept)):
+                    return replace(sinks, source=None)
+                self._copying.add(sinks.kernel)
+        return None
 
     def renew(self) -> bool:
         """Make all copies of the parameters as they are now; what the device does may be under way.

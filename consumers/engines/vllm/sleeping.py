@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 from weakref import WeakMethod
 
-__all__ = ("KNOWN_BACKEND", "are_weights_discarded", "follow_sleep", "parts_asleep")
+__all__ = (
+    "KNOWN_BACKEND",
+    "are_weights_asleep",
+    "are_weights_discarded",
+    "follow_sleep",
+    "parts_asleep",
+)
 
 KNOWN_BACKEND: Final = "cumem"
 """Of vLLM's sleep mode; others do not go through its allocators."""
@@ -32,6 +38,11 @@ def parts_asleep() -> tuple[str, ...]:
     """What is not in the memory of the device now, by vLLM's tags: `weights`, `kv_cache`, ...
     Whoever writes to it faults."""
     return tuple(sorted({allocation.tag for allocation in _asleep()}))
+
+
+def are_weights_asleep() -> bool:
+    """Whether weights cannot be read or written now."""
+    return _WEIGHTS in parts_asleep()
 
 
 def are_weights_discarded() -> bool:

@@ -21,6 +21,7 @@ from weightbus.consumers.engines.taking import TurnTaker
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.sleeping import (
     KNOWN_BACKEND,
+    are_weights_asleep,
     are_weights_discarded,
     follow_sleep,
     parts_asleep,
@@ -169,7 +170,10 @@ class VllmWorker:
         self._taker.close()
 
     def _make_host(self) -> ModelHost:
-        return self._make(self._vllm_config, self._model, self._device, self._draft)
+        host = self._make(self._vllm_config, self._model, self._device, self._draft)
+        if self._discards:
+            host.note_discarded()
+        return host
 
     def _refusal(self, request: WorkerRequest) -> WeightBusError | None:
         if self._needs_draft and self._draft is None:
@@ -177,7 +181,7 @@ class VllmWorker:
         touches = isinstance(request, Apply) or (
             isinstance(request, Inspect) and request.layout_digest is not None
         )
-        if touches and "weights" in parts_asleep():
+        if touches and are_weights_asleep():
             return EngineAsleep(type(request).__name__)
         return None
 

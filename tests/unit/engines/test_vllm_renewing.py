@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -128,6 +129,33 @@ def test_model_is_refused_when_it_is_not_known_what_the_sinks_are_made_of(change
     with pytest.raises(ProofFailed, match=r"layers\.0\.attn: keeps a copy of its attention sinks"):
         Renewer(model_of(block)).renew()
     assert kept.tolist() == [0.0] * HEADS
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_copy_that_is_not_what_its_parameter_holds_is_unknown(tells: bool) -> None:
+    """Some kernels scale theirs by log2(e)."""
+    block = Block(torch.bfloat16, FlashInfer if tells else Impl)
+    write(block, 3.0)
+    block.attn.impl.sinks = kept = block.sinks.float() * math.log2(math.e)
+    renewer = Renewer(model_of(block))
+    assert renewer.unknown(compares=False) is None
+    sinks = renewer.unknown(compares=True)
+    assert sinks is not None
+    assert (sinks.name, sinks.source) == ("layers.0.attn", None)
+    assert torch.equal(kept, torch.full((HEADS,), 3.0) * math.log2(math.e))
+
+
+def test_copy_that_was_once_what_its_parameter_holds_stays_known() -> None:
+    """An update that has failed may have written the parameter alone."""
+    blocks = [Block(torch.bfloat16, FlashInfer) for _ in range(2)]
+    for block in blocks:
+        write(block, 2.0)
+        block.attn.impl.process_weights_after_loading()
+    renewer = Renewer(model_of(*blocks))
+    assert renewer.unknown(compares=True) is None
+    write(blocks[1], 4.0)
+    assert renewer.unknown(compares=True) is None
+    assert Renewer(model_of(*blocks)).unknown(compares=True) is not None
 
 
 class Fourier(nn.Module):
