@@ -8,7 +8,8 @@ object under several names, and published under the first, as `save_pretrained` 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from weightbus.producers.adapters import adapted, known_type, wrapped_by_peft
 from weightbus.producers.errors import RankInvalid, TensorInvalid
 from weightbus.producers.fused import Split, Window, cut
+from weightbus.producers.held import hold
 from weightbus.producers.shards import (
     Box,
     Cast,
@@ -53,6 +55,8 @@ class _Entry(NamedTuple):
     name: str
     tensor: torch.Tensor
     delta: Delta | None
+    owner: Mapping[str, torch.Tensor | None]
+    """Where the module has it, by the last part of its name."""
 
     @property
     def is_plain(self) -> bool:
@@ -89,7 +93,7 @@ def plan_module(
 
     Args:
         module: with its wrappers, or without. It stays as it is (what FSDP2 has gathered is given
-            up, as by `state_dict`), and is not kept, but for layers with adapters.
+            up, as by `state_dict`). Its tensors are kept, and layers with adapters.
         rank: of this process, as given to the publisher; every rank calls this.
         world_size: as given to the publisher.
         dtype: what parameters and buffers of floating point are cast to in the copy, as in
@@ -112,13 +116,17 @@ def plan_module(
     dtypes = [cast_dtype(e.name, e.tensor.dtype, dtype) for e in plain]
     sizes = [e.tensor.numel() * each.itemsize for e, each in zip(plain, dtypes, strict=True)]
     owners = {e.name: owner for e, owner in zip(plain, _deal(sizes, world_size), strict=True)}
-    boxes = []
+    boxes, held = [], []
     for entry in entries:
         box = box_of_tensor(entry.name, entry.tensor)._replace(delta=entry.delta)
         if owners.get(entry.name, rank) != rank:
             box = box._replace(source=None)
-        boxes += _split(box, split)
-    return plan_boxes(boxes, dtype, [e.delta for e in entries if e.delta is not None])
+        parts = _split(box, split)
+        aliased = not entry.is_plain or len(parts) > 1  # else it is read itself
+        held.append(hold(entry.name, entry.tensor, entry.owner, aliased=aliased))
+        boxes += parts
+    deltas = [e.delta for e in entries if e.delta is not None]
+    return replace(plan_boxes(boxes, dtype, deltas), held=held)
 
 
 def _walk(module: nn.Module, prefix: str, buffers: Buffers) -> Iterator[_Entry]:
@@ -131,11 +139,11 @@ def _walk(module: nn.Module, prefix: str, buffers: Buffers) -> Iterator[_Entry]:
         return
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield _Entry(prefix + name, parameter, None)
+            yield _Entry(prefix + name, parameter, None, module._parameters)
     if buffers == "persistent":
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield _Entry(prefix + name, buffer, None)
+                yield _Entry(prefix + name, buffer, None, module._buffers)
     for name, child in module._modules.items():
         if child is not None:
             yield from _walk(child, f"{prefix}{name}.", buffers)

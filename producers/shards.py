@@ -18,6 +18,7 @@ from torch.distributed import tensor as distributed
 
 from weightbus.producers.dtensors import local_box
 from weightbus.producers.errors import TensorInvalid
+from weightbus.producers.held import Held
 from weightbus.schemas.dtypes import DTYPE_BYTES, TORCH_NAMES
 from weightbus.schemas.layout import Layout, SegmentSpec, ShardSpec, TensorSpec
 
@@ -107,7 +108,8 @@ class Part:
     A trainer whose tensors stay where they are, and change their values alone, plans its part once,
     and gives it to `publish` each time: that saves the time to plan it. Plan again when a parameter
     has got other memory (`param.data = new`, a reload, a new wrapper), shape, strides or device: of
-    a state dict and of `DTensor`s a part holds aliases, which keep the old memory and its values.
+    a state dict and of `DTensor`s a part holds aliases, which keep the old memory and its values. A
+    part of a module (`plan_module`) tells: it is refused then; 0.4 us a tensor.
     """
 
     layout: Layout
@@ -119,6 +121,8 @@ class Part:
     """Number of a shard -> what is added to its source in the copy."""
     prepared: Sequence[Delta] = ()
     """All deltas of the model, also of shards that other ranks publish: the same on every rank."""
+    held: Sequence[Held] = ()
+    """Of a module all that is published, also by other ranks: where it lay when it was planned."""
 
     @cached_property
     def size_bytes(self) -> int:
@@ -136,10 +140,13 @@ class Part:
         Where adapters are cut over ranks, it is a collective of torch's: all ranks call it.
 
         Raises:
-            TensorInvalid: an adapter has become one of a kind that is not known.
+            TensorInvalid: an adapter has become one of a kind that is not known; or a module's
+                tensor lies in other memory than when it was planned.
         """
         for delta in self.prepared:
             delta.prepare()
+        for held in self.held:  # the last: a rank that raises leaves no other in a collective
+            held.check()
 
 
 class Box(NamedTuple):
@@ -210,7 +217,7 @@ def cast_dtype(name: str, source: torch.dtype, dtype: Cast | None) -> torch.dtyp
         TensorInvalid: nothing is cast to `dtype`.
     """
     target = dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name)
-    if target is None:
+    if target is None or target == source:
         return source
     if target not in CASTABLE:
         names = ", ".join(map(str, CASTABLE))

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from weightbus.producers.errors import RankInvalid, TensorInvalid
-from weightbus.producers.fused import Window
+from weightbus.producers.fused import Split, Window
 from weightbus.producers.modules import plan_module
 from weightbus.producers.shards import Part
 from weightbus.schemas.layout import TensorSpec
@@ -213,3 +214,78 @@ def test_module_is_refused_by_name_when_it_has_no_data() -> None:
         module = nn.Linear(2, 2)
     with pytest.raises(TensorInvalid, match="weight is on the meta device"):
         plan_module(module)
+
+
+MOVED = "0.weight is in other memory than when it was planned: plan the module again"
+
+
+def halves(name: str, shape: tuple[int, ...]) -> list[Window] | None:
+    half = (2, 3)
+    windows = [Window("a", half, (0, 0), half), Window("b", half, (2, 0), half)]
+    return windows if name == "0.weight" else None
+
+
+def renewed(module: nn.Module) -> None:
+    module.get_submodule("0").weight = nn.Parameter(torch.zeros(4, 3))
+
+
+def assigned(module: nn.Module) -> None:
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+
+
+def padded(module: nn.Module) -> None:
+    """As FSDP2 does to uneven shards at the first forward pass, before torch 2.7."""
+    weight: Any = module.get_parameter("0.weight")
+    weight._local_tensor = weight._local_tensor.clone()
+
+
+def moved(module: nn.Module) -> None:
+    module.get_parameter("0.weight").data = torch.ones(4, 3)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("sharded", "split", "change"), [
+    (False, None, renewed),
+    (False, None, assigned),
+    (False, halves, moved),
+    (True, None, assigned),
+    (True, None, padded),
+    (True, halves, padded),
+])  # fmt: skip
+def test_part_is_refused_when_a_tensor_lies_in_other_memory_than_it_was_planned_in(
+    sharded: bool, split: Split | None, change: Callable[[nn.Module], None]
+) -> None:
+    module = nn.Sequential(nn.Linear(3, 4))
+    if sharded:
+        fully_shard(module)
+    for rank, world_size in ((0, 1), (1, 2)):
+        part = plan_module(module, split=split, rank=rank, world_size=world_size)
+        part.prepare()
+        change(module)
+        with pytest.raises(TensorInvalid, match=MOVED):
+            part.prepare()
+        plan_module(module, split=split).prepare()
+
+
+def test_part_follows_a_plain_tensor_that_is_published_whole_to_other_memory() -> None:
+    module = nn.Sequential(nn.Linear(3, 4))
+    part = plan_module(module)
+    moved(module)
+    part.prepare()
+    assert torch.equal(part.sources[0], torch.ones(4, 3))
+
+
+@pytest.mark.usefixtures("group")
+def test_part_stays_valid_when_fsdp_gathers_and_an_optimizer_steps() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    module.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))
+    fully_shard(module, reshard_after_forward=False)
+    part = plan_module(module)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        module(torch.ones(2, 3))
+    assert not isinstance(module.get_parameter("0.weight"), DTensor), "it is gathered"
+    part.prepare()

@@ -157,14 +157,14 @@ def test_plan_names_what_is_published_when_a_dtype_is_given() -> None:
 
 def test_plan_asks_for_each_name_when_the_dtype_is_a_function() -> None:
     def cast(name: str) -> torch.dtype | None:
-        return {"a": torch.bfloat16, "b": torch.float64, "ints": torch.float32}.get(name)
+        wanted = {"a": torch.bfloat16, "b": torch.float64, "ints": torch.float32}
+        return {**wanted, "steps": torch.int64}.get(name)
 
-    names = ("a", "b", "c")
-    part = plan_part(
-        {name: torch.zeros(2) for name in names} | {"ints": torch.zeros(2, dtype=torch.int8)},
-        dtype=cast,
-    )
-    assert [spec.dtype for spec in part.layout.tensors] == ["BF16", "F64", "F32", "I8"]
+    tensors = {name: torch.zeros(2) for name in ("a", "b", "c")}
+    tensors["ints"] = torch.zeros(2, dtype=torch.int8)
+    tensors["steps"] = torch.zeros(2, dtype=torch.int64)
+    part = plan_part(tensors, dtype=cast)
+    assert [spec.dtype for spec in part.layout.tensors] == ["BF16", "F64", "F32", "I8", "I64"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
