@@ -7,6 +7,8 @@ tensor, or joined of such, is made of windows. Nothing is moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import add, lt
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -48,15 +50,31 @@ def windows_of(
             window = Window(name, shape, piece.starts, piece.sizes, piece.at, piece.axes)
             windows[piece.source].append(window)
     for name, parts in windows.items():
+        parts.sort(key=_in_memory)
         count = sum(torch.Size(part.sizes).numel() for part in parts)
         if count != sources[name].numel():
             value = f"{sources[name].numel():,} elements long, {count:,} of them in the checkpoint"
             raise TensorInvalid(name, value, "the conversion must keep all, and once")
-    return {name: tuple(sorted(parts, key=_in_memory)) for name, parts in windows.items()}
+        for part, other in _overlapping(parts):
+            value = f"in {part.name} and in {other.name}, some elements of it"
+            raise TensorInvalid(name, value, "the conversion must keep all, and once")
+    return {name: tuple(parts) for name, parts in windows.items()}
 
 
 def _in_memory(window: Window) -> tuple[int, ...]:
     return window.starts
+
+
+def _overlapping(windows: Sequence[Window]) -> Iterator[tuple[Window, Window]]:
+    """Those of one tensor that have elements in common; they come in the order of memory."""
+    for number, one in enumerate(windows):
+        for other in islice(windows, number + 1, None):
+            if one.starts and other.starts[0] >= one.starts[0] + one.sizes[0]:
+                break  # and so are all that follow
+            firsts = map(max, one.starts, other.starts)
+            ends = map(min, map(add, one.starts, one.sizes), map(add, other.starts, other.sizes))
+            if all(map(lt, firsts, ends)):
+                yield one, other
 
 
 class _Piece(NamedTuple):
@@ -105,6 +123,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor) and _memory(tensor) not in known:
                 self._note(tensor, str(func))
+        for tensor in _written(func, args, kwargs or {}):
+            self._spoil(tensor, str(func))
         return results
 
     def pieces(self, name: str, tensor: torch.Tensor) -> Iterator[_Piece]:
@@ -123,6 +143,13 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 at = tuple(map(sum, zip(first, piece.at, strict=True)))
                 yield piece._replace(at=at)
 
+    def _spoil(self, tensor: torch.Tensor, operation: str) -> None:
+        """Its memory has other values now, and so has all that is a view of it. What was copied or
+        joined of it counts as changed, too: a copy is known as what it copies."""
+        self._sources.pop(_memory(tensor), None)
+        self._joined.pop(_memory(tensor), None)
+        self._note(tensor, operation)
+
     def _note(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
         self._made[_memory(tensor)] = operation
         self._alive.append(tensor)
@@ -140,6 +167,16 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first += tensor.shape[dim]
         self._joined[_memory(result)] = _Joined(result.shape, parts)
         return self._note(result, "cutting or turning what was joined")
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors whose values an operation changes in place: not those that it turns so."""
+    if not func._schema.is_mutable or torch.Tag.inplace_view in func.tags:
+        return
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            given = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from (each for each in tree_leaves(given) if isinstance(each, torch.Tensor))
 
 
 def _piece_of_view(name: str, view: torch.Tensor, source: str, shape: tuple[int, ...]) -> _Piece:

@@ -37,6 +37,7 @@ CONVERSIONS: dict[str, Convert] = {
     },
     "unsqueezed": lambda t: {"w": t["q"].unsqueeze(1).unsqueeze(0)},
     "of a dimension of one": lambda t: {"w": t["one"].T, "v": t["k"][:1], "u": t["k"][1]},
+    "turned in place": lambda t: {"w": t["q"].view(5, 3).t_()},
     "reshaped as it was": lambda t: {"w": t["q"].reshape(5, 3)},
 }
 
@@ -77,6 +78,11 @@ def test_windows_come_in_the_order_of_memory_when_the_conversion_has_another() -
     assert windows[3] == Window("1.1", (3, 2), (1, 3, 0), (1, 3, 2), (0, 0), (1, 2))
 
 
+def second_half_twice(t: Tensors) -> Tensors:
+    t["a"][:2].copy_(t["a"][2:])
+    return {"w": t["a"]}
+
+
 @pytest.mark.parametrize(
     ("convert", "named", "reason"),
     [
@@ -94,6 +100,13 @@ def test_windows_come_in_the_order_of_memory_when_the_conversion_has_another() -
         (lambda t: {"w": t["a"][1:]}, "a", "48 elements long|48 .* 36 of them"),
         (lambda t: {"w": t["a"], "v": t["a"]}, "a", "96 of them"),
         (lambda t: {}, "a", "0 of them"),
+        (lambda t: {"w": t["a"].mul_(2)}, "w", "made by aten.mul_"),
+        (lambda t: {"w": t["a"].clone().add_(1)}, "w", "made by aten.add_"),
+        (lambda t: {"w": torch.mul(t["a"], 2, out=t["a"])}, "w", "made by aten.mul.out"),
+        (lambda t: {"w": torch.cat([t["a"], t["a"]]).mul_(2)}, "w", "made by aten.mul_"),
+        (second_half_twice, "w", "made by aten.copy_"),
+        (lambda t: {"w": t["a"][:2], "v": t["a"][:2].squeeze(0)}, "a", "in w and in v, some"),
+        (lambda t: {"w": t["a"][:, :4], "v": t["a"][:, 3:5]}, "a", "in w and in v, some"),
     ],
 )
 def test_conversion_is_refused_when_it_makes_something_else(
