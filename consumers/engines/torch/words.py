@@ -3,13 +3,14 @@
 A rank that is applying an update answers nothing until it is done; what it holds must be known all
 the same. So each side writes 8-byte words of an anonymous file and reads the other's:
 
-    the rank's words  which version it holds, and whether an update of it is under way;
-                      how many updates have begun to write: the same version can come twice
+    the rank's words  how many updates have begun to write, and whether one is under way;
+                      which version it holds
     the front's word  whether the rank is held: no request runs on it, its weights may change
 
 Each word has one writer. A rank writes `touched` before it looks whether it is held, and the front
 lets go before it looks at `touched`: whichever order they meet in, one of them sees the other. A
-rank writes the count before it writes that an update has ended, and the front reads it after that.
+version changes only while `touched` stands, and every update has a number of its own: who finds the
+first word the same before and after has read the version that belongs to it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import NamedTuple
 __all__ = ("NOTHING_HELD", "Held", "RankWords")
 
 _WORD = struct.Struct("<q")
-_RANK_OFFSET = 0
+_UPDATES_OFFSET = 0
 _FRONT_OFFSET = 8
-_UPDATES_OFFSET = 16
+_VERSION_OFFSET = 16
 _HELD, _FREE = 1, 0
 
 
@@ -57,13 +58,21 @@ class RankWords:
 
     def report(self, held: Held) -> None:
         """Called by the rank."""
-        self._write(_UPDATES_OFFSET, held.updates)
-        self._write(_RANK_OFFSET, held.version * 2 + held.touched)
+        words = [
+            (_VERSION_OFFSET, held.version),
+            (_UPDATES_OFFSET, held.updates * 2 + held.touched),
+        ]
+        for offset, word in reversed(words) if held.touched else words:
+            self._write(offset, word)
 
     def held(self) -> Held:
         """As the rank last reported."""
-        word = self._read(_RANK_OFFSET)
-        return Held(word >> 1, bool(word & 1), self._read(_UPDATES_OFFSET))
+        word = self._read(_UPDATES_OFFSET)
+        while True:  # until nothing was reported meanwhile
+            version, before = self._read(_VERSION_OFFSET), word
+            word = self._read(_UPDATES_OFFSET)
+            if word == before:
+                return Held(version, bool(word & 1), word >> 1)
 
     def hold(self) -> None:
         """Called by the front: no request is running and none will."""
