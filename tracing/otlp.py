@@ -44,7 +44,7 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
 
     endpoint: str
     """URL that spans are sent to: for HTTP the whole of it, `http://collector:4318/v1/traces`; for
-    gRPC `http://collector:4317` (`https` for TLS)."""
+    gRPC `http://collector:4317` (`https` for TLS). Empty: they are not sent."""
     protocol: OtlpProtocol = "http/protobuf"
     headers: Mapping[str, str] = {}
     """Sent with every request: authorisation of the collector, for example."""
@@ -57,30 +57,32 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
         """The standard variables `OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT`, `PROTOCOL`, `HEADERS`.
 
         Metrics are sent, too, where `OTEL_EXPORTER_OTLP_[METRICS_]ENDPOINT` says so, unless
-        `OTEL_METRICS_EXPORTER` is `none`. None if no endpoint for spans is set, or
-        `OTEL_SDK_DISABLED` is true.
+        `OTEL_METRICS_EXPORTER` is `none`. None if no endpoint is set, or `OTEL_SDK_DISABLED` is
+        true.
 
         Raises:
             TelemetryInvalid: a variable holds what cannot be used.
         """
         for_traces = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
+        for_metrics = environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "").strip()
         for_all = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
-        if not (for_traces or for_all) or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        with_metrics = environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() != "none"
+        if not (for_traces or for_all or (for_metrics and with_metrics)):
+            return None
+        if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
             return None
         protocol = _protocol(_variable(environ, "PROTOCOL") or "http/protobuf")
-        # By the OTLP specification the path is added to the variable for all signals only.
-        endpoint = for_traces or (
-            for_all if protocol == "grpc" else for_all.rstrip("/") + "/v1/traces"
-        )
-        if urlsplit(endpoint).scheme not in ("http", "https"):
-            raise TelemetryInvalid(
-                "OTEL_EXPORTER_OTLP_ENDPOINT", endpoint, "must begin with http:// or https://"
-            )
+        endpoint = for_traces or _with_path(for_all, "/v1/traces", protocol)
+        _check_url("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        metrics_endpoint = ""
+        if with_metrics:
+            metrics_endpoint = for_metrics or _with_path(for_all, "/v1/metrics", protocol)
+            _check_url("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", metrics_endpoint)
         return cls(
             endpoint=endpoint,
             protocol=protocol,
             headers=_headers(_variable(environ, "HEADERS")),
-            metrics_endpoint=_metrics_endpoint(environ, protocol),
+            metrics_endpoint=metrics_endpoint,
         )
 
 
@@ -129,27 +131,22 @@ def _module_of(settings: OtlpSettings, name: str) -> Any:
     try:
         return import_module(f"{_EXPORTER_PACKAGES[settings.protocol]}.{name}")
     except ImportError as error:
-        raise ExporterMissing(settings.protocol, settings.endpoint) from error
+        endpoint = settings.endpoint or settings.metrics_endpoint
+        raise ExporterMissing(settings.protocol, endpoint) from error
 
 
-def _metrics_endpoint(environ: Mapping[str, str], protocol: OtlpProtocol) -> str:
+def _with_path(for_all: str, path: str, protocol: OtlpProtocol) -> str:
+    """By the OTLP specification the path is added to the variable for all signals only."""
+    return for_all.rstrip("/") + path if for_all and protocol != "grpc" else for_all
+
+
+def _check_url(variable: str, endpoint: str) -> None:
     """
     Raises:
         TelemetryInvalid
     """
-    if environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() == "none":
-        return ""
-    endpoint = environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "").strip()
-    if not endpoint:
-        for_all = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
-        if not for_all or protocol == "grpc":
-            return for_all
-        return for_all.rstrip("/") + "/v1/metrics"
-    if urlsplit(endpoint).scheme not in ("http", "https"):
-        raise TelemetryInvalid(
-            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", endpoint, "must begin with http:// or https://"
-        )
-    return endpoint
+    if endpoint and urlsplit(endpoint).scheme not in ("http", "https"):
+        raise TelemetryInvalid(variable, endpoint, "must begin with http:// or https://")
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:

@@ -8,12 +8,14 @@ are made, the SDK reads its own standard variables (`OTEL_TRACES_SAMPLER`,
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 from opentelemetry.metrics import Meter
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
@@ -22,7 +24,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from weightbus import __version__
 from weightbus.tracing.ids import new_span_id, new_trace_id
 
-__all__ = ("OwnMeters", "make_tracer")
+__all__ = ("OwnMeters", "OwnReader", "make_tracer")
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +50,20 @@ def make_tracer(
     provider.add_span_processor(processor)
     tracer = provider.get_tracer("weightbus", __version__)
     return None if isinstance(tracer, NoOpTracer) else tracer
+
+
+class OwnReader(PeriodicExportingMetricReader):
+    """Sends the figures of the process that made it. A fork of it has them, too, and the SDK goes
+    on there: each worker of a `DataLoader` would send them again, as they were when it began."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._process = os.getpid()
+        super().__init__(*args, **kwargs)
+
+    def _receive_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Send the figures that were collected, but for those of a fork."""
+        if os.getpid() == self._process:
+            super()._receive_metrics(*args, **kwargs)
 
 
 class OwnMeters:

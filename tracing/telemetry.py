@@ -322,11 +322,12 @@ def open_telemetry(
         ExporterMissing: `otlp` is given, but the extra `otlp` is not installed.
     """
     if otlp is not None:
-        exporter = open_exporter(otlp)
+        if otlp.endpoint:
+            exporter = open_exporter(otlp)
         if otlp.metrics_endpoint and reader is None:
-            from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+            from weightbus.tracing.sdk import OwnReader
 
-            reader = PeriodicExportingMetricReader(open_metric_exporter(otlp))
+            reader = OwnReader(open_metric_exporter(otlp))
     meters: OwnMeters | None = None
     shipper: SpanShipper | None = None
     tracer: Tracer | None = None

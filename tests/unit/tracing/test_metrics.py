@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+import pytest
+from opentelemetry.sdk.metrics.export import (
+    InMemoryMetricReader,
+    MetricExporter,
+    MetricExportResult,
+)
 
 from weightbus.tracing.metrics import METER, PublisherMetrics
+from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import Telemetry, open_telemetry
 
 
@@ -58,3 +66,42 @@ def test_nothing_is_kept_when_nobody_reads_metrics() -> None:
     metrics.published()
     metrics.skipped("failed")
     metrics.slots({"host": 1})
+
+
+class PipeExporter(MetricExporter):
+    """Says which process has sent something."""
+
+    def __init__(self, end: int) -> None:
+        super().__init__()
+        self._end = end
+
+    def export(self, *args: object, **kwargs: object) -> MetricExportResult:
+        os.write(self._end, b"%d\n" % os.getpid())
+        return MetricExportResult.SUCCESS
+
+    def force_flush(self, timeout_millis: float = 0) -> bool:
+        return True
+
+    def shutdown(self, timeout_millis: float = 0, **kwargs: object) -> None:
+        """It holds nothing."""
+
+
+def test_forks_send_nothing_when_a_trainer_that_sends_metrics_has_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, write = os.pipe()
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
+    monkeypatch.setattr(
+        "weightbus.tracing.telemetry.open_metric_exporter", lambda _: PipeExporter(write)
+    )
+    metrics_alone = OtlpSettings(endpoint="", metrics_endpoint="http://collector/v1/metrics")
+    with open_telemetry("trainer", otlp=metrics_alone) as telemetry:
+        PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=0).published()
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(0.3)
+            os._exit(0)
+        assert os.waitpid(worker, 0) == (worker, 0)
+    os.close(write)
+    with open(read, encoding="ascii") as lines:
+        assert {int(line) for line in lines} == {os.getpid()}

@@ -23,6 +23,8 @@ GRPC = OtlpSettings(endpoint="http://c:4317", metrics_endpoint="http://c:4317", 
     ({}, None),
     ({"ENDPOINT": ""}, None),
     ({"ENDPOINT": "http://c"}, HTTP),
+    ({"METRICS_ENDPOINT": "http://c/v1/metrics"}, structs.replace(HTTP, endpoint="")),
+    ({"METRICS_ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"}, structs.replace(GRPC, endpoint="")),
     (
         {"ENDPOINT": "http://c:4318/otel/"},
         OtlpSettings(
@@ -60,6 +62,8 @@ def test_settings_follow_the_standard_variables(
 def test_metrics_are_not_sent_when_their_exporter_is_none() -> None:
     environ = {PREFIX + "ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"}
     assert OtlpSettings.from_env(environ) == structs.replace(HTTP, metrics_endpoint="")
+    environ = {PREFIX + "METRICS_ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"}
+    assert OtlpSettings.from_env(environ) is None
 
 
 def test_settings_are_none_when_the_sdk_is_disabled() -> None:
