@@ -22,7 +22,7 @@ from anyio.from_thread import start_blocking_portal
 
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
-from weightbus.producers.devices import Devices
+from weightbus.producers.devices import Devices, Handover
 from weightbus.producers.errors import PublisherClosed, VersionSkipped
 from weightbus.producers.files import Files
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
@@ -92,7 +92,7 @@ class BlockingPublisher:
             RankInvalid, MessageInvalid, HostUnknown
             BusUnavailable, BusTimeout, RequestRefused, and what else `open_bus` raises
         """
-        self._model = model
+        self.model = model
         self._process = os.getpid()
         self._stack = ExitStack()
 
@@ -139,8 +139,8 @@ class BlockingPublisher:
         self, tensors: Tensors | Part, version: int, metadata: Mapping[str, str] = {}
     ) -> CheckpointReady:
         """As `Publisher.publish`."""
-        part = tensors if isinstance(tensors, Part) else plan_part(tensors)
-        handover = self._publisher.hand_over(part)
+        self._check_open()
+        part, handover = self._hand_over(tensors, version)
         publish_part = self._publisher.publish_part
         return self._call(partial(publish_part, part, version, metadata, handover))
 
@@ -157,9 +157,8 @@ class BlockingPublisher:
             skipped because another rank does, that can be heard later: of `Publication.result`.
         """
         self._check_open()
-        part = tensors if isinstance(tensors, Part) else plan_part(tensors)
         copied = threading.Event()
-        handover = self._publisher.hand_over(part, copied.set)
+        part, handover = self._hand_over(tensors, version, copied.set)
         publish_part = self._publisher.publish_part
         future = self._portal.start_task_soon(publish_part, part, version, metadata, handover)
         future.add_done_callback(lambda _: copied.set())
@@ -216,9 +215,20 @@ class BlockingPublisher:
         """At the interpreter's exit: end without lingering."""
         self.__exit__(SystemExit, SystemExit(), None)
 
+    def _hand_over(
+        self, tensors: Tensors | Part, version: int, copied: Callable[[], None] | None = None
+    ) -> tuple[Part, Handover]:
+        """In the trainer's thread. Where it fails, no other rank waits for this one's part."""
+        try:
+            part = tensors if isinstance(tensors, Part) else plan_part(tensors)
+            return part, self._publisher.hand_over(part, copied)
+        except Exception as error:
+            self._call(partial(self._publisher.give_up_unprepared, version, error))
+            raise
+
     def _check_open(self) -> None:
         if not self._open or os.getpid() != self._process:
-            raise PublisherClosed(self._model)
+            raise PublisherClosed(self.model)
 
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         self._check_open()

@@ -184,8 +184,8 @@ class Devices:
 
     def hand_over(self, part: Part, copied: Callable[[], None] | None = None) -> Handover:
         """To be called in the trainer's thread, for each version: `Part.prepare` is called here."""
-        part.prepare()
         begun_s = time.perf_counter()
+        part.prepare()
         streams = {number: self.device(number).current_stream() for number in self.numbers_of(part)}
         if copied is None:
             return Handover(streams, begun_s=begun_s)

@@ -72,8 +72,9 @@ class SlotBusy(ProducerError):
 class VersionSkipped(ProducerError):
     """Engines are still busy with versions before, and `when_busy="skip"`: go on without this one.
 
-    Raised on every rank of a trainer if it is on one. Nothing was retired because of it alone, and
-    the newest version is untouched. In a group of ranks the version is used up.
+    Raised on every rank of a trainer if it is on one. The newest version is untouched, and a
+    trainer of one rank has retired nothing. In a group of ranks the version is used up, and a rank
+    that saw no reader may have retired the oldest version already.
     """
 
     def __init__(self, version: int, reason: str, rank: int | None = None) -> None:
@@ -125,7 +126,7 @@ class GivenUp(ProducerError):
 
 
 class NotServed(ProducerError):
-    """Engines have not come to a version in time. They may still do so."""
+    """Engines have not come to a version in time, and may still do so; or it was not announced."""
 
     def __init__(
         self,
@@ -135,16 +136,18 @@ class NotServed(ProducerError):
         present: int,
         wanted: int,
         waited_s: float,
+        reason: str = "",
     ) -> None:
+        """`reason`: why it will not be served at all."""
+        self.reason = reason
         self.model, self.version, self.behind = model, version, dict(behind)
         """Of present engines that serve an older version, or none (-1): which."""
         self.present, self.wanted, self.waited_s = present, wanted, waited_s
         said = [f"{engine} serves version {served}" for engine, served in sorted(behind.items())]
         if present < wanted:
             said.insert(0, f"{present} of {wanted} engines are present")
-        super().__init__(
-            f"version {version} of {model} is not served after {waited_s:g} s: " + ", ".join(said)
-        )
+        why = f": {reason}" if reason else f" after {waited_s:g} s: " + ", ".join(said)
+        super().__init__(f"version {version} of {model} is not served{why}")
 
 
 class RankInvalid(ProducerError):

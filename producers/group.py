@@ -5,9 +5,10 @@ Rank 0 calls by saying its own part, and again every second; every other rank sa
 begins and whenever it hears the call, until it hears `CheckpointReady`. A rank that gives up says
 so, and why, and no other waits for it, not even one that begins later: what was given up since this
 rank's publisher was opened is read back. A version is tried once, so there is no older try to
-mistake it for. Rank 0 hears all ranks and the others hear rank 0, who passes bad news on: what is
-heard grows with their number, not with its square. A version that one rank skips is skipped by all,
-in the same way. Every wait has one deadline.
+mistake it for. Parts of different steps of training are never sealed. Rank 0 hears all ranks and
+the others hear rank 0, who passes bad news on: what is heard grows with their number, not with its
+square. A version that one rank skips is skipped by all, in the same way. Every wait has one
+deadline.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ GIVE_UP_TIMEOUT_S = 2.0
 FOLLOWERS_LONGER_S = 2.0
 """Rank 0 gives up first, and tells the others who is missing."""
 MISSING_NAMED = 16
+NO_LAYOUT = "0" * 64
+"""Of a part that is given up before its layout is stored."""
+STEP_CHARACTERS = 128
+"""Limit of `CheckpointPart.step`."""
 REASON_CHARACTERS = 4096
 """Limit of `schemas.base.Reason`."""
 SKIPPED = f"{VersionSkipped.__name__}: "
@@ -46,6 +51,22 @@ class RankGroup:
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._since_ns = 0
         """By the server's clock; no part of this run is older."""
+        self._elsewhere: dict[int, int] = {}
+        """The newest other version that was heard of a rank while this one waits for its part."""
+
+    def draft(self, ready: CheckpointReady, step: str = "") -> CheckpointPart:
+        """What this rank says of its part of a version, before it has one."""
+        return CheckpointPart(
+            model=self._model,
+            version=ready.version,
+            producer=self._producer,
+            rank=self._rank,
+            world_size=self._world_size,
+            layout_digest=NO_LAYOUT,
+            placement=(),
+            created_ns=ready.created_ns,
+            step=step[:STEP_CHARACTERS],
+        )
 
     async def open(self) -> None:
         """What the bus holds by now is of an earlier run."""
@@ -60,6 +81,7 @@ class RankGroup:
             VersionSkipped: a rank has skipped it.
         """
         parts = {mine.rank: mine}
+        self._elsewhere = {}
         with anyio.move_on_after(self._timeout_s):
             async with self._bus.subscribe(CheckpointPart, model=mine.model) as messages:
                 missed = True
@@ -79,7 +101,7 @@ class RankGroup:
         if len(parts) < self._world_size:
             missing, named = self._not_heard(parts)
             reason = f"after {self._timeout_s:g} s there is no part of {named}"
-            raise SealFailed(mine.version, reason, missing)
+            raise SealFailed(mine.version, reason + self._told_of(missing), missing)
         return [parts[rank] for rank in range(self._world_size)]
 
     async def follow(self, mine: CheckpointPart) -> CheckpointReady:
@@ -91,6 +113,7 @@ class RankGroup:
         """
         timeout_s = self._timeout_s + FOLLOWERS_LONGER_S
         called = False
+        self._elsewhere = {}
         with anyio.move_on_after(timeout_s):
             async with self._bus.subscribe(
                 CheckpointPart, CheckpointReady, model=mine.model, producer=mine.producer, rank=0
@@ -112,8 +135,10 @@ class RankGroup:
                     ):
                         called = True
                         await self._bus.publish(mine)
+                    elif self._elsewhere:  # rank 0 hears why it waits in vain
+                        await self._bus.publish(mine)
         reason = f"after {timeout_s:g} s rank 0 has not done so"
-        unheard = "" if called else "; nothing was heard of it"
+        unheard = "" if called else self._told_of([0]) or "; nothing was heard of it"
         raise SealFailed(mine.version, reason + unheard, () if called else (0,))
 
     async def give_up(self, mine: CheckpointPart, error: BaseException) -> None:
@@ -162,7 +187,7 @@ class RankGroup:
             SealFailed, VersionSkipped: a rank has given up before this one listened.
         """
         async for part in self._stored():
-            if part.message.error:
+            if part.message.error and part.message.version == mine.version:
                 self._is_of(part.message, mine)
 
     def _stored(self) -> AsyncIterator[Received[CheckpointPart]]:
@@ -180,9 +205,11 @@ class RankGroup:
 
     def _is_of(self, part: CheckpointPart, mine: CheckpointPart) -> bool:
         """Whether `part` is another rank's of the same version; if it bears bad news, raises."""
-        if (part.producer, part.version) != (mine.producer, mine.version):
+        if part.producer != mine.producer or part.rank == mine.rank:
             return False
-        if part.rank == mine.rank:
+        if part.version != mine.version:
+            newest = max(part.version, self._elsewhere.get(part.rank, part.version))
+            self._elsewhere[part.rank] = newest
             return False
         if part.world_size != self._world_size:
             reason = f"rank {part.rank} is one of {part.world_size} ranks, rank {mine.rank} one of"
@@ -191,7 +218,16 @@ class RankGroup:
             raise VersionSkipped(mine.version, part.error.removeprefix(SKIPPED), part.rank)
         if part.error:
             raise SealFailed(mine.version, f"rank {part.rank} gave up: {part.error}")
+        if part.step and mine.step and part.step != mine.step:
+            reason = f"rank {part.rank} is at step {part.step}, rank {mine.rank} at {mine.step}"
+            raise SealFailed(mine.version, reason)
         return True
+
+    def _told_of(self, missing: Collection[int]) -> str:
+        """Where ranks are that were heard of, but not with the version that this one waits for."""
+        elsewhere = [rank for rank in missing if rank in self._elsewhere][:MISSING_NAMED]
+        said = [f"rank {rank} is at version {self._elsewhere[rank]}" for rank in elsewhere]
+        return "; " + ", ".join(said) if said else ""
 
     def _not_heard(self, heard: Collection[int]) -> tuple[list[int], str]:
         missing = [rank for rank in range(self._world_size) if rank not in heard]

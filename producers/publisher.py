@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import anyio
@@ -44,7 +44,8 @@ from weightbus.producers.shards import Part, Tensors, plan_part
 from weightbus.producers.skipping import SkipTeller
 from weightbus.producers.slots import Slot, Slots
 from weightbus.producers.writers import Writer, Writers
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.progress import EngineState
 from weightbus.tracing.attributes import BYTES
 from weightbus.tracing.telemetry import Span, Telemetry
@@ -53,8 +54,8 @@ __all__ = ("Publisher", "PublisherOptions", "WhenBusy", "open_publisher")
 
 _logger = logging.getLogger(__name__)
 
-NO_LAYOUT = "0" * 64
-"""Of a part that is given up before its layout is stored."""
+GIVE_UP_WAIT_S = 1.0
+"""Of `give_up`, for what is being published to end by itself."""
 
 CLOSE_GRACE_S = 10.0
 """For the bus to answer, at the end, beside the wait for readers; and before that for a publication
@@ -179,7 +180,8 @@ class Publisher:
     ) -> CheckpointReady:
         """Copy what this rank holds into a slot, and announce `version` once all ranks have.
 
-        Every rank calls it, with the same version; `metadata` is rank 0's. Returns when the
+        Every rank calls it, with the same version; `metadata` is rank 0's, but where two ranks name
+        a `step` in it that must be the same. Returns when the
         checkpoint is sealed. The trainer may touch its tensors again then, or when it raises, or
         from when `copied` is called before that, in the event loop. Of tensors on a GPU this is
         true of the stream that is this thread's current one as `publish` is called: what is queued
@@ -189,9 +191,9 @@ class Publisher:
         a greater one. Alone, the same version may be tried again.
 
         Raises:
-            TensorInvalid, MessageInvalid: this cannot be published; nothing has happened.
-            SlotsUnsuitable, CudaUnavailable: not in slots of this kind; nothing has happened.
-            VersionNotNew: the version is not greater than all before it: nothing has happened; or
+            TensorInvalid, MessageInvalid: this cannot be published; nothing was written.
+            SlotsUnsuitable, CudaUnavailable: not in slots of this kind; nothing was written.
+            VersionNotNew: the version is not greater than all before it: nothing was written; or
                 another publisher has announced one meanwhile: a slot was written for nothing.
             VersionSkipped: engines are still busy, and `when_busy` is `skip`; the newest version is
                 untouched.
@@ -204,13 +206,18 @@ class Publisher:
             CudaFailed: a device refuses a slot, or fails; the newest version is untouched.
             CudaTimeout: a device may go on reading the tensors and writing to the slot, which is
                 left to it; the newest version is untouched. That GPU takes no further slot.
-            SealFailed: the ranks did not come together.
+            SealFailed: the ranks did not come together, or are at different steps.
             PublisherClosed: it has ended, maybe while this was under way: it is not announced.
             ObjectTooLarge, BusUnavailable, BusTimeout, RequestRefused
         """
-        part = tensors if isinstance(tensors, Part) else plan_part(tensors)
         tell = None if copied is None else partial(anyio.from_thread.run_sync, copied)
-        return await self.publish_part(part, version, metadata, self.hand_over(part, tell))
+        try:
+            part = tensors if isinstance(tensors, Part) else plan_part(tensors)
+            handover = self.hand_over(part, tell)
+        except Exception as error:
+            await self.give_up_unprepared(version, error)
+            raise
+        return await self.publish_part(part, version, metadata, handover)
 
     def hand_over(self, part: Part, copied: Callable[[], None] | None = None) -> Handover:
         """To be called in the trainer's thread, just before `publish_part`, if that is another.
@@ -279,18 +286,31 @@ class Publisher:
             PublisherClosed
         """
         draft, error = self._announcer.draft(version, {}), GivenUp(version, reason)
-        async with self._until_the_end():
-            if version <= self._tried:
-                return
-            with anyio.CancelScope(shield=True), suppress(GivenUp), self._measures.count(version):
-                if self._world_size == 1:
-                    await self._teller.tell(version, error, 0.0)
-                else:
-                    self._tried = version
-                    said = self._said(draft)
-                    await self._group.give_up(said, error)
-                    await self._teller.tell_of_others(said, error)
-                raise error
+        with anyio.CancelScope(shield=True), suppress(GivenUp):
+            async with AsyncExitStack() as stack:
+                with anyio.move_on_after(GIVE_UP_WAIT_S):  # what runs may take much longer
+                    await stack.enter_async_context(self._one_at_a_time)
+                self._check_open()
+                if version <= self._tried:
+                    return
+                with self._measures.count(version):
+                    await self._say_given_up(draft, error)
+                    raise error
+
+    async def _say_given_up(self, draft: CheckpointReady, error: GivenUp) -> None:
+        if self._world_size == 1:
+            await self._teller.tell(draft.version, error, 0.0)
+            return
+        self._tried = draft.version
+        said = self._group.draft(draft)
+        await self._group.give_up(said, error)
+        await self._teller.tell_of_others(said, error)
+
+    async def give_up_unprepared(self, version: int, error: Exception) -> None:
+        """`publish` was called, but there is no part to publish: other ranks may wait for it."""
+        if self._world_size > 1:
+            with suppress(WeightBusError):  # of two errors the first
+                await self.give_up(version, f"{type(error).__name__}: {error}")
 
     async def _publish_part(
         self,
@@ -300,12 +320,9 @@ class Publisher:
         span: Span,
         handover: Handover,
     ) -> CheckpointReady:
-        draft = self._announcer.draft(version, metadata)
-        newest = await self._announcer.check_new(version)
-        writer = await self._choose(part)  # or raises, before anything is done
-        write = partial(self._write, part, version, newest, handover, writer)
         if self._world_size > 1:
-            return await self._publish_among_ranks(part, draft, write, span)
+            return await self._publish_among_ranks(part, version, metadata, span, handover)
+        draft, write = await self._begin(part, version, metadata, handover)
         try:
             await self._sealer.prepare([part.layout])
             mine = await write()
@@ -317,15 +334,17 @@ class Publisher:
     async def _publish_among_ranks(
         self,
         part: Part,
-        draft: CheckpointReady,
-        write: Callable[[], Awaitable[Piece]],
+        version: int,
+        metadata: Mapping[str, str],
         span: Span,
+        handover: Handover,
     ) -> CheckpointReady:
-        if draft.version <= self._tried:
-            raise VersionNotNew(self._model, draft.version, self._tried, self._producer)
-        self._tried = draft.version
-        said = self._said(draft)
+        said = self._group.draft(self._announcer.draft(version, {}), metadata.get("step", ""))
+        if version <= self._tried:
+            raise VersionNotNew(self._model, version, self._tried, self._producer)
+        self._tried = version
         try:
+            draft, write = await self._begin(part, version, metadata, handover)
             layout_digest = await self._part_layout.put(part.layout)
             said = structs.replace(said, layout_digest=layout_digest)
             mine = await write()
@@ -339,26 +358,21 @@ class Publisher:
             self._check_open()
             return await self._sealer.seal(pieces, draft, span.ref.headers())
         except BaseException as error:
-            own = self._teller.is_own(error)
-            if own:
-                await self._teller.tell(draft.version, error, self._slots.waited_s)
             await self._group.give_up(said, error)
-            if not own:
+            if self._teller.is_own(error):
+                await self._teller.tell(version, error, self._slots.waited_s)
+            else:
                 await self._teller.tell_of_others(said, error)
             raise
 
-    def _said(self, draft: CheckpointReady) -> CheckpointPart:
-        """What this rank says of its part, before it has one."""
-        return CheckpointPart(
-            model=self._model,
-            version=draft.version,
-            producer=self._producer,
-            rank=self._rank,
-            world_size=self._world_size,
-            layout_digest=NO_LAYOUT,
-            placement=(),
-            created_ns=draft.created_ns,
-        )
+    async def _begin(
+        self, part: Part, version: int, metadata: Mapping[str, str], handover: Handover
+    ) -> tuple[CheckpointReady, Callable[[], Awaitable[Piece]]]:
+        """The event, and what writes the part; or raises, before anything is done."""
+        draft = self._announcer.draft(version, metadata)
+        newest = await self._announcer.check_new(version)
+        writer = await self._choose(part)
+        return draft, partial(self._write, part, version, newest, handover, writer)
 
     async def _choose(self, part: Part) -> Writer:
         """In a thread: it asks the driver, and compiles kernels."""

@@ -10,7 +10,8 @@ What readers may know of is the announcer's to say, who remembers it: the bus al
 forgotten. On ranks other than 0, who announce nothing, it is what they have heard.
 
 Where the trainer does not wait for readers (`WhenBusy`), they are looked for before the retirement,
-too: a version that is skipped then takes none from anybody.
+too: a version that is skipped then takes none from anybody, unless another rank of the trainer has
+looked before the reader came.
 """
 
 from __future__ import annotations

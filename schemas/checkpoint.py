@@ -89,6 +89,9 @@ class CheckpointPart(Message, frozen=True, kw_only=True):
     error: Reason = ""
     """Not empty: this rank gives the version up, and why; no other rank need wait for it."""
     created_ns: Nanoseconds = 0
+    step: Annotated[str, Meta(max_length=128)] = ""
+    """What the rank's metadata call the step of training, cut to this length; empty: nothing. Parts
+    of different steps do not become one version."""
 
 
 class CheckpointRetired(Message, frozen=True, kw_only=True):
@@ -107,7 +110,9 @@ class CheckpointSkipped(Message, frozen=True, kw_only=True):
     """A version was to be published and will not be: the trainer has gone on without it.
 
     Said once for a version by any rank of the producer. It asks nothing of anybody: engines go on
-    serving what they serve, and the next version is published like any other.
+    serving what they serve, and the next version is published like any other. A trainer of one
+    rank may try the same version again: `CheckpointReady` of this version and producer, before or
+    after this message, takes it back.
     """
 
     model: Token

@@ -4,8 +4,9 @@
 Owns a `BlockingPublisher`, and waits for nothing but what that waits for: a call returns as soon as
 the trainer may change its weights, and what became of the version is known at the next one.
 Invariants: whatever the steps do (a run that resumes, a second run, a step that is published
-twice), versions grow, and are the same on every rank; a failure is raised at the same step on every
-rank that has heard of it.
+twice), versions grow, and are the same on every rank of `torch.distributed` (without it, ranks
+whose steps differ come to `SealFailed`); a failure is raised at the same step on every rank that
+has heard of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
@@ -24,11 +26,11 @@ from torch import distributed, nn
 from weightbus.bus.errors import SettingInvalid
 from weightbus.bus.settings import BusSettings
 from weightbus.producers.blocking import BlockingPublisher
-from weightbus.producers.errors import RankInvalid, VersionSkipped
+from weightbus.producers.errors import NotServed, RankInvalid, VersionSkipped
 from weightbus.producers.fused import Split
 from weightbus.producers.modules import Buffers, plan_module
 from weightbus.producers.publisher import PublisherOptions
-from weightbus.producers.shards import Part, Tensors, plan_part
+from weightbus.producers.shards import Cast, Part, Tensors, plan_part
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.progress import EngineState
@@ -51,8 +53,9 @@ class StepOptions:
 
     every: int = 1
     """After which steps: those that it divides."""
-    dtype: torch.dtype | None = None
-    """What floating point tensors are cast to while they are copied; None: to nothing."""
+    dtype: Cast | None = None
+    """What floating point tensors are cast to while they are copied, all or each by its name in the
+    checkpoint; None: to nothing."""
     buffers: Buffers = "persistent"
     """Of a module: those that its `state_dict` has, or none."""
     split_of: Callable[[nn.Module], Split | None] | None = None
@@ -69,6 +72,11 @@ class StepOptions:
     skipped, as `PublisherOptions.when_busy` may have it, never ends it."""
 
 
+def _own(newest: int) -> int:
+    """Of a rank that is alone, or has no collective to ask the others by."""
+    return newest
+
+
 class Pending(Protocol):
     """A version that is being published: `blocking.Publication`."""
 
@@ -78,9 +86,14 @@ class Pending(Protocol):
 class Publishing(Protocol):
     """What this module needs of a `BlockingPublisher`."""
 
+    @property
+    def model(self) -> str: ...
+
     def newest_version(self) -> int: ...
 
     def start(self, tensors: Part, version: int, metadata: Mapping[str, str]) -> Pending: ...
+
+    def give_up(self, version: int, reason: str) -> None: ...
 
     def wait_until_served(
         self, version: int, *, timeout_s: float, engines: int
@@ -109,8 +122,9 @@ def step_publisher(
     """Connect to the bus; what comes back is called after every step, as `on_step_end`.
 
     Called on every rank, once its weights are in place. `rank` and `world_size` are those of
-    `torch.distributed` if they are not given: of all ranks that hold a part of the model. Every
-    rank calls `on_step_end` for the same steps, also where it has nothing of its own to publish.
+    `torch.distributed` if they are not given: of all ranks that hold a part of the model. Where it
+    has as many ranks this is a collective: they agree on the version to go on from. Every rank
+    calls `on_step_end` for the same steps, also where it has nothing of its own to publish.
 
     Raises:
         RankInvalid: one of the two is missing, or there is no such rank, or this is one of several
@@ -135,16 +149,25 @@ def step_publisher(
         otlp=otlp,
         options=options,
     )
-    return StepPublisher(publisher, steps, rank=rank, world_size=world_size)
+    agree = _greatest if _is_group_of(world_size) else _own
+    return StepPublisher(publisher, steps, rank=rank, world_size=world_size, agree=agree)
 
 
 class StepPublisher:
     """What `step_publisher` makes. Called in the thread that trains; ended by `close` or `with`."""
 
     def __init__(
-        self, publisher: Publishing, steps: StepOptions, *, rank: int = 0, world_size: int = 1
+        self,
+        publisher: Publishing,
+        steps: StepOptions,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[int], int] = _own,
     ) -> None:
         """Takes over `publisher`, and asks it for the newest version.
+
+        `agree` makes of each rank's newest version one, the same on all ranks and no less.
 
         Raises:
             BusUnavailable, BusTimeout, RequestRefused: and closes it.
@@ -155,8 +178,10 @@ class StepPublisher:
         self._splits: WeakKeyDictionary[nn.Module, Split | None] = WeakKeyDictionary()
         self._planned: tuple[Sequence[object], Part] | None = None
         self._shift = 0
+        self._untold: WeightBusError | None = None
+        """Of a version before: the other ranks raise it at the next."""
         try:
-            self._newest = publisher.newest_version()
+            self._newest = agree(publisher.newest_version())
         except BaseException as error:
             publisher.__exit__(type(error), error, error.__traceback__)
             raise
@@ -190,7 +215,8 @@ class StepPublisher:
         version = self._next(step)
         metadata = {**self._steps.metadata, "step": str(step)}
         try:
-            pending = self._publisher.start(self._plan(model), version, metadata)
+            part = self._plan_or_give_up(model, version)
+            pending = self._publisher.start(part, version, metadata)
         except WeightBusError as error:
             self._judge(error, step, version)
             return None
@@ -204,11 +230,19 @@ class StepPublisher:
         it; one is enough, if the others wait for it.
 
         Raises:
-            NotServed: after `timeout_s`, which begins when the last version is announced.
-            What became of the last version, unless `on_error` is "warn".
+            NotServed: after `timeout_s`, which begins when the last version is announced; or the
+                last version has failed, which is its cause, unless `on_error` is "warn". That is
+                raised on this rank, too, at the next version.
             BusUnavailable, BusTimeout, RequestRefused
         """
-        self._settle()
+        try:
+            self._settle()
+        except WeightBusError as error:
+            self._untold = error
+            reason = f"step {self.last_step} was not published: {type(error).__name__}: {error}"
+            raise NotServed(
+                self._publisher.model, self._newest, {}, 0, engines, 0.0, reason
+            ) from error
         return self._publisher.wait_until_served(
             self._announced, timeout_s=timeout_s, engines=engines
         )
@@ -245,6 +279,15 @@ class StepPublisher:
                     raise
                 _logger.warning("the publisher did not end well: %s", ended)
 
+    def _plan_or_give_up(self, model: Stepped, version: int) -> Part:
+        """The other ranks may wait for this one's part by now."""
+        try:
+            return self._plan(model)
+        except Exception as error:
+            with suppress(WeightBusError):  # of two errors the first
+                self._publisher.give_up(version, f"{type(error).__name__}: {error}")
+            raise
+
     def _plan(self, model: Stepped) -> Part:
         if isinstance(model, Part):
             return model
@@ -275,8 +318,10 @@ class StepPublisher:
         )
 
     def _next(self, step: int) -> int:
-        """The same on every rank: each has asked for the newest version before the first of this
-        run could be sealed, and has counted them since.
+        """The same on every rank: they have agreed on the newest version, and have counted since.
+
+        A rank never asks again by itself, also where the version proves to be another publisher's:
+        that fails on all ranks.
         """
         if step + self._shift <= self._newest:
             self._shift = self._newest + 1 - step
@@ -296,6 +341,9 @@ class StepPublisher:
         The next could not be written sooner, and so every rank learns of a failure at the same
         step, before it begins a collective.
         """
+        if self._untold is not None:
+            error, self._untold = self._untold, None
+            raise error
         if self._pending is None:
             return
         step, version, pending = self._pending
@@ -328,6 +376,21 @@ class StepPublisher:
             error,
             self.failed,
         )
+
+
+def _greatest(newest: int) -> int:
+    """Of all ranks' newest versions: a collective, where the group's backend has its tensors."""
+    on_host = "cpu:" in distributed.get_backend_config()
+    place = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    greatest = torch.tensor([newest], dtype=torch.int64, device=place)
+    distributed.all_reduce(greatest, op=distributed.ReduceOp.MAX)
+    return int(greatest.item())
+
+
+def _is_group_of(world_size: int) -> bool:
+    if world_size == 1 or not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() == world_size
 
 
 def _memory_of(model: nn.Module) -> Sequence[object]:

@@ -151,6 +151,7 @@ _TRAINER: Final[tuple[Message, ...]] = (
         shard_digests="cd" * 32,
         error="rank 1 ran out of memory",
         created_ns=T0,
+        step="52",
     ),
     CheckpointRetired(
         model=MODEL, version=5, producer="trainer", reason="its slot is needed", active_readers=1

@@ -6,13 +6,14 @@ import anyio
 import pytest
 import torch
 
+from tests.integration.producers.reader import next_message
 from tests.integration.producers.test_ranks import open_ranks
 from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus
 from weightbus.producers.errors import SealFailed, VersionNotNew
-from weightbus.producers.publisher import Publisher, open_publisher
+from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import Shard
-from weightbus.schemas.checkpoint import CheckpointSkipped
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointSkipped
 
 pytestmark = pytest.mark.anyio
 
@@ -82,3 +83,25 @@ async def test_trainer_of_one_rank_says_why_when_it_gives_a_version_up(
         await give_up(publisher, version=7)
         (said,) = await skipped(bus, model)
     assert (said.version, said.cause, said.ranks) == (7, "failed", ())
+
+
+async def test_version_is_given_up_soon_when_one_before_is_waited_for(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    rows = torch.arange(4.0).reshape(2, 2)
+    options = PublisherOptions(seal_timeout_s=600, linger_s=0)
+
+    async def publish() -> None:
+        await ranks[0].publish([Shard("w", rows[:1], (2, 2), (0, 0))], 1)
+
+    async with open_ranks(nats_server, model, 2, options) as ranks:
+        async with (
+            bus.subscribe(CheckpointPart, model=model) as messages,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(publish)
+            await next_message(messages)
+            await give_up(ranks[0], version=2)
+            tasks.cancel_scope.cancel()
+        said = await skipped(bus, model)
+    assert (said[0].version, said[0].ranks) == (2, (1,))

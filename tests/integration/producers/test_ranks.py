@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import anyio.to_thread
@@ -16,8 +17,8 @@ from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.errors import ObjectMissing
 from weightbus.producers.errors import SealFailed, SlotBusy, TensorInvalid, VersionNotNew
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
-from weightbus.producers.shards import Shard, Tensors
-from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
+from weightbus.producers.shards import Delta, Part, Shard, Tensors, plan_part
+from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointSkipped
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.leases import ReaderLease
 
@@ -236,14 +237,109 @@ async def test_other_ranks_end_at_once_when_one_gives_up(
         assert all("slow (version 1)" in str(outcome) for outcome in outcomes), outcomes
 
 
-async def test_bad_input_is_refused_before_others_are_told(
-    nats_server: NatsServer, model: str
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("how", ["tensor", "prepare", "metadata", "newest"])
+async def test_other_ranks_end_at_once_when_one_has_nothing_to_publish(
+    nats_server: NatsServer, bus: Bus, model: str, bad: int, how: str
+) -> None:
+    outcomes: list[WeightBusError] = []
+
+    async def publish(rank: int) -> None:
+        held: Tensors | Part = held_by(rank, 2, 1)
+        metadata = {}
+        if rank == bad and how == "tensor":
+            held = {"w": torch.zeros(1, device="meta")}
+        if rank == bad and how == "prepare":
+            held = replace(plan_part(held_by(rank, 2, 1)), prepared=(Refusing(),))
+        if rank == bad and how == "metadata":
+            metadata = {"loss": "x" * 5000}
+        with pytest.raises(WeightBusError) as raised:
+            await ranks[rank].publish(held, 1, metadata)
+        outcomes.append(raised.value)
+
+    async with open_ranks(nats_server, model, 2, PublisherOptions(seal_timeout_s=600)) as ranks:
+        if how == "newest":
+            ready = CheckpointReady(model=model, version=1, producer="other", files=("/w",))
+            ranks[bad]._announcer.remember(ready)
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                for rank in range(2):
+                    tasks.start_soon(publish, rank)
+        assert any(f"rank {bad} gave up" in str(outcome) for outcome in outcomes), outcomes
+        again = await publish_all(ranks, [held_by(rank, 2, 2) for rank in range(2)], 2)
+    assert isinstance(again[1], CheckpointReady), again
+
+
+class Refusing(Delta):
+    def prepare(self) -> None:
+        raise TensorInvalid("w", "an adapter", "is of no known kind")
+
+    def add_to(self, source: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        raise AssertionError
+
+
+async def test_parts_of_different_steps_are_not_sealed(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    outcomes: dict[int, str] = {}
+
+    async def publish(rank: int, step: str, version: int) -> None:
+        try:
+            await ranks[rank].publish(held_by(rank, 2, 1), version, {"step": step} if step else {})
+            outcomes[rank] = "sealed"
+        except SealFailed as error:
+            outcomes[rank] = error.reason
+
+    async with open_ranks(nats_server, model, 2) as ranks:
+        for version, steps in enumerate([("53", "52"), ("53", ""), ("9" * 200, "9" * 200)]):
+            async with anyio.create_task_group() as tasks:
+                for rank, step in enumerate(steps):
+                    tasks.start_soon(publish, rank, step, version)
+            if version == 0:
+                assert any(
+                    reason
+                    in ("rank 1 is at step 52, rank 0 at 53", "rank 0 is at step 53, rank 1 at 52")
+                    for reason in outcomes.values()
+                ), outcomes
+                assert "sealed" not in outcomes.values()
+            else:
+                assert outcomes == {0: "sealed", 1: "sealed"}
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_rank_at_another_version_is_named_with_it(
+    nats_server: NatsServer, bus: Bus, model: str, late: int
+) -> None:
+    outcomes: dict[int, str] = {}
+
+    async def publish(rank: int, version: int) -> None:
+        with pytest.raises(SealFailed) as raised:
+            await ranks[rank].publish(held_by(rank, 2, 1), version)
+        outcomes[rank] = raised.value.reason
+
+    options = PublisherOptions(seal_timeout_s=3)
+    async with (
+        open_ranks(nats_server, model, 2, options) as ranks,
+        bus.subscribe(CheckpointPart, model=model) as messages,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(publish, 1 - late, 5 - (1 - late))
+        await next_message(messages)
+        tasks.start_soon(publish, late, 5 - late)
+    assert "rank 1 is at version 4" in outcomes[0], outcomes
+    assert "rank 0 is at version 5" in outcomes[1], outcomes
+
+
+async def test_ranks_are_told_before_the_bus_is(
+    nats_server: NatsServer, bus: Bus, model: str
 ) -> None:
     async with open_ranks(nats_server, model, 2) as ranks:
-        with pytest.raises(TensorInvalid):
-            await ranks[1].publish({"w": torch.zeros(1, device="meta")}, 1)
-        outcomes = await publish_all(ranks, [held_by(rank, 2, 1) for rank in range(2)], 1)
-        assert isinstance(outcomes[1], CheckpointReady)
+        with pytest.raises(WeightBusError):
+            await ranks[1].publish(held_by(1, 2, 1), 2, {"loss": "x" * 5000})
+        (part,) = [each async for each in bus.replay(CheckpointPart, model=model)]
+        (skipped,) = [each async for each in bus.replay(CheckpointSkipped, model=model)]
+    assert part.message.error
+    assert part.received_ns <= skipped.received_ns
 
 
 async def test_ranks_refuse_each_other_when_they_disagree_on_their_number(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from dataclasses import replace
 from typing import NoReturn
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from tests.unit.producers.fake_devices import FakeDevice
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable
-from weightbus.producers.devices import _mapped, try_kernels
+from weightbus.producers.devices import Devices, _mapped, try_kernels
 from weightbus.producers.digests import Sums
+from weightbus.producers.shards import Delta, plan_part
 from weightbus.schemas.layout import Layout
 
 CPU = torch.device("cpu")
@@ -81,3 +84,18 @@ def test_kernels_are_unavailable_when_the_device_fails() -> None:
     device.broken = True
     with pytest.raises(CudaUnavailable, match="ECC"):
         try_kernels(device, CPU)
+
+
+def test_trainer_stands_still_from_before_a_part_is_prepared() -> None:
+    prepared_s = []
+
+    class Adapter(Delta):
+        def prepare(self) -> None:
+            prepared_s.append(time.perf_counter())
+
+        def add_to(self, source: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+            return source[begin:end]
+
+    part = replace(plan_part({"w": torch.ones(2, 2)}), prepared=(Adapter(),))
+    handover = Devices().hand_over(part)
+    assert [handover.begun_s <= each_s for each_s in prepared_s] == [True]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -15,7 +18,13 @@ from torch import nn
 
 from weightbus.bus.errors import BusUnavailable, SettingInvalid
 from weightbus.bus.settings import BusSettings
-from weightbus.producers.errors import RankInvalid, SealFailed, TensorInvalid, VersionSkipped
+from weightbus.producers.errors import (
+    NotServed,
+    RankInvalid,
+    SealFailed,
+    TensorInvalid,
+    VersionSkipped,
+)
 from weightbus.producers.fused import Split, Window
 from weightbus.producers.integrations.hooks import StepOptions, StepPublisher, step_publisher
 from weightbus.producers.shards import Part
@@ -40,6 +49,8 @@ class FakePublication:
 class FakePublisher:
     """Keeps what it is given; `at_once` and `later` say which versions fail, and how."""
 
+    model = "m"
+
     def __init__(self, newest: int = -1) -> None:
         self.newest = newest
         self.started: dict[int, tuple[Part, Mapping[str, str]]] = {}
@@ -48,6 +59,7 @@ class FakePublisher:
         self.at_end: Exception | None = None
         self.ended_by: list[type[BaseException] | None] = []
         self.waited_for: list[tuple[int, float, int]] = []
+        self.given_up: list[tuple[int, str]] = []
 
     def newest_version(self) -> int:
         return self.newest
@@ -57,6 +69,9 @@ class FakePublisher:
             raise self.at_once[version]
         self.started[version] = tensors, metadata
         return FakePublication(version, self.later.get(version))
+
+    def give_up(self, version: int, reason: str) -> None:
+        self.given_up.append((version, reason))
 
     def wait_until_served(
         self, version: int, *, timeout_s: float, engines: int
@@ -241,9 +256,67 @@ def test_what_was_announced_last_is_waited_for_when_later_versions_were_not(
         on_step_end(net, step)
     on_step_end.wait_until_served(timeout_s=1)
     on_step_end(net, 11)
-    with pytest.raises(SealFailed):
+    with pytest.raises(NotServed, match="version 11 of m is not served: step 11 was not published"):
         on_step_end.wait_until_served(timeout_s=1)
     assert publisher.waited_for == [(7, 1, 1), (8, 2, 3), (9, 1, 1)]
+
+
+def test_failure_is_raised_at_the_next_version_also_where_it_was_waited_for(
+    publisher: FakePublisher, net: nn.Module
+) -> None:
+    publisher.later[1] = failure = SealFailed(1, "rank 1 gave up")
+    on_step_end = StepPublisher(publisher, StepOptions())
+    on_step_end(net, 1)
+    for _ in range(2):
+        with pytest.raises(NotServed) as raised:
+            on_step_end.wait_until_served(timeout_s=1)
+        assert raised.value.__cause__ is failure
+    with pytest.raises(SealFailed):
+        on_step_end(net, 2)
+    assert 2 not in publisher.started
+    assert on_step_end(net, 3) == 3
+    assert (on_step_end.failed, publisher.waited_for) == (1, [])
+
+
+def test_version_is_given_up_when_it_cannot_be_planned(publisher: FakePublisher) -> None:
+    on_step_end = StepPublisher(publisher, StepOptions(on_error="warn"))
+    assert on_step_end({"w": torch.zeros(3).to_sparse()}, 4) is None
+    ((version, reason),) = publisher.given_up
+    assert version == 4
+    assert reason.startswith("TensorInvalid: tensor w")
+
+
+@pytest.mark.parametrize("newest", [57, 58])
+def test_versions_go_on_from_what_the_ranks_agree_on(net: nn.Module, newest: int) -> None:
+    publisher = FakePublisher(newest)
+    on_step_end = StepPublisher(
+        publisher, StepOptions(), world_size=2, agree=lambda mine: max(mine, 58)
+    )
+    assert [on_step_end(net, step) for step in (50, 51)] == [59, 60]
+
+
+AGREE = """
+import sys
+from torch import distributed
+from weightbus.producers.integrations import hooks
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+assert [hooks._is_group_of(size) for size in (1, 2, 3)] == [False, True, False]
+print(hooks._greatest(57 + rank))
+distributed.destroy_process_group()
+"""
+
+
+def test_ranks_agree_on_the_newest_version_of_all(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREE, str(rank), str(tmp_path / "group")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["58", "58"]
 
 
 def test_publisher_ends_without_lingering_when_training_fails(
