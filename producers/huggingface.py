@@ -32,7 +32,8 @@ def split_of(model: torch.nn.Module) -> Split:
     seconds for a model of 70,000 experts: call it once.
 
     Raises:
-        TrainerInvalid: the model is none of transformers', or quantized.
+        TrainerInvalid: the model is none of transformers', or quantized, or its class cannot be
+            made of its config alone.
         TensorInvalid: the checkpoint's tensor is no box of a module's (rotary embeddings permuted,
             gate and up interleaved). From the result: a tensor has not the shape that the model's
             config gives it.
@@ -102,8 +103,14 @@ def _skeleton(pretrained: Any) -> Any:
     """The same model without data, adapters and FSDP: FSDP2's classes make those they stand for."""
     from transformers.initialization import no_init_weights
 
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
-        skeleton = type(pretrained)(copy.deepcopy(pretrained.config))
+    kind, config = type(pretrained), copy.deepcopy(pretrained.config)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
+            skeleton = kind(config)
+    except TypeError as error:
+        value = f"of type {kind.__qualname__}, which is not made of its config alone ({error})"
+        limit = "give split_of=lambda model: None if it has its checkpoint's names, or your own"
+        raise TrainerInvalid("the model", value, limit) from error
     skeleton._weight_conversions = _conversions(pretrained, skeleton)
     return skeleton
 

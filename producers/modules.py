@@ -113,7 +113,9 @@ def plan_module(
             each.reshard()  # after a forward pass it may show the gathered parameters
     entries = list(_distinct(_walk(module, "", buffers)))
     plain = [entry for entry in entries if entry.is_plain]
-    dtypes = [cast_dtype(e.name, e.tensor.dtype, dtype) for e in plain]
+    # A function is promised published names, which these are not: it is not asked.
+    uniform = dtype if isinstance(dtype, torch.dtype) else None
+    dtypes = [cast_dtype(e.name, e.tensor.dtype, uniform) for e in plain]
     sizes = [e.tensor.numel() * each.itemsize for e, each in zip(plain, dtypes, strict=True)]
     owners = {e.name: owner for e, owner in zip(plain, _deal(sizes, world_size), strict=True)}
     boxes, held = [], []

@@ -273,3 +273,14 @@ def test_model_is_refused_when_it_is_quantized() -> None:
     model.hf_quantizer = object()
     with pytest.raises(TrainerInvalid, match="quantized"):
         split_of(model)
+
+
+def test_model_is_refused_with_the_way_out_when_its_config_alone_does_not_make_it() -> None:
+    class Headed(type(tied())):  # type: ignore[misc]
+        def __init__(self, config: Any, labels: int) -> None:
+            super().__init__(config)
+            self.labels = labels
+
+    model = Headed(tied().config, 3)
+    with pytest.raises(TrainerInvalid, match=r"Headed.*'labels'.*split_of=lambda model: None"):
+        split_of(model)

@@ -174,7 +174,7 @@ def test_fused_tensors_are_cut_when_a_split_is_given() -> None:
         return [Window("gate", half, (0, 0), half), Window("up", half, (2, 0), half)]
 
     def cast(name: str) -> torch.dtype | None:
-        return torch.float64 if name == "up" else None
+        return {"gate": None, "up": torch.float64, "0.bias": None}[name]
 
     module = nn.Sequential(linear := nn.Linear(3, 4))
     parts = [
@@ -235,7 +235,7 @@ def assigned(module: nn.Module) -> None:
 
 
 def padded(module: nn.Module) -> None:
-    """As FSDP2 does to uneven shards at the first forward pass, before torch 2.7."""
+    """As FSDP2 does to uneven shards at the first forward pass, if torch is older."""
     weight: Any = module.get_parameter("0.weight")
     weight._local_tensor = weight._local_tensor.clone()
 
