@@ -158,7 +158,7 @@ CATALOGUE: Final = (
         stream="CHECKPOINTS",
         sender=TRAINER,
         receivers=(MONITOR,),
-        description="A version will not be published.",
+        description="A version will not be published; `CheckpointReady` of it takes that back.",
         encoding="json",
         message_id="{model}/{version}/{producer}/skipped",
     ),

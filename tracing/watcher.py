@@ -105,6 +105,8 @@ class Fleet:
         self._failures: dict[tuple[str, str, str], FailureView] = {}
         self._dead_letters: dict[DeadLetterView, None] = {}
         self._skipped: dict[tuple[str, str, int], SkippedView] = {}
+        self._came: dict[tuple[str, str, int], None] = {}
+        """The last versions that came, skipped before or not."""
         self._told_digests: dict[bytes, None] = {}
 
     @property
@@ -125,8 +127,7 @@ class Fleet:
             case CheckpointReady():
                 return self._feed_ready(message)
             case CheckpointSkipped():
-                key = (message.model, message.producer, message.version)
-                _keep(self._skipped, key, _skipped_view(message, received_ns), SKIPPED_KEPT)
+                return self._feed_skipped(message, received_ns)
             case Join():
                 return self._feed_join(message, received_ns)
             case RoundPlan():
@@ -181,9 +182,20 @@ class Fleet:
         return before != (known.status, known.version, known.target_version)
 
     def _feed_ready(self, ready: CheckpointReady) -> bool:
-        if ready.version <= self._newest.get(ready.model, -1):
+        """A version that was skipped and comes after all is skipped no longer."""
+        key = (ready.model, ready.producer, ready.version)
+        _keep(self._came, key, None, REPEATS_KNOWN)
+        came_after_all = self._skipped.pop(key, None) is not None
+        is_newest = ready.version > self._newest.get(ready.model, -1)
+        if is_newest:
+            self._newest[ready.model] = ready.version
+        return is_newest or came_after_all
+
+    def _feed_skipped(self, skipped: CheckpointSkipped, received_ns: int) -> bool:
+        key = (skipped.model, skipped.producer, skipped.version)
+        if key in self._came:
             return False
-        self._newest[ready.model] = ready.version
+        _keep(self._skipped, key, _skipped_view(skipped, received_ns), SKIPPED_KEPT)
         return True
 
     def _feed_join(self, join: Join, received_ns: int) -> bool:

@@ -221,6 +221,27 @@ def test_skipped_version_is_told_once_and_is_not_the_newest() -> None:
     assert view.newest == {MODEL: 7}
 
 
+def test_skipped_version_is_dropped_when_its_trainer_publishes_it_after_all() -> None:
+    fleet = fed(ready(7), skipped(8), skipped(9))
+    assert fleet.feed(ready(8), T0_NS)
+    assert [told.version for told in fleet.view(T0_NS).skipped] == [9]
+    assert not fleet.feed(skipped(8), T0_NS)
+    late = fed(ready(8), skipped(8))
+    assert late.view(T0_NS).skipped == ()
+
+
+def test_older_version_that_comes_after_all_is_news_and_not_the_newest() -> None:
+    fleet = fed(skipped(8), ready(9))
+    assert fleet.feed(ready(8), T0_NS)
+    assert (fleet.view(T0_NS).skipped, fleet.view(T0_NS).newest) == ((), {MODEL: 9})
+
+
+def test_version_of_one_trainer_leaves_what_another_skipped() -> None:
+    other = msgspec.structs.replace(ready(8), producer="other")
+    (told,) = view_of(skipped(8), other).skipped
+    assert (told.producer, told.version) == ("trainer", 8)
+
+
 def test_the_last_skipped_versions_are_kept_the_latest_first() -> None:
     view = view_of(*(skipped(version) for version in range(SKIPPED_KEPT + 4)))
     assert [told.version for told in view.skipped] == list(range(SKIPPED_KEPT + 3, 3, -1))
