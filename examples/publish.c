@@ -22,14 +22,13 @@ static void write_safetensors(const char *path, long long version) {
     const char *names[] = {"model.embed_tokens", "input_layernorm", "self_attn.q_proj",
         "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "model.norm", "lm_head"};
-    char header[4096] = "{", *end = header + 1;
+    char header[4096], *end = header;
     int bytes = 0;
     for (int i = 0, begin = 0; i < 12; i++, begin = bytes) {
-        int is_norm = strstr(names[i], "norm") != NULL;
-        bytes += is_norm ? 8 : 16;
-        end += sprintf(end, "%s\"%s%s.weight\":{\"dtype\":\"F32\",\"shape\":%s,", i ? "," : "",
-            0 < i && i < 10 ? "model.layers.0." : "", names[i], is_norm ? "[2]" : "[2,2]");
-        end += sprintf(end, "\"data_offsets\":[%d,%d]}", begin, bytes);
+        const char *in = 0 < i && i < 10 ? "model.layers.0." : "", *norm = strstr(names[i], "norm");
+        bytes += norm ? 8 : 16;
+        end += sprintf(end, "%c\"%s%s.weight\":{\"dtype\":\"F32\",\"shape\":[%s],\"data_offsets\":"
+            "[%d,%d]}", i ? ',' : '{', in, names[i], norm ? "2" : "2,2", begin, bytes);
     }
     *end++ = '}';
     FILE *file = fopen(path, "wb");
@@ -41,57 +40,49 @@ static void write_safetensors(const char *path, long long version) {
     must(!(ferror(file) | fclose(file)), path, "cannot be written");
 }
 
-static unsigned char out[65536], *next = out; /* MessagePack, as much of it as is needed */
-static void byte(int value) { *next++ = (unsigned char)value; }
+static char out[65536], *next = out; /* MessagePack, as much of it as is needed */
+static void put(int tag, long long value, int bytes) {
+    for (*next++ = (char)tag; bytes--;) *next++ = (char)(value >> 8 * bytes & 255);
+}
 static void text(const char *s) {
-    size_t n = strlen(s);
-    must(n <= 4096, s, "longer than 4096");
-    byte(0xda), byte(n >> 8), byte(n & 255), memcpy(next, s, n), next += n;
+    must(strlen(s) <= 4096, s, "longer than 4096");
+    put(0xda, strlen(s), 2), next = stpcpy(next, s);
 }
 
 int main(int count, char **args) {
-    const char *url = getenv("WEIGHTBUS_NATS_URL"), *heard[] = {"round.*.done", "update.*", "dead"};
+    const char *url = getenv("WEIGHTBUS_NATS_URL");
     must(count > 3 && url, "needed are", "WEIGHTBUS_NATS_URL, MODEL, VERSION and FILE");
     const char *model = args[1], *path = args[3];
     long long version = atoll(args[2]), wait_ms = (count > 4 ? atoll(args[4]) : 60) * 1000;
     write_safetensors(path, version);
-    byte(0x86); /* a map of 6 */
-    text("type"), text("CheckpointReady"), text("schema_version"), byte(1);
-    text("model"), text(model), text("producer"), text("c"), text("version"), byte(0xd3);
-    for (int i = 56; i >= 0; i -= 8) byte(version >> i & 255);
-    text("files"), byte(0x91), text(path); /* array of 1 */
+    put(0x87, 0, 0), text("type"), text("CheckpointReady"), text("schema_version"), put(1, 0, 0);
+    text("model"), text(model), text("producer"), text("c"), text("version"), put(0xd3, version, 8);
+    text("created_ns"), put(0xd3, nats_NowInNanoSeconds(), 8);
+    text("files"), put(0x91, 0, 0), text(path); /* an array of 1, in a map of 7 */
 
-    char subject[256], id[256], ours[512], mine[64], failed[1024] = "nobody has answered";
-    natsConnection *nc = NULL;
-    natsSubscription *answers[3];
-    natsMsg *message = NULL;
-    jsCtx *js = NULL;
-    jsPubAck *ack = NULL;
-    nats(natsConnection_ConnectTo(&nc, url), url);
-    for (int i = 0; i < 3; i++) { /* `weightbus` is the default prefix */
-        snprintf(subject, sizeof subject, "weightbus.%s.%s", model, heard[i]);
-        nats(natsConnection_SubscribeSync(&answers[i], nc, subject), subject);
-    }
-    snprintf(subject, sizeof subject, "weightbus.%s.checkpoint.ready", model);
+    natsConnection *nc; natsSubscription *answers; natsMsg *message; jsCtx *js; jsPubAck *ack;
+    char subject[256], id[256], ours[64], mine[64], failed[1024] = "nobody has answered";
+    jsPubOptions options = {.MsgId = id}; /* no Content-Type means MessagePack */
     snprintf(id, sizeof id, "%s/%lld/c", model, version);
+    snprintf(ours, sizeof ours, "\"payload_bytes\":%d,", (int)(next - out));
+    snprintf(mine, sizeof mine, "\"version\":%lld,", version);
+    nats(natsConnection_ConnectTo(&nc, url), url);
+    snprintf(subject, sizeof subject, "weightbus.%s.>", model); /* the default prefix, all of it */
+    nats(natsConnection_SubscribeSync(&answers, nc, subject), subject);
+    snprintf(subject, sizeof subject, "weightbus.%s.checkpoint.ready", model);
     nats(natsConnection_JetStream(&js, nc, NULL), "JetStream");
-    nats(natsMsg_Create(&message, subject, NULL, (char *)out, (int)(next - out)), "message");
-    nats(natsMsgHeader_Set(message, "Content-Type", "application/msgpack"), "header");
-    nats(natsMsgHeader_Set(message, "Nats-Msg-Id", id), "header");
-    nats(js_PublishMsg(&ack, js, message, NULL, NULL), "not stored");
+    nats(js_Publish(&ack, js, subject, out, (int)(next - out), &options, NULL), "not stored");
     must(!ack->Duplicate, "not stored: a duplicate", id);
 
-    snprintf(ours, sizeof ours, "\"subject\":\"%s\"", subject);
-    snprintf(mine, sizeof mine, "\"version\":%lld,", version);
-    for (int64_t late = nats_Now() + wait_ms; nats_Now() < late;)
-        for (int i = 0; i < 3; i++) {
-            if (natsSubscription_NextMsg(&message, answers[i], 20) != NATS_OK) continue;
-            const char *json = natsMsg_GetData(message); /* the library ends it with a 0 */
-            if (i == 0 && strstr(json, mine)) return puts(json), !strstr(json, "\"failed\":{}");
-            if (i == 1 && strstr(json, mine) && strstr(json, "\"UpdateFailed\""))
-                snprintf(failed, sizeof failed, "%s", json);
-            must(i != 2 || !strstr(json, ours), "dead letter", json);
-            natsMsg_Destroy(message);
-        }
-    must(0, "no round of this version was over in time", failed);
+    for (int64_t late = nats_Now() + wait_ms;; natsMsg_Destroy(message)) {
+        natsStatus status = natsSubscription_NextMsg(&message, answers, late - nats_Now());
+        must(status != NATS_TIMEOUT, "no round of this version was over in time", failed);
+        nats(status, "the connection is closed");
+        const char *json = natsMsg_GetData(message); /* the library ends it with a 0 */
+        must(!strstr(json, "\"DeadLetter\"") || !strstr(json, ours), "dead letter", json);
+        if (!strstr(json, mine)) continue;
+        if (strstr(json, "\"RoundComplete\"")) return puts(json), !strstr(json, "\"failed\":{}");
+        if (strstr(json, "\"UpdateFailed\"")) snprintf(failed, sizeof failed, "%s", json);
+        must(!strstr(json, "\"cause\":\"VersionNotNew\""), "not new", json);
+    }
 }

@@ -53,8 +53,11 @@ writeSafetensors(
   Object.fromEntries(names.map((name) => [`${name}.weight`, tensor(shapeOf(name))])),
 );
 
+const ready = { type: "CheckpointReady", schema_version: 1, model, version, producer: "node" };
+const body = JSON.stringify({ ...ready, created_ns: Date.now() * 1e6, files: [file] });
+const sent = Buffer.from(body).subarray(0, 1024).toString("base64"); // as a dead letter quotes it
+
 const nc = await connect({ servers, timeout: 5000 });
-const subject = `${at}.checkpoint.ready`;
 const round = new Promise((resolve, reject) => {
   let failed = `nobody has answered: is a consumer following ${model}?`;
   const refuse = (why) => reject(new Error(why));
@@ -62,10 +65,13 @@ const round = new Promise((resolve, reject) => {
     nc.subscribe(where, { callback: (error, m) => (error ? reject(error) : then(m.json())) });
   hear(`${at}.round.*.done`, (said) => said.version === version && resolve(said));
   hear(`${at}.update.*`, (said) => {
-    if (said.type === "UpdateFailed" && said.version === version) failed = said.reason;
+    if (said.type !== "UpdateFailed" || said.version !== version) return;
+    failed = said.reason;
+    if (said.cause === "VersionNotNew") refuse(`not new: ${failed}`);
   });
-  hear(`${at}.dead`, (said) => said.subject === subject && refuse(`dead letter: ${said.reason}`));
+  hear(`${at}.dead`, (said) => said.payload === sent && refuse(`dead letter: ${said.reason}`));
   const late = `no round of version ${version} was over within ${seconds} s`;
+  nc.closed().then((error) => refuse(`the connection is closed: ${error?.message ?? ""}`));
   setTimeout(() => refuse(`${late}: ${failed}`), 1000 * Number(seconds)).unref();
 });
 
@@ -73,9 +79,7 @@ const id = `${model}/${version}/node`;
 const told = headers();
 told.set("Content-Type", "application/json");
 told.set("Nats-Msg-Id", id);
-const ready = { type: "CheckpointReady", schema_version: 1, model, version, producer: "node" };
-const body = JSON.stringify({ ...ready, files: [file] });
-const stored = jetstream(nc).publish(subject, body, { headers: told });
+const stored = jetstream(nc).publish(`${at}.checkpoint.ready`, body, { headers: told });
 const isNew = stored.then((ack) => {
   if (ack.duplicate) throw new Error(`not stored: ${id} is a duplicate`);
 });

@@ -35,11 +35,23 @@ done
 header="{$header}"
 { le64 ${#header}; printf %s "$header"; printf %b "$data"; } >"$file"
 
+base64_begin() { # TEXT: base64 of its first kilobyte, whole groups of 3 bytes only
+    local digits=({A..Z} {a..z} {0..9} + /) i j byte group shift
+    for ((i = 0; i + 3 <= ${#1} && i < 1023; i += 3)); do
+        for ((group = 0, j = i; j < i + 3; j++)); do
+            printf -v byte %d "'${1:j:1}"
+            group=$((group << 8 | byte & 255))
+        done
+        for shift in 18 12 6 0; do printf %s "${digits[group >> shift & 63]}"; done
+    done
+}
+
 exec 3<>"/dev/tcp/${server%:*}/${server##*:}" || die "there is no bus at $server"
 IFS= read -r -t 5 -u 3 info && [[ $info == INFO* ]] || die "this is no NATS server: $server"
 quoted=${file//\\/\\\\} quoted=${quoted//\"/\\\"}
 body="{\"type\":\"CheckpointReady\",\"schema_version\":1,\"model\":\"$model\",\"version\":$version"
-body+=",\"producer\":\"shell\",\"files\":[\"$quoted\"]}"
+body+=",\"created_ns\":${EPOCHREALTIME/./}000,\"producer\":\"shell\",\"files\":[\"$quoted\"]}"
+sent=$(base64_begin "$body")
 head=$'NATS/1.0\r\nContent-Type: application/json\r\nNats-Msg-Id: '$model/$version/shell$'\r\n\r\n'
 inbox=_INBOX.publish-sh.$$.$RANDOM$RANDOM
 printf '%s\r\n' 'CONNECT {"verbose":false,"headers":true,"no_responders":true,"lang":"bash"}' \
@@ -64,8 +76,10 @@ while ((SECONDS < deadline)) && IFS= read -r -t $((deadline - SECONDS)) -u 3 lin
             echo "$text"
             [[ $text == *'"failed":{}'* ]]
             exit ;;
-        3) [[ $text != *'"UpdateFailed"'*"\"version\":$version,"* ]] || failed=$text ;;
-        4) [[ $text != *"\"subject\":\"$at.checkpoint.ready\""* ]] || die "dead letter: $text" ;;
+        3) [[ $text == *'"UpdateFailed"'*"\"version\":$version,"* ]] || continue
+            failed=$text
+            [[ $text != *'"cause":"VersionNotNew"'* ]] || die "not new: $text" ;;
+        4) [[ $text != *"\"payload\":\"$sent"* ]] || die "dead letter: $text" ;;
         esac ;;
     esac
 done

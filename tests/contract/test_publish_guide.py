@@ -72,6 +72,7 @@ def test_example_is_a_message_on_its_subject_with_its_id() -> None:
     ready = decode(document.encode(), CONTENT_TYPE_JSON, CheckpointReady)
     assert told["subject"] == subject_of(ready, "weightbus")
     assert told["Nats-Msg-Id"] == message_id_of(ready)
+    assert ready.created_ns > 0, "without it a version that is not new is passed over in silence"
 
 
 def test_example_of_a_header_is_one_of_a_file() -> None:

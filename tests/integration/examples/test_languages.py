@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import anyio
 import anyio.to_thread
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.bus.raw import raw_client
 from tests.integration.examples.languages import (
     CONFIG,
     LANGUAGES,
@@ -28,17 +30,21 @@ from tests.integration.examples.languages import (
     publish,
     tensors_of,
 )
+from tests.integration.examples.rude_server import rude_server
 from tests.nats_server import NatsServer
 from weightbus.bus.guard import guarded_command
 from weightbus.consumers.engines.torch.client import open_torch_client
 from weightbus.consumers.engines.torch.fingerprint import fingerprint
 from weightbus.consumers.engines.torch.models import build_model
+from weightbus.schemas import CONTENT_TYPE_JSON, DeadLetter, encode
 
 pytestmark = pytest.mark.anyio
 
 WAIT_S = 60
 SHORT_WAIT_S = 4
 """For what will not come; what tells why has come long before."""
+LETTERS_APART_S = 0.005
+"""Many, while a round goes on."""
 
 
 class Following(NamedTuple):
@@ -117,6 +123,28 @@ async def published(
     return await anyio.to_thread.run_sync(run)
 
 
+def waited_in_vain(ended: Published) -> bool:
+    """Whether the deadline passed."""
+    return "within" in ended.error or "in time" in ended.error
+
+
+async def publish_nonsense(url: str, model: str) -> None:
+    """As if another trainer sent what cannot be read, without end."""
+    nonsense = b'{"version":-1}'
+    letter = DeadLetter(
+        model=model,
+        subject=f"weightbus.{model}.checkpoint.ready",
+        reason="nonsense of another",
+        payload=nonsense,
+        payload_bytes=len(nonsense),
+    )
+    async with raw_client(url) as client:
+        while True:
+            await client.publish(f"weightbus.{model}.dead", encode(letter, CONTENT_TYPE_JSON))
+            await client.flush()
+            await anyio.sleep(LETTERS_APART_S)
+
+
 async def test_engine_holds_what_the_example_wrote_when_the_round_is_over(
     command: list[str], following: Following
 ) -> None:
@@ -159,6 +187,40 @@ async def test_example_fails_at_once_when_its_version_was_published_before(
     assert "duplicate" in ended.error
 
 
+async def test_example_fails_at_once_when_a_later_version_is_served(
+    command: list[str], following: Following
+) -> None:
+    older, newer = next(following.versions), next(following.versions)
+    assert (await published(command, following, newer)).exit_code == 0
+    ended = await published(command, following, older, SHORT_WAIT_S)
+    assert (ended.exit_code, ended.said) == (1, None)
+    assert "not new" in ended.error
+    assert f"version {older} is older than version {newer}, which is served" in ended.error
+    assert not waited_in_vain(ended)
+
+
+async def test_dead_letters_of_others_are_passed_over(
+    command: list[str], following: Following
+) -> None:
+    version = next(following.versions)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(publish_nonsense, following.url, following.model)
+        ended = await published(command, following, version)
+        tasks.cancel_scope.cancel()
+    assert (ended.exit_code, ended.error) == (0, "")
+
+
+async def test_example_fails_before_its_deadline_when_the_server_throws_it_out(
+    command: list[str], following: Following
+) -> None:
+    with rude_server() as url:
+        rude = following._replace(url=url)
+        ended = await published(command, rude, next(following.versions), WAIT_S)
+    assert (ended.exit_code, ended.said) == (1, None)
+    assert not waited_in_vain(ended)
+    assert ended.error.splitlines()[-1].startswith("publish")
+
+
 async def test_reason_of_the_engine_is_printed_when_the_file_lies_outside_its_roots(
     command: list[str], following: Following, tmp_path: Path
 ) -> None:
@@ -175,7 +237,7 @@ async def test_example_says_so_when_nobody_answers(
     alone = following._replace(model=f"{following.model}-none")
     ended = await published(command, alone, next(following.versions), SHORT_WAIT_S)
     assert (ended.exit_code, ended.said) == (1, None)
-    assert f"within {SHORT_WAIT_S} s" in ended.error or "in time" in ended.error
+    assert waited_in_vain(ended)
     assert "nobody has answered" in ended.error
 
 
