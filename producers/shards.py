@@ -216,6 +216,9 @@ def cast_dtype(name: str, source: torch.dtype, dtype: Cast | None) -> torch.dtyp
     Raises:
         TensorInvalid: nothing is cast to `dtype`.
     """
+    if not (dtype is None or isinstance(dtype, torch.dtype) or callable(dtype)):
+        limit = "must be a torch.dtype, or a function of the name that returns one or None"
+        raise TensorInvalid(name, f"to be cast to {dtype!r}", limit)
     target = dtype if dtype is None or isinstance(dtype, torch.dtype) else dtype(name)
     if target is None or target == source:
         return source
@@ -247,6 +250,9 @@ def _boxes(tensors: Tensors) -> Iterator[Box]:
         for name, tensor in tensors.items():
             yield box_of_tensor(name, tensor)
         return
+    if isinstance(tensors, torch.nn.Module):
+        limit = "must be a state dict, Shards or a Part: plan_module makes one of a module"
+        raise TensorInvalid("to publish", _type_of(tensors), limit)
     for number, shard in enumerate(tensors):
         if not isinstance(shard, Shard):
             raise TensorInvalid(f"number {number}", _type_of(shard), "must be a Shard")

@@ -334,3 +334,13 @@ def test_part_holds_the_old_memory_when_a_parameter_has_got_another() -> None:
     model.weight.data = torch.full((2, 2), 2.0)
     assert not torch.equal(part.sources[0], model.weight)
     assert torch.equal(plan_part(model.state_dict()).sources[0], model.weight)
+
+
+def test_module_is_refused_with_the_way_to_plan_it() -> None:
+    with pytest.raises(TensorInvalid, match="plan_module makes one of a module"):
+        plan_part(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_cast_to_no_dtype_is_refused() -> None:
+    with pytest.raises(TensorInvalid, match=r"to be cast to 'bf16': must be a torch\.dtype"):
+        plan_part({"w": torch.zeros(2)}, dtype="bf16")  # type: ignore[arg-type]
