@@ -123,6 +123,12 @@ class BlockingPublisher:
             self._stack = self._stack.pop_all()
         self._open = True
         atexit.register(self._abandon)
+        if settings.url is None:
+            _logger.warning(
+                "no URL of a bus is given (WEIGHTBUS_NATS_URL): this one is private to this "
+                "process, and engines join it by %s",
+                self.url,
+            )
 
     def newest_version(self) -> int:
         """As `Publisher.newest_version`."""

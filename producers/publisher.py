@@ -112,8 +112,13 @@ async def open_publisher(
         try:
             yield publisher
             await publisher._linger()
-        finally:
-            await publisher._close()
+        except BaseException:
+            try:
+                await publisher._close()
+            except WeightBusError as error:  # of two errors the first
+                _logger.warning("the publisher of %s did not end well: %s", model, error)
+            raise
+        await publisher._close()
 
 
 class Publisher:
@@ -438,9 +443,14 @@ class Publisher:
         if background.cancelled_caught:
             return
         timeout_s = self._options.linger_s
-        with suppress(NotServed), anyio.move_on_after(timeout_s):
+        with anyio.move_on_after(timeout_s + CLOSE_GRACE_S if timeout_s > 0 else 0):
             newest = await self._announcer.newest()
-            await wait_until_served(self._bus, self._model, newest, engines=0, timeout_s=timeout_s)
+            try:
+                await wait_until_served(
+                    self._bus, self._model, newest, engines=0, timeout_s=timeout_s
+                )
+            except NotServed as error:
+                _logger.warning("at the end of its publisher: %s", error)
 
     async def _close(self) -> None:
         self._closed = True

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.integration.producers.reader import (
     next_message,
     read_checkpoint,
 )
+from tests.nats_server import NatsServer
 from weightbus.bus.connection import Bus
 from weightbus.bus.digest import digest_tensor
 from weightbus.bus.errors import ObjectMissing, SharedMemoryFull
@@ -357,6 +359,32 @@ async def test_close_lingers_until_engines_serve_the_newest_version(bus: Bus, mo
             await publisher.publish(weights(1), 1)
             tasks.start_soon(bus.presence.put, state(1))
         assert (await next_message(messages)).message.version == 1
+
+
+async def test_engines_that_are_behind_at_the_end_are_named(
+    bus: Bus, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = EngineState(
+        model=model, engine="slow", consumer="c", host_id="h", status="serving", version=0
+    )
+    await bus.presence.put(state)
+    async with open_publisher(bus, model, options=PublisherOptions(linger_s=0.2)) as publisher:
+        await publisher.publish(weights(1), 1)
+    assert "slow" in caplog.text
+
+
+async def test_trainer_s_own_error_is_the_one_that_is_raised_when_the_bus_is_gone_too(
+    bus: Bus, nats_server: NatsServer, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def train() -> None:
+        async with open_publisher(bus, model, options=QUICK) as publisher:
+            await publisher.publish(weights(1), 1)
+            await anyio.to_thread.run_sync(nats_server.kill)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await train()
+    assert "did not end well" in caplog.text
 
 
 async def test_event_carries_the_trace_when_it_is_published(bus: Bus, model: str) -> None:
