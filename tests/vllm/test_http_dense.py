@@ -43,18 +43,20 @@ async def test_ten_versions_are_as_in_fresh_engines_when_the_command_follows(
 async def test_request_goes_on_when_an_update_comes_while_it_generates(
     server: Server, world: World, oracle: Oracle, short_path: Path
 ) -> None:
-    async with follow(world, server, short_path / "engine"):
+    async with follow(world, server, short_path / "engine") as engine:
         await world.publish(tensors_of("qwen3", 21), 21)
         await world.completes(21)
         old = await server.complete(LONG_PROMPT, LONG)
-        tensors = tensors_of("qwen3", 22)
+        pause = engine.hold("before_pause")
+        await world.publish(tensors_of("qwen3", 22), 22)
+        await pause.reached.wait()
         tokens: list[int] = []
         async with server.stream(LONG_PROMPT, LONG) as pieces:
             async for piece in pieces:
                 before = len(tokens) < FIRST_TOKENS
                 tokens += piece
                 if before and len(tokens) >= FIRST_TOKENS:
-                    await world.publish(tensors, 22)
+                    pause.release()
                     await world.completes(22)
         assert len(tokens) == LONG, "it must end, and not before its time"
         assert tokens[:FIRST_TOKENS] == old[:FIRST_TOKENS], "it began with the old weights"

@@ -235,7 +235,8 @@ class VllmControl(ABC):
                 what overtakes it. One that has not come within the budget will not.
         """
         end = anyio.current_time() + deadline_s
-        came = False
+        came: bool | None = None
+        """Not known yet."""
         while left_s(end) > _TAKE_BACK_POLL_S:
             try:
                 if await self.is_paused(left_s(end)):
@@ -245,10 +246,14 @@ class VllmControl(ABC):
                     await self.resume(left_s(end))
                 elif came or not may_come:
                     return
+                else:
+                    came = False
+            except DeadlineExceeded:
+                break
             except EngineUnavailable as error:  # one answer that failed is not the last
                 _logger.warning("a pause is taken back: %s", error)
             await anyio.sleep(_TAKE_BACK_POLL_S)
-        if not came:
+        if came is False:
             return
         raise DeadlineExceeded(f"taking back a pause of {self.name}", deadline_s)
 
