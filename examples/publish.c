@@ -5,6 +5,7 @@
  *   WEIGHTBUS_NATS_URL=nats://HOST:PORT ./publish MODEL VERSION /ABSOLUTE/FILE [SECONDS]
  *
  * Consumers read below their `--root` only. Contract: docs/publish-from-any-language.md. */
+#include <errno.h>
 #include <nats/nats.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,7 +54,10 @@ int main(int count, char **args) {
     const char *url = getenv("WEIGHTBUS_NATS_URL");
     must(count > 3 && url, "needed are", "WEIGHTBUS_NATS_URL, MODEL, VERSION and FILE");
     const char *model = args[1], *path = args[3];
-    long long version = atoll(args[2]), wait_ms = (count > 4 ? atoll(args[4]) : 60) * 1000;
+    char *rest;
+    long long version = strtoll(args[2], &rest, 10);
+    must(!errno && *args[2] && !*rest, args[2], "is no version");
+    long long wait_ms = (count > 4 ? atoll(args[4]) : 60) * 1000;
     write_safetensors(path, version);
     put(0x87, 0, 0), text("type"), text("CheckpointReady"), text("schema_version"), put(1, 0, 0);
     text("model"), text(model), text("producer"), text("c"), text("version"), put(0xd3, version, 8);

@@ -18,6 +18,7 @@ const [model, number, file, seconds = "60"] = process.argv.slice(2);
 const servers = process.env.WEIGHTBUS_NATS_URL;
 if (!file || !servers) throw new Error("WEIGHTBUS_NATS_URL, MODEL, VERSION and FILE are needed");
 const version = Number(number);
+if (!/^-?\d+$/.test(number) || !Number.isSafeInteger(version)) throw new Error(`${number}: is no version`);
 const at = `weightbus.${model}`; // the default prefix, and the model
 
 /** A safetensors file: 8 bytes length of the header, the header, the tensors back to back. */

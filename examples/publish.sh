@@ -12,6 +12,7 @@ die() { echo "publish.sh: $*" >&2; exit 1; }
 
 [ $# -ge 3 ] || die "usage: publish.sh MODEL VERSION /ABSOLUTE/FILE [SECONDS]"
 model=$1 version=$2 file=$3 wait_s=${4:-60}
+[[ $version =~ ^-?[0-9]{1,18}$ ]] || die "$version: is no version"
 server=${WEIGHTBUS_NATS_URL:?what weightbus serve printed} && server=${server#nats://}
 at=weightbus.$model # the default prefix, and the model
 

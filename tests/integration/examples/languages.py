@@ -92,7 +92,7 @@ class Published:
 
 
 def publish(
-    command: Sequence[str], url: str, model: str, version: int, file: Path, wait_s: int
+    command: Sequence[str], url: str, model: str, version: int | str, file: Path, wait_s: int
 ) -> Published:
     """Run the example to its end. Blocking."""
     done = subprocess.run(

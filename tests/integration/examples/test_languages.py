@@ -231,6 +231,18 @@ async def test_reason_of_the_engine_is_printed_when_the_file_lies_outside_its_ro
     assert f"must lie below an allowed root: {following.root}" in ended.error
 
 
+@pytest.mark.parametrize("version", ["abc", "1.5", "99999999999999999999"])
+async def test_example_refuses_a_version_that_is_none(
+    version: str, command: list[str], following: Following
+) -> None:
+    file = following.root / "none.safetensors"
+    run = partial(publish, command, following.url, following.model, version, file, WAIT_S)
+    ended = await anyio.to_thread.run_sync(run)
+    assert (ended.exit_code, ended.said) == (1, None)
+    assert f"{version}: is no version" in ended.error
+    assert not file.exists()
+
+
 async def test_example_says_so_when_nobody_answers(
     command: list[str], following: Following
 ) -> None:
