@@ -5,7 +5,8 @@
 - The newest goes first, and what fails is tried again after a pause that grows. A version that
   cannot be used at all (`permanent_causes`) is left alone. While the engine serves, so is one that
   failed `max_attempts` times, or for a cause of `serving_causes`. An engine that is down gives up
-  nothing else: it goes round the versions that can be had, newest first.
+  nothing else: it goes round the versions that can be had, newest first. What failed because there
+  was no engine (`absence_causes`) counts for no version.
 - What is retired cannot be had, until it is published again: then it is new in every respect. The
   two are told apart by `created_ns` of the trainer's clock; only that it grows is relied on.
 """
@@ -34,6 +35,8 @@ class Candidate:
     received_ns: int
     trace_id: str
     failures: int = 0
+    absences: int = 0
+    """Of these failures, those for want of an engine."""
     cause: str = ""
     """Why it failed last: the name of the error class."""
     not_before_ns: int = 0
@@ -42,6 +45,11 @@ class Candidate:
     @property
     def version(self) -> int:
         return self.ready.version
+
+    @property
+    def attempts(self) -> int:
+        """That went wrong with an engine there."""
+        return self.failures - self.absences
 
     def comes_from(self, producer: str) -> bool:
         """Whether it is a version of this producer; empty: of any."""
@@ -102,10 +110,11 @@ class Versions:
         while len(self._retired) > MAX_RETIRED:
             del self._retired[min(self._retired)]
 
-    def fail(self, candidate: Candidate, cause: str, now_ns: int) -> None:
-        """An attempt failed."""
+    def fail(self, candidate: Candidate, cause: str, now_ns: int, *, prepared: bool = True) -> None:
+        """An attempt failed, before the engine was prepared for it or later."""
         config = self._config
         candidate.failures += 1
+        candidate.absences += not prepared and cause in config.absence_causes
         candidate.cause = cause
         pause_s = min(config.backoff_s * 2 ** (candidate.failures - 1), config.backoff_max_s)
         candidate.not_before_ns = now_ns + round(pause_s * NS_PER_S)
@@ -115,7 +124,8 @@ class Versions:
         self._known = {v: known for v, known in self._known.items() if v >= version}
         if version in self._known:
             served = self._known[version]
-            served.failures, served.cause, served.not_before_ns = 0, "", 0
+            served.failures, served.absences = 0, 0
+            served.cause, served.not_before_ns = "", 0
 
     def best(self, floor: int, *, touched: bool) -> Candidate | None:
         """The version to go for, now or at its `not_before_ns`.
@@ -133,7 +143,7 @@ class Versions:
         ]
         return min(
             worth,
-            key=lambda known: (known.failures // in_turn if down else 0, -known.version),
+            key=lambda known: (known.attempts // in_turn if down else 0, -known.version),
             default=None,
         )
 
@@ -143,6 +153,6 @@ class Versions:
         if candidate.cause in config.permanent_causes:
             return False
         given_up = (
-            candidate.cause in config.serving_causes or candidate.failures >= config.max_attempts
+            candidate.cause in config.serving_causes or candidate.attempts >= config.max_attempts
         )
         return down or not given_up

@@ -136,6 +136,24 @@ def test_failure_of_an_earlier_publication_does_not_count_when_it_is_published_a
     assert best(book, 4) == 5
 
 
+def test_no_version_is_given_up_when_it_failed_for_want_of_an_engine() -> None:
+    book = known(4, 5)
+    for _ in range(20):
+        found = book.best(3, touched=True)
+        assert found is not None
+        assert found.version == 5
+        book.fail(found, "EngineUnavailable", 0, prepared=False)
+    book.serve(4)
+    assert best(book, 4) == 5
+
+
+def test_version_is_given_up_when_the_engine_is_lost_with_it_again_and_again() -> None:
+    book = known(5)
+    while (found := book.best(4, touched=False)) is not None:
+        book.fail(found, "EngineUnavailable", 0)
+    assert best(book, 4) is None
+
+
 def test_older_versions_are_forgotten_when_a_version_is_served() -> None:
     book = known(4, 5, 6)
     fail(book, 3, touched=False)
