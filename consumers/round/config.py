@@ -57,7 +57,7 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     """Errors for which a version is never tried again."""
     serving_causes: frozenset[str] = SERVING_CAUSES
     """Errors for which a version is not tried again while the engine serves another."""
-    absence_causes: frozenset[str] = frozenset({"EngineUnavailable"})
+    absence_causes: frozenset[str] = frozenset({"EngineUnavailable", "HttpRefused"})
     """Errors by which there is no engine that a version could be prepared in."""
     peer_causes: frozenset[str] = frozenset({"PeerLost"})
     """Errors by which a transfer says that another member of its group failed: the next plan is

@@ -219,7 +219,7 @@ class Steps:
     def _report_failure(self, cause: str, reason: str, stage: Stage | None) -> None:
         """The attempt has failed: say so, and see what is next."""
         work, now_ns = self._in_hand(), self._effects.now_ns
-        self._versions.fail(work.candidate, cause, now_ns, prepared=work.prepared)
+        self._versions.fail(work.candidate, cause, now_ns, prepared=stage != "negotiate")
         self._effects.send(
             work.failed(
                 cause,
