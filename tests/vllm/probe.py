@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +71,17 @@ class Probe:
         """What it has proposed since this was asked last: of each step, for each request."""
         drafts, self.probe_drafts = self.probe_drafts, []
         return drafts
+
+    def probe_slow_down(self, step_s: str) -> None:
+        """From now on every step takes at least this long, however fast the machine is."""
+        runner = self.model_runner
+        execute = runner.execute_model
+
+        def slowed(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(float(step_s))
+            return execute(*args, **kwargs)
+
+        runner.execute_model = slowed
 
     def probe_pid(self) -> list[int]:
         return [os.getpid()]

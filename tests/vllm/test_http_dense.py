@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vllm.checkpoints import LENGTH, tensors_of
+from tests.vllm.checkpoints import tensors_of
 from tests.vllm.consumers import consume_command, follow
 from tests.vllm.engines import OverHttp, check_versions, is_fresh_at, is_unchanged
 from tests.vllm.oracle import Oracle
@@ -19,7 +19,9 @@ from tests.vllm.trainer import World
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1800)]
 
 LONG_PROMPT = (11, 12, 13, 14, 15)
-LONG = LENGTH - 200
+LONG = 200
+STEP_S = "0.03"
+"""How long a token takes at least: an update comes while a request generates, on any machine."""
 FIRST_TOKENS = 20
 BROKEN = "model.layers.1.self_attn.o_proj.weight"
 
@@ -47,6 +49,7 @@ async def test_request_goes_on_when_an_update_comes_while_it_generates(
         await world.publish(tensors_of("qwen3", 21), 21)
         await world.completes(21)
         old = await server.complete(LONG_PROMPT, LONG)
+        await server.call("probe_slow_down", STEP_S)
         pause = engine.hold("before_pause")
         await world.publish(tensors_of("qwen3", 22), 22)
         await pause.reached.wait()
