@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from weightbus.schemas.base import (
     SCHEMA_VERSION,
+    BucketTiming,
     Message,
     RouteName,
     Stage,
@@ -71,6 +72,7 @@ from weightbus.schemas.progress import (
     DeadLetter,
     EngineState,
     EngineStatus,
+    FirstToken,
     StageComplete,
     UpdateComplete,
     UpdateFailed,
@@ -176,6 +178,7 @@ __all__ = (
     "Attached",
     "bucket_name",
     "BucketEntry",
+    "BucketTiming",
     "Budgets",
     "Cell",
     "check_layout",
@@ -214,6 +217,7 @@ __all__ = (
     "Failed",
     "Feed",
     "FileSegment",
+    "FirstToken",
     "Fill",
     "Group",
     "InPlace",

@@ -13,6 +13,9 @@ from msgspec import Meta, Struct
 
 __all__ = (
     "SCHEMA_VERSION",
+    "BucketTiming",
+    "BucketTimings",
+    "ClockResidual",
     "Count",
     "Digest64",
     "DtypeName",
@@ -78,6 +81,22 @@ RouteName = Literal["local", "broadcast", "p2p"]
 
 Stage = Literal["negotiate", "fetch", "h2d", "broadcast", "reload", "commit"]
 """A timed part of an update. `publish` has a span of its own on the trainer's side."""
+
+
+ClockResidual = Nanoseconds | None
+"""By how much times that were put on the bus's clock may be off; None: they are by the sender's."""
+
+
+class BucketTiming(Struct, frozen=True, array_like=True, gc=False):
+    """One bucket of a stage that streams."""
+
+    start_ns: Nanoseconds
+    end_ns: Nanoseconds
+    bytes: SizeBytes = 0
+
+
+BucketTimings = Annotated[tuple[BucketTiming, ...], Meta(max_length=4096)]
+"""In the order of their starts; empty if there was one bucket only, or more than fit."""
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", tag=True):

@@ -26,6 +26,7 @@ from weightbus.schemas.leases import ReaderLease, RoundLease
 from weightbus.schemas.progress import (
     DeadLetter,
     EngineState,
+    FirstToken,
     StageComplete,
     UpdateComplete,
     UpdateFailed,
@@ -251,6 +252,15 @@ CATALOGUE: Final = (
         sender=CONSUMER,
         receivers=(LEADER, TRAINER, MONITOR),
         description="An engine did not reach a version.",
+        encoding="json",
+    ),
+    Entry(
+        message=FirstToken,
+        subject="{p}.{model}.update.{engine}.first_token",
+        stream="PROGRESS",
+        sender=CONSUMER,
+        receivers=(MONITOR,),
+        description="An engine has made its first token with a version.",
         encoding="json",
     ),
     Entry(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from weightbus.schemas.base import (
+    ClockResidual,
     Count,
     Digest64,
     Message,
@@ -66,6 +67,8 @@ class CheckpointReady(Message, frozen=True, kw_only=True):
     """Object with the digest of every tensor, in layout order, 8 bytes each, little endian."""
     created_ns: Nanoseconds = 0
     """When it was published."""
+    clock_residual_ns: ClockResidual = None
+    """By how much `created_ns`, put on the bus's clock, may be off; None: it is by the sender's."""
     valid_until_ns: Nanoseconds = 0
     """When the placement stops being readable by itself; 0: until `CheckpointRetired`."""
     metadata: Metadata = {}

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from weightbus.schemas.base import (
+    BucketTimings,
+    ClockResidual,
     Count,
     Digest64,
     Message,
@@ -29,6 +31,7 @@ __all__ = (
     "DeadLetter",
     "EngineState",
     "EngineStatus",
+    "FirstToken",
     "StageComplete",
     "UpdateComplete",
     "UpdateFailed",
@@ -59,6 +62,8 @@ class StageComplete(Message, frozen=True, kw_only=True):
     """None: a stage of the whole engine (`negotiate`, `commit`)."""
     route: RouteName | None = None
     bytes: SizeBytes = 0
+    buckets: BucketTimings = ()
+    """Its parts, if it streamed: they overlap those of the other stages."""
     start_ns: Nanoseconds
     end_ns: Nanoseconds
     ok: bool = True
@@ -97,6 +102,8 @@ class UpdateComplete(Message, frozen=True, kw_only=True):
     """Why the engine's own loader was taken, if it was."""
     trace_id: TraceId = ""
     """Of the trace that tells it all; empty: none."""
+    clock_residual_ns: ClockResidual = None
+    """By how much its times, put on the bus's clock, may be off; None: they are by the sender's."""
 
 
 class UpdateFailed(Message, frozen=True, kw_only=True):
@@ -122,6 +129,32 @@ class UpdateFailed(Message, frozen=True, kw_only=True):
     """When the update was given up."""
     trace_id: TraceId = ""
     """Of the trace that tells it all; empty: none."""
+    clock_residual_ns: ClockResidual = None
+    """By how much its times, put on the bus's clock, may be off; None: they are by the sender's."""
+
+
+class FirstToken(Message, frozen=True, kw_only=True):
+    """An engine has made its first token with a version: the end of what a trainer waits for.
+
+    Said once for each version, and only if somebody asked the engine for tokens soon after.
+    """
+
+    model: Token
+    version: Version
+    round: Token
+    engine: Token
+    start_ns: Nanoseconds
+    """When the engine served again: `end_ns` of `UpdateComplete`."""
+    end_ns: Nanoseconds
+    """When the token was there."""
+    resolution_ns: Nanoseconds = 0
+    """It was there at most so long before `end_ns`: engines that are asked again and again."""
+    trace_id: TraceId = ""
+    """Of the trace that tells it all; empty: none."""
+    span_id: SpanId = ""
+    """Of this token's span."""
+    parent_span_id: SpanId = ""
+    """Of the update's."""
 
 
 class EngineState(Message, frozen=True, kw_only=True):

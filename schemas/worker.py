@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from weightbus.schemas.base import (
     INT64_MAX,
+    BucketTimings,
     Count,
     Message,
     Nanoseconds,
@@ -100,6 +101,7 @@ class StageTiming(Struct, frozen=True, array_like=True):
     start_ns: Nanoseconds
     end_ns: Nanoseconds
     bytes: SizeBytes = 0
+    buckets: BucketTimings = ()
 
 
 class Describe(WorkerMessage, frozen=True, kw_only=True):
