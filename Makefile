@@ -37,7 +37,7 @@ demo-fsdp: $(VENV)/.demo ## Train with FSDP2 on two ranks, each version proven i
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/fsdp_trainer.py
 
 test: $(VENV)/.dev ## Run all tests
-	@.ci/libraries p2p network languages
+	@.ci/libraries p2p network languages browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 $(VLLM_VENV)/.vllm: pyproject.toml constraints-vllm.txt .ci/vllm
