@@ -89,6 +89,11 @@ class Bus:
         self.round_leases = RoundLeases(bucket("rounds", RoundLease), settings.request_timeout_s)
         self.reader_leases = ReaderLeases(bucket("readers", ReaderLease))
 
+    @property
+    def is_connected(self) -> bool:
+        """False while a lost connection is waited for, and once it is lost for good."""
+        return self._link.is_up
+
     async def publish(
         self,
         message: Message,

@@ -113,6 +113,11 @@ class Link:
         """How many there have been; another number than before means another connection."""
         return self._connections
 
+    @property
+    def is_up(self) -> bool:
+        """Connected now, as far as we know."""
+        return self._up.is_set() and self._failure is None
+
     async def request(
         self,
         subject: str,
