@@ -52,6 +52,7 @@ from weightbus.consumers.reload.tracer import Trace, trace_needs, whole_needs
 from weightbus.consumers.transfer.gpu import OpenCuda, gpu_of
 from weightbus.consumers.transfer.lanes import Lanes
 from weightbus.consumers.transfer.segments import OpenSegment
+from weightbus.schemas.base import BucketTimings
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Needs
 from weightbus.schemas.worker import Cell
@@ -76,6 +77,8 @@ class Outcome:
     """Parameters loaded by the engine."""
     reason: str = ""
     """Why the engine's own loader was taken, if it was."""
+    buckets: BucketTimings = ()
+    """Of what was streamed; see `Streamed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +254,7 @@ class Reloader:
             digests=streamed.digests,
             source_bytes=streamed.source_bytes,
             direct=len(split.proof.direct),
+            buckets=streamed.buckets,
         )
 
     def can_stream(self) -> bool:

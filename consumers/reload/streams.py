@@ -13,6 +13,7 @@ bucket is said to be done with; no byte of an undecided parameter is changed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ from weightbus.consumers.reload.executor import Executor, Sums, make_executor
 from weightbus.consumers.reload.shards import ShardIndex
 from weightbus.consumers.reload.threads import Threads
 from weightbus.consumers.transfer.lanes import Lanes
+from weightbus.consumers.transfer.timing import Timing
+from weightbus.schemas.base import BucketTimings
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.needs import Copy, Needs
 from weightbus.schemas.worker import Cell
@@ -78,6 +81,9 @@ class Streamed:
     digests: Sums
     """Of every cell."""
     source_bytes: int
+    buckets: BucketTimings = ()
+    """From when each was there until it was done with; empty on a GPU, where nothing is timed but
+    the whole."""
 
 
 def plan_stream(
@@ -168,10 +174,13 @@ def move_stream(
         *memory,
     )
     digests = np.zeros(plan.cells, dtype=np.uint64)
-    source_bytes = 0
+    timing = Timing() if plan.executor.device.type == "cpu" else None
+    source_bytes = start_ns = 0
     for bucket, step in enumerate(plan.steps):
         lanes.wait_filled(bucket)
         deadline.check()
+        if timing is not None:
+            start_ns = time.time_ns()
         if step.undecided is not None:
             _check_unchanged(plan, replace(bound, plan=step.undecided))
         if not bucket:
@@ -181,10 +190,12 @@ def move_stream(
         lanes.done(bucket)
         np.add.at(digests, plan.origins[list(step.cells)], sums)
         source_bytes += here.plan.source_bytes
+        if timing is not None:
+            timing.add(start_ns, here.plan.source_bytes)
     if not plan.steps:
         begin()
     plan.executor.move(replace(bound, plan=plan.fills))
-    return Streamed(digests, source_bytes)
+    return Streamed(digests, source_bytes, timing.buckets if timing is not None else ())
 
 
 def _check_unchanged(plan: StreamPlan, bound: BoundTiles) -> None:

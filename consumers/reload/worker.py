@@ -297,7 +297,9 @@ class ReloadWorker:
             cell_digests=outcome.digests.astype("<u8").tobytes(),
             stages=(
                 *filled,
-                StageTiming("reload", start_ns, time.time_ns(), outcome.source_bytes),
+                StageTiming(
+                    "reload", start_ns, time.time_ns(), outcome.source_bytes, outcome.buckets
+                ),
             ),
             direct_parameters=outcome.direct,
             processed_parameters=outcome.processed,

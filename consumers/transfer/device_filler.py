@@ -18,7 +18,6 @@ Invariants:
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from weightbus.bus.errors import CudaFailed
 from weightbus.consumers.errors import PlanError, SegmentUnavailable
 from weightbus.consumers.planning.buckets import BucketPlan
 from weightbus.consumers.transfer.lanes import Budget, StagingBlock
+from weightbus.consumers.transfer.timing import Timing
 from weightbus.schemas.shared_memory import (
     SHM_ADMITTED_OFFSET,
     SHM_FETCHED_OFFSET,
@@ -148,7 +148,7 @@ class Filler:
         ]
         self._next = 0
         """Index into the order of the broadcast that is to be queued."""
-        self._start_ns = self._end_ns = self._copied_bytes = 0
+        self._copied = Timing()
         for each in self._lanes:
             self._check(each)
 
@@ -160,9 +160,7 @@ class Filler:
     @property
     def timings(self) -> tuple[StageTiming, ...]:
         """When what this worker has read was copied."""
-        if not self._copied_bytes:
-            return ()
-        return (StageTiming("fetch", self._start_ns, self._end_ns, self._copied_bytes),)
+        return self._copied.told("fetch")
 
     def step(self) -> None:
         """Do what can be done now.
@@ -268,7 +266,7 @@ class Filler:
                 else:
                     address = known.address + source
                 copies.append((each.lane.address + slot + offset, address, size_bytes))
-            self._start_ns = self._start_ns or time.time_ns()
+            self._copied.begin()
             for destination, address, size_bytes in copies:
                 self._queue_copy(destination, address, size_bytes)
             event = self._cuda.record_event(self._device, self._copying)
@@ -298,12 +296,14 @@ class Filler:
 
     def _see_whole(self, runs: npt.NDArray[np.void]) -> None:
         """What was read is of the promised version."""
-        self._end_ns = time.time_ns()
+        size_bytes = 0
         for number in np.unique(runs["segment"]).tolist():
             if number in self._sources:
                 self._sources[number].check()
                 of_segment = runs["segment"] == number
-                self._copied_bytes += int(runs["size_bytes"][of_segment].sum())
+                size_bytes += int(runs["size_bytes"][of_segment].sum())
+        if size_bytes:
+            self._copied.follow(size_bytes)
 
     # -- broadcasts
 

@@ -14,7 +14,6 @@ but not before all members of the groups are there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, Final
@@ -110,7 +109,7 @@ class DevicePipeline(Pipeline):
                 await self._until(partial(self._is_ready, lane, bucket))
             else:
                 await self._until_all_are_ready(lane, group, bucket)
-                lane.broadcast.start_ns = lane.broadcast.start_ns or time.time_ns()
+                lane.broadcast.begin()
             self._admitted[lane.number] = bucket + 1
             lane.block.admitted(bucket + 1)
 
@@ -120,7 +119,7 @@ class DevicePipeline(Pipeline):
             await self._until(partial(self._is_filled, lane, bucket))
             if lane.group is not None:
                 size_bytes = self._plan.part_bytes(bucket * self._plan.lanes + lane.number)
-                lane.broadcast.add(time.time_ns(), size_bytes)
+                lane.broadcast.follow(size_bytes)
             lane.filled = bucket + 1
 
     def _is_filled(self, lane: Lane, bucket: int) -> bool:

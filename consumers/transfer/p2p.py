@@ -30,6 +30,7 @@ from weightbus.consumers.transfer.kept import KeptCopy
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.consumers.transfer.sources import Sources
 from weightbus.consumers.transfer.staged import Clock, Staging, apply_checked
+from weightbus.consumers.transfer.timing import Timing
 from weightbus.schemas.base import RouteName
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
@@ -128,23 +129,29 @@ class P2pRoute(Route):
         blocks: Sequence[SharedBlock],
         clock: Clock,
     ) -> tuple[Applied, ...]:
-        start_ns = time.time_ns()
+        timing, start_ns = Timing(), time.time_ns()
         try:
-            await self._fill(blocks, fetcher, clock.left_s(), adopt=not kept.is_registered)
+            await self._fill(blocks, fetcher, timing, clock.left_s(), adopt=not kept.is_registered)
             await fetcher.check(clock.left_s())
         except BaseException:
             kept.spoil(fetcher.writing)
             raise
         sources = kept.end(fetcher.writing)
         size_bytes = sum(block.size_bytes for block in blocks)
-        fetched = StageTiming("fetch", start_ns, time.time_ns(), size_bytes)
+        fetched = StageTiming("fetch", start_ns, time.time_ns(), size_bytes, timing.buckets)
         await transfer.begin_write()
         feeds = dict.fromkeys(transfer.ranks, InPlace(sources=sources))
         first, *others = await apply_checked(transfer, feeds, clock.left_s())
         return structs.replace(first, stages=(fetched, *first.stages)), *others
 
     async def _fill(
-        self, blocks: Sequence[SharedBlock], fetcher: Fetcher, deadline_s: float, *, adopt: bool
+        self,
+        blocks: Sequence[SharedBlock],
+        fetcher: Fetcher,
+        timing: Timing,
+        deadline_s: float,
+        *,
+        adopt: bool,
     ) -> None:
         adopted: list[int] = []
         try:
@@ -153,7 +160,9 @@ class P2pRoute(Route):
                     adopted.append(block.address)
                     await fetcher.adopt(block.address, block.size_bytes)
                 for read in _whole(blocks):
+                    start_ns = time.time_ns()
                     await fetcher.fetch([read], self._staging.stall_s)
+                    timing.add(start_ns, read.size_bytes)
         except TimeoutError as error:
             raise DeadlineExceeded("fetch", deadline_s) from error
         finally:

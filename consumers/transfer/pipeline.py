@@ -28,13 +28,14 @@ from weightbus.consumers.planning.buckets import BucketPlan
 from weightbus.consumers.transfer.exchange import LEAVING, READY, WAITING, Exchange
 from weightbus.consumers.transfer.fetch import Fetcher, Read
 from weightbus.consumers.transfer.staging import StagingBlock
+from weightbus.consumers.transfer.timing import Timing
 from weightbus.consumers.transfer.together import run_together
 from weightbus.consumers.transfer.watch import Reader, Watch
 from weightbus.schemas.base import Stage
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.worker import StageTiming
 
-__all__ = ("Lane", "Pipeline", "Reader", "Timing")
+__all__ = ("Lane", "Pipeline", "Reader")
 
 FIRST_POLL_S: Final = 1e-4
 LONGEST_POLL_S: Final = 1e-3
@@ -60,20 +61,6 @@ MEMBER_STALLS: Final = 3
 """So much longer the others wait for a member that should have left by itself."""
 
 FINGERPRINT_BYTES: Final = 8
-
-
-@dataclass(eq=False)
-class Timing:
-    """When a stage of a lane first began and last ended."""
-
-    start_ns: int = 0
-    end_ns: int = 0
-    bytes: int = 0
-
-    def add(self, start_ns: int, size_bytes: int) -> None:
-        self.start_ns = self.start_ns or start_ns
-        self.end_ns = time.time_ns()
-        self.bytes += size_bytes
 
 
 @dataclass(eq=False, kw_only=True)
@@ -190,10 +177,11 @@ class Pipeline:
             ("broadcast", lambda lane: lane.broadcast),
         )
         return tuple(
-            StageTiming(stage, timing.start_ns, timing.end_ns, timing.bytes)
+            timing
             for stage, of in stages
-            for timing in (of(lane) for lane in self.lanes if lane.rank == rank)
-            if timing.bytes
+            for lane in self.lanes
+            if lane.rank == rank
+            for timing in of(lane).told(stage)
         )
 
     def tell(self) -> None:

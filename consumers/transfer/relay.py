@@ -12,8 +12,9 @@ import anyio
 
 from weightbus.consumers.errors import WorkerLost
 from weightbus.consumers.transfer.fetch import Fetcher, Read
-from weightbus.consumers.transfer.pipeline import FIRST_POLL_S, LONGEST_POLL_S, Timing
+from weightbus.consumers.transfer.pipeline import FIRST_POLL_S, LONGEST_POLL_S
 from weightbus.consumers.transfer.staging import Request, StagingBlock
+from weightbus.consumers.transfer.timing import Timing
 from weightbus.schemas.layout import Layout
 
 __all__ = ("run_relay",)

@@ -40,12 +40,12 @@ from weightbus.consumers.transfer.pipeline import (
     Lane,
     Pipeline,
     Reader,
-    Timing,
 )
 from weightbus.consumers.transfer.preparing import prepare_ranks
 from weightbus.consumers.transfer.relay import run_relay
 from weightbus.consumers.transfer.route import Transfer
 from weightbus.consumers.transfer.staging import BlockPool, BlockSpec, StagingBlock
+from weightbus.consumers.transfer.timing import Timing
 from weightbus.schemas.base import Stage
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.worker import Applied, Feed, Relay, StageTiming, Stream
@@ -301,14 +301,7 @@ async def bring_by_relay(
         blocks[rank].begin(turn)
     applied = await _beside(transfer, feeds, clock, serves, stall_s)
     await _check(fetcher, clock)
-    return _with_stages(
-        applied,
-        lambda rank: tuple(
-            StageTiming("fetch", timing.start_ns, timing.end_ns, timing.bytes)
-            for timing in (timings[rank],)
-            if timing.bytes
-        ),
-    )
+    return _with_stages(applied, lambda rank: timings[rank].told("fetch"))
 
 
 async def bring(

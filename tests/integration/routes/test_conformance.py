@@ -135,6 +135,23 @@ async def test_later_versions_take_the_stages_of_their_route(world: World) -> No
         assert stages == {"reload"} | fetch | broadcast
 
 
+async def test_buckets_of_every_stage_lie_within_it_and_add_up(narrow: World) -> None:
+    """What is streamed is told bucket by bucket; what is read in place has none."""
+    fleet = Fleet.of(narrow, 2)
+    await fleet.update(1)
+    applied, *_ = await fleet.update(2)
+    for timing in (timing for reply in applied for timing in reply.stages):
+        assert (len(timing.buckets) > 1) == narrow.staged, timing
+        if narrow.staged:
+            assert sum(bucket.bytes for bucket in timing.buckets) == timing.bytes
+            assert all(bucket.start_ns <= bucket.end_ns for bucket in timing.buckets)
+            starts = [bucket.start_ns for bucket in timing.buckets]
+            assert starts == sorted(starts)
+            assert timing.start_ns <= starts[0]
+            assert (timing.start_ns == starts[0]) or timing.stage == "reload"
+            assert max(bucket.end_ns for bucket in timing.buckets) <= timing.end_ns
+
+
 async def test_replicas_and_engines_of_other_sizes_agree(world: World) -> None:
     fleet = Fleet.of(world, 1, 3, 3)
     for version in (1, 2):

@@ -195,6 +195,10 @@ def test_lanes_are_filled_ahead_of_their_readers_when_there_are_slots() -> None:
         assert timing.stage == "fetch"
         assert timing.bytes == int(fleet.plan.runs["size_bytes"].sum())
         assert 0 < timing.start_ns < timing.end_ns
+        assert len(timing.buckets) == fleet.plan.buckets
+        assert sum(bucket.bytes for bucket in timing.buckets) == timing.bytes
+        assert timing.buckets[0].start_ns == timing.start_ns
+        assert timing.buckets[-1].end_ns == timing.end_ns
 
 
 def test_slots_are_filled_while_a_peer_has_not_begun() -> None:

@@ -269,6 +269,9 @@ async def test_groups_carry_roll_calls_only(pool: BlockPool, stack: ExitStack, p
     part_bytes = sum(map(site.plan.part_bytes, range(5)))
     assert (timing.stage, timing.bytes) == ("broadcast", part_bytes)
     assert 0 < timing.start_ns <= timing.end_ns
+    assert [bucket.bytes for bucket in timing.buckets] == list(map(site.plan.part_bytes, range(5)))
+    starts = [bucket.start_ns for bucket in timing.buckets]
+    assert starts == [timing.start_ns, *(bucket.end_ns for bucket in timing.buckets[:-1])]
 
 
 async def test_buckets_are_admitted_ahead_of_the_broadcast_as_far_as_there_is_room(
