@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from weightbus.bus.background import open_background
 from weightbus.bus.buckets import KeyBucket
+from weightbus.bus.clock import FIRST_PROBES, OPEN_WITHIN_S, BusClock, HostClock
 from weightbus.bus.dead_letters import DeadLetters, open_dead_letters
 from weightbus.bus.errors import ServerFailed
 from weightbus.bus.history import merged_scan
@@ -40,6 +42,7 @@ from weightbus.schemas.catalogue import (
     stream_name,
     subject_of,
 )
+from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.codec import encode
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.leases import ReaderLease, RoundLease
@@ -66,6 +69,8 @@ class Bus:
     url: str
     """Where it is connected; what another process needs to join."""
     prefix: str
+    clock: BusClock
+    """What time it is on the bus: every time in a message or a span is of this clock."""
     objects: ObjectStore
     layouts: LayoutStore
     presence: Presence
@@ -73,10 +78,16 @@ class Bus:
     reader_leases: ReaderLeases
 
     def __init__(
-        self, settings: BusSettings, link: Link, jetstream: JetStream, dead_letters: DeadLetters
+        self,
+        settings: BusSettings,
+        link: Link,
+        jetstream: JetStream,
+        dead_letters: DeadLetters,
+        clock: BusClock,
     ) -> None:
         self._link, self._jetstream, self._dead_letters = link, jetstream, dead_letters
         self.settings = settings
+        self.clock = clock
         self.url = link.url
         self.prefix = prefix = settings.prefix
         self.objects = ObjectStore(jetstream, bucket_name(OBJECTS, prefix))
@@ -146,6 +157,7 @@ class Bus:
             self._dead_letters,
             self.settings.max_unread_messages,
             tokens,
+            self.clock.now_ns,
         )
 
     async def last(
@@ -221,8 +233,12 @@ def _of_types(received: Received[Message], types: tuple[type[M], ...]) -> Receiv
 
 
 @asynccontextmanager
-async def open_bus(settings: BusSettings) -> AsyncIterator[Bus]:
+async def open_bus(
+    settings: BusSettings, *, host_clock: HostClock | None = None
+) -> AsyncIterator[Bus]:
     """Connect to `settings.url`, or to an embedded server that lives as long as the context.
+
+    `host_clock`: in place of this host's clocks, which the bus's is told from.
 
     Raises:
         BusUnavailable: no server within `connect_timeout_s`, or none with JetStream.
@@ -246,10 +262,30 @@ async def open_bus(settings: BusSettings) -> AsyncIterator[Bus]:
             reconnect_for_s=settings.reconnect_for_s,
         )
         await jetstream.open()
+        clock = await stack.enter_async_context(_open_clock(settings, link, jetstream, host_clock))
         dead_letters = await stack.enter_async_context(
-            open_dead_letters(jetstream, settings.prefix, settings.name)
+            open_dead_letters(jetstream, settings.prefix, settings.name, clock.now_ns)
         )
-        yield Bus(settings, link, jetstream, dead_letters)
+        yield Bus(settings, link, jetstream, dead_letters, clock)
+
+
+@asynccontextmanager
+async def _open_clock(
+    settings: BusSettings, link: Link, jetstream: JetStream, host: HostClock | None
+) -> AsyncIterator[BusClock]:
+    """By that stream's time in which checkpoints are stored. A bus that cannot be asked in time is
+    asked again, and open meanwhile."""
+    clock = BusClock(
+        partial(
+            jetstream.server_ns, stream_name(entry_of(CheckpointReady).stream, settings.prefix)
+        ),
+        host,
+    )
+    await clock.measure(OPEN_WITHIN_S, FIRST_PROBES)
+    async with open_background() as tasks:
+        tasks.start_soon(clock.run)
+        with link.listen(clock):
+            yield clock
 
 
 async def _fail_with_server(server: EmbeddedServer, link: Link) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -46,10 +45,13 @@ class Reporter(Protocol):
 class DeadLetters:
     """The sender; made by `open_dead_letters`."""
 
-    def __init__(self, jetstream: JetStream, prefix: str, reporter: str) -> None:
+    def __init__(
+        self, jetstream: JetStream, prefix: str, reporter: str, now_ns: Callable[[], int]
+    ) -> None:
+        """`now_ns`: the bus's clock."""
         self._jetstream = jetstream
         self._prefix = prefix
-        self._reporter = reporter
+        self._reporter, self._now_ns = reporter, now_ns
         self._send, self._receive = anyio.create_memory_object_stream[DeadLetter](_QUEUE_LETTERS)
         self._dropped = 0
         self._sent = anyio.Event()
@@ -112,7 +114,7 @@ class DeadLetters:
             payload=payload[:_PAYLOAD_BYTES],
             payload_bytes=len(payload),
             reported_by=self._reporter[:64],
-            reported_ns=time.time_ns(),
+            reported_ns=self._now_ns(),
         )
 
     async def _publish(self, letter: DeadLetter) -> None:
@@ -129,10 +131,10 @@ class DeadLetters:
 
 @asynccontextmanager
 async def open_dead_letters(
-    jetstream: JetStream, prefix: str, reporter: str
+    jetstream: JetStream, prefix: str, reporter: str, now_ns: Callable[[], int]
 ) -> AsyncIterator[DeadLetters]:
     """A sender of dead letters, while the context is open."""
-    letters = DeadLetters(jetstream, prefix, reporter)
+    letters = DeadLetters(jetstream, prefix, reporter, now_ns)
     async with open_background() as tasks:
         tasks.start_soon(letters.run)
         try:

@@ -127,6 +127,13 @@ class _LeadersAnswer(Struct):
     message: _LeadersMessage
 
 
+class _Information(Struct):
+    """As `STREAM.INFO` answers."""
+
+    ts: str
+    """When, by the clock of the stream's leader."""
+
+
 class _NotReady(Exception):
     pass
 
@@ -297,6 +304,23 @@ class JetStream:
             if not pending:
                 return
             start = {"seq": page[-1].sequence + 1}
+
+    async def server_ns(self, stream: str) -> int:
+        """What time it is for the leader of a stream, whose clock stamps what is stored in it.
+
+        Asked for once, on this connection.
+
+        Raises, besides:
+            Interrupted: the connection was lost before the answer came.
+            NoResponders: nobody serves JetStream.
+        """
+        call = f"STREAM.INFO.{stream}"
+        operation = f"request {call}"
+        answer = await self._link.request(f"$JS.API.{call}", b"{}", operation=operation)
+        try:
+            return nanoseconds_of(_decode(answer, _Information, operation).ts)
+        except _NotReady as error:
+            raise NoResponders(operation) from error
 
     async def count(self, stream: str, subject: str) -> int:
         """How many messages of a subject, without wildcards, are stored."""

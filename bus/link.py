@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import ssl
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -62,7 +61,6 @@ class Incoming:
     subject: str
     headers: Mapping[str, str]
     payload: bytes
-    received_ns: int
 
 
 class NoResponders(Exception):
@@ -392,7 +390,7 @@ async def open_link(settings: BusSettings, url: str) -> AsyncIterator[Link]:
 
 
 def _incoming(message: Msg) -> Incoming:
-    return Incoming(message.subject, message.headers or {}, message.data, time.time_ns())
+    return Incoming(message.subject, message.headers or {}, message.data)
 
 
 def _headers(headers: Mapping[str, str] | None) -> dict[str, str] | None:

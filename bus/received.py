@@ -33,7 +33,7 @@ class Received(Generic[M_co]):
     subject: str
     headers: Mapping[str, str]
     received_ns: int
-    """When it came in, by our clock; for history, when the server stored it, by the server's."""
+    """Bus time: when it came in; for history, when the server stored it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Generic, TypeVar
 
@@ -32,6 +32,9 @@ _FAMILY_TOKEN = 2  # of prefix, model, family, ...
 
 M = TypeVar("M", bound=Message)
 
+_Item = tuple[Incoming, int] | Reconnected
+"""What came and when, or a mark."""
+
 
 class Subscription(Generic[M]):
     """An asynchronous iterator of `Received` and `Reconnected`; made by `open_subscription`.
@@ -50,13 +53,14 @@ class Subscription(Generic[M]):
         prefix: str,
         dead_letters: Reporter,
         limit: int,
+        now_ns: Callable[[], int],
     ) -> None:
-        """`patterns`: the subjects of `types`, with wildcards."""
+        """`patterns`: the subjects of `types`, with wildcards. `now_ns`: the bus's clock."""
         self._types, self._patterns, self._prefix = types, tuple(patterns), prefix
         self._asked_for = _matcher(patterns)
         self._dead_letters = dead_letters
-        self._limit = limit
-        self._send, self._receive = anyio.create_memory_object_stream[Incoming | Reconnected](limit)
+        self._limit, self._now_ns = limit, now_ns
+        self._send, self._receive = anyio.create_memory_object_stream[_Item](limit)
         self._error: BusError | None = None
         self._seen: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -75,11 +79,11 @@ class Subscription(Generic[M]):
                 raise StopAsyncIteration from None
             if isinstance(item, Reconnected):
                 return item
-            if (received := self._read(item)) is not None:
+            if (received := self._read(*item)) is not None:
                 return received
 
     def deliver_nowait(self, incoming: Incoming) -> None:
-        self._put(incoming)
+        self._put((incoming, self._now_ns()))
 
     def reconnected_nowait(self) -> None:
         self._put(Reconnected())
@@ -91,7 +95,7 @@ class Subscription(Generic[M]):
         self._send.close()
         self._receive.close()
 
-    def _put(self, item: Incoming | Reconnected) -> None:
+    def _put(self, item: _Item) -> None:
         if self._error is not None:
             return
         try:
@@ -105,7 +109,7 @@ class Subscription(Generic[M]):
         self._error = error
         self._send.close()
 
-    def _read(self, incoming: Incoming) -> Received[M] | None:
+    def _read(self, incoming: Incoming, received_ns: int) -> Received[M] | None:
         """None: of a type that was not asked for, or not readable."""
         if not self._asked_for.fullmatch(incoming.subject):
             return None
@@ -114,7 +118,7 @@ class Subscription(Generic[M]):
                 incoming.subject,
                 incoming.headers,
                 incoming.payload,
-                incoming.received_ns,
+                received_ns,
                 self._prefix,
             )
         except MessageInvalid as error:
@@ -156,6 +160,7 @@ async def open_subscription(
     dead_letters: Reporter,
     limit: int,
     tokens: Mapping[str, str | int],
+    now_ns: Callable[[], int],
 ) -> AsyncIterator[Subscription[M]]:
     """Subscribe; entered once the server has been told of every subject.
 
@@ -163,7 +168,7 @@ async def open_subscription(
     of a family may come out of order.
     """
     patterns = [_pattern(kind, prefix, model, tokens) for kind in types]
-    subscription = Subscription(types, patterns, prefix, dead_letters, limit)
+    subscription = Subscription(types, patterns, prefix, dead_letters, limit, now_ns)
     async with AsyncExitStack() as stack:
         stack.enter_context(link.listen(subscription))
         for subject in patterns if tokens else cover(patterns):

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.anyio
 
 FAULT = MessageInvalid("CheckpointReady", "version", -1, "must be at least 0")
 SUBJECT = "p.m.checkpoint.ready"
+NOW_NS = 1_700_000_000_000_000_000
 
 
 class Stored:
@@ -46,7 +47,7 @@ class Stored:
 
 
 def letters_to(stored: Stored) -> DeadLetters:
-    return DeadLetters(cast(JetStream, stored), "p", "tester")
+    return DeadLetters(cast(JetStream, stored), "p", "tester", lambda: NOW_NS)
 
 
 async def send_all(letters: DeadLetters) -> None:
@@ -66,6 +67,7 @@ async def test_letter_names_place_field_value_and_limit_when_sent() -> None:
     assert letter.reason == str(FAULT)
     assert (letter.payload, letter.payload_bytes) == (payload[:1024], 5000)
     assert (letter.content_type, letter.reported_by) == ("application/json", "tester")
+    assert letter.reported_ns == NOW_NS
 
 
 async def test_letter_is_valid_when_everything_in_it_is_too_long() -> None:

@@ -19,6 +19,8 @@ from weightbus.schemas.rounds import Commit, Join, RoundPlan
 
 pytestmark = pytest.mark.anyio
 
+NOW_NS = 1_700_000_000_000_000_000
+
 
 @dataclass
 class Letters:
@@ -40,14 +42,14 @@ def incoming(
     message: Message, identity: str | None = None, *, subject: str | None = None
 ) -> Incoming:
     headers = {} if identity is None else {"Nats-Msg-Id": identity}
-    return Incoming(subject or subject_of(message, "p"), headers, encode(message), 1)
+    return Incoming(subject or subject_of(message, "p"), headers, encode(message))
 
 
 def subscription(
     *types: type[Message], limit: int = 8, letters: Letters | None = None
 ) -> Subscription[Message]:
     patterns = [pattern_of(kind, "p") for kind in types]
-    return Subscription(types, patterns, "p", letters or Letters(), limit)
+    return Subscription(types, patterns, "p", letters or Letters(), limit, lambda: NOW_NS)
 
 
 async def versions(messages: Subscription[Message]) -> list[int]:
@@ -89,7 +91,7 @@ async def test_other_types_of_the_family_are_left_out_when_they_come() -> None:
     ready = CheckpointReady(model="m", version=5, producer="t", files=("/a",))
     messages.deliver_nowait(incoming(ready))
     messages.deliver_nowait(incoming(Commit(model="m", version=6, round="r", epoch=0)))
-    messages.deliver_nowait(Incoming("p.m.checkpoint.new-in-a-later-version", {}, b"?", 1))
+    messages.deliver_nowait(Incoming("p.m.checkpoint.new-in-a-later-version", {}, b"?"))
     messages.deliver_nowait(incoming(retired(7)))
     assert await versions(messages) == [7]
     assert letters.reported == []
@@ -106,7 +108,7 @@ async def test_good_message_passes_when_an_unreadable_one_had_its_id() -> None:
     letters = Letters()
     messages = subscription(CheckpointRetired, letters=letters)
     subject = "p.m.checkpoint.retired.t"
-    messages.deliver_nowait(Incoming(subject, {"Nats-Msg-Id": "a"}, b"junk", 1))
+    messages.deliver_nowait(Incoming(subject, {"Nats-Msg-Id": "a"}, b"junk"))
     messages.deliver_nowait(incoming(retired(1), "a"))
     assert await versions(messages) == [1]
     assert letters.reported == [("m", subject)]
@@ -151,3 +153,14 @@ async def test_iteration_ends_when_the_subscription_is_closed() -> None:
     messages.close()
     messages.deliver_nowait(incoming(retired(1)))
     assert [item async for item in messages] == []
+
+
+async def test_message_has_the_time_at_which_it_came_when_it_is_read_later() -> None:
+    times = iter((1, 2))
+    patterns = [pattern_of(CheckpointRetired, "p")]
+    messages = Subscription((CheckpointRetired,), patterns, "p", Letters(), 8, lambda: next(times))
+    for version in (7, 8):
+        messages.deliver_nowait(incoming(retired(version)))
+    assert next(times, None) is None, "nobody has read them yet"
+    read = [await anext(messages) for _ in range(2)]
+    assert [item.received_ns for item in read if isinstance(item, Received)] == [1, 2]
