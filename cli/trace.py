@@ -20,14 +20,9 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.errors import RoundUnknown
+from weightbus.tracing.history import Told, build_waterfall, summarise_rounds
 from weightbus.tracing.text import NS_PER_S
-from weightbus.tracing.waterfall import (
-    ROUND_MESSAGES,
-    RoundSummary,
-    Waterfall,
-    build_waterfall,
-    summarise_rounds,
-)
+from weightbus.tracing.waterfall import ROUND_MESSAGES, RoundSummary, Waterfall
 from weightbus.tracing.waterfall_view import WaterfallView
 
 __all__ = ("command", "latest_rounds")
@@ -61,10 +56,13 @@ def command(round_id: str | None, model: str | None, nats_url: str | None, as_js
     Times count from the creation of CheckpointReady; the total is the time until the last engine
     served the version. Needs no collector: the bus itself remembers the last rounds.
 
-    --json prints model, version, round, epoch, leader, trace_id, complete, origin, origin_ns,
-    wall_s, span_s, bytes, gb_per_s, and engines: a list of engine, outcome, verified, routes,
-    plan_reasons, bytes, start_s, end_s, paused_s, cause, reason, quarantined, and stages: a list of
-    stage, rank, route, start_s, duration_s, bytes, gb_per_s, ok, error.
+    --json prints model, version, round, epoch, leader, producer, trace_id, publish_span_id,
+    complete, origin, origin_ns, clock_residual_s, stored_s, wall_s, span_s, bytes, gb_per_s,
+    critical_told, and critical_path: a list of what, engine, rank, start_s, duration_s, waited_for;
+    and engines: a list of engine, host_id, outcome, verified, routes, plan_reasons, epoch, bytes,
+    start_s, joined_s, planned_s, end_s, first_token_s, paused_s, cause, reason, quarantined,
+    clock_residual_s, span_id, first_token_span_id, and stages: a list of stage, rank, route,
+    start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical, ok, error, span_id.
 
     Exit codes: 0 shown, 1 no such round or no bus, 2 used wrongly.
     """
@@ -82,16 +80,14 @@ def command(round_id: str | None, model: str | None, nats_url: str | None, as_js
 async def _trace(options: Options) -> Waterfall:
     async with open_bus(options.bus) as bus:
         chosen = await _choose(bus, options)
-        messages = [
-            received.message
+        history: list[Told] = [
+            received
             async for received in bus.replay(
                 *ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns
             )
         ]
-        announced = await bus.last(CheckpointReady, model=chosen.model)
-        if announced is not None:
-            messages.append(announced.message)
-        waterfall = build_waterfall(chosen.model, chosen.round, messages)
+        history += [told async for told in bus.replay(CheckpointReady, model=chosen.model)]
+        waterfall = build_waterfall(chosen.model, chosen.round, history)
         if waterfall is None:  # it was forgotten between the two looks
             raise RoundUnknown(chosen.round, chosen.model, ())
         return waterfall
@@ -136,7 +132,7 @@ async def _latest_of(bus: Bus, model: str | None) -> Sequence[RoundSummary]:
 
 
 async def _summaries(told: AsyncIterator[Received[M]]) -> Sequence[RoundSummary]:
-    return summarise_rounds([(each.message, each.received_ns) async for each in told])
+    return summarise_rounds([each async for each in told])
 
 
 def _of_one_model(rounds: Sequence[RoundSummary]) -> Sequence[RoundSummary]:

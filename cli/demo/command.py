@@ -24,8 +24,8 @@ from weightbus.cli.demo.result import Result, result_of, verdict
 from weightbus.cli.demo.script import Script, choose_script, choose_vllm_script
 from weightbus.cli.demo.story import Checked, Say, Story
 from weightbus.cli.until import open_stop
-from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.tracing.waterfall import ROUND_MESSAGES, Waterfall, build_waterfall
+from weightbus.tracing.history import HISTORY_MESSAGES, build_waterfall
+from weightbus.tracing.waterfall import Waterfall
 from weightbus.tracing.waterfall_view import WaterfallView
 
 __all__ = ("command",)
@@ -114,11 +114,8 @@ async def _last_round(bus: Bus, story: Story) -> Waterfall:
     update = next(
         checked.update for checked in reversed(story.checked) if checked.spec.model == "minilm"
     )
-    messages = [
-        received.message
-        async for received in bus.replay(*ROUND_MESSAGES, CheckpointReady, model=update.model)
-    ]
-    waterfall = build_waterfall(update.model, update.round, messages)
+    history = [told async for told in bus.replay(*HISTORY_MESSAGES, model=update.model)]
+    waterfall = build_waterfall(update.model, update.round, history)
     if waterfall is None:
         raise DemoFailed(f"round {update.round}", "the bus remembers nothing of it")
     return waterfall

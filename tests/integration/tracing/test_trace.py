@@ -10,8 +10,9 @@ import pytest
 
 from tests.integration.tracing.monitors import put_on_bus, weightbus
 from tests.nats_server import NatsServer
-from tests.unit.tracing.rounds import MODEL, complete, join, plan, ready, route, whole_round
-from weightbus.tracing.waterfall import Waterfall, build_waterfall
+from tests.unit.tracing.rounds import MODEL, complete, heard, join, plan, ready, route, whole_round
+from weightbus.tracing.history import build_waterfall
+from weightbus.tracing.waterfall import Waterfall
 
 GOLDEN = Path(__file__).parents[2] / "unit" / "tracing" / "golden"
 
@@ -33,7 +34,7 @@ def test_trace_prints_one_json_object_when_asked(nats_server: NatsServer) -> Non
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     waterfall = msgspec.json.decode(done.stdout, type=Waterfall)
-    assert waterfall == build_waterfall(MODEL, "v7", whole_round())
+    assert waterfall == build_waterfall(MODEL, "v7", heard(*whole_round()))
 
 
 def test_trace_takes_the_round_that_is_named(nats_server: NatsServer) -> None:
@@ -42,7 +43,7 @@ def test_trace_takes_the_round_that_is_named(nats_server: NatsServer) -> None:
     done = weightbus("trace", "v6", "--json", "--nats", nats_server.url)
     told = json.loads(done.stdout)
     assert (told["version"], [engine["outcome"] for engine in told["engines"]]) == (6, ["complete"])
-    assert told["origin"] == "earliest", "the bus keeps CheckpointReady of the newest version only"
+    assert told["origin"] == "checkpoint_ready", "the bus keeps CheckpointReady of 16 versions"
 
 
 def test_trace_asks_for_the_model_when_the_bus_has_several(nats_server: NatsServer) -> None:

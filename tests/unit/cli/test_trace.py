@@ -9,7 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from weightbus.cli.trace import command, latest_rounds
-from weightbus.tracing.waterfall import EngineWaterfall, RoundSummary, StageRow, Waterfall
+from weightbus.tracing.waterfall import (
+    EngineWaterfall,
+    PathStep,
+    RoundSummary,
+    StageRow,
+    Waterfall,
+)
 
 NS_PER_S = 10**9
 NOW_NS = 1_700_000_000 * NS_PER_S
@@ -21,7 +27,7 @@ def test_trace_asks_for_a_bus_when_none_is_named() -> None:
     assert "WEIGHTBUS_NATS_URL" in result.output
 
 
-@pytest.mark.parametrize("struct", [Waterfall, EngineWaterfall, StageRow])
+@pytest.mark.parametrize("struct", [Waterfall, EngineWaterfall, StageRow, PathStep])
 def test_trace_help_names_every_field_of_its_json(struct: type[Waterfall]) -> None:
     text = CliRunner().invoke(command, ["--help"]).output
     missing = [field for field in struct.__struct_fields__ if field not in text]

@@ -19,10 +19,11 @@ from weightbus.schemas.rounds import (
     RoundComplete,
     RoundPlan,
 )
+from weightbus.tracing.history import Heard
 
 __all__ = (
-    "MODEL", "MS", "T0_NS", "TRACE_ID", "complete", "done", "failed", "join", "plan", "ready",
-    "skipped", "stage", "state", "whole_round",
+    "MODEL", "MS", "T0_NS", "TRACE_ID", "complete", "done", "failed", "heard", "join", "plan",
+    "ready", "skipped", "stage", "state", "whole_round",
 )  # fmt: skip
 
 MODEL = "minilm"
@@ -31,6 +32,11 @@ T0_NS = 1_700_000_000_000_000_000
 """When the version was announced."""
 MS = 1_000_000
 """Nanoseconds."""
+
+
+def heard(*messages: Message) -> list[Heard]:
+    """As they come without headers, and without a word of when the bus stored them."""
+    return [Heard(message) for message in messages]
 
 
 def ready(version: int = 7, *, at_ms: int = 0, model: str = MODEL) -> CheckpointReady:

@@ -15,6 +15,7 @@ from tests.unit.tracing.rounds import (
     complete,
     done,
     failed,
+    heard,
     join,
     plan,
     ready,
@@ -23,16 +24,12 @@ from tests.unit.tracing.rounds import (
     whole_round,
 )  # fmt: skip
 from weightbus.schemas.base import Message
-from weightbus.tracing.waterfall import (
-    EngineWaterfall,
-    Waterfall,
-    build_waterfall,
-    summarise_rounds,
-)
+from weightbus.tracing.history import Heard, build_waterfall, summarise_rounds
+from weightbus.tracing.waterfall import EngineWaterfall, Waterfall
 
 
 def built(*messages: Message) -> Waterfall:
-    waterfall = build_waterfall(MODEL, "v7", messages)
+    waterfall = build_waterfall(MODEL, "v7", heard(*messages))
     assert waterfall is not None
     return waterfall
 
@@ -93,8 +90,8 @@ def test_waterfall_passes_over_other_rounds_models_and_versions() -> None:
 
 
 def test_waterfall_is_none_when_no_message_is_of_the_round() -> None:
-    assert build_waterfall(MODEL, "v9", whole_round()) is None
-    assert build_waterfall("other", "v7", whole_round()) is None
+    assert build_waterfall(MODEL, "v9", heard(*whole_round())) is None
+    assert build_waterfall("other", "v7", heard(*whole_round())) is None
 
 
 def test_waterfall_counts_from_the_earliest_time_when_checkpoint_ready_is_gone() -> None:
@@ -137,7 +134,7 @@ def test_waterfall_takes_the_plan_of_the_last_epoch() -> None:
     second = plan(route("a", reason="b is gone"), epoch=2)
     waterfall = built(ready(), plan(route("a"), route("b")), second, plan(route("b"), epoch=1))
     assert waterfall.epoch == 2
-    assert [engine.plan_reasons for engine in waterfall.engines] == [("b is gone",)]
+    assert engine_of(waterfall, "a").plan_reasons == ("b is gone",)
 
 
 def test_waterfall_survives_json() -> None:
@@ -151,6 +148,7 @@ def test_rounds_are_listed_the_newest_last() -> None:
         (ready(9), 30), (msgspec.structs.replace(join("c"), model="other"), 5),
     ]  # fmt: skip
     listed = [
-        (item.model, item.round, item.version, item.first_ns) for item in summarise_rounds(history)
+        (item.model, item.round, item.version, item.first_ns)
+        for item in summarise_rounds(Heard(message, {}, at_ns) for message, at_ns in history)
     ]
     assert listed == [("other", "v7", 7, 5), (MODEL, "v7", 7, 11), (MODEL, "v8", 8, 20)]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.unit.tracing.rounds import MODEL, complete, join, ready, stage, whole_round
+from tests.unit.tracing.rounds import MODEL, complete, heard, join, ready, stage, whole_round
 from weightbus.schemas.base import Message
-from weightbus.tracing.waterfall import build_waterfall
+from weightbus.tracing.history import build_waterfall
 from weightbus.tracing.waterfall_view import WaterfallView
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def rendered(
     messages: list[Message], width: int, *, encoding: str = "utf-8", colour: bool = False
 ) -> str:
-    waterfall = build_waterfall(MODEL, "v7", messages)
+    waterfall = build_waterfall(MODEL, "v7", heard(*messages))
     assert waterfall is not None
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
     console = Console(

@@ -1,0 +1,187 @@
+"""The messages of one round, sorted by what they tell and merged where several tell of one thing.
+
+Does no I/O. A message that comes twice counts once. An engine that comes late writes a plan of its
+own, of a later epoch and with itself alone, into the same round: so a plan counts for the engines
+that it names, and of several the one of the last epoch; and so does a leader's closing word.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from weightbus.schemas.base import Message
+from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete, UpdateFailed
+from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
+from weightbus.tracing.context import SpanRef
+from weightbus.tracing.waterfall import ROUND_MESSAGES, Origin, Outcome, RoundMessage
+
+__all__ = ("RoundFacts", "Told")
+
+
+class Told(Protocol):
+    """A message and how it came: what `weightbus.bus.received.Received` is."""
+
+    @property
+    def message(self) -> Message: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def received_ns(self) -> int:
+        """When the bus stored it, by its own clock; 0: not known."""
+
+
+class RoundFacts:
+    """One round; `version` is None if nobody told of it."""
+
+    def __init__(self, model: str, round_id: str, history: Iterable[Told]) -> None:
+        self.model, self.round = model, round_id
+        self.version: int | None = None
+        self.joins: dict[str, Join] = {}
+        """The last one of every engine."""
+        self.join_times_ns: dict[str, set[int]] = {}
+        self.plans: dict[str, RoundPlan] = {}
+        """Engine id -> the plan of the last epoch that names it."""
+        self.stages: dict[StageComplete, None] = {}
+        self.updates: dict[str, UpdateComplete | UpdateFailed] = {}
+        self.tokens: dict[str, FirstToken] = {}
+        self.closed: list[RoundComplete] = []
+        announced: list[Told] = []
+        for told in history:
+            message = told.message
+            if isinstance(message, CheckpointReady) and message.model == model:
+                announced.append(told)
+            elif isinstance(message, ROUND_MESSAGES) and (
+                (message.model, message.round) == (model, round_id)
+            ):
+                self.version = message.version
+                self._take(message)
+        self._announce(announced)
+
+    def _take(self, message: RoundMessage) -> None:
+        match message:
+            case Join():
+                self.joins[message.engine] = message
+                self.join_times_ns.setdefault(message.engine, set()).add(message.joined_ns)
+            case RoundPlan():
+                for route in message.engines:
+                    known = self.plans.get(route.engine)
+                    if known is None or message.epoch >= known.epoch:
+                        self.plans[route.engine] = message
+            case StageComplete():
+                self.stages[message] = None
+            case UpdateComplete() | UpdateFailed():
+                self.updates[message.engine] = message
+            case FirstToken():
+                self.tokens[message.engine] = message
+            case RoundComplete():
+                self.closed += [message] if message not in self.closed else []
+
+    def _announce(self, announced: Sequence[Told]) -> None:
+        """Of several announcements of the version (it may be published again), the last one that
+        somebody joined for; else the last."""
+        joined_for_ns = {join.checkpoint_ns for join in self.joins.values()}
+        self.ready: CheckpointReady | None = None
+        self.stored_ns = 0
+        """When the bus stored `ready`; 0: not known, or an engine says that it heard of it before:
+        that one's clock is not the bus's."""
+        self.publish: SpanRef | None = None
+        """The span in which it was published."""
+        for told in sorted(announced, key=lambda told: told.received_ns):
+            ready = told.message
+            assert isinstance(ready, CheckpointReady), "nothing else was collected"
+            if ready.version != self.version:
+                continue
+            known = self.ready is not None and self.ready.created_ns in joined_for_ns
+            if not known or ready.created_ns in joined_for_ns:
+                self.ready, self.stored_ns = ready, told.received_ns
+                self.publish = SpanRef.from_headers(told.headers)
+        heard_ns = min((u.start_ns for u in self.updates.values() if u.start_ns), default=0)
+        if heard_ns and self.stored_ns > heard_ns + self._residual_ns():
+            self.stored_ns = 0
+
+    def _residual_ns(self) -> int:
+        """By how much two of the times may be off against each other, as far as is told."""
+        of_engines = [update.clock_residual_ns or 0 for update in self.updates.values()]
+        of_trainer = 0 if self.ready is None else self.ready.clock_residual_ns or 0
+        return of_trainer + max(of_engines, default=0)
+
+    @property
+    def plan(self) -> RoundPlan | None:
+        """The plan that most engines ran; of several, that of the last epoch."""
+        counts = Counter(plan.epoch for plan in self.plans.values())
+        return max(
+            self.plans.values(), key=lambda plan: (counts[plan.epoch], plan.epoch), default=None
+        )
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Everyone who takes part or is said to, in the order of their names."""
+        names = {*self.joins, *self.plans, *self.updates, *self.tokens}
+        names.update(stage.engine for stage in self.stages)
+        for word in self.closed:
+            names.update(word.completed, word.failed)
+        return tuple(sorted(names))
+
+    @property
+    def trace_id(self) -> str:
+        """That of the publication; else the first that a message names."""
+        if self.publish is not None:
+            return self.publish.trace_id
+        traced = (*self.stages, *self.updates.values(), *self.tokens.values(), *self.closed)
+        return next((message.trace_id for message in traced if message.trace_id), "")
+
+    def origin(self) -> tuple[Origin, int]:
+        """What time 0 is, and when that was.
+
+        Nothing can be announced later than it was stored. A time that lies before the creation by
+        no more than what the clocks may be off is taken to be that of the creation.
+        """
+        earliest_ns = min(self._times_ns(), default=0)
+        if self.ready is None:
+            return "earliest", earliest_ns
+        origin: Origin = "checkpoint_ready"
+        created_ns, stored_ns = self.ready.created_ns, self.stored_ns
+        if stored_ns and not 0 < created_ns <= stored_ns:
+            if not created_ns or created_ns - stored_ns > (self.ready.clock_residual_ns or 0):
+                origin = "stored"
+            created_ns = stored_ns
+        if created_ns and (not earliest_ns or created_ns <= earliest_ns + self._residual_ns()):
+            return origin, created_ns
+        return "earliest", earliest_ns
+
+    def last_ns(self) -> int:
+        """The latest time that a message tells; 0: none."""
+        return max(self._times_ns(), default=0)
+
+    def _times_ns(self) -> list[int]:
+        """Every point in time that the engines tell; 0 stands for none."""
+        times = [plan.created_ns for plan in self.plans.values()]
+        for joined_ns in self.join_times_ns.values():
+            times += joined_ns
+        for timed in (*self.stages, *self.updates.values(), *self.tokens.values()):
+            times += [timed.start_ns, timed.end_ns]
+        for word in self.closed:
+            times += [word.started_ns, word.ended_ns]
+        return [time_ns for time_ns in times if time_ns]
+
+    def outcome(self, engine: str) -> Outcome:
+        """What became of one engine: its own last word, else its leader's."""
+        match self.updates.get(engine):
+            case UpdateComplete():
+                return "complete"
+            case UpdateFailed():
+                return "failed"
+        word = self.closing_word(engine)
+        if word is None:
+            return "unfinished"
+        return "failed" if engine in word.failed else "complete"
+
+    def closing_word(self, engine: str) -> RoundComplete | None:
+        """The last of a leader that names an engine."""
+        words = [word for word in self.closed if engine in (*word.completed, *word.failed)]
+        return max(words, key=lambda word: (word.epoch, word.ended_ns), default=None)
