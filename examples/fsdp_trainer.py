@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import sys
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import timedelta
 
 import torch
@@ -36,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 
 from weightbus.bus.settings import BusSettings
 from weightbus.producers.blocking import BlockingPublisher
-from weightbus.producers.errors import PublisherClosed
+from weightbus.producers.ending import Ending
 from weightbus.producers.modules import plan_module
 from weightbus.producers.publisher import PublisherOptions
 
@@ -44,8 +41,6 @@ STEPS = 30
 """Between two versions."""
 COLLECTIVE_S = 300.0
 """After it a collective fails: other ranks wait while rank 0 starts engines."""
-COLLECTIVE_ENDS_S = 2.0
-"""After SIGTERM, by itself; else its rank is ended."""
 SEAL_S = 20.0
 OWN_BUS_S = 5.0
 
@@ -183,9 +178,8 @@ def main(versions: int = 5, model: str = "fsdp") -> None:
         publisher = BlockingPublisher(
             settings, model, rank=rank, world_size=world_size, options=options
         )
-        with publisher:
+        with publisher, Ending(publisher) as ending:  # says so, too, when SIGTERM ends this rank
             part = plan_module(network, rank=rank, world_size=world_size, dtype=torch.bfloat16)
-            ending = Ending(publisher)
             ending.coming = max(publisher.newest_version(), 0) + 1  # started again, it goes on
             try:
                 for _ in range(versions):
@@ -201,45 +195,6 @@ def main(versions: int = 5, model: str = "fsdp") -> None:
                 raise
         dist.barrier()  # no rank needs the bus any more
     dist.destroy_process_group()
-
-
-class Ending:
-    """Says which version does not come when a rank fails, or SIGTERM ends it.
-
-    torchrun sends SIGTERM to the other ranks once one has died, and SIGKILL half a minute later. A
-    rank that says nothing until then counts as missing, but it may be deep in a collective, where
-    no handler of Python's runs: so a thread is told of the signal, too.
-    """
-
-    def __init__(self, publisher: BlockingPublisher) -> None:
-        self.coming = 0
-        """The version to be published next."""
-        self._publisher = publisher
-        self._has_handled = threading.Event()
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        signal.set_wakeup_fd(self._waker.fileno())
-        signal.signal(signal.SIGTERM, self._handle)
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def give_up(self, reason: str) -> None:
-        """Nothing if `publish` was called with that version: it has said so itself."""
-        with suppress(PublisherClosed):
-            self._publisher.give_up(self.coming, reason)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self._has_handled.set()
-        signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    def _watch(self) -> None:
-        while self._woken.recv(1) != bytes([signal.SIGTERM]):
-            pass
-        self.give_up("SIGTERM came: another rank has ended, or the launcher has")
-        if not self._has_handled.wait(COLLECTIVE_ENDS_S):
-            end = SystemExit(128 + signal.SIGTERM)
-            self._publisher.__exit__(SystemExit, end, None)
-            os._exit(end.code)
 
 
 if __name__ == "__main__":

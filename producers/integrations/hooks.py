@@ -26,6 +26,7 @@ from torch import distributed, nn
 from weightbus.bus.errors import SettingInvalid
 from weightbus.bus.settings import BusSettings
 from weightbus.producers.blocking import BlockingPublisher
+from weightbus.producers.ending import Ending
 from weightbus.producers.errors import NotServed, RankInvalid, VersionSkipped
 from weightbus.producers.fused import Split
 from weightbus.producers.modules import Buffers, plan_module
@@ -70,6 +71,9 @@ class StepOptions:
     on_error: OnError = "raise"
     """What a version that fails does to training: ends it, or is warned about. A version that is
     skipped, as `PublisherOptions.when_busy` may have it, never ends it."""
+    ends_on_sigterm: bool = True
+    """SIGTERM, by which launchers end the other ranks once one has died, gives up the coming
+    version and raises `SystemExit`, unless the trainer handles it: see `producers.ending`."""
 
 
 def _own(newest: int) -> int:
@@ -150,7 +154,10 @@ def step_publisher(
         options=options,
     )
     agree = _greatest if _is_group_of(world_size) else _own
-    return StepPublisher(publisher, steps, rank=rank, world_size=world_size, agree=agree)
+    stepping = StepPublisher(publisher, steps, rank=rank, world_size=world_size, agree=agree)
+    if steps.ends_on_sigterm:
+        stepping.end_on_sigterm()
+    return stepping
 
 
 class StepPublisher:
@@ -194,10 +201,17 @@ class StepPublisher:
         self.last_step: int | None = None
         """That was published, or tried."""
         self._announced = self._newest
+        self._ending: Ending | None = None
 
     def __call__(self, model: Stepped, step: int) -> int | None:
         """`publish`, if `step` is one of those to be published."""
-        return None if step % self._steps.every else self.publish(model, step)
+        version = None if step % self._steps.every else self.publish(model, step)
+        self._expect_after(step)
+        return version
+
+    def end_on_sigterm(self) -> None:
+        """From here to the end: see `producers.ending`. To be called in the main thread."""
+        self._ending = Ending(self._publisher, self._newest + 1)
 
     def publish(self, model: Stepped, step: int) -> int | None:
         """Publish what `step` has made of `model`; returns its version, None: it was not started.
@@ -221,6 +235,7 @@ class StepPublisher:
             self._judge(error, step, version)
             return None
         self._pending = step, version, pending
+        self._expect_after(step)
         return version
 
     def wait_until_served(self, *, timeout_s: float, engines: int = 1) -> tuple[EngineState, ...]:
@@ -266,6 +281,8 @@ class StepPublisher:
         traceback: TracebackType | None,
     ) -> None:
         self._planned = None
+        if self._ending is not None:
+            self._ending.close()
         if kind is not None:
             self._publisher.__exit__(kind, error, traceback)
             return
@@ -334,6 +351,12 @@ class StepPublisher:
         self._newest = step + self._shift
         self.last_step = step
         return self._newest
+
+    def _expect_after(self, step: int) -> None:
+        """The version that is given up where SIGTERM comes before it: the same on every rank."""
+        if self._ending is not None:
+            coming = step // self._steps.every * self._steps.every + self._steps.every
+            self._ending.coming = max(coming + self._shift, self._newest + 1)
 
     def _settle(self) -> None:
         """What became of the version before, which ends by deadlines of its own.
