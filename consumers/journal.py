@@ -1,22 +1,30 @@
 """What a consumer remembers of the versions it works on: when they were heard of, spans, timings.
 
 Owns the update spans that are open. Every stage that is recorded becomes a span and, through
-`emit`, its twin on the bus.
+`emit`, its twin on the bus. Times in it are bus time; those of engines and their workers, which go
+by this host's wall clock, are put on it here, and nowhere else. Invariants: one update has one
+clock, without a step; a span lies within its parent; every update span ends, as failed unless its
+version is served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
+from weightbus.bus.clock import ClockReading
 from weightbus.consumers.update import Outcome, Prepared
-from weightbus.schemas.base import Message, RouteName, Stage
-from weightbus.schemas.catalogue import subject_of
+from weightbus.schemas.base import BucketTiming, BucketTimings, Message, RouteName, Stage
+from weightbus.schemas.catalogue import message_id_of
 from weightbus.schemas.checkpoint import CheckpointReady
+from weightbus.schemas.progress import FirstToken, UpdateComplete, UpdateFailed
+from weightbus.schemas.rounds import Join, RoundPlan
+from weightbus.tracing import attributes as names
+from weightbus.tracing.attributes import AttributeValue, Destination
 from weightbus.tracing.context import SpanRef
+from weightbus.tracing.ids import derived_trace_id
 from weightbus.tracing.telemetry import Emit, Span, StageScope, Telemetry
 
 __all__ = ("Journal", "Work")
@@ -24,14 +32,22 @@ __all__ = ("Journal", "Work")
 VERSIONS_REMEMBERED = 8
 """Checkpoints whose publish span is remembered; a publisher has two alive at most."""
 
+PUT_DOWN = "Superseded: put down before it was served, and before it failed"
+"""The error of an update that was neither: for another version, or because the consumer stops."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class _Heard:
     """How a checkpoint was heard of."""
 
+    created_ns: int
+    """By the trainer: a version may be published again."""
     publish: SpanRef | None
+    trace_id: str
     seen_ns: int
-    """0: it was tried before, and what follows begins when it is tried again."""
+    attempts: list[SpanRef] = field(default_factory=list)
+    """The last update span, if there was one."""
+    tried: int = 0
 
 
 @dataclass(kw_only=True)
@@ -39,13 +55,34 @@ class Work:
     """What belongs to one version while it is worked on."""
 
     scope: StageScope
+    start_ns: int
+    """When the update span began."""
     seen_ns: int
     """When the negotiation began: its `CheckpointReady` was heard, or the last attempt failed."""
+    clock: ClockReading
+    """Of the whole update."""
     span: Span
-    stack: ExitStack
     prepared: Prepared | None = None
+    joined_ns: int = 0
+    """When the first `Join` of this negotiation was said; 0: it was not yet."""
     pause_start_ns: int = 0
     """When requests began to wait; 0: they do not."""
+    last_ns: int = 0
+    """The end of what ended last within the update."""
+    served: bool = False
+    """It was said that it is complete."""
+    failed: bool = False
+    """It was said that it failed."""
+    negotiating: bool = True
+    """No plan is in hand."""
+    awaits_token: bool = False
+    """Somebody looks out for its first token."""
+    closed_ns: int = 0
+    """When work on it was over; 0: it is not."""
+
+    def within(self, time_ns: int) -> int:
+        """A time within this update, until now, whatever some clock said."""
+        return min(max(time_ns, self.start_ns), self.clock.now_ns())
 
 
 class Journal:
@@ -56,39 +93,69 @@ class Journal:
         telemetry: Telemetry,
         emit: Emit,
         engine: str,
-        prefix: str,
-        now_ns: Callable[[], int],
+        destination: Destination,
+        reading: Callable[[], ClockReading],
     ) -> None:
+        """`destination`: where `CheckpointReady` is heard. `reading`: of the clock that is to be
+        kept, for as long as there are entries."""
         self._telemetry = telemetry
         self._emit = emit
         self._engine = engine
-        self._prefix = prefix
-        self._now_ns = now_ns
+        self._destination = destination
+        self._reading = reading
         self._heard: dict[int, _Heard] = {}
         self._works: dict[int, Work] = {}
+        self._awaited: dict[int, Work] = {}
+        """Closed, but for the first token."""
+
+    @property
+    def is_empty(self) -> bool:
+        """No version is in hand."""
+        return not self._works
 
     def hear(self, ready: CheckpointReady, headers: Mapping[str, str]) -> str:
-        """Remember when, and within which publish span; returns its trace id, or ""."""
+        """Remember when, and within which publish span; returns the id of its trace: of a trainer
+        that began none, one that is made of what it said."""
         publish = SpanRef.from_headers(headers)
-        self._heard.setdefault(ready.version, _Heard(publish, self._now_ns()))
+        known = self._heard.get(ready.version)
+        if known is None or known.created_ns < ready.created_ns:
+            known = self._heard[ready.version] = self._heard_now(ready, publish)
         for version in sorted(self._heard)[:-VERSIONS_REMEMBERED]:
             del self._heard[version]
-        return publish.trace_id if publish else ""
+        return known.trace_id
+
+    def _heard_now(self, ready: CheckpointReady, publish: SpanRef | None) -> _Heard:
+        trace_id = derived_trace_id(ready) if publish is None else publish.trace_id
+        return _Heard(ready.created_ns, publish, trace_id, self._reading().now_ns())
 
     def open(self, ready: CheckpointReady, round: str) -> Work:
-        """The entry of a version, and its span; kept if the version is tried again."""
+        """The entry of a version, and its span; kept until it is closed."""
         if (work := self._works.get(ready.version)) is not None:
             return work
-        heard = self._heard.get(ready.version) or _Heard(None, self._now_ns())
-        self._heard[ready.version] = _Heard(heard.publish, 0)
+        heard = self._heard.get(ready.version)
+        if heard is None:
+            heard = self._heard[ready.version] = self._heard_now(ready, None)
+        clock = self._reading()
+        now_ns = clock.now_ns()
+        start_ns = now_ns if heard.tried else min(heard.seen_ns, now_ns)
+        heard.tried += 1
         scope = StageScope(ready.model, ready.version, round, self._engine)
-        stack = ExitStack()
-        span = stack.enter_context(
-            self._telemetry.update_span(
-                subject_of(ready, self._prefix), scope, parent=heard.publish
-            )
+        span = self._telemetry.begin_update(
+            self._destination,
+            scope,
+            start_ns=start_ns,
+            parent=heard.publish,
+            trace_id=heard.trace_id,
+            links=heard.attempts,
+            attributes={
+                names.PRODUCER: ready.producer,
+                names.ATTEMPT: heard.tried,
+                **names.clock_attributes(clock.offset_ns, clock.residual_ns),
+            },
+            message_id=message_id_of(ready) or "",
         )
-        work = Work(scope=scope, seen_ns=heard.seen_ns or self._now_ns(), span=span, stack=stack)
+        heard.attempts = [span.ref]
+        work = Work(scope=scope, start_ns=start_ns, seen_ns=start_ns, clock=clock, span=span)
         self._works[ready.version] = work
         return work
 
@@ -97,14 +164,93 @@ class Journal:
         return self._works.get(version)
 
     def close(self, version: int) -> None:
-        """Work on a version is over: end its span."""
-        if (work := self._works.pop(version, None)) is not None:
-            work.stack.close()
+        """Work on a version is over: end its span, unless its first token is awaited."""
+        work = self._works.pop(version, None)
+        if work is None:
+            return
+        work.closed_ns = work.clock.now_ns()
+        if not (work.served or work.failed):
+            self._fail(work, PUT_DOWN)
+        if work.served:
+            self.give_up_first_tokens()
+        if work.served and work.awaits_token:
+            self._awaited[version] = work
+        else:
+            self._end(work)
 
-    def begin_round(self, work: Work, round: str) -> None:
+    def close_all(self) -> None:
+        """The consumer stops: no span stays open."""
+        for version in tuple(self._works):
+            self.close(version)
+        self.give_up_first_tokens()
+
+    def await_first_token(self, version: int) -> None:
+        """Somebody looks out for it: the update's span stays open for it after `close`, until
+        `record_first_token` or `give_up_first_token`, or until another version is served. To be
+        called while the version is in hand; of one that is not nothing is awaited."""
+        if (work := self._works.get(version)) is not None:
+            work.awaits_token = True
+
+    def record_first_token(
+        self, version: int, *, start_ns: int, end_ns: int, resolution_ns: int
+    ) -> FirstToken | None:
+        """The engine has made its first token with a version; returns what is to be said of it.
+
+        None: it is not awaited (any more).
+
+        Args:
+            start_ns, end_ns: when it served again, and when the token was there, by this host's
+                wall clock.
+            resolution_ns: it was there at most so long before `end_ns`.
+        """
+        work = self._awaited.pop(version, None) or self._works.get(version)
+        if work is None or not work.awaits_token:
+            return None
+        work.awaits_token = False
+        start_ns = work.within(work.clock.bus_ns(start_ns))
+        end_ns = max(start_ns, work.within(work.clock.bus_ns(end_ns)))
+        span = self._record_span(
+            work, "first token", start_ns, end_ns, work.span.ref, {names.RESOLUTION: resolution_ns}
+        )
+        if work.closed_ns:
+            self._end(work)
+        return FirstToken(
+            model=work.scope.model,
+            version=version,
+            round=work.scope.round,
+            engine=self._engine,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            resolution_ns=resolution_ns,
+            trace_id=span.trace_id,
+            span_id=span.span_id,
+            parent_span_id=work.span.ref.span_id,
+        )
+
+    def give_up_first_token(self, version: int) -> None:
+        """Nobody looks out for it any more: the update has ended when its version was served."""
+        if (work := self._awaited.pop(version, None)) is not None:
+            self._end(work)
+        elif (work := self._works.get(version)) is not None:
+            work.awaits_token = False
+
+    def give_up_first_tokens(self) -> None:
+        """Of all versions."""
+        for version in tuple(self._awaited):
+            self.give_up_first_token(version)
+
+    def begin_round(self, work: Work, plan: RoundPlan) -> None:
         """A plan is in hand: `negotiate` has ended, and what follows belongs to its round."""
-        work.scope = msgspec.structs.replace(work.scope, round=round)
-        self.record(work, "negotiate", work.seen_ns, self._now_ns())
+        work.scope = msgspec.structs.replace(work.scope, round=plan.round)
+        work.span.set(names.ROUND, plan.round)
+        self._end_negotiation(
+            work,
+            {names.LEADER: plan.leader == self._engine, names.EPOCH: plan.epoch},
+        )
+
+    def negotiate_again(self, work: Work) -> None:
+        """The plan came to nothing: another one may come."""
+        work.seen_ns, work.joined_ns, work.negotiating = work.clock.now_ns(), 0, True
 
     def record(
         self,
@@ -114,18 +260,23 @@ class Journal:
         end_ns: int,
         *,
         bytes: int = 0,
+        buckets: BucketTimings = (),
         rank: int | None = None,
         route: RouteName | None = None,
         error: str = "",
-    ) -> None:
+    ) -> SpanRef:
         """A stage has ended; `error` begins with the name of the error class."""
-        self._telemetry.record_stage(
+        start_ns = work.within(start_ns)
+        end_ns = max(start_ns, work.within(end_ns))
+        work.last_ns = max(work.last_ns, end_ns)
+        return self._telemetry.record_stage(
             self._emit,
             work.scope,
             stage,
             start_ns=start_ns,
             end_ns=end_ns,
             bytes=bytes,
+            buckets=buckets,
             rank=rank,
             route=route,
             parent=work.span.ref,
@@ -134,20 +285,89 @@ class Journal:
 
     def record_outcome(self, work: Work, outcome: Outcome) -> None:
         """The stages that were timed for each rank: by the route, then by its worker."""
-        work.pause_start_ns = outcome.pause_start_ns
+        offset_ns = work.clock.offset_ns
+        if outcome.pause_start_ns:
+            work.pause_start_ns = outcome.pause_start_ns + offset_ns
         for applied in outcome.applied:
             for timing in applied.stages:
+                start_ns = work.within(timing.start_ns + offset_ns)
+                end_ns = max(start_ns, work.within(timing.end_ns + offset_ns))
                 self.record(
                     work,
                     timing.stage,
-                    timing.start_ns,
-                    timing.end_ns,
+                    start_ns,
+                    end_ns,
                     bytes=timing.bytes,
+                    buckets=_moved(timing.buckets, offset_ns, start_ns, end_ns),
                     rank=applied.rank,
                     route=outcome.route,
                 )
 
-    def headers_for(self, message: Message) -> Mapping[str, str]:
-        """Headers that put a message into the trace of its version."""
+    def sign(self, message: Message) -> tuple[Message, Mapping[str, str]]:
+        """A message as it is to be said, and headers that put it into the trace of its version."""
         work = self._works.get(getattr(message, "version", -1))
-        return work.span.ref.headers() if work is not None else {}
+        match message:
+            case Join() if work is not None and not work.joined_ns:
+                work.joined_ns = work.clock.now_ns()
+            case UpdateFailed() if work is not None:
+                self._fail(work, f"{message.cause}: {message.reason}")
+                work.failed = True
+            case UpdateComplete() if work is not None:
+                work.served = True
+        if isinstance(message, UpdateComplete | UpdateFailed):
+            clock = self._reading() if work is None else work.clock
+            message = msgspec.structs.replace(message, clock_residual_ns=clock.residual_ns)
+        return message, {} if work is None else work.span.ref.headers()
+
+    def _fail(self, work: Work, error: str) -> None:
+        """The update has failed; if there was no plan, so has the negotiation."""
+        work.span.fail(error)
+        if work.negotiating:
+            self._end_negotiation(work, {}, error)
+
+    def _end_negotiation(
+        self, work: Work, planned: Mapping[str, AttributeValue], error: str = ""
+    ) -> None:
+        work.negotiating = False
+        end_ns = work.clock.now_ns()
+        parent = self.record(work, "negotiate", work.seen_ns, end_ns, error=error)
+        joined_ns = work.joined_ns or end_ns
+        unjoined = error if not work.joined_ns else ""
+        self._record_span(work, "join", work.seen_ns, joined_ns, parent, {}, unjoined)
+        if work.joined_ns:
+            self._record_span(work, "plan", joined_ns, end_ns, parent, planned, error)
+
+    def _record_span(
+        self,
+        work: Work,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        parent: SpanRef,
+        attributes: Mapping[str, AttributeValue],
+        error: str = "",
+    ) -> SpanRef:
+        work.last_ns = max(work.last_ns, end_ns)
+        return self._telemetry.record_span(
+            name,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            parent=parent,
+            attributes={**work.scope.attributes(), **attributes},
+            error=error,
+        )
+
+    def _end(self, work: Work) -> None:
+        work.span.end(max(work.closed_ns, work.last_ns))
+
+
+def _moved(
+    buckets: BucketTimings, offset_ns: int, start_ns: int, end_ns: int
+) -> tuple[BucketTiming, ...]:
+    """On the bus's clock, and within their stage."""
+    moved = []
+    for bucket in buckets:
+        begun_ns = min(max(bucket.start_ns + offset_ns, start_ns), end_ns)
+        ended_ns = min(max(bucket.end_ns + offset_ns, begun_ns), end_ns)
+        moved.append(BucketTiming(begun_ns, ended_ns, bucket.bytes))
+    return tuple(moved)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +22,7 @@ import msgspec
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from weightbus.bus.clock import ClockReading
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusError, BusUnavailable
 from weightbus.consumers.campaigns import Campaigns
@@ -45,6 +45,7 @@ from weightbus.consumers.update import Updater
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.progress import EngineState, StageComplete
 from weightbus.schemas.rounds import RoundPlan
+from weightbus.tracing.attributes import Destination
 from weightbus.tracing.telemetry import Telemetry
 
 __all__ = ("Consumer", "open_consumer")
@@ -91,6 +92,7 @@ async def open_consumer(
                 if not cancelled:
                     await consumer._stop()
                 await consumer._take_leave()
+                consumer._journal.close_all()
             group.cancel_scope.cancel()
 
 
@@ -128,14 +130,17 @@ class Consumer:
             ),
             plan_request,
         )
-        self._clock_offset_ns = time.time_ns() - time.monotonic_ns()
+        self._clock = bus.clock.reading()
         self._timers = Timers(group, self.now_ns, self._fire)
         self._events_in: MemoryObjectSendStream[ev.Event]
         self._events_out: MemoryObjectReceiveStream[ev.Event]
         self._events_in, self._events_out = anyio.create_memory_object_stream(EVENTS_KEPT)
         self._errands = Errands()
         self._campaigns = Campaigns(bus, config, self.instance, self._feed)
-        self._journal = Journal(telemetry, self._emit, config.engine, bus.prefix, self.now_ns)
+        destination = Destination.of_ready(
+            bus.prefix, config.model, client=bus.settings.name, url=bus.url
+        )
+        self._journal = Journal(telemetry, self._emit, config.engine, destination, self._reading)
         self._listener = Listener(
             bus, config.model, self._journal, self._feed, self._put_state_soon
         )
@@ -156,8 +161,14 @@ class Consumer:
         return self._state
 
     def now_ns(self) -> int:
-        """Nanoseconds since the Unix epoch, by a clock that never steps."""
-        return self._clock_offset_ns + time.monotonic_ns()
+        """Bus time; it does not step while anything is under way."""
+        return self._reading().now_ns()
+
+    def _reading(self) -> ClockReading:
+        """Of the bus's clock: the newest one, once nothing is timed by the one before."""
+        if self._journal.is_empty and not self._preparing and not self._machine.timers:
+            self._clock = self._bus.clock.reading()
+        return self._clock
 
     # ---------------------------------------------------------------- start and stop
 
@@ -310,7 +321,7 @@ class Consumer:
                 self._updater.let_go_nowait(version)
                 self._errands.take_nowait(self._updater.release, version)
             case do.Send(message):
-                self._outbox.say_nowait(message, self._journal.headers_for(message))
+                self._outbox.say_nowait(*self._journal.sign(message))
             case do.SetState():
                 self._set_state(instruction)
             case do.SetTimer():
@@ -349,9 +360,7 @@ class Consumer:
             except BusUnavailable:
                 raise
             except WeightBusError as error:
-                cause = cause_of(error)
-                work.span.fail(f"{cause}: {error}")
-                self._feed(ev.PrepareFailed(token, cause, str(error)))
+                self._feed(ev.PrepareFailed(token, cause_of(error), str(error)))
             else:
                 work.prepared = prepared
                 plan = planned.message if planned is not None else None
@@ -373,7 +382,7 @@ class Consumer:
         work = self._journal.find(plan.version)
         assert work is not None, "a plan comes after `Prepared`"
         assert work.prepared is not None
-        self._journal.begin_round(work, plan.round)
+        self._journal.begin_round(work, plan)
         start_ns = self.now_ns()
         try:
             outcome = await self._updater.transfer(
@@ -383,8 +392,7 @@ class Consumer:
             self._changing = False
             failure = f"{error.cause}: {error.reason}"
             self._journal.record(work, error.stage, start_ns, self.now_ns(), error=failure)
-            work.span.fail(failure)
-            work.seen_ns = self.now_ns()
+            self._journal.negotiate_again(work)
             self._feed(
                 ev.TransferFailed(token, error.cause, error.reason, error.touched, error.stage)
             )
@@ -416,12 +424,12 @@ class Consumer:
         work = self._journal.find(version)
         if work is not None and work.pause_start_ns:
             paused_s = (end_ns - work.pause_start_ns) / 1e9
-        if failure is not None:
-            cause, reason = type(failure).__name__, str(failure)
-            self._feed(ev.ResumeFailed(token, cause, reason, paused_s))
-            return
+        told = "" if failure is None else f"{type(failure).__name__}: {failure}"
         if work is not None:
-            self._journal.record(work, "commit", start_ns, end_ns)
+            self._journal.record(work, "commit", start_ns, end_ns, error=told)
+        if failure is not None:
+            self._feed(ev.ResumeFailed(token, type(failure).__name__, str(failure), paused_s))
+            return
         self._feed(ev.Resumed(token, paused_s))
 
     def _seconds_to(self, instruction: do.Prepare | do.Transfer | do.Resume) -> float:

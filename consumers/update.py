@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +59,7 @@ _logger = logging.getLogger(__name__)
 Sums = npt.NDArray[np.uint64]
 
 CLOCK_TOLERANCE_NS = 60 * 10**9
-"""How far the trainer's clock may be off before `valid_until_ns` misleads."""
+"""How far a clock that was not measured may be off before `valid_until_ns` misleads."""
 
 SHARE_S = 1.0
 """So long the bus may take to hear that a copy is offered."""
@@ -263,7 +262,7 @@ class Updater:
             version=version,
             engine=self._config.engine,
             consumer=self._consumer,
-            taken_ns=time.time_ns(),
+            taken_ns=self._bus.clock.now_ns(),
         )
 
     async def _take_lease(self, ready: CheckpointReady) -> None:
@@ -273,12 +272,17 @@ class Updater:
             await self._bus.reader_leases.take(
                 self._lease(ready.version), self._config.reader_ttl_s
             )
-        if 0 < ready.valid_until_ns < time.time_ns() - CLOCK_TOLERANCE_NS:
+        if 0 < ready.valid_until_ns < self._bus.clock.now_ns() - self._off_ns(ready):
             raise VersionRetired(ready.version, "its placement was valid until a time that is past")
         last = await self._bus.last(CheckpointRetired, model=ready.model, producer=ready.producer)
         if last is not None and last.message.version >= ready.version:
             reason = last.message.reason or "its publisher retired it"
             raise VersionRetired(ready.version, reason)
+
+    def _off_ns(self, ready: CheckpointReady) -> int:
+        """By how much the trainer's clock and ours may be apart."""
+        residuals_ns = (ready.clock_residual_ns, self._bus.clock.reading().residual_ns)
+        return sum(CLOCK_TOLERANCE_NS if each is None else each for each in residuals_ns)
 
     async def _manifest(self, ready: CheckpointReady) -> Manifest:
         """The layout from the store, or from the headers of the files."""

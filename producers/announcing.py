@@ -8,7 +8,6 @@ torch: a publisher of files needs none.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import NoReturn
@@ -21,9 +20,10 @@ from weightbus.bus.errors import RequestRefused
 from weightbus.bus.jetstream import WrongLastSequence
 from weightbus.producers.digests import Sums, put_sums
 from weightbus.producers.errors import VersionNotNew
-from weightbus.schemas.catalogue import check_token, pattern_of
+from weightbus.schemas.catalogue import check_token
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.codec import encode
+from weightbus.tracing.attributes import Destination
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Announcer",)
@@ -47,6 +47,8 @@ class Announcer:
         self._key_before: str | None = None
         self._adopted = False
         self._newest, self._newest_by = -1, ""
+        self._clock = bus.clock.reading()
+        self._created_ns = 0
         self._unsure: set[int] = set()
 
     def draft(self, version: int, metadata: Mapping[str, str]) -> CheckpointReady:
@@ -59,16 +61,27 @@ class Announcer:
             model=self.model,
             version=version,
             producer=self.producer,
-            created_ns=time.time_ns(),
+            created_ns=self._clock.now_ns(),
             metadata=dict(metadata),
         )
         encode(structs.replace(ready, files=("/",)))
         return ready
 
     def span(self, telemetry: Telemetry, version: int) -> AbstractContextManager[Span]:
-        """Around everything that publishing a version takes."""
-        subject = pattern_of(CheckpointReady, self.bus.prefix, self.model)
-        return telemetry.publish_span(subject, model=self.model, version=version)
+        """Around everything that publishing a version takes, whose times are of one clock."""
+        self._clock = clock = self.bus.clock.reading()
+        destination = Destination.of_ready(
+            self.bus.prefix, self.model, client=self.bus.settings.name, url=self.bus.url
+        )
+        return telemetry.publish_span(
+            destination,
+            model=self.model,
+            version=version,
+            producer=self.producer,
+            offset_ns=clock.offset_ns,
+            residual_ns=clock.residual_ns,
+            now_ns=clock.now_ns,
+        )
 
     async def newest(self) -> int:
         """The newest version that the bus has told of or has kept of ours; -1: none."""
@@ -113,7 +126,10 @@ class Announcer:
         for key in self._keys - {ready.tensor_digests, self._key_before}:
             await self.bus.objects.delete(key)
             self._keys.discard(key)
-        ready = structs.replace(ready, created_ns=time.time_ns())
+        self._created_ns = max(self._clock.now_ns(), self._created_ns + 1)
+        ready = structs.replace(
+            ready, created_ns=self._created_ns, clock_residual_ns=self._clock.residual_ns
+        )
         await self._say_if_newer(ready, headers)
         self.remember(ready)
         self._key_before = ready.tensor_digests

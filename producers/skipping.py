@@ -14,7 +14,6 @@ dead one is left.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Final
 
 import anyio
@@ -120,7 +119,7 @@ class SkipTeller:
             reason=reason[:REASON_CHARACTERS],
             ranks=ranks,
             waited_s=waited_s,
-            created_ns=time.time_ns(),
+            created_ns=announcer.bus.clock.now_ns(),
         )
         try:
             await announcer.bus.publish(said)

@@ -17,8 +17,8 @@ looked before the reader came.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Final, Literal
 
@@ -82,6 +82,8 @@ class Slots:
         self._level = logging.WARNING if warns else logging.INFO
         self.waited_s = 0.0
         """For readers, by the `free` that was called last."""
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered while a slot is waited for."""
         self._bus, self._model, self._producer = announcer.bus, announcer.model, announcer.producer
         self._slots = [Slot() for _ in range(SLOTS)]
         self._readers_gone = False
@@ -217,7 +219,8 @@ class Slots:
             return
         start_s = anyio.current_time()
         try:
-            readers = await self._readers_left((old, newest), self._wait_s, for_version=version)
+            with self.waiting():
+                readers = await self._readers_left((old, newest), self._wait_s, for_version=version)
         finally:
             self.waited_s = anyio.current_time() - start_s
         if readers:
@@ -255,7 +258,7 @@ class Slots:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _warn(self, version: int, readers: Sequence[ReaderLease], waited_s: float) -> None:
-        now_ns = time.time_ns()
+        now_ns = self._bus.clock.now_ns()
         sizes = self.size_bytes
         _logger.log(
             self._level,

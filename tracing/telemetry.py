@@ -30,17 +30,16 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace import Span as OtelSpan
 
-from weightbus.schemas.base import RouteName, Stage
+from weightbus.schemas.base import BucketTimings, RouteName, Stage
 from weightbus.schemas.progress import StageComplete
 from weightbus.tracing import attributes as names
-from weightbus.tracing.attributes import AttributeValue
+from weightbus.tracing.attributes import AttributeValue, Destination
 from weightbus.tracing.context import SpanRef
-from weightbus.tracing.ids import new_span_id, new_trace_id
+from weightbus.tracing.ids import in_trace, new_span_id, new_trace_id
 from weightbus.tracing.otlp import (
     ExportLosses,
     OtlpSettings,
     open_exporter,
-    open_metric_exporter,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class StageScope(Struct, frozen=True):
 
 
 class Span:
-    """A span that is open."""
+    """A span that is open; whoever has begun it ends it, once."""
 
     def __init__(self, span: OtelSpan) -> None:
         self._span = span
@@ -98,7 +97,8 @@ class Span:
         self._span.set_attribute(names.ERROR_TYPE, error.partition(":")[0])
         self._span.set_status(Status(StatusCode.ERROR, error))
 
-    def _end(self, end_ns: int, error: str = "") -> None:
+    def end(self, end_ns: int, error: str = "") -> None:
+        """It ended at `end_ns`, and failed if `error` is not empty."""
         if error:
             self.fail(error)
         self._span.end(end_ns)
@@ -113,35 +113,51 @@ class StageSpan(Span):
         self.bytes = 0
         """Bytes moved by the stage; set it before the stage ends."""
 
-    def _complete(self, end_ns: int, error: str = "") -> StageComplete:
+    def _complete(self, end_ns: int, error: str, buckets: BucketTimings = ()) -> StageComplete:
         """End the span; returns its twin."""
         self.set(names.BYTES, self.bytes)
-        self._end(end_ns, error)
+        self.end(end_ns, error)
         return structs.replace(
-            self._twin, bytes=self.bytes, end_ns=end_ns, ok=not error, error=error
+            self._twin,
+            bytes=self.bytes,
+            buckets=buckets,
+            end_ns=end_ns,
+            ok=not error,
+            error=error,
         )
 
 
 class Telemetry:
-    """Makes spans. Without a tracer they have ids and go nowhere."""
+    """Makes spans. Without a tracer they have ids and go nowhere.
+
+    Points in time are nanoseconds of the bus's clock. A function that gives the time now may be
+    passed; without one it is this host's.
+    """
 
     def __init__(
         self,
         tracer: Tracer | None = None,
         shipper: SpanShipper | None = None,
-        open_meter: Callable[[str], Meter] = get_meter,
+        meters: OwnMeters | None = None,
     ) -> None:
-        self._tracer, self._shipper, self._open_meter = tracer, shipper, open_meter
+        self._tracer, self._shipper, self._meters = tracer, shipper, meters
+
+    @property
+    def exports(self) -> bool:
+        """Whether spans go anywhere: what is a span and nothing else need not be made otherwise."""
+        return self._tracer is not None
 
     def meter(self, name: str) -> Meter:
         """The meter of one part of this program: where metrics are exported that of this service,
         else that of OpenTelemetry's global provider, which keeps nothing unless one was set."""
-        return self._open_meter(name)
+        return get_meter(name) if self._meters is None else self._meters.get(name)
 
     @property
     def losses(self) -> ExportLosses:
-        """Spans that were to be exported and did not arrive, so far."""
-        return ExportLosses() if self._shipper is None else self._shipper.losses
+        """Spans, and exports of metrics, that did not arrive, so far."""
+        losses = ExportLosses() if self._shipper is None else self._shipper.losses
+        refused = 0 if self._meters is None else self._meters.refused
+        return structs.replace(losses, metrics_refused=refused)
 
     @contextmanager
     def span(
@@ -152,13 +168,14 @@ class Telemetry:
         parent: SpanRef | None = None,
         attributes: Mapping[str, AttributeValue] = {},
         links: Sequence[SpanRef] = (),
+        now_ns: Callable[[], int] = time.time_ns,
     ) -> Iterator[Span]:
         """A span around a block; what the block raises marks it as failed and goes on.
 
         Without a parent it begins a trace of its own.
         """
-        clock = _Stopwatch()
-        span = Span(self._begin(name, kind, parent, attributes, links, clock.start_ns))
+        clock = _Stopwatch(now_ns())
+        span = Span(self._begin(name, kind, parent, attributes, clock.start_ns, links))
         reason = ""
         try:
             yield span
@@ -166,39 +183,86 @@ class Telemetry:
             reason = _reason_of(error)
             raise
         finally:
-            span._end(clock.now_ns(), reason)
+            span.end(clock.now_ns(), reason)
 
     def publish_span(
-        self, subject: str, *, model: str, version: int, parent: SpanRef | None = None
+        self,
+        destination: Destination,
+        *,
+        model: str,
+        version: int,
+        producer: str,
+        offset_ns: int = 0,
+        residual_ns: int | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
     ) -> AbstractContextManager[Span]:
-        """The producer's span of one version; its ref goes into the headers of the event."""
-        return self.span(
-            names.messaging_span_name("publish", subject),
-            kind=SpanKind.PRODUCER,
-            parent=parent,
-            attributes={
-                **names.messaging_attributes("send", "publish", subject),
-                names.MODEL: model,
-                names.VERSION: version,
-            },
-        )
+        """The producer's span of one version; its ref goes into the headers of the event.
 
-    def update_span(
-        self, subject: str, scope: StageScope, *, parent: SpanRef | None
-    ) -> AbstractContextManager[Span]:
-        """A consumer's span of one update: child of the publish span, parent of its stages.
-
-        `subject` is where `CheckpointReady` was received, `parent` the ref in its headers.
+        `offset_ns` and `residual_ns` as in `clock_attributes`.
         """
         return self.span(
-            names.messaging_span_name("update", subject),
-            kind=SpanKind.CONSUMER,
-            parent=parent,
+            names.messaging_span_name("publish", destination.template),
+            kind=SpanKind.PRODUCER,
             attributes={
-                **names.messaging_attributes("process", "update", subject),
-                **scope.attributes(),
+                **names.messaging_attributes("send", "publish", destination),
+                names.MODEL: model,
+                names.VERSION: version,
+                names.PRODUCER: producer,
+                **names.clock_attributes(offset_ns, residual_ns),
             },
+            now_ns=now_ns,
         )
+
+    def begin_update(
+        self,
+        destination: Destination,
+        scope: StageScope,
+        *,
+        start_ns: int,
+        parent: SpanRef | None,
+        trace_id: str = "",
+        links: Sequence[SpanRef] = (),
+        attributes: Mapping[str, AttributeValue] = {},
+        message_id: str = "",
+    ) -> Span:
+        """A consumer's span of one update: child of the publish span, parent of its stages.
+
+        Args:
+            parent: the ref in the headers of `CheckpointReady`. The convention wants a link to it,
+                too; it gets one.
+            trace_id: of the trace that it begins if there is no parent; empty: any.
+            links: to earlier attempts.
+        """
+        return Span(
+            self._begin(
+                names.messaging_span_name("update", destination.template),
+                SpanKind.CONSUMER,
+                parent,
+                {
+                    **names.messaging_attributes("process", "update", destination, message_id),
+                    **scope.attributes(),
+                    **attributes,
+                },
+                start_ns,
+                links if parent is None else (parent, *links),
+                trace_id,
+            )
+        )
+
+    def record_span(
+        self,
+        name: str,
+        *,
+        start_ns: int,
+        end_ns: int,
+        parent: SpanRef,
+        attributes: Mapping[str, AttributeValue] = {},
+        error: str = "",
+    ) -> SpanRef:
+        """A span without a twin that has ended already."""
+        span = Span(self._begin(name, SpanKind.INTERNAL, parent, attributes, start_ns))
+        span.end(max(start_ns, end_ns), _shortened(error))
+        return span.ref
 
     @contextmanager
     def stage(
@@ -210,12 +274,13 @@ class Telemetry:
         rank: int | None = None,
         route: RouteName | None = None,
         parent: SpanRef | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
     ) -> Iterator[StageSpan]:
         """A stage around a block: its span, and when that ends its twin to `emit`.
 
         What the block raises, a cancellation too, is told by both and goes on.
         """
-        clock = _Stopwatch()
+        clock = _Stopwatch(now_ns())
         span = self._begin_stage(scope, stage, rank, route, parent, clock.start_ns)
         reason = ""
         try:
@@ -235,6 +300,7 @@ class Telemetry:
         start_ns: int,
         end_ns: int,
         bytes: int = 0,
+        buckets: BucketTimings = (),
         rank: int | None = None,
         route: RouteName | None = None,
         parent: SpanRef | None = None,
@@ -242,13 +308,31 @@ class Telemetry:
     ) -> SpanRef:
         """A stage that has ended already, timed inside a worker: its span, and its twin to `emit`.
 
-        `error`, if it failed, begins with the name of the error class: `TornRead: segment ...`. An
-        end before the start (a wall clock that was set back) counts as the start.
+        `buckets`, within it, are spans too if spans are exported. `error`, if it failed, begins
+        with the name of the error class: `TornRead: segment ...`. An end before the start (a wall
+        clock that was set back) counts as the start.
         """
         span = self._begin_stage(scope, stage, rank, route, parent, start_ns)
         span.bytes = bytes
-        emit(span._complete(max(start_ns, end_ns), _shortened(error)))
+        if buckets and self.exports:
+            self._record_buckets(span.ref, scope, rank, buckets)
+        emit(span._complete(max(start_ns, end_ns), _shortened(error), buckets))
         return span.ref
+
+    def _record_buckets(
+        self, stage: SpanRef, scope: StageScope, rank: int | None, buckets: BucketTimings
+    ) -> None:
+        attributes = scope.attributes()
+        if rank is not None:
+            attributes[names.RANK] = rank
+        for number, bucket in enumerate(buckets):
+            self.record_span(
+                "bucket",
+                start_ns=bucket.start_ns,
+                end_ns=bucket.end_ns,
+                parent=stage,
+                attributes={**attributes, names.BUCKET: number, names.BYTES: bucket.bytes},
+            )
 
     def _begin_stage(
         self,
@@ -276,7 +360,7 @@ class Telemetry:
             end_ns=start_ns,
             parent_span_id="" if parent is None else parent.span_id,
         )
-        span = self._begin(stage, SpanKind.INTERNAL, parent, attributes, (), start_ns)
+        span = self._begin(stage, SpanKind.INTERNAL, parent, attributes, start_ns)
         return StageSpan(span, twin)
 
     def _begin(
@@ -285,9 +369,13 @@ class Telemetry:
         kind: SpanKind,
         parent: SpanRef | None,
         attributes: Mapping[str, AttributeValue],
-        links: Sequence[SpanRef],
         start_ns: int,
+        links: Sequence[SpanRef] = (),
+        trace_id: str = "",
     ) -> OtelSpan:
+        if trace_id and parent is None:
+            with in_trace(int(trace_id, 16)):
+                return self._begin(name, kind, None, attributes, start_ns, links)
         if self._tracer is None:
             return _unexported_span(parent)
         # A message's span has its parent in the process that sent the message.
@@ -297,7 +385,7 @@ class Telemetry:
             context=Context() if parent is None else parent.as_parent(remote=remote),
             kind=kind,
             attributes=attributes,
-            links=[Link(link.as_context()) for link in links],
+            links=[Link(link.as_context(remote=remote)) for link in links],
             start_time=start_ns,
         )
 
@@ -315,41 +403,41 @@ def open_telemetry(
     """Telemetry of one process or service; its end waits at most `shutdown_s` for what is unsent.
 
     Spans go to the collector of `otlp`, or to `exporter`, or nowhere; metrics to that collector's
-    `metrics_endpoint`, or to `reader`, or to OpenTelemetry's global provider. `resource` adds
-    attributes that all spans and metrics of this service have.
+    `metrics_endpoint`, or to `reader`, and to whoever asks at its `prometheus`; where there is none
+    of these to OpenTelemetry's global provider. `resource` adds attributes that all spans and
+    metrics of this service have.
 
     Raises:
         ExporterMissing: `otlp` is given, but the extra `otlp` is not installed.
+        PrometheusMissing: the extra `prometheus` is not installed, and `otlp` asks for it.
+        PrometheusUnavailable: Prometheus cannot ask at that address.
     """
-    if otlp is not None:
-        if otlp.endpoint:
-            exporter = open_exporter(otlp)
-        if otlp.metrics_endpoint and reader is None:
-            from weightbus.tracing.sdk import OwnReader
-
-            reader = OwnReader(open_metric_exporter(otlp))
+    if otlp is not None and otlp.endpoint:
+        exporter = open_exporter(otlp)
     meters: OwnMeters | None = None
     shipper: SpanShipper | None = None
     tracer: Tracer | None = None
-    if reader is not None:
-        from weightbus.tracing.sdk import OwnMeters
+    if reader is not None or (otlp is not None and (otlp.metrics_endpoint or otlp.prometheus)):
+        from weightbus.tracing.sdk import open_meters
 
-        meters = OwnMeters(service, reader, resource)
+        meters = open_meters(service, otlp, reader, resource)
     if exporter is not None:
         from weightbus.tracing.sdk import make_tracer
         from weightbus.tracing.shipping import SpanShipper
 
         shipper = SpanShipper(exporter)
         tracer = make_tracer(service, shipper, resource)
+    telemetry = Telemetry(tracer, shipper, meters)
+    if meters is not None:
+        meters.tell_losses(lambda: telemetry.losses)
     try:
-        yield Telemetry(tracer, shipper, get_meter if meters is None else meters.get)
+        yield telemetry
     finally:
-        end_s = time.monotonic() + shutdown_s
-        closing = None if meters is None else meters.close(shutdown_s)
+        wait_for_metrics = None if meters is None else meters.close(shutdown_s)
         if shipper is not None:
             _close_shipper(shipper, service, shutdown_s)
-        if closing is not None:
-            closing.join(max(0.0, end_s - time.monotonic()))
+        if wait_for_metrics is not None:
+            wait_for_metrics()
 
 
 def _close_shipper(shipper: SpanShipper, service: str, shutdown_s: float) -> None:
@@ -368,10 +456,10 @@ def _close_shipper(shipper: SpanShipper, service: str, shutdown_s: float) -> Non
 
 
 class _Stopwatch:
-    """Wall time that cannot run backwards: from its start on it goes by the steady clock."""
+    """Time that cannot run backwards: from its start on it goes by the steady clock."""
 
-    def __init__(self) -> None:
-        self.start_ns = time.time_ns()
+    def __init__(self, start_ns: int) -> None:
+        self.start_ns = start_ns
         self._started_ns = time.perf_counter_ns()
 
     def now_ns(self) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
@@ -135,7 +134,7 @@ class KeptCopy:
             layout_digest=layout_digest,
             placement=tuple(self._ways(block) for block in self._blocks),
             checkpoint_ns=checkpoint_ns,
-            created_ns=time.time_ns(),
+            created_ns=self._bus.clock.now_ns(),
         )
         await self._bus.publish(self._offered)
 

@@ -15,11 +15,14 @@ import numpy as np
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from msgspec import structs
 
+from weightbus.bus.clock import BusClock
 from weightbus.bus.connection import Bus
 from weightbus.bus.digest import combine, digest_hex, digest_tensor
 from weightbus.bus.errors import LeaseLost, ObjectMissing
+from weightbus.bus.link import NoResponders
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received, Reconnected
+from weightbus.bus.settings import BusSettings
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.errors import RouteUnavailable
@@ -326,8 +329,11 @@ class FakeBus:
     """A bus in memory. `calls` are the requests whose order matters."""
 
     prefix = "weightbus"
+    url = "nats://host:4222"
+    settings = BusSettings(url=url)
 
     def __init__(self) -> None:
+        self.clock = BusClock(_nobody_answers)
         self.calls: list[str] = []
         self.published: list[Message] = []
         self.headers: list[Mapping[str, str]] = []
@@ -392,6 +398,10 @@ class FakeBus:
         if key in self.blobs:
             return self.blobs[key]
         raise ObjectMissing(key)
+
+
+async def _nobody_answers() -> int:
+    raise NoResponders("request")
 
 
 class FakeRoundLeases:

@@ -11,11 +11,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
 from weightbus.schemas.progress import StageComplete
+from weightbus.tracing.attributes import Destination
 from weightbus.tracing.context import SpanRef
 from weightbus.tracing.telemetry import StageScope, Telemetry, open_telemetry
 
 SCOPE = StageScope("minilm", 7, "v7-1", "a")
-SUBJECT = "weightbus.minilm.checkpoint.ready"
+READY = Destination.of_ready("weightbus", "minilm", client="c", url="nats://h")
 START_NS = 1_700_000_000_000_000_000
 
 
@@ -132,11 +133,10 @@ def test_recorded_stage_tells_its_error_twice_when_it_failed() -> None:
 
 def test_span_is_marked_as_failed_when_nothing_was_raised() -> None:
     exporter = InMemorySpanExporter()
-    with (
-        open_telemetry("consumer", exporter=exporter) as telemetry,
-        telemetry.update_span(SUBJECT, SCOPE, parent=None) as update,
-    ):
+    with open_telemetry("consumer", exporter=exporter) as telemetry:
+        update = telemetry.begin_update(READY, SCOPE, start_ns=START_NS, parent=None)
         update.fail("DigestMismatch: weights digest is 1")
+        update.end(START_NS + 1)
     (span,) = exporter.get_finished_spans()
     assert span.status.description == "DigestMismatch: weights digest is 1"
     assert dict(span.attributes or {})["error.type"] == "DigestMismatch"
@@ -151,7 +151,7 @@ def test_recorded_stage_lasts_no_time_when_its_clock_was_set_back() -> None:
 def test_telemetry_makes_ids_of_one_trace_when_nothing_is_exported() -> None:
     telemetry, twins = Telemetry(), list[StageComplete]()
     with (
-        telemetry.publish_span(SUBJECT, model="minilm", version=7) as publish,
+        telemetry.publish_span(READY, model="minilm", version=7, producer="t") as publish,
         telemetry.stage(twins.append, SCOPE, "fetch", parent=publish.ref) as stage,
     ):
         publish.set("weightbus.bytes", 1)
@@ -178,17 +178,20 @@ def test_update_is_a_consumer_span_in_the_trace_of_publish_when_the_context_came
     trainer, engine = InMemorySpanExporter(), InMemorySpanExporter()
     with (
         open_telemetry("trainer", exporter=trainer) as telemetry,
-        telemetry.publish_span(SUBJECT, model="minilm", version=7) as publish,
+        telemetry.publish_span(READY, model="minilm", version=7, producer="t") as publish,
     ):
         headers = publish.ref.headers()
-    with (
-        open_telemetry("consumer", exporter=engine) as telemetry,
-        telemetry.update_span(SUBJECT, SCOPE, parent=SpanRef.from_headers(headers)),
-    ):
-        pass
+    with open_telemetry("consumer", exporter=engine) as telemetry:
+        telemetry.begin_update(
+            READY,
+            SCOPE,
+            start_ns=START_NS,
+            parent=SpanRef.from_headers(headers),
+            message_id="minilm/7/t",
+        ).end(START_NS + 1)
     (sent,), (processed,) = trainer.get_finished_spans(), engine.get_finished_spans()
-    assert sent.name == f"publish {SUBJECT}"
-    assert processed.name == f"update {SUBJECT}"
+    assert sent.name == "publish weightbus.{model}.checkpoint.ready"
+    assert processed.name == "update weightbus.{model}.checkpoint.ready"
     assert (sent.kind, processed.kind) == (SpanKind.PRODUCER, SpanKind.CONSUMER)
     assert sent.parent is None
     assert sent.context is not None
@@ -196,16 +199,24 @@ def test_update_is_a_consumer_span_in_the_trace_of_publish_when_the_context_came
     assert processed.parent.is_remote
     assert processed.parent.span_id == sent.context.span_id
     assert processed.parent.trace_id == sent.context.trace_id
+    assert [link.context.span_id for link in processed.links] == [sent.context.span_id]
     assert dict(sent.attributes or {}) == {
         "messaging.system": "nats",
         "messaging.operation.type": "send",
         "messaging.operation.name": "publish",
-        "messaging.destination.name": SUBJECT,
+        "messaging.destination.name": "weightbus.minilm.checkpoint.ready",
+        "messaging.destination.template": "weightbus.{model}.checkpoint.ready",
+        "messaging.client.id": "c",
+        "server.address": "h",
+        "server.port": 4222,
         "weightbus.model": "minilm",
         "weightbus.version": 7,
+        "weightbus.producer": "t",
+        "weightbus.clock.offset_ns": 0,
     }
     attributes = dict(processed.attributes or {})
     assert attributes["messaging.operation.type"] == "process"
+    assert attributes["messaging.message.id"] == "minilm/7/t"
     assert attributes["weightbus.round"] == "v7-1"
 
 
