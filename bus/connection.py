@@ -71,6 +71,10 @@ class Bus:
     prefix: str
     clock: BusClock
     """What time it is on the bus: every time in a message or a span is of this clock."""
+    link: Link
+    """For the other parts of the bus."""
+    jetstream: JetStream
+    """For the other parts of the bus."""
     objects: ObjectStore
     layouts: LayoutStore
     presence: Presence
@@ -85,7 +89,7 @@ class Bus:
         dead_letters: DeadLetters,
         clock: BusClock,
     ) -> None:
-        self._link, self._jetstream, self._dead_letters = link, jetstream, dead_letters
+        self.link, self.jetstream, self._dead_letters = link, jetstream, dead_letters
         self.settings = settings
         self.clock = clock
         self.url = link.url
@@ -103,7 +107,7 @@ class Bus:
     @property
     def is_connected(self) -> bool:
         """False while a lost connection is waited for, and once it is lost for good."""
-        return self._link.is_up
+        return self.link.is_up
 
     async def publish(
         self,
@@ -124,7 +128,7 @@ class Bus:
             PayloadTooLarge
         """
         content_type = entry_of(type(message)).content_type
-        return await self._jetstream.publish(
+        return await self.jetstream.publish(
             subject_of(message, self.prefix),
             encode(message, content_type),
             {HEADER_CONTENT_TYPE: content_type, **(headers or {})},
@@ -138,7 +142,7 @@ class Bus:
         """The number of the last message on the subject of a type, readable or not; 0: none."""
         subject = pattern_of(message_type, self.prefix, model, **tokens)
         stream = stream_name(entry_of(message_type).stream, self.prefix)
-        stored = await self._jetstream.last(stream, subject)
+        stored = await self.jetstream.last(stream, subject)
         return 0 if stored is None else stored.sequence
 
     def subscribe(
@@ -150,7 +154,7 @@ class Bus:
         the subjects that have them, as in `pattern_of`, and are no matter to the others.
         """
         return open_subscription(
-            self._link,
+            self.link,
             message_types,
             model,
             self.prefix,
@@ -170,13 +174,13 @@ class Bus:
         """
         subject = pattern_of(message_type, self.prefix, model, **tokens)
         stream = stream_name(entry_of(message_type).stream, self.prefix)
-        stored = await self._jetstream.last(stream, subject)
+        stored = await self.jetstream.last(stream, subject)
         if stored is None:
             return None
-        last = self._readable(stored)
+        last = self.readable(stored)
         if last is None:
-            async for earlier in self._jetstream.walk(stream, subject):
-                last = self._readable(earlier) or last
+            async for earlier in self.jetstream.walk(stream, subject):
+                last = self.readable(earlier) or last
         return None if last is None else _of_types(last, (message_type,))
 
     async def replay(
@@ -197,8 +201,8 @@ class Bus:
             )
             for kind in message_types
         }
-        async for stored in merged_scan(self._jetstream, sorted(sources), since_ns):
-            readable = self._readable(stored)
+        async for stored in merged_scan(self.jetstream, sorted(sources), since_ns):
+            readable = self.readable(stored)
             if readable and (received := _of_types(readable, message_types)):
                 yield received
 
@@ -209,18 +213,25 @@ class Bus:
         model = model_of(subject, self.prefix)
         await self._dead_letters.report(model, subject, payload, content_type or "", error)
 
-    def _readable(self, stored: StoredMessage) -> Received[Message] | None:
-        """What cannot be read is answered on `dead`."""
+    def readable(
+        self, stored: StoredMessage, *, is_answered: bool = True
+    ) -> Received[Message] | None:
+        """What was stored, as a message; None: it cannot be read.
+
+        Then it is answered on `dead`, unless that is not wanted, or it is a letter itself: a letter
+        about a letter would never end.
+        """
         try:
             return read(
                 stored.subject, stored.headers, stored.payload, stored.stored_ns, self.prefix
             )
         except MessageInvalid as error:
-            content_type = content_type_of(stored.headers)
             model = model_of(stored.subject, self.prefix)
-            self._dead_letters.report_nowait(
-                model, stored.subject, stored.payload, content_type, error
-            )
+            if is_answered and stored.subject != f"{self.prefix}.{model}.dead":
+                content_type = content_type_of(stored.headers)
+                self._dead_letters.report_nowait(
+                    model, stored.subject, stored.payload, content_type, error
+                )
             return None
 
 

@@ -31,6 +31,7 @@ __all__ = (
     "PublishAck",
     "StoredMessage",
     "StreamConfig",
+    "StreamState",
     "WrongLastSequence",
 )
 
@@ -97,6 +98,19 @@ class StoredMessage(Struct, frozen=True, kw_only=True):
     """When the server stored it, by the server's clock."""
     headers: Mapping[str, str]
     payload: bytes
+
+
+class StreamState(Struct, frozen=True, kw_only=True):
+    """What a stream holds."""
+
+    created: str
+    """When it was made: another stream of the same name has another."""
+    first_sequence: int
+    """Of the oldest message that is kept; one more than the last, if none is."""
+    last_sequence: int
+    """Of the last message that was stored, kept or not; 0: none ever was."""
+    first_ns: int
+    """When the oldest message was stored, by the server's clock; 0: none is kept."""
 
 
 class WrongLastSequence(Exception):
@@ -322,6 +336,36 @@ class JetStream:
         except _NotReady as error:
             raise NoResponders(operation) from error
 
+    async def page(
+        self, stream: str, subject: str, first_sequence: int
+    ) -> tuple[list[StoredMessage], int]:
+        """Some stored messages of a subject, which may hold wildcards, from a sequence on.
+
+        Returns them in the stream's order, and how many more there are.
+        """
+        return await self._page(stream, subject, {"seq": first_sequence})
+
+    async def first_since(self, stream: str, since_ns: int) -> int | None:
+        """The sequence of the first message stored at or after a time; None: there is none."""
+        start = {"start_time": rfc3339_of(since_ns)}
+        page, _ = await self._page(stream, ">", start, batch_messages=1)
+        return page[0].sequence if page else None
+
+    async def state(self, stream: str) -> StreamState:
+        """What a stream holds; its leader's word."""
+
+        async def send() -> StreamState:
+            info = await self._api(f"STREAM.INFO.{stream}", {})
+            state = info["state"]
+            return StreamState(
+                created=info["created"],
+                first_sequence=state["first_seq"] if state["messages"] else state["last_seq"] + 1,
+                last_sequence=state["last_seq"],
+                first_ns=nanoseconds_of(state["first_ts"]) if state["messages"] else 0,
+            )
+
+        return await self._when_ready(send, f"state of stream {stream}")
+
     async def count(self, stream: str, subject: str) -> int:
         """How many messages of a subject, without wildcards, are stored."""
 
@@ -340,12 +384,16 @@ class JetStream:
         await self._when_ready(send, f"purge of {subject}")
 
     async def _page(
-        self, stream: str, subject: str, start: dict[str, Any]
+        self,
+        stream: str,
+        subject: str,
+        start: dict[str, Any],
+        batch_messages: int = _BATCH_MESSAGES,
     ) -> tuple[list[StoredMessage], int]:
         """(messages, how many more there are)"""
         operation = f"read of {subject} from stream {stream}"
         request = msgspec.json.encode(
-            {**start, "next_by_subj": subject, "batch": _BATCH_MESSAGES, "max_bytes": _BATCH_BYTES}
+            {**start, "next_by_subj": subject, "batch": batch_messages, "max_bytes": _BATCH_BYTES}
         )
 
         async def send() -> list[Incoming]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import anyio
 import msgspec
 
+from weightbus.bus.bell import Bell
 from weightbus.bus.buckets import KeyBucket, is_end, ttl_of
 from weightbus.bus.errors import BusUnavailable
 from weightbus.bus.link import Incoming, Link
@@ -74,15 +75,19 @@ class Presence:
         return tuple(found.values())
 
     @asynccontextmanager
-    async def watch(self, model: str | None) -> AsyncIterator[PresenceWatch]:
+    async def watch(
+        self, model: str | None, bell: Bell | None = None
+    ) -> AsyncIterator[PresenceWatch]:
         """The engines of a model that are there, then every change; None: of all models.
+
+        `bell`: of a reader that waits for other things too, and takes `next_known` only.
 
         Expiry is noticed within `ttl_s` + 1 s of the last heartbeat that could be heard. A lost
         connection is no sign of anything: when it is back, the list is read again, and an engine
         that is missing has `ttl_s` to be heard.
         """
         keys = _pattern(model)
-        watch = PresenceWatch(self._bucket, keys)
+        watch = PresenceWatch(self._bucket, keys, bell or Bell())
         with self._link.listen(watch):
             async with self._link.subscribe(self._bucket.subject(keys), watch.deliver_nowait):
                 yield watch
@@ -110,9 +115,10 @@ class PresenceWatch:
         BusTimeout, RequestRefused
     """
 
-    def __init__(self, bucket: KeyBucket[EngineState], keys: str) -> None:
+    def __init__(self, bucket: KeyBucket[EngineState], keys: str, bell: Bell) -> None:
         self._bucket = bucket
         self._keys = keys
+        self._bell = bell
         self._known: dict[_Engine, _Known] = {}
         self._ready: deque[EngineState | EngineGone] = deque()
         self._inbox: deque[Incoming] = deque()
@@ -120,12 +126,27 @@ class PresenceWatch:
         self._look_at = math.inf
         """Not later than the first expiry: heartbeats move that one and leave this as it is."""
         self._error: BusUnavailable | None = None
-        self._wake = anyio.Event()
 
     def __aiter__(self) -> AsyncIterator[EngineState | EngineGone]:
         return self
 
     async def __anext__(self) -> EngineState | EngineGone:
+        while (change := await self.next_known()) is None:
+            await self._bell.wait(self.wait_s)
+        return change
+
+    @property
+    def is_listed(self) -> bool:
+        """The engines that were there when the watch began have been read."""
+        return self._lists_done > 0
+
+    @property
+    def wait_s(self) -> float:
+        """How long it is, if nothing is heard, until there may be something to know."""
+        return self._look_at - anyio.current_time()
+
+    async def next_known(self) -> EngineState | EngineGone | None:
+        """The next change; None: there is none until the bell rings or `wait_s` is over."""
         while not self._ready:
             if self._error is not None:
                 raise self._error
@@ -136,9 +157,7 @@ class PresenceWatch:
             elif anyio.current_time() >= self._look_at:
                 await self._look_for_late()
             else:
-                with anyio.move_on_after(self._look_at - anyio.current_time()):
-                    await self._wake.wait()
-                self._wake = anyio.Event()
+                return None
         return self._ready.popleft()
 
     def deliver_nowait(self, incoming: Incoming) -> None:
@@ -147,15 +166,15 @@ class PresenceWatch:
         else:  # the list says the same, and takes less room
             self._inbox.clear()
             self._lists_wanted += 1
-        self._wake.set()
+        self._bell.ring()
 
     def reconnected_nowait(self) -> None:
         self._lists_wanted += 1
-        self._wake.set()
+        self._bell.ring()
 
     def failed_nowait(self, error: BusUnavailable) -> None:
         self._error = error
-        self._wake.set()
+        self._bell.ring()
 
     async def _list(self) -> None:
         """An engine that is missing had no chance to be heard: it is given its time again."""

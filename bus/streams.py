@@ -20,7 +20,7 @@ from weightbus.schemas.catalogue import (
     stream_subjects,
 )
 
-__all__ = ("OBJECTS", "bus_streams", "kv_stream", "object_stream")
+__all__ = ("OBJECTS", "bus_streams", "kv_stream", "last_kept", "object_stream")
 
 OBJECTS = "layouts"
 """Name of the object store."""
@@ -49,18 +49,23 @@ def bus_streams(prefix: str) -> tuple[StreamConfig, ...]:
     )
 
 
+def last_kept(stream: str) -> int | None:
+    """How many messages of each subject a stream of the catalogue keeps; None: what happened
+    lately, whatever the subject."""
+    return None if stream == _PROGRESS else _LAST_KEPT
+
+
 def _message_stream(stream: StreamEntry, prefix: str) -> StreamConfig:
-    """`PROGRESS` keeps what happened lately; every other stream the last few of each subject."""
     config = StreamConfig(
         name=stream_name(stream.name, prefix),
         subjects=stream_subjects(stream, prefix),
         description=stream.description,
     )
-    if stream.name == _PROGRESS:
-        return msgspec.structs.replace(
-            config, max_age=_PROGRESS_MAX_AGE_NS, max_bytes=_PROGRESS_MAX_BYTES
-        )
-    return msgspec.structs.replace(config, max_msgs_per_subject=_LAST_KEPT)
+    if (kept := last_kept(stream.name)) is not None:
+        return msgspec.structs.replace(config, max_msgs_per_subject=kept)
+    return msgspec.structs.replace(
+        config, max_age=_PROGRESS_MAX_AGE_NS, max_bytes=_PROGRESS_MAX_BYTES
+    )
 
 
 def _bucket_stream(bucket: BucketEntry, prefix: str) -> StreamConfig:

@@ -25,7 +25,7 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.catalogue import entry_of, pattern_of
 from weightbus.schemas.errors import MessageInvalid
 
-__all__ = ("Subscription", "cover", "open_subscription")
+__all__ = ("Subscription", "cover", "matcher", "merge", "open_subscription")
 
 _REMEMBERED_IDS = 1024
 _FAMILY_TOKEN = 2  # of prefix, model, family, ...
@@ -57,7 +57,7 @@ class Subscription(Generic[M]):
     ) -> None:
         """`patterns`: the subjects of `types`, with wildcards. `now_ns`: the bus's clock."""
         self._types, self._patterns, self._prefix = types, tuple(patterns), prefix
-        self._asked_for = _matcher(patterns)
+        self._asked_for = matcher(patterns)
         self._dead_letters = dead_letters
         self._limit, self._now_ns = limit, now_ns
         self._send, self._receive = anyio.create_memory_object_stream[_Item](limit)
@@ -195,24 +195,29 @@ def cover(patterns: Sequence[str]) -> tuple[str, ...]:
     >>> cover(["p.m.round.*.join", "p.m.round.*.plan", "p.m.dead"])
     ('p.m.round.*.*', 'p.m.dead')
     """
-    families: dict[str, list[list[str]]] = defaultdict(list)
+    families: dict[str, list[str]] = defaultdict(list)
     for pattern in patterns:
-        tokens = pattern.split(".")
-        families[tokens[_FAMILY_TOKEN]].append(tokens)
-    return tuple(".".join(_merge(members)) for members in families.values())
+        families[pattern.split(".")[_FAMILY_TOKEN]].append(pattern)
+    return tuple(merge(members) for members in families.values())
 
 
-def _matcher(patterns: Sequence[str]) -> re.Pattern[str]:
-    """Of the subjects that match a pattern; `cover` brings in others."""
-    return re.compile("|".join(re.escape(p).replace(r"\*", "[^.]+") for p in patterns))
+def merge(patterns: Sequence[str]) -> str:
+    """One subject that holds all `patterns`, and more.
 
-
-def _merge(patterns: list[list[str]]) -> list[str]:
-    shortest = min(map(len, patterns))
+    >>> merge(["p.m.round.*.join", "p.m.update.*", "p.m.dead"])
+    'p.m.>'
+    """
+    split = [pattern.split(".") for pattern in patterns]
+    shortest = min(map(len, split))
     merged = [
         tokens[0] if len(set(tokens)) == 1 else "*"
-        for tokens in zip(*(pattern[:shortest] for pattern in patterns), strict=True)
+        for tokens in zip(*(tokens[:shortest] for tokens in split), strict=True)
     ]
-    if any(len(pattern) != shortest for pattern in patterns):
+    if any(len(tokens) != shortest for tokens in split):
         merged[-1] = ">"
-    return merged
+    return ".".join(merged)
+
+
+def matcher(patterns: Sequence[str]) -> re.Pattern[str]:
+    """Of the subjects that match a pattern; `cover` and `merge` bring in others."""
+    return re.compile("|".join(re.escape(p).replace(r"\*", "[^.]+") for p in patterns))

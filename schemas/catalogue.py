@@ -38,6 +38,7 @@ __all__ = (
     "ALL_RANKS",
     "BUCKETS",
     "CATALOGUE",
+    "MONITORED",
     "PARAMETERS",
     "STREAMS",
     "WORKER_MESSAGES",
@@ -273,6 +274,9 @@ CATALOGUE: Final = (
         encoding="json",
     ),
 )
+
+MONITORED: Final = tuple(entry.message for entry in CATALOGUE if MONITOR in entry.receivers)
+"""What monitors listen to."""
 
 BUCKETS: Final = (
     BucketEntry(
