@@ -17,7 +17,8 @@ from weightbus.producers.devices import Handover
 from weightbus.producers.skipping import cause_of
 from weightbus.producers.slots import Slots
 from weightbus.tracing.attributes import BLOCKED_S, SLOT_BYTES, WAITED_S
-from weightbus.tracing.metrics import METER, PublisherMetrics
+from weightbus.tracing.metric_names import PRODUCER_METER
+from weightbus.tracing.metrics import PublisherMetrics
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("BlockedClock", "Measures")
@@ -50,8 +51,12 @@ class Measures:
         self._announcer, self._slots = announcer, slots
         self._kinds: set[str] = set()
         self._metrics = PublisherMetrics(
-            telemetry.meter(METER), model=announcer.model, producer=announcer.producer, rank=rank
+            telemetry.meter(PRODUCER_METER),
+            model=announcer.model,
+            producer=announcer.producer,
+            rank=rank,
         )
+        slots.waiting = self._metrics.waiting
 
     @contextmanager
     def count(self, version: int) -> Iterator[None]:
@@ -72,7 +77,7 @@ class Measures:
             yield
         finally:
             blocked_s, sizes = clock.blocked_s(), self._slots.size_bytes
-            self._metrics.blocked(blocked_s)
+            self._metrics.blocked(blocked_s, self._slots.waited_s)
             self._metrics.slots(sizes)
             self._kinds |= sizes.keys()
             span.set(BLOCKED_S, blocked_s)

@@ -7,6 +7,8 @@ from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
     "ExporterMissing",
+    "PrometheusMissing",
+    "PrometheusUnavailable",
     "RoundUnknown",
     "TelemetryInvalid",
     "TracingError",
@@ -33,6 +35,29 @@ class ExporterMissing(TracingError):
         super().__init__(
             f"spans cannot be sent to {endpoint}: no OTLP exporter for {protocol} is installed; "
             "pip install weightbus[otlp]"
+        )
+
+
+class PrometheusMissing(TracingError):
+    """Prometheus is to read metrics, but what lets it is not installed."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__(
+            f"metrics cannot be read at {url}: no exporter for Prometheus is installed; "
+            "pip install weightbus[prometheus]"
+        )
+
+
+class PrometheusUnavailable(TracingError):
+    """Prometheus is to read metrics at an address that cannot be had."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(
+            f"metrics cannot be read at {url}: {reason}; OTEL_EXPORTER_PROMETHEUS_HOST and "
+            "OTEL_EXPORTER_PROMETHEUS_PORT must name an address of this host that no other process "
+            "listens at"
         )
 
 

@@ -78,15 +78,15 @@ def _link_of_fetch(route: RouteName | None, source: Source, *, staged: bool) -> 
 def link_rate(links: Links, link: LinkName, ranks: int) -> int | None:
     """Bytes per second that `ranks` of one host can reach over a link together; None: not known.
 
-    Every GPU has a link of its own to its host's memory, and to its peers; every card one to the
-    network.
+    Every GPU has a link of its own to its host's memory, and to its peers, and receives broadcasts
+    by itself; every card has one to the network.
     """
     each: dict[LinkName, int] = {
         "memory": links.memory,
         "device": links.device * ranks,
         "peer": links.peer * ranks,
         "network": links.network * links.cards,
-        "broadcast": links.broadcast,
+        "broadcast": links.broadcast * ranks,
         "p2p": links.p2p,
         "disk": links.disk,
     }

@@ -1,7 +1,8 @@
-"""Where spans and metrics are sent to, if anywhere: OTLP settings, exporters, the losses.
+"""Where spans and metrics are sent to, or read, if anywhere: settings, exporters, the losses.
 
 Reads nothing by itself: `OtlpSettings.from_env` is given the environment by an entry point. The
-exporters are the extra `otlp`; they are imported only when an endpoint is set.
+exporters are the extra `otlp`; they are imported only when an endpoint is set. Where Prometheus
+reads metrics is `weightbus.tracing.prometheus`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = (
     "ExportLosses",
     "OtlpProtocol",
     "OtlpSettings",
+    "PrometheusSettings",
     "open_exporter",
     "open_metric_exporter",
 )
@@ -39,10 +41,46 @@ _EXPORTER_PACKAGES: Final[Mapping[OtlpProtocol, str]] = {
 }
 
 
-class OtlpSettings(Struct, frozen=True, kw_only=True):
-    """One collector."""
+METRICS_EXPORTERS: Final = ("otlp", "prometheus", "none")
+"""What `OTEL_METRICS_EXPORTER` may name."""
 
-    endpoint: str
+MAX_PORT: Final = 65_535
+
+
+class PrometheusSettings(Struct, frozen=True, kw_only=True):
+    """Where Prometheus reads the metrics of this process, by HTTP at `/metrics`."""
+
+    host: str = "localhost"
+    """Address that is listened at; `0.0.0.0`: every one of this host. There is no access control:
+    who reaches it reads the names of models and engines."""
+    port: int = 9464
+    """0: a free one, which is logged."""
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/metrics"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> PrometheusSettings:
+        """The standard variables `OTEL_EXPORTER_PROMETHEUS_HOST` and `_PORT`.
+
+        Raises:
+            TelemetryInvalid: the port is none.
+        """
+        host = environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "").strip()
+        port = environ.get("OTEL_EXPORTER_PROMETHEUS_PORT", "").strip()
+        default = cls()
+        if port and not (port.isascii() and port.isdigit() and int(port) <= MAX_PORT):
+            limit = f"must be a number from 0 to {MAX_PORT}"
+            raise TelemetryInvalid("OTEL_EXPORTER_PROMETHEUS_PORT", port, limit)
+        return cls(host=host or default.host, port=int(port) if port else default.port)
+
+
+class OtlpSettings(Struct, frozen=True, kw_only=True):
+    """One collector, or Prometheus, or both."""
+
+    endpoint: str = ""
     """URL that spans are sent to: for HTTP the whole of it, `http://collector:4318/v1/traces`; for
     gRPC `http://collector:4317` (`https` for TLS). Empty: they are not sent."""
     protocol: OtlpProtocol = "http/protobuf"
@@ -51,14 +89,17 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
     metrics_endpoint: str = ""
     """URL that metrics are sent to, by the same protocol and with the same headers: for HTTP
     `http://collector:4318/v1/metrics`. Empty: they are not sent."""
+    prometheus: PrometheusSettings | None = None
+    """None: metrics cannot be read there."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> OtlpSettings | None:
         """The standard variables `OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT`, `PROTOCOL`, `HEADERS`.
 
         Metrics are sent, too, where `OTEL_EXPORTER_OTLP_[METRICS_]ENDPOINT` says so, unless
-        `OTEL_METRICS_EXPORTER` is `none`. None if no endpoint is set, or `OTEL_SDK_DISABLED` is
-        true.
+        `OTEL_METRICS_EXPORTER` says otherwise: `none`, or `prometheus`, which lets Prometheus read
+        them (`PrometheusSettings.from_env`); `otlp,prometheus` is both. None if there is nowhere
+        to send anything to, or `OTEL_SDK_DISABLED` is true.
 
         Raises:
             TelemetryInvalid: a variable holds what cannot be used.
@@ -66,11 +107,13 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
         for_traces = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
         for_metrics = environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "").strip()
         for_all = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
-        with_metrics = environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() != "none"
+        if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+            return None
+        exporters = _metrics_exporters(environ)
+        prometheus = PrometheusSettings.from_env(environ) if "prometheus" in exporters else None
+        with_metrics = "otlp" in exporters
         if not (for_traces or for_all or (for_metrics and with_metrics)):
-            return None
-        if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-            return None
+            return None if prometheus is None else cls(prometheus=prometheus)
         protocol = _protocol(_variable(environ, "PROTOCOL") or "http/protobuf")
         endpoint = for_traces or _with_path(for_all, "/v1/traces", protocol)
         _check_url("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
@@ -83,21 +126,25 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
             protocol=protocol,
             headers=_headers(_variable(environ, "HEADERS")),
             metrics_endpoint=metrics_endpoint,
+            prometheus=prometheus,
         )
 
 
 class ExportLosses(Struct, frozen=True, kw_only=True):
-    """Spans that never reached the collector, by cause."""
+    """What never reached the collector, by cause: spans, and exports of metrics."""
 
     queue_full: int = 0
-    """Ended while the queue was full, or after the telemetry was closed."""
+    """Spans that ended while the queue was full, or after the telemetry was closed."""
     refused: int = 0
-    """Given up by the exporter: no connection, refused, or no answer in time."""
+    """Spans given up by the exporter: no connection, refused, or no answer in time."""
     unsent: int = 0
-    """Still waiting, or on their way, when the deadline of the shutdown came."""
+    """Spans still waiting, or on their way, when the deadline of the shutdown came."""
+    metrics_refused: int = 0
+    """Exports of metrics that the exporter gave up. The next one that arrives has all counts."""
 
     @property
     def total(self) -> int:
+        """Of spans."""
         return self.queue_full + self.refused + self.unsent
 
 
@@ -133,6 +180,19 @@ def _module_of(settings: OtlpSettings, name: str) -> Any:
     except ImportError as error:
         endpoint = settings.endpoint or settings.metrics_endpoint
         raise ExporterMissing(settings.protocol, endpoint) from error
+
+
+def _metrics_exporters(environ: Mapping[str, str]) -> frozenset[str]:
+    """
+    Raises:
+        TelemetryInvalid
+    """
+    value = environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() or "otlp"
+    named = frozenset(name.strip() for name in value.split(","))
+    if not named <= set(METRICS_EXPORTERS) or ("none" in named and len(named) > 1):
+        limit = f"must be one of {', '.join(METRICS_EXPORTERS)}, or otlp,prometheus"
+        raise TelemetryInvalid("OTEL_METRICS_EXPORTER", value, limit)
+    return named
 
 
 def _with_path(for_all: str, path: str, protocol: OtlpProtocol) -> str:

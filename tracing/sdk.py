@@ -1,5 +1,7 @@
 """The tracer and the meters of OpenTelemetry's SDK that spans and metrics are exported with.
 
+Owns the meter provider of one service, with its readers and the endpoint where Prometheus reads.
+
 Imported only when they are: the SDK takes longer to import than the rest of `tracing`. When they
 are made, the SDK reads its own standard variables (`OTEL_TRACES_SAMPLER`,
 `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_METRIC_EXPORT_INTERVAL`, `OTEL_SDK_DISABLED`).
@@ -10,21 +12,40 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from opentelemetry.metrics import Meter
+from opentelemetry.metrics import Meter, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    MetricExporter,
+    MetricExportResult,
+    MetricReader,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from weightbus import __version__
+from weightbus.tracing.attributes import CAUSE
+from weightbus.tracing.errors import PrometheusMissing
 from weightbus.tracing.ids import new_span_id, new_trace_id
+from weightbus.tracing.metric_names import SIGNAL, TELEMETRY_LOST, TELEMETRY_METER
+from weightbus.tracing.otlp import (
+    ExportLosses,
+    OtlpSettings,
+    PrometheusSettings,
+    open_metric_exporter,
+)
 
-__all__ = ("OwnMeters", "OwnReader", "make_tracer")
+if TYPE_CHECKING:
+    from weightbus.tracing.prometheus import OwnEndpoint
+
+__all__ = ("OwnMeters", "make_tracer", "open_meters")
 
 _logger = logging.getLogger(__name__)
 
@@ -52,13 +73,42 @@ def make_tracer(
     return None if isinstance(tracer, NoOpTracer) else tracer
 
 
+class CountingExporter(MetricExporter):
+    """Another exporter, with a count of the exports that it gave up."""
+
+    def __init__(self, exporter: MetricExporter) -> None:
+        super().__init__(exporter._preferred_temporality, exporter._preferred_aggregation)
+        self._exporter = exporter
+        self.refused = 0
+
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
+    ) -> MetricExportResult:
+        """Never raises: what it cannot send is counted."""
+        try:
+            result = self._exporter.export(metrics_data, timeout_millis, **kwargs)
+        except Exception as error:  # noqa: BLE001 - foreign code; counted, and told
+            _logger.warning("metrics were not sent: %s: %s", type(error).__name__, error)
+            result = MetricExportResult.FAILURE
+        if result is not MetricExportResult.SUCCESS:
+            self.refused += 1
+        return result
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+    def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+        self._exporter.shutdown(timeout_millis, **kwargs)
+
+
 class OwnReader(PeriodicExportingMetricReader):
     """Sends the figures of the process that made it. A fork of it has them, too, and the SDK goes
     on there: each worker of a `DataLoader` would send them again, as they were when it began."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, exporter: MetricExporter) -> None:
         self._process = os.getpid()
-        super().__init__(*args, **kwargs)
+        self.counted = CountingExporter(exporter)
+        super().__init__(self.counted)
 
     def _receive_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Send the figures that were collected, but for those of a fork."""
@@ -67,21 +117,46 @@ class OwnReader(PeriodicExportingMetricReader):
 
 
 class OwnMeters:
-    """A meter provider of one service, and one reader that sends what it has."""
+    """A meter provider of one service, and its readers; made by `open_meters`."""
 
-    def __init__(self, service: str, reader: MetricReader, resource: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        service: str,
+        resource: Mapping[str, str],
+        sending: MetricReader | None,
+        endpoint: OwnEndpoint | None,
+    ) -> None:
         attributes = {SERVICE_NAME: service, SERVICE_VERSION: __version__, **resource}
+        self._sending, self._endpoint = sending, endpoint
+        readers = [] if endpoint is None else [endpoint.reader]  # first: it is shut down at once
         self._provider = MeterProvider(
-            [reader], resource=Resource.create(attributes), shutdown_on_exit=False
+            readers if sending is None else [*readers, sending],
+            resource=Resource.create(attributes),
+            shutdown_on_exit=False,
         )
+
+    @property
+    def refused(self) -> int:
+        """Exports that did not arrive, so far."""
+        return self._sending.counted.refused if isinstance(self._sending, OwnReader) else 0
 
     def get(self, name: str) -> Meter:
         """The meter of one part of this program."""
         return self._provider.get_meter(name, __version__)
 
-    def close(self, deadline_s: float) -> threading.Thread:
-        """Begin to send the last figures; the thread that does has ended after `deadline_s`, or
-        is to be left: a collector that does not answer can hold an exporter up for longer."""
+    def tell_losses(self, losses: Callable[[], ExportLosses]) -> None:
+        """Let what is lost be a metric, too. `losses` is called by readers' threads."""
+        self.get(TELEMETRY_METER).create_observable_counter(
+            TELEMETRY_LOST.name,
+            callbacks=[lambda options: _points(losses())],
+            unit=TELEMETRY_LOST.unit,
+            description=TELEMETRY_LOST.told,
+        )
+
+    def close(self, deadline_s: float) -> Callable[[], None]:
+        """Begin to send the last figures. Returns what waits for that until `deadline_s` from now,
+        and ends the endpoint: a collector that does not answer can hold an exporter up for longer,
+        whose thread is left then."""
 
         def shut_down() -> None:
             try:
@@ -89,6 +164,58 @@ class OwnMeters:
             except Exception as error:  # noqa: BLE001 - foreign code; there is nobody to raise to
                 _logger.warning("the last metrics were not sent: %s", error)
 
+        end_s = time.monotonic() + deadline_s
         thread = threading.Thread(target=shut_down, name="weightbus-metrics", daemon=True)
         thread.start()
-        return thread
+
+        def wait() -> None:
+            thread.join(max(0.0, end_s - time.monotonic()))
+            if self._endpoint is not None:
+                self._endpoint.close()
+
+        return wait
+
+
+def open_meters(
+    service: str,
+    otlp: OtlpSettings | None,
+    reader: MetricReader | None,
+    resource: Mapping[str, str],
+) -> OwnMeters | None:
+    """Meters whose metrics are sent to `otlp.metrics_endpoint`, or else to `reader`, and read at
+    `otlp.prometheus`; None if there is none of these.
+
+    Raises:
+        ExporterMissing: they are to be sent, but the extra `otlp` is not installed.
+        PrometheusMissing: they are to be read, but the extra `prometheus` is not installed.
+        PrometheusUnavailable: the address is another process's, or not of this host.
+    """
+    if otlp is not None and otlp.metrics_endpoint and reader is None:
+        reader = OwnReader(open_metric_exporter(otlp))
+    endpoint = None
+    if otlp is not None and otlp.prometheus is not None:
+        endpoint = _endpoint(otlp.prometheus)
+    if reader is None and endpoint is None:
+        return None
+    return OwnMeters(service, resource, reader, endpoint)
+
+
+def _endpoint(settings: PrometheusSettings) -> OwnEndpoint:
+    try:
+        from weightbus.tracing.prometheus import open_endpoint
+    except ImportError as error:
+        raise PrometheusMissing(settings.url) from error
+    return open_endpoint(settings)
+
+
+def _points(losses: ExportLosses) -> list[Observation]:
+    counts = {
+        ("spans", "queue_full"): losses.queue_full,
+        ("spans", "refused"): losses.refused,
+        ("spans", "unsent"): losses.unsent,
+        ("metrics", "refused"): losses.metrics_refused,
+    }
+    return [
+        Observation(count, {SIGNAL: signal, CAUSE: cause})
+        for (signal, cause), count in counts.items()
+    ]

@@ -17,7 +17,8 @@ from tests.integration.tracing.collector import (
     open_collector,
 )
 from weightbus.schemas.progress import StageComplete
-from weightbus.tracing.metrics import METER, PublisherMetrics
+from weightbus.tracing.metric_names import PRODUCER_METER
+from weightbus.tracing.metrics import PublisherMetrics
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import StageScope, open_telemetry
 
@@ -106,7 +107,7 @@ def test_collector_has_the_figures_when_a_service_ends() -> None:
     with open_collector() as collector:
         settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
         with open_telemetry("trainer", otlp=settings, shutdown_s=30) as telemetry:
-            metrics = PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=0)
+            metrics = PublisherMetrics(telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0)
             metrics.skipped("busy")
     (point,) = collector.metrics["trainer"]["weightbus.versions.skipped"].sum.data_points
     assert point.as_int == 1
@@ -118,7 +119,7 @@ def test_end_is_bounded_when_the_collector_takes_no_metrics() -> None:
         settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
         before = time.monotonic()
         with open_telemetry("trainer", otlp=settings, shutdown_s=0.3) as telemetry:
-            metrics = PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=0)
+            metrics = PublisherMetrics(telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0)
             metrics.published()
         assert time.monotonic() - before < 3
 

@@ -13,7 +13,8 @@ from opentelemetry.sdk.metrics.export import (
     MetricExportResult,
 )
 
-from weightbus.tracing.metrics import METER, PublisherMetrics
+from weightbus.tracing.metric_names import PRODUCER_METER
+from weightbus.tracing.metrics import PublisherMetrics
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import Telemetry, open_telemetry
 
@@ -28,16 +29,16 @@ def points_of(reader: InMemoryMetricReader) -> dict[str, list[Any]]:
         for group in data.resource_metrics
         for scope in group.scope_metrics
         for metric in scope.metrics
-        if scope.scope.name == METER
+        if scope.scope.name == PRODUCER_METER
     }
 
 
 def test_every_figure_is_there_with_its_unit_when_a_publisher_measures() -> None:
     reader = InMemoryMetricReader()
     with open_telemetry("trainer", reader=reader) as telemetry:
-        metrics = PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=3)
-        metrics.blocked(0.02)
-        metrics.blocked(2.0)
+        metrics = PublisherMetrics(telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=3)
+        metrics.blocked(0.02, 0.0)
+        metrics.blocked(2.0, 1.5)
         metrics.published()
         metrics.skipped("busy")
         metrics.skipped("busy")
@@ -61,8 +62,8 @@ def test_every_figure_is_there_with_its_unit_when_a_publisher_measures() -> None
 
 
 def test_nothing_is_kept_when_nobody_reads_metrics() -> None:
-    metrics = PublisherMetrics(Telemetry().meter(METER), model="m", producer="t", rank=0)
-    metrics.blocked(1.0)
+    metrics = PublisherMetrics(Telemetry().meter(PRODUCER_METER), model="m", producer="t", rank=0)
+    metrics.blocked(1.0, 0.0)
     metrics.published()
     metrics.skipped("failed")
     metrics.slots({"host": 1})
@@ -91,12 +92,12 @@ def test_forks_send_nothing_when_a_trainer_that_sends_metrics_has_workers(
 ) -> None:
     read, write = os.pipe()
     monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
-    monkeypatch.setattr(
-        "weightbus.tracing.telemetry.open_metric_exporter", lambda _: PipeExporter(write)
-    )
+    monkeypatch.setattr("weightbus.tracing.sdk.open_metric_exporter", lambda _: PipeExporter(write))
     metrics_alone = OtlpSettings(endpoint="", metrics_endpoint="http://collector/v1/metrics")
     with open_telemetry("trainer", otlp=metrics_alone) as telemetry:
-        PublisherMetrics(telemetry.meter(METER), model="m", producer="t", rank=0).published()
+        PublisherMetrics(
+            telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0
+        ).published()
         worker = os.fork()
         if worker == 0:
             time.sleep(0.3)
