@@ -1,7 +1,8 @@
 """The contract of an engine: everything Weight bus asks of vLLM, SGLang or a model of your own.
 
 Does no I/O. One `Engine` stands for one inference engine with one worker per rank. The consumer
-service is its only caller and never calls two of its methods at once, except `state`.
+service is its only caller and never calls two of its methods at once, except `state` and
+`first_token`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from msgspec import Struct
 
 from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
 
-__all__ = ("Engine", "EngineReport")
+__all__ = ("Engine", "EngineReport", "TokenSeen")
 
 
 class EngineReport(Struct, frozen=True, kw_only=True):
@@ -30,6 +31,15 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     ranks: int
     error: str = ""
     """Why its workers were last lost; empty: they never were."""
+
+
+class TokenSeen(Struct, frozen=True, kw_only=True):
+    """When an engine's first token of a version was there."""
+
+    at_ns: int
+    """Since the Unix epoch, by this host's clock."""
+    resolution_ns: int = 0
+    """It was there at most so long before."""
 
 
 class Engine(ABC):
@@ -124,6 +134,19 @@ class Engine(ABC):
     @abstractmethod
     async def resume(self, version: int, deadline_s: float) -> None:
         """Serve `version`: requests that waited run on it. Only after every rank's proof."""
+
+    async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
+        """Wait for the first token that is made with `version`; to be called right after `resume`,
+        and callable beside everything else. It holds up neither the engine nor its next pause.
+
+        None: there was none within `deadline_s` or before the next pause, or the engine cannot
+        tell, as by default.
+
+        Raises:
+            DeadlineExceeded, EngineUnavailable: the engine does not answer, or refused.
+        """
+        del version, deadline_s
+        return None
 
     @abstractmethod
     async def state(self, deadline_s: float) -> EngineReport:

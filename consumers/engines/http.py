@@ -1,4 +1,4 @@
-"""Speaks to the HTTP server of an engine on this host: JSON, one deadline per request.
+"""Speaks to the HTTP server of an engine on this host: JSON or text, one deadline per request.
 
 Owns one pool of connections. What each request means is the engine's adapter's to know.
 """
@@ -26,6 +26,8 @@ Query = Mapping[str, str | list[str]]
 
 class HttpRefused(EngineUnavailable):
     """The engine's server answered a request with a status that is no success."""
+
+    told_as = EngineUnavailable.__name__
 
     def __init__(self, engine: str, path: str, status: int, said: str) -> None:
         self.path, self.status, self.said = path, status, said
@@ -60,6 +62,24 @@ class JsonServer:
             EngineUnavailable: it did not answer.
             DeadlineExceeded: not in time; it may still do what it was asked for.
         """
+        decoded = _decoded(await self._answer(method, path, deadline_s, query, body, key))
+        return decoded if isinstance(decoded, dict) else {}
+
+    async def text(
+        self, path: str, deadline_s: float, *, query: Query | None = None, key: str = ""
+    ) -> str:
+        """The text that is got there. Arguments and errors are those of `ask`."""
+        return (await self._answer("GET", path, deadline_s, query, None, key)).text
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        deadline_s: float,
+        query: Query | None,
+        body: Mapping[str, Any] | None,
+        key: str,
+    ) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             with anyio.fail_after(deadline_s):
@@ -73,8 +93,7 @@ class JsonServer:
             raise EngineUnavailable(self.url, reason) from None
         if not answer.is_success:
             raise HttpRefused(self.url, path, answer.status_code, _said(answer))
-        decoded = _decoded(answer)
-        return decoded if isinstance(decoded, dict) else {}
+        return answer
 
 
 @asynccontextmanager

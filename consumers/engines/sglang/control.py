@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import anyio
 
 from weightbus.consumers.engines.budget import left_s
+from weightbus.consumers.engines.counter import HttpCounter
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
 from weightbus.consumers.engines.sglang.payload import LOADER, SglangTurn, serialised_turn
 from weightbus.consumers.engines.sglang.probing import (
@@ -34,6 +35,14 @@ their keys and values; end."""
 
 FLUSH_S: Final = 2.0
 """How long a paused engine may take to be idle: the last pass is looked at after it."""
+
+TOKEN_COUNTERS: Final = (
+    "sglang:time_to_first_token_seconds_count",
+    "sglang:inter_token_latency_seconds_count",
+    "sglang:generation_tokens_total",
+)
+"""Of Prometheus. The last rises only when a request ends; one of the first two whenever a token
+comes out of it."""
 
 _POLL_S: Final = 0.1
 _ASK_S: Final = 5.0
@@ -56,6 +65,7 @@ class SglangControl:
         self._admin_key = admin_key or api_key
         self._began = False
         """The session that is open was begun by us."""
+        self._tokens = HttpCounter(server, TOKEN_COUNTERS, api_key)
 
     async def probe(self, deadline_s: float) -> int:
         """How many workers it has; to be called before everything else.
@@ -91,6 +101,14 @@ class SglangControl:
 
     async def go_on(self, deadline_s: float) -> None:
         await self._post("/continue_generation", deadline_s, {"torch_empty_cache": False})
+
+    async def tokens_made(self, deadline_s: float) -> float | None:
+        """A number that rises with every token; None: it does not count them.
+
+        Raises:
+            HttpRefused: also if it was started without metrics.
+        """
+        return await self._tokens.read(deadline_s)
 
     async def flush(self, deadline_s: float) -> None:
         """Let nothing that was computed with other weights be found again. Paused only.

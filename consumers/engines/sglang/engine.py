@@ -28,7 +28,7 @@ from weightbus.consumers.engines.asking import REPLIES, Outcomes
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
-from weightbus.consumers.engines.engine import EngineReport
+from weightbus.consumers.engines.engine import EngineReport, TokenSeen
 from weightbus.consumers.engines.served import (
     SERVED_FILE,
     Served,
@@ -37,6 +37,7 @@ from weightbus.consumers.engines.served import (
     write_served,
 )
 from weightbus.consumers.engines.sglang.payload import SglangTurn
+from weightbus.consumers.engines.tokens import first_rise
 from weightbus.consumers.engines.turns import NO_REQUEST, Turn
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
 from weightbus.schemas.worker import Applied, Feed, WorkerMessage
@@ -101,6 +102,8 @@ class SglangEngine(ServingEngine):
         """A turn could not let it go on, as far as is known."""
         self._label = ""
         """What it said, or was told, that it serves."""
+        self._pauses = 0
+        """How many were begun."""
 
     async def open(self, deadline_s: float) -> None:
         """Find out what the workers hold. A server that holds what was served last goes on; another
@@ -124,6 +127,7 @@ class SglangEngine(ServingEngine):
 
     async def pause(self, deadline_s: float) -> None:
         end = anyio.current_time() + deadline_s
+        self._pauses += 1
         if self._served is None and len(self._held) == self.ranks:
             self._note_served(-1)  # whoever comes next knows that an update may have begun
         await self._control.pause(self._settings.pause_mode, deadline_s)
@@ -160,6 +164,15 @@ class SglangEngine(ServingEngine):
             self._label = str(version)
         await self._control.go_on(left_s(end))
         self._paused = self._stands = False
+
+    async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
+        """Seen by SGLang's own counters, if it was started with `--enable-metrics`."""
+        pauses = self._pauses
+        if self._paused or self._served is None or self._served.version != version:
+            return None
+        return await first_rise(
+            self._control.tokens_made, lambda: pauses != self._pauses, deadline_s
+        )
 
     async def state(self, deadline_s: float) -> EngineReport:
         """Asks the server what it says that it serves; one that was started anew has forgotten. The

@@ -24,11 +24,13 @@ from weightbus.consumers.engines.torch.frames import STREAM_ENDED, FrameStream
 from weightbus.consumers.engines.torch.messages import (
     CLIENT_REPLIES,
     AskFingerprints,
+    AskFirstAnswer,
     AskState,
     ClientReply,
     ClientRequest,
     Done,
     Fingerprints,
+    FirstAnswered,
     Infer,
     Inferred,
     Inputs,
@@ -44,7 +46,7 @@ from weightbus.schemas.errors import MessageInvalid
 
 __all__ = ("TorchEngineClient", "open_torch_client")
 
-R = TypeVar("R", Inferred, Fingerprints, StateReport, Done)
+R = TypeVar("R", Inferred, Fingerprints, StateReport, FirstAnswered, Done)
 
 
 class _Pending:
@@ -112,6 +114,12 @@ class TorchEngineClient:
         return await self._ask(
             AskState(request=0, deadline_s=share_for_peer(deadline_s)), StateReport, deadline_s
         )
+
+    async def first_answer(self, version: int, deadline_s: float) -> int:
+        """When the first answer was made with a version that is served now; waits for it. 0: the
+        engine was paused before one was made, or none was in time."""
+        request = AskFirstAnswer(request=0, version=version, deadline_s=share_for_peer(deadline_s))
+        return (await self._ask(request, FirstAnswered, deadline_s)).at_ns
 
     async def pause(self, deadline_s: float) -> None:
         """Returns when no request is running; requests that come wait. Idempotent."""

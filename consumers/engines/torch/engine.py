@@ -15,7 +15,7 @@ from weightbus.bus.host import host_id as this_host_id
 from weightbus.consumers.engines.asking import REPLIES, SETTLE_S, AskingEngine
 from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
-from weightbus.consumers.engines.engine import EngineReport
+from weightbus.consumers.engines.engine import EngineReport, TokenSeen
 from weightbus.consumers.engines.errors import RequestFailed
 from weightbus.consumers.engines.torch.client import TorchEngineClient, open_torch_client
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
@@ -52,6 +52,14 @@ class TorchEngine(AskingEngine):
             await self._client.resume(version, deadline_s)
         except RequestFailed as error:
             raise EngineUnavailable(self._name, str(error)) from None
+
+    async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
+        """The front knows when it had the first answer, whole: of a decoder, all its tokens."""
+        try:
+            at_ns = await self._client.first_answer(version, deadline_s)
+        except RequestFailed as error:
+            raise EngineUnavailable(self._name, str(error)) from None
+        return TokenSeen(at_ns=at_ns) if at_ns else None
 
     async def state(self, deadline_s: float) -> EngineReport:
         report = await self._client.state(deadline_s)

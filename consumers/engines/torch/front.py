@@ -18,14 +18,17 @@ from typing import NoReturn, Protocol
 
 import anyio
 
+from weightbus.consumers.engines.torch.first import FirstAnswer
 from weightbus.consumers.engines.torch.gate import Gate
 from weightbus.consumers.engines.torch.messages import (
     AskFingerprints,
+    AskFirstAnswer,
     AskState,
     ClientReply,
     ClientRequest,
     Done,
     Fingerprints,
+    FirstAnswered,
     Infer,
     Inferred,
     Pause,
@@ -81,6 +84,8 @@ class Front:
         self._spec = spec
         self._open_ranks = open_ranks
         self._gate = Gate(spec.max_waiting)
+        self._first = FirstAnswer()
+        """Since the gate was last opened."""
         self._controlling = anyio.Lock()
         self._ranks: RankGroup | None = None
         """Of the present generation, while all of them are well."""
@@ -132,6 +137,7 @@ class Front:
         self._ranks = None
         self._served = self._nothing_held()
         self._gate.reset()
+        self._first.end()
 
     def _nothing_held(self) -> list[Held]:
         return [NOTHING_HELD] * self._spec.tp
@@ -144,6 +150,8 @@ class Front:
                     return self._report(request.request)
                 case Infer() | AskFingerprints():
                     return await self._compute(request)
+                case AskFirstAnswer():
+                    return await self._first_answer(request)
                 case _:
                     await self._control(request)
                     return Done(request=request.request)
@@ -168,7 +176,16 @@ class Front:
                 ranks.condemn(str(error))
                 self._lose_ranks()
                 raise
+            if isinstance(answer, Inferred):
+                self._first.made()
             return answer
+
+    async def _first_answer(self, request: AskFirstAnswer) -> FirstAnswered:
+        first, at_ns = self._first, 0
+        if request.version == self._gate.version and not self._gate.closed:
+            with anyio.move_on_after(request.deadline_s):
+                at_ns = await first.wait()
+        return FirstAnswered(request=request.request, at_ns=at_ns)
 
     async def _control(self, request: Pause | Resume | Restart) -> None:
         """One at a time, in the order they came."""
@@ -186,6 +203,7 @@ class Front:
 
     async def _pause(self) -> None:
         await self._gate.close()
+        self._first.end()
         if self._ranks is not None:
             self._ranks.hold()
 
@@ -208,6 +226,7 @@ class Front:
                 reason = f"rank {rank} holds {what} {held.version}, not version {version}"
                 raise EngineUnavailable(self._spec.architecture, reason)
         self._served = holding
+        self._first = FirstAnswer()
         self._gate.open(version)
 
     async def _restart(self, reason: str) -> None:

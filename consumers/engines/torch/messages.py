@@ -10,7 +10,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from weightbus.schemas.base import Count, Reason, Seconds
+from weightbus.schemas.base import Count, Nanoseconds, Reason, Seconds
 from weightbus.schemas.worker import Request, WorkerMessage
 
 __all__ = (
@@ -19,11 +19,13 @@ __all__ = (
     "RANK_REPLIES",
     "RANK_REQUESTS",
     "AskFingerprints",
+    "AskFirstAnswer",
     "AskState",
     "ClientReply",
     "ClientRequest",
     "Done",
     "Fingerprints",
+    "FirstAnswered",
     "Infer",
     "Inferred",
     "Inputs",
@@ -131,6 +133,21 @@ class AskState(WorkerMessage, frozen=True, kw_only=True):
     deadline_s: Seconds
 
 
+class AskFirstAnswer(WorkerMessage, frozen=True, kw_only=True):
+    """When was the first answer made with this version, which is served now? Answered once it is,
+    when the engine is paused, or after `deadline_s`."""
+
+    request: Request
+    version: HeldVersion
+    deadline_s: Seconds
+
+
+class FirstAnswered(WorkerMessage, frozen=True, kw_only=True):
+    request: Request
+    at_ns: Nanoseconds = 0
+    """By the clock of the engine's host; 0: there was none."""
+
+
 class StateReport(WorkerMessage, frozen=True, kw_only=True):
     request: Request
     version: HeldVersion
@@ -162,8 +179,8 @@ class Refused(WorkerMessage, frozen=True, kw_only=True):
     """Its message; of `DeadlineExceeded` only what took too long."""
 
 
-ClientRequest = Infer | AskFingerprints | Pause | Resume | Restart | AskState
-ClientReply = Inferred | Fingerprints | Done | StateReport | Refused
+ClientRequest = Infer | AskFingerprints | Pause | Resume | Restart | AskState | AskFirstAnswer
+ClientReply = Inferred | Fingerprints | Done | StateReport | FirstAnswered | Refused
 RankRequest = Infer | AskFingerprints | Ping
 RankReply = Inferred | Fingerprints | Done | Refused
 CLIENT_REQUESTS: tuple[type[ClientRequest], ...] = (
@@ -173,7 +190,15 @@ CLIENT_REQUESTS: tuple[type[ClientRequest], ...] = (
     Resume,
     Restart,
     AskState,
+    AskFirstAnswer,
 )
-CLIENT_REPLIES: tuple[type[ClientReply], ...] = (Inferred, Fingerprints, Done, StateReport, Refused)
+CLIENT_REPLIES: tuple[type[ClientReply], ...] = (
+    Inferred,
+    Fingerprints,
+    Done,
+    StateReport,
+    FirstAnswered,
+    Refused,
+)
 RANK_REQUESTS: tuple[type[RankRequest], ...] = (Infer, AskFingerprints, Ping)
 RANK_REPLIES: tuple[type[RankReply], ...] = (Inferred, Fingerprints, Done, Refused)

@@ -46,6 +46,9 @@ EXTENSION_OPTION: Final = f"--worker-extension-cls {EXTENSION}"
 
 NOT_RESET: Final = "its prefix cache, or that of its KV connector, could not be reset"
 
+TOKENS_COUNTER: Final = "vllm:generation_tokens_total"
+"""Of Prometheus; it rises with every step that makes tokens."""
+
 START_DRAFT: Final = "start_draft_weight_update"
 _TAKE_BACK_POLL_S: Final = 0.02
 _SESSION: Final = ("init_weight_transfer_engine", "start_weight_update", "update_weights")
@@ -171,6 +174,10 @@ class VllmControl(ABC):
     @abstractmethod
     async def set_version(self, version: str, deadline_s: float) -> None:
         """What the engine says it serves, if it can say such a thing."""
+
+    @abstractmethod
+    async def tokens_made(self, deadline_s: float) -> float | None:
+        """How many tokens it has made since it was started; None: it does not count them."""
 
     @abstractmethod
     async def _call_workers(

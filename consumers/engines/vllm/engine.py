@@ -32,7 +32,7 @@ from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.channel import WorkerChannel, open_channel
 from weightbus.consumers.engines.directory import EngineDirectory
-from weightbus.consumers.engines.engine import EngineReport
+from weightbus.consumers.engines.engine import EngineReport, TokenSeen
 from weightbus.consumers.engines.errors import DraftUnknown, EngineAsleep
 from weightbus.consumers.engines.served import (
     SERVED_FILE,
@@ -41,6 +41,7 @@ from weightbus.consumers.engines.served import (
     instances_of,
     write_served,
 )
+from weightbus.consumers.engines.tokens import first_rise
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
@@ -247,6 +248,15 @@ class VllmEngine(ServingEngine):
         self._commands += 1
         await self._control.resume(left_s(end))
         self._paused, self._commands = False, self._commands + 1
+
+    async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
+        """Seen by vLLM's own counter of tokens."""
+        commands = self._commands
+        if self._paused or self._served is None or self._served.version != version:
+            return None
+        return await first_rise(
+            self._control.tokens_made, lambda: commands != self._commands, deadline_s
+        )
 
     async def state(self, deadline_s: float) -> EngineReport:
         """Asks vLLM only while no turn of ours is under way, which it would wait for."""

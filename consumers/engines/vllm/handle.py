@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -21,6 +22,7 @@ import anyio.to_thread
 from weightbus.consumers.engines.budget import left_s
 from weightbus.consumers.engines.vllm.control import (
     NOT_RESET,
+    TOKENS_COUNTER,
     PauseMode,
     StartedWith,
     VllmControl,
@@ -153,6 +155,11 @@ class _HandleControl(VllmControl):
 
     def _config(self) -> Any:
         return self._llm.vllm_config
+
+    async def tokens_made(self, deadline_s: float) -> float | None:
+        """Of all engines of this process. An `LLM` counts only if it was told to."""
+        del deadline_s
+        return _registered(TOKENS_COUNTER)
 
     def _external(self) -> dict[str, bool]:
         """What a reset is told so that it reaches connectors, where it takes that."""
@@ -339,6 +346,16 @@ class _OfflineControl(_HandleControl):
             raise
         except Exception as error:
             raise self._failed(operation, error) from error
+
+
+def _registered(counter: str) -> float | None:
+    """A counter that vLLM has registered in this process, over all its labels; None: it has not."""
+    prometheus = sys.modules.get("prometheus_client")
+    if prometheus is None:
+        return None
+    metrics = prometheus.REGISTRY.restricted_registry([counter]).collect()
+    values = [sample.value for metric in metrics for sample in metric.samples]
+    return sum(values) if values else None
 
 
 @asynccontextmanager

@@ -14,9 +14,11 @@ import anyio
 
 from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.budget import left_s
+from weightbus.consumers.engines.counter import HttpCounter
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
 from weightbus.consumers.engines.vllm.control import (
     NOT_RESET,
+    TOKENS_COUNTER,
     PauseMode,
     StartedWith,
     VllmControl,
@@ -40,6 +42,7 @@ class HttpControl(VllmControl):
         self._api_key = api_key
         self._operations: dict[str, Any] = {}
         """What the server's documents say of each."""
+        self._tokens = HttpCounter(server, (TOKENS_COUNTER,), api_key)
 
     async def wait_until_healthy(self, deadline_s: float) -> None:
         """Returns when the server answers that it is well.
@@ -174,6 +177,9 @@ class HttpControl(VllmControl):
         if self.has("update_weight_version"):
             body = {"new_version": version}
             await self._ask("POST", "update_weight_version", deadline_s, body=body)
+
+    async def tokens_made(self, deadline_s: float) -> float | None:
+        return await self._tokens.read(deadline_s)
 
     async def _call_workers(
         self, operation: str, arguments: Mapping[str, Any], deadline_s: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.integration.engines.harness import (
     digests_of,
     until,
 )
-from weightbus.consumers.engines.engine import Engine
+from weightbus.consumers.engines.engine import Engine, TokenSeen
 from weightbus.consumers.errors import (
     ApplyFailed,
     DeadlineExceeded,
@@ -148,6 +149,31 @@ async def test_engine_serves_while_it_prepares_and_holds_the_version_then(
             await engine.prepare("0" * 64, feeds, LONG_S)
         await updates.update(2)
         assert await running.fingerprints() == checkpoints.fingerprints(2)
+
+
+async def test_first_token_of_a_version_is_seen_when_a_request_has_come(
+    running: EngineUnderTest,
+) -> None:
+    seen: list[TokenSeen | None] = []
+    async with running.open_consumer() as engine:
+        updates = Updates(engine, running.checkpoints)
+        await updates.prepare()
+        await updates.update(1)
+        asked_ns = time.time_ns()
+
+        async def watch() -> None:
+            seen.append(await engine.first_token(1, LONG_S))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            assert (await running.ask()).version == 1
+        (token,) = seen
+        assert token is not None
+        assert asked_ns <= token.at_ns <= time.time_ns()
+        await running.ask()
+        await watch()
+        assert seen[1] is not None
+        assert seen[1].at_ns <= token.at_ns, "the first, whatever came since"
 
 
 async def test_engine_serves_nothing_when_it_was_never_updated(running: EngineUnderTest) -> None:

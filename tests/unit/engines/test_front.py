@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NoReturn
@@ -16,10 +17,12 @@ from weightbus.consumers.engines.errors import RequestFailed
 from weightbus.consumers.engines.torch.front import Front
 from weightbus.consumers.engines.torch.messages import (
     AskFingerprints,
+    AskFirstAnswer,
     AskState,
     ClientReply,
     Done,
     Fingerprints,
+    FirstAnswered,
     Infer,
     Inferred,
     Inputs,
@@ -132,6 +135,12 @@ class Engine:
     async def pause(self, deadline_s: float = LONG_S) -> ClientReply:
         return await self.front.answer(Pause(request=2, deadline_s=deadline_s))
 
+    async def first_answer(self, version: int, deadline_s: float = LONG_S) -> int:
+        asked = AskFirstAnswer(request=4, version=version, deadline_s=deadline_s)
+        reply = await self.front.answer(asked)
+        assert isinstance(reply, FirstAnswered)
+        return reply.at_ns
+
     async def resume(self, version: int) -> ClientReply:
         return await self.front.answer(Resume(request=3, version=version, deadline_s=LONG_S))
 
@@ -180,6 +189,72 @@ async def test_requests_wait_and_get_the_new_version_when_paused_for_an_update()
             assert not answers
             assert isinstance(await engine.resume(2), Done)
         assert answers == [Inferred(request=5, version=2, outputs=Outputs())]
+
+
+async def test_first_answer_is_told_when_it_was_made_and_no_later_one() -> None:
+    ranks = FakeRanks()
+    seen: list[int] = []
+
+    async def wait(engine: Engine) -> None:
+        seen.append(await engine.first_answer(1))
+
+    async with running(ranks) as engine:
+        ranks.update(1)
+        await engine.resume(1)
+        before_ns = time.time_ns()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait, engine)
+            await anyio.wait_all_tasks_blocked()
+            fingerprints = AskFingerprints(request=6, deadline_s=LONG_S)
+            assert isinstance(await engine.front.answer(fingerprints), Fingerprints)
+            await anyio.wait_all_tasks_blocked()
+            assert not seen, "no token was asked for"
+            await engine.front.answer(INFER)
+        after_ns = time.time_ns()
+        assert before_ns <= seen[0] <= after_ns
+        await engine.front.answer(INFER)
+        assert await engine.first_answer(1) == seen[0], "also when it is asked for late"
+
+
+async def test_first_answer_is_of_the_version_that_is_served() -> None:
+    ranks = FakeRanks()
+    async with running(ranks) as engine:
+        assert await engine.first_answer(-1) == 0, "nothing is served"
+        ranks.update(1)
+        await engine.resume(1)
+        await engine.front.answer(INFER)
+        assert await engine.first_answer(2) == 0
+        await engine.pause()
+        assert await engine.first_answer(1) == 0
+        ranks.update(2)
+        await engine.resume(2)
+        resumed_ns = time.time_ns()
+        assert await engine.first_answer(2, SHORT_S) == 0, "the answer before was of version 1"
+        await engine.front.answer(INFER)
+        assert await engine.first_answer(2) >= resumed_ns
+
+
+@pytest.mark.parametrize("ended_by", ["pause", "loss"])
+async def test_first_answer_is_not_waited_for_when_the_engine_serves_no_more(
+    ended_by: str,
+) -> None:
+    ranks = FakeRanks()
+    seen: list[int] = []
+
+    async def wait(engine: Engine) -> None:
+        seen.append(await engine.first_answer(1))
+
+    async with running(ranks) as engine:
+        ranks.update(1)
+        await engine.resume(1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait, engine)
+            await anyio.wait_all_tasks_blocked()
+            if ended_by == "pause":
+                await engine.pause()
+            else:
+                ranks.condemn("it was killed")
+    assert seen == [0]
 
 
 async def test_pause_waits_for_the_request_that_runs() -> None:

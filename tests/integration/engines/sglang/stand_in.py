@@ -58,6 +58,7 @@ ROUTES: Final[Mapping[str, Route]] = {
     "/openapi.json": Route("GET", admin=False),
     "/server_info": Route("GET", admin=False),
     "/model_info": Route("GET", admin=False),
+    "/metrics": Route("GET", admin=False),
     "/flush_cache": Route("POST"),
     "/pause_generation": Route(
         "POST", {"mode": lambda value: value in ("abort", "retract", "in_place")}
@@ -164,6 +165,8 @@ class StandIn:
         self.running: list[str] = []
         self.waiting: list[str] = []
         self.aborted: list[str] = []
+        self.counted: dict[str, int] | None = None
+        """By its metrics; None: it was started without them."""
         self.session: str | None = None
         self.label = DEFAULT_LABEL
         self.paused = ""
@@ -190,13 +193,17 @@ class StandIn:
         for rank in self.ranks:
             rank.end()
 
-    def answer(self, method: str, path: str, key: str, body: bytes) -> Answer:
+    def answer(self, method: str, path: str, query: str, key: str, body: bytes) -> Answer:
         """To one request."""
         if (event := self.holding.get(path)) is not None:
             event.wait(WAIT_S)
         route = self.routes.get(path)
         if route is None or route.method != method:
             return Answer(404, {"detail": "Not Found"})
+        if path == "/metrics" and (query or self.counted is None):
+            return Answer(404, {"detail": "Not Found"}) if self.counted is None else Answer(200, "")
+        if query:
+            self.violations.append(f"{path} takes no query, and got {query}")
         wanted = self.api_key if not route.admin else self.admin_key or self.api_key
         if wanted and key != f"Bearer {wanted}":
             return Answer(401, {"error": "Unauthorized"})
@@ -243,6 +250,12 @@ class StandIn:
 
     def model_info(self, fields: dict[str, Any]) -> Answer:
         return Answer(200, {"model_path": "/models/small", "weight_version": self.label})
+
+    def metrics(self, fields: dict[str, Any]) -> Answer:
+        """Of several processes: it shows all of them, or nothing of what is chosen."""
+        lines = ["# TYPE sglang:num_running_reqs gauge", "sglang:num_running_reqs 0.0"]
+        lines += [f'{name}{{model_name="a"}} {n}.0' for name, n in (self.counted or {}).items()]
+        return Answer(200, "\n".join([*lines, ""]))
 
     def flush_cache(self, fields: dict[str, Any]) -> Answer:
         if not self.paused:
@@ -366,8 +379,8 @@ def open_stand_in(ranks: Sequence[Rank], *, has_sessions: bool) -> Iterator[Stan
                 self.close_connection = True
                 return
             key = self.headers.get("Authorization", "")
-            path = self.path.partition("?")[0]
-            answer = stand_in.answer(self.command, path, key, body)
+            path, _, query = self.path.partition("?")
+            answer = stand_in.answer(self.command, path, query, key, body)
             is_text = isinstance(answer.content, str)
             said = answer.content if is_text else json.dumps(answer.content)
             encoded = str(said).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import anyio
@@ -12,6 +13,7 @@ from tests.integration.engines.checkpoints import Checkpoints
 from tests.integration.engines.harness import LONG_S, Updates, digests_of, until
 from tests.integration.engines.sglang.setting import Consumers, LackingCheckpoints, Models
 from tests.integration.engines.sglang.stand_in import Answer
+from weightbus.consumers.engines.engine import TokenSeen
 from weightbus.consumers.engines.sglang.engine import SglangSettings
 from weightbus.consumers.errors import (
     ApplyFailed,
@@ -71,6 +73,47 @@ async def test_update_asks_in_order_when_requests_are_kept(consumers: Consumers)
         ("/continue_generation", None),
     ]
     assert (stand_in.running, stand_in.aborted) == (["a", "b"], [])
+
+
+async def test_first_token_is_seen_when_one_comes_out_of_a_request_that_runs_on(
+    consumers: Consumers,
+) -> None:
+    """The counter of tokens rises when a request ends; that of the times between two, before."""
+    stand_in = consumers.stand_in
+    stand_in.counted = {}
+    seen: list[TokenSeen | None] = []
+
+    def looks() -> int:
+        return [path for path, _ in stand_in.asked].count("/metrics")
+
+    async def has_looked() -> bool:
+        return looks() > 1
+
+    async with consumers.prepared() as (engine, updates):
+        await updates.update(1)
+        assert await engine.first_token(2, LONG_S) is None, "it serves another version"
+        assert looks() == 0
+
+        async def watch() -> None:
+            seen.append(await engine.first_token(1, LONG_S))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            await until(has_looked)
+            made_ns = time.time_ns()
+            stand_in.counted = {"sglang:inter_token_latency_seconds_count": 1}
+    (token,) = seen
+    assert token is not None
+    assert token.at_ns - token.resolution_ns < made_ns <= token.at_ns
+
+
+async def test_first_token_is_not_told_when_the_server_was_started_without_metrics(
+    consumers: Consumers,
+) -> None:
+    async with consumers.prepared() as (engine, updates):
+        await updates.update(1)
+        with anyio.fail_after(LONG_S / 2):
+            assert await engine.first_token(1, LONG_S) is None
 
 
 async def test_session_is_begun_once_and_ended_when_the_consumer_leaves(

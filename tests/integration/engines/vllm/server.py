@@ -26,7 +26,7 @@ Style = Literal["0.32", "0.26", "extension", "no dev mode", "no documents"]
 
 Query = Mapping[str, list[str]]
 
-_ALWAYS: Final = ("GET /health",)
+_ALWAYS: Final = ("GET /health", "GET /metrics")
 _COMMON: Final = (
     "GET /server_info",
     "POST /pause",
@@ -64,6 +64,7 @@ _BODIES: Final = {
 _QUERIES: Final[Mapping[str, Mapping[str, set[str] | None]]] = {
     "POST /pause": {"mode": {"keep", "wait", "abort"}, "clear_cache": {"true", "false"}},
     "GET /server_info": {"config_format": {"json"}},
+    "GET /metrics": {"name[]": {"vllm:generation_tokens_total"}},
     "GET /get_world_size": {"include_dp": {"true", "false"}},
     "POST /reset_prefix_cache": {"reset_running_requests": {"true"}, "reset_external": {"true"}},
     "POST /wake_up": {"tags": {"weights", "kv_cache"}},
@@ -119,6 +120,8 @@ class StandIn:
     """Route -> what happens between that and its answer."""
     stages: int = 1
     """Of a pipeline, as it says."""
+    tokens: int = 0
+    """That it has made."""
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -142,7 +145,7 @@ class StandIn:
     # ------------------------------------------------------------ answers
 
     def answer(self, call: Call, headers: Mapping[str, str]) -> tuple[int, Any]:
-        """Status and JSON of a request."""
+        """Status and JSON, or text, of a request."""
         self.calls.append(call)
         if call.route == "GET /openapi.json":
             if self.style == "no documents":
@@ -153,6 +156,8 @@ class StandIn:
             return 404, {"detail": "Not Found"}
         if call.route == "GET /health":
             return 200, None
+        if call.route == "GET /metrics":
+            return 200, f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\n'
         if (failure := self.failing.get(call.route)) is not None:
             return 500, {"error": {"message": failure, "type": "InternalServerError", "code": 500}}
         try:
@@ -314,7 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(size_bytes)) if size_bytes else None
         call = Call(f"{self.command} {parts.path}", parse_qs(parts.query), body)
         status, answer = self.server.stand_in.answer(call, dict(self.headers))
-        encoded = b"" if answer is None else json.dumps(answer).encode()
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        encoded = b"" if answer is None else text.encode()
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

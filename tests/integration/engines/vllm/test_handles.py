@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import prometheus_client
 import pytest
 
 from tests.integration.engines.checkpoints import Checkpoints
 from tests.integration.engines.harness import LONG_S, Updates, updating
 from tests.integration.engines.vllm.workers import Executor
+from weightbus.consumers.engines.engine import TokenSeen
 from weightbus.consumers.engines.vllm.engine import (
     VllmEngine,
     VllmSettings,
@@ -170,6 +173,51 @@ async def test_async_engine_holds_each_version_when_updated(
         for version in (1, 2)
         for item in (("pause", "keep", False), ("reset", True, True), ("version", str(version)))
     ]
+
+
+@pytest.fixture
+def counter() -> Iterator[prometheus_client.Counter]:
+    """As vLLM registers it in its process."""
+    counter = prometheus_client.Counter("vllm:generation_tokens", "of a test", ["engine"])
+    yield counter
+    prometheus_client.REGISTRY.unregister(counter)
+
+
+async def test_first_token_is_seen_when_the_counter_of_this_process_rises(
+    executor: Executor,
+    directory: Path,
+    checkpoints: Checkpoints,
+    counter: prometheus_client.Counter,
+) -> None:
+    seen: list[TokenSeen | None] = []
+    counter.labels("0").inc(7)
+    handle = VllmHandle(AsyncEngine(executor))
+    async with opened(handle, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+
+        async def watch() -> None:
+            seen.append(await engine.first_token(1, LONG_S))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()  # it is looked at, and nothing has come
+            made_ns = time.time_ns()
+            counter.labels("1").inc()
+    (token,) = seen
+    assert token is not None
+    assert token.at_ns >= made_ns
+
+
+async def test_first_token_is_not_told_when_the_engine_counts_none(
+    executor: Executor, directory: Path, checkpoints: Checkpoints
+) -> None:
+    handle = VllmHandle(AsyncEngine(executor))
+    async with opened(handle, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        with anyio.fail_after(LONG_S / 2):
+            assert await engine.first_token(1, LONG_S) is None
 
 
 async def test_offline_engine_generates_with_whole_versions_while_it_is_updated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.integration.engines.harness import LONG_S, Updates, until, updating
 from tests.integration.engines.vllm.conftest import Start
 from tests.integration.engines.vllm.server import StandIn
 from tests.integration.engines.vllm.workers import Executor
+from weightbus.consumers.engines.engine import TokenSeen
 from weightbus.consumers.engines.vllm.engine import (
     VllmEngine,
     VllmSettings,
@@ -99,6 +101,65 @@ async def test_engine_holds_each_version_bit_for_bit_when_updated(
             assert server.version == "3"
     for worker in server.executor.workers:
         assert not worker.has_session
+
+
+async def test_first_token_is_seen_when_the_counter_of_the_server_rises(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start("0.32", api_key="secret")
+    server.tokens = 12
+    seen: list[TokenSeen | None] = []
+
+    async def watch(engine: VllmEngine) -> None:
+        seen.append(await engine.first_token(1, LONG_S))
+
+    def looks() -> int:
+        return server.details().count("GET /metrics?name[]=vllm:generation_tokens_total")
+
+    async def has_looked() -> bool:
+        return looks() > 1
+
+    async with opened(server, directory, checkpoints, api_key="secret") as (engine, updates):
+        await updates.prepare()
+        assert await engine.first_token(-1, LONG_S) is None, "nothing is served"
+        await updates.update(1)
+        assert await engine.first_token(2, LONG_S) is None, "it serves another version"
+        assert looks() == 0, "the server is not asked for nothing"
+        begun_ns = time.time_ns()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, engine)
+            await until(has_looked)
+            made_ns = time.time_ns()
+            server.tokens += 1
+    (token,) = seen
+    assert token is not None
+    assert begun_ns <= token.at_ns - token.resolution_ns < made_ns <= token.at_ns
+
+
+async def test_first_token_is_not_looked_for_any_more_when_the_next_pause_begins(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    server = start("0.32")
+    seen: list[TokenSeen | None] = []
+
+    async def watch(engine: VllmEngine) -> None:
+        seen.append(await engine.first_token(1, LONG_S))
+
+    async def has_looked() -> bool:
+        return "GET /metrics?name[]=vllm:generation_tokens_total" in server.details()
+
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, engine)
+            await until(has_looked)
+            await engine.pause(LONG_S)
+            server.tokens += 1
+            paused = len(server.calls)
+        looks = server.details(paused).count("GET /metrics?name[]=vllm:generation_tokens_total")
+    assert seen == [None]
+    assert looks <= 1, "that was on its way"
 
 
 async def test_pause_is_over_when_the_engine_has_paused_though_its_answer_is_late(
