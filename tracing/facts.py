@@ -46,7 +46,7 @@ class RoundFacts:
         self.join_times_ns: dict[str, set[int]] = {}
         self.plans: dict[str, RoundPlan] = {}
         """Engine id -> the plan of the last epoch that names it."""
-        self.stages: dict[StageComplete, None] = {}
+        self._stages: dict[str, dict[StageComplete, None]] = {}
         self.updates: dict[str, UpdateComplete | UpdateFailed] = {}
         self.tokens: dict[str, FirstToken] = {}
         self.closed: list[RoundComplete] = []
@@ -73,7 +73,7 @@ class RoundFacts:
                     if known is None or message.epoch >= known.epoch:
                         self.plans[route.engine] = message
             case StageComplete():
-                self.stages[message] = None
+                self._stages.setdefault(message.engine, {})[message] = None
             case UpdateComplete() | UpdateFailed():
                 self.updates[message.engine] = message
             case FirstToken():
@@ -121,8 +121,7 @@ class RoundFacts:
     @property
     def engines(self) -> tuple[str, ...]:
         """Everyone who takes part or is said to, in the order of their names."""
-        names = {*self.joins, *self.plans, *self.updates, *self.tokens}
-        names.update(stage.engine for stage in self.stages)
+        names = {*self.joins, *self.plans, *self.updates, *self.tokens, *self._stages}
         for word in self.closed:
             names.update(word.completed, word.failed)
         return tuple(sorted(names))
@@ -132,7 +131,7 @@ class RoundFacts:
         """That of the publication; else the first that a message names."""
         if self.publish is not None:
             return self.publish.trace_id
-        traced = (*self.stages, *self.updates.values(), *self.tokens.values(), *self.closed)
+        traced = (*self._all_stages(), *self.updates.values(), *self.tokens.values(), *self.closed)
         return next((message.trace_id for message in traced if message.trace_id), "")
 
     def origin(self) -> tuple[Origin, int]:
@@ -163,11 +162,18 @@ class RoundFacts:
         times = [plan.created_ns for plan in self.plans.values()]
         for joined_ns in self.join_times_ns.values():
             times += joined_ns
-        for timed in (*self.stages, *self.updates.values(), *self.tokens.values()):
+        for timed in (*self._all_stages(), *self.updates.values(), *self.tokens.values()):
             times += [timed.start_ns, timed.end_ns]
         for word in self.closed:
             times += [word.started_ns, word.ended_ns]
         return [time_ns for time_ns in times if time_ns]
+
+    def stages_of(self, engine: str) -> Sequence[StageComplete]:
+        """In the order in which they came."""
+        return tuple(self._stages.get(engine, ()))
+
+    def _all_stages(self) -> Sequence[StageComplete]:
+        return [stage for of_engine in self._stages.values() for stage in of_engine]
 
     def outcome(self, engine: str) -> Outcome:
         """What became of one engine: its own last word, else its leader's."""

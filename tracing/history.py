@@ -6,14 +6,18 @@ Does no I/O and knows no clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import RankRoute
+from weightbus.tracing.critical_path import CriticalPath, find_path
+from weightbus.tracing.critical_told import tell_path
 from weightbus.tracing.facts import RoundFacts, Told
+from weightbus.tracing.link_share import LinkUser, share_links
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
 from weightbus.tracing.waterfall import (
     ROUND_MESSAGES,
@@ -25,6 +29,8 @@ from weightbus.tracing.waterfall import (
 )
 
 __all__ = ("HISTORY_MESSAGES", "Heard", "Told", "build_waterfall", "summarise_rounds")
+
+T = TypeVar("T")
 
 HISTORY_MESSAGES = (CheckpointReady, *ROUND_MESSAGES)
 """All that a waterfall is made of."""
@@ -68,7 +74,11 @@ def build_waterfall(model: str, round_id: str, history: Iterable[Told]) -> Water
         return None
     origin, origin_ns = facts.origin()
     builder = _Builder(facts, origin_ns)
-    engines = tuple(map(builder.engine, facts.engines))
+    rows = builder.rows()
+    engines = tuple(builder.engine(name, rows[name]) for name in facts.engines)
+    stored_s = builder.after(facts.stored_ns)
+    path = find_path(engines, facts, builder.after, stored_s)
+    engines = tuple(_marked(engine, path) for engine in engines)
     served = [e.end_s for e in engines if e.outcome == "complete" and e.end_s is not None]
     wall_s = max(served, default=None)
     moved_bytes = sum(engine.bytes for engine in engines if engine.outcome == "complete")
@@ -86,14 +96,14 @@ def build_waterfall(model: str, round_id: str, history: Iterable[Told]) -> Water
         origin=origin,
         origin_ns=origin_ns,
         clock_residual_s=None if ready is None else _residual(ready.clock_residual_ns),
-        stored_s=builder.after(facts.stored_ns),
+        stored_s=stored_s,
         wall_s=wall_s,
         span_s=builder.after(facts.last_ns()) or 0.0,
         bytes=moved_bytes,
         gb_per_s=None if wall_s is None else gigabytes_per_second(moved_bytes, wall_s),
         engines=engines,
-        critical_path=(),
-        critical_told="",
+        critical_path=path.steps,
+        critical_told=tell_path(path, engines, origin),
     )
 
 
@@ -108,17 +118,27 @@ class _Builder:
         """Seconds after the origin, at least 0; None for 0, which stands for no time."""
         return max(0, time_ns - self._origin_ns) / NS_PER_S if time_ns else None
 
-    def engine(self, name: str) -> EngineWaterfall:
+    def rows(self) -> dict[str, tuple[StageRow, ...]]:
+        """Engine id -> its rows in the order of their starts."""
+        facts = self._facts
+        users = {
+            name: LinkUser(
+                join=facts.joins.get(name),
+                plan=facts.plans.get(name),
+                ready=facts.ready,
+                rows=sorted(map(self._row, facts.stages_of(name)), key=_place),
+            )
+            for name in facts.engines
+        }
+        return share_links(users)
+
+    def engine(self, name: str, rows: tuple[StageRow, ...]) -> EngineWaterfall:
         """One engine's part."""
         facts = self._facts
         update, join, token = facts.updates.get(name), facts.joins.get(name), facts.tokens.get(name)
         done = update if isinstance(update, UpdateComplete) else None
         failed = update if isinstance(update, UpdateFailed) else None
-        stages = [stage for stage in facts.stages if stage.engine == name]
-        rows = sorted(
-            map(self._row, stages),
-            key=lambda row: (row.start_s, -1 if row.rank is None else row.rank),
-        )
+        stages = facts.stages_of(name)
         plan = facts.plans.get(name)
         planned: list[RankRoute] = []
         if plan is not None:
@@ -146,7 +166,7 @@ class _Builder:
             clock_residual_s=None if update is None else _residual(update.clock_residual_ns),
             span_id=next((stage.parent_span_id for stage in stages if stage.parent_span_id), ""),
             first_token_span_id="" if token is None else token.span_id,
-            stages=tuple(rows),
+            stages=rows,
         )
 
     def _planned_s(self, name: str, stages: Iterable[StageComplete]) -> float | None:
@@ -184,9 +204,22 @@ class _Builder:
         )
 
 
+def _place(row: StageRow) -> tuple[float, int]:
+    return row.start_s, -1 if row.rank is None else row.rank
+
+
+def _marked(engine: EngineWaterfall, path: CriticalPath) -> EngineWaterfall:
+    """With the rows of the critical path marked."""
+    marked = [
+        structs.replace(row, critical=(engine.engine, index) in path.rows)
+        for index, row in enumerate(engine.stages)
+    ]
+    return structs.replace(engine, stages=tuple(marked))
+
+
 def _residual(residual_ns: int | None) -> float | None:
     return None if residual_ns is None else residual_ns / NS_PER_S
 
 
-def _unique(values: Iterable[str]) -> tuple[str, ...]:
+def _unique(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))

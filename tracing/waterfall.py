@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from weightbus.schemas.base import RouteName, Stage
 from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 
@@ -75,10 +76,10 @@ class BucketRow(Struct, frozen=True, kw_only=True):
 class StageRow(Struct, frozen=True, kw_only=True):
     """One stage: one bar."""
 
-    stage: str
+    stage: Stage
     rank: int | None
     """None: a stage of the whole engine."""
-    route: str | None
+    route: RouteName | None
     start_s: float
     """After the origin."""
     duration_s: float
@@ -109,7 +110,7 @@ class EngineWaterfall(Struct, frozen=True, kw_only=True):
     outcome: Outcome
     verified: str | None
     """`verified`, or `not_offered` when the publisher gave no digest; None: not complete."""
-    routes: tuple[str, ...]
+    routes: tuple[RouteName, ...]
     """Taken, as far as reported; else planned."""
     plan_reasons: tuple[str, ...]
     """Why the plan chose these routes."""

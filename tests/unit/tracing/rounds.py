@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from weightbus.schemas.base import Message, RouteName, Stage
+from collections.abc import Sequence
+
+from weightbus.schemas.base import BucketTiming, Message, RouteName, Stage
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped, SkipCause
 from weightbus.schemas.progress import (
     EngineState,
     EngineStatus,
+    FirstToken,
     StageComplete,
     UpdateComplete,
     UpdateFailed,
 )
 from weightbus.schemas.rounds import (
+    CommitPolicy,
     EngineRoute,
     Join,
+    Links,
     RankOffer,
     RankRoute,
     RoundComplete,
@@ -22,8 +27,8 @@ from weightbus.schemas.rounds import (
 from weightbus.tracing.history import Heard
 
 __all__ = (
-    "MODEL", "MS", "T0_NS", "TRACE_ID", "complete", "done", "failed", "heard", "join", "plan",
-    "ready", "skipped", "stage", "state", "whole_round",
+    "MODEL", "MS", "T0_NS", "TRACE_ID", "complete", "done", "failed", "first_token", "heard",
+    "join", "plan", "ready", "skipped", "stage", "state", "whole_round",
 )  # fmt: skip
 
 MODEL = "minilm"
@@ -39,10 +44,12 @@ def heard(*messages: Message) -> list[Heard]:
     return [Heard(message) for message in messages]
 
 
-def ready(version: int = 7, *, at_ms: int = 0, model: str = MODEL) -> CheckpointReady:
+def ready(
+    version: int = 7, *, at_ms: int = 0, model: str = MODEL, residual_ns: int | None = None
+) -> CheckpointReady:
     return CheckpointReady(
         model=model, version=version, producer="trainer", files=("/w/a.safetensors",),
-        created_ns=T0_NS + at_ms * MS,
+        created_ns=T0_NS + at_ms * MS, clock_residual_ns=residual_ns,
     )  # fmt: skip
 
 
@@ -55,44 +62,70 @@ def skipped(
     )  # fmt: skip
 
 
-def join(engine: str, version: int = 7, *, at_ms: int = 3, model: str = MODEL) -> Join:
-    offer = RankOffer(rank=0, needs_digest="0" * 64, need_bytes=1, routes=("local",))
+def join(
+    engine: str, version: int = 7, *, at_ms: int = 3, model: str = MODEL, host: str = "host",
+    links: Links | None = None, device: str = "cpu", ranks: int = 1,
+) -> Join:  # fmt: skip
+    offers = tuple(
+        RankOffer(rank=rank, device=device, needs_digest="0" * 64, need_bytes=1, routes=("local",))
+        for rank in range(ranks)
+    )
     return Join(
         model=model, version=version, round=f"v{version}", engine=engine, consumer=f"{engine}-1",
-        host_id="host", ranks=(offer,), joined_ns=T0_NS + at_ms * MS,
+        host_id=host, ranks=offers, links=links or Links(), joined_ns=T0_NS + at_ms * MS,
     )  # fmt: skip
 
 
-def plan(*engines: EngineRoute, version: int = 7, epoch: int = 1, at_ms: int = 8) -> RoundPlan:
+def plan(
+    *engines: EngineRoute, version: int = 7, epoch: int = 1, at_ms: int = 8, leader: str = "a",
+    commit: CommitPolicy = "each", device: bool = False,
+) -> RoundPlan:  # fmt: skip
     return RoundPlan(
-        model=MODEL, version=version, round=f"v{version}", epoch=epoch, leader="a",
-        engines=engines or (route("a"), route("b")), created_ns=T0_NS + at_ms * MS,
+        model=MODEL, version=version, round=f"v{version}", epoch=epoch, leader=leader,
+        engines=engines or (route("a"), route("b")), created_ns=T0_NS + at_ms * MS, commit=commit,
+        device=device,
     )  # fmt: skip
 
 
-def route(engine: str, ranks: int = 1, reason: str = "") -> EngineRoute:
+def route(engine: str, ranks: int = 1, reason: str = "", taken: RouteName = "local") -> EngineRoute:
     return EngineRoute(
         engine=engine,
-        ranks=tuple(RankRoute(rank=rank, route="local", reason=reason) for rank in range(ranks)),
+        ranks=tuple(RankRoute(rank=rank, route=taken, reason=reason) for rank in range(ranks)),
     )
 
 
 def stage(
     engine: str,
     name: Stage,
-    start_ms: int,
-    end_ms: int,
+    start_ms: float,
+    end_ms: float,
     *,
     rank: int | None = None,
     taken: RouteName | None = None,
     moved_bytes: int = 0,
     error: str = "",
     version: int = 7,
+    buckets_ms: Sequence[tuple[float, float]] = (),
 ) -> StageComplete:
+    """Of `buckets_ms`, starts and ends, each has the same part of the bytes."""
     return StageComplete(
         model=MODEL, version=version, round=f"v{version}", engine=engine, stage=name, rank=rank,
-        route=taken, bytes=moved_bytes, start_ns=T0_NS + start_ms * MS,
-        end_ns=T0_NS + end_ms * MS, ok=not error, error=error, trace_id=TRACE_ID,
+        route=taken, bytes=moved_bytes, start_ns=T0_NS + round(start_ms * MS),
+        end_ns=T0_NS + round(end_ms * MS), ok=not error, error=error, trace_id=TRACE_ID,
+        buckets=tuple(
+            BucketTiming(
+                T0_NS + round(start * MS), T0_NS + round(end * MS), moved_bytes // len(buckets_ms)
+            )
+            for start, end in buckets_ms
+        ),
+    )  # fmt: skip
+
+
+def first_token(engine: str, start_ms: int, end_ms: int, version: int = 7) -> FirstToken:
+    return FirstToken(
+        model=MODEL, version=version, round=f"v{version}", engine=engine,
+        start_ns=T0_NS + start_ms * MS, end_ns=T0_NS + end_ms * MS, trace_id=TRACE_ID,
+        span_id="c" * 16,
     )  # fmt: skip
 
 
@@ -103,12 +136,15 @@ def complete(
     start_ms: int = 2,
     end_ms: int = 131,
     size_bytes: int = 90_900_000,
+    paused_s: float = 0.085,
+    taken: RouteName = "local",
+    residual_ns: int | None = None,
 ) -> UpdateComplete:
     return UpdateComplete(
         model=MODEL, version=version, round=f"v{version}", engine=engine, verified="verified",
-        weights_digest="0" * 16, routes=("local",), bytes=size_bytes,
-        start_ns=T0_NS + start_ms * MS, end_ns=T0_NS + end_ms * MS, paused_s=0.085,
-        trace_id=TRACE_ID,
+        weights_digest="0" * 16, routes=(taken,), bytes=size_bytes,
+        start_ns=T0_NS + start_ms * MS, end_ns=T0_NS + end_ms * MS, paused_s=paused_s,
+        trace_id=TRACE_ID, clock_residual_ns=residual_ns,
     )  # fmt: skip
 
 
@@ -123,9 +159,12 @@ def failed(
     )  # fmt: skip
 
 
-def done(*completed: str, version: int = 7, failed: dict[str, str] | None = None) -> RoundComplete:
+def done(
+    *completed: str, version: int = 7, failed: dict[str, str] | None = None, epoch: int = 1,
+    leader: str = "a",
+) -> RoundComplete:  # fmt: skip
     return RoundComplete(
-        model=MODEL, version=version, round=f"v{version}", epoch=1, leader="a",
+        model=MODEL, version=version, round=f"v{version}", epoch=epoch, leader=leader,
         completed=completed, failed=failed or {}, started_ns=T0_NS + 2 * MS,
         ended_ns=T0_NS + 370 * MS,
     )  # fmt: skip

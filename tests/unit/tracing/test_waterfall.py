@@ -15,6 +15,7 @@ from tests.unit.tracing.rounds import (
     complete,
     done,
     failed,
+    first_token,
     heard,
     join,
     plan,
@@ -152,3 +153,85 @@ def test_rounds_are_listed_the_newest_last() -> None:
         for item in summarise_rounds(Heard(message, {}, at_ns) for message, at_ns in history)
     ]
     assert listed == [("other", "v7", 7, 5), (MODEL, "v7", 7, 11), (MODEL, "v8", 8, 20)]
+
+
+def late_joiner() -> list[Message]:
+    """Engine c comes when the round of a and b is closed, and plans for itself."""
+    return [
+        *whole_round(),
+        join("c", at_ms=900),
+        plan(route("c", reason="it came late"), epoch=9, at_ms=903, leader="c"),
+        stage("c", "negotiate", 880, 905),
+        complete("c", start_ms=880, end_ms=990),
+        done("c", epoch=9, leader="c"),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_waterfall_keeps_what_was_planned_first_when_an_engine_joins_late(seed: int) -> None:
+    messages = late_joiner()
+    random.Random(seed).shuffle(messages)
+    waterfall = built(*messages)
+    a, b, c = waterfall.engines
+    assert (waterfall.leader, waterfall.epoch, waterfall.complete) == ("a", 1, True), seed
+    assert a.plan_reasons == ("shared memory of this host",)
+    assert [engine.outcome for engine in (a, b, c)] == ["complete", "failed", "complete"]
+    assert (a.epoch, b.epoch, c.epoch) == (1, 1, 9)
+    assert (a.joined_s, c.joined_s) == pytest.approx((0.003, 0.900))
+    assert (a.planned_s, c.planned_s) == pytest.approx((0.010, 0.905))
+    assert c.plan_reasons == ("it came late",)
+    assert waterfall.wall_s == pytest.approx(0.990)
+
+
+def test_late_joiner_changes_nothing_of_those_whose_outcome_only_the_leader_told() -> None:
+    first = [ready(), join("a"), join("b"), done("a", failed={"b": "lost"})]
+    waterfall = built(*first, join("c"), done("c", epoch=9, leader="c"))
+    assert [(each.outcome, each.reason) for each in waterfall.engines] == [
+        ("complete", ""), ("failed", "lost"), ("complete", ""),
+    ]  # fmt: skip
+
+
+def test_waterfall_tells_the_first_token_and_the_residuals_of_clocks() -> None:
+    waterfall = built(
+        ready(residual_ns=30_000), complete("a", end_ms=131, residual_ns=20_000),
+        first_token("a", 131, 150),
+    )  # fmt: skip
+    (a,) = waterfall.engines
+    assert a.first_token_s == pytest.approx(0.150)
+    assert a.first_token_span_id == "c" * 16
+    assert a.clock_residual_s == pytest.approx(20e-6)
+    assert waterfall.clock_residual_s == pytest.approx(30e-6)
+    assert waterfall.span_s == pytest.approx(0.150)
+
+
+def test_time_zero_is_the_creation_when_others_are_earlier_by_what_the_clocks_may_be_off() -> None:
+    told = [ready(residual_ns=MS), complete("a", residual_ns=MS), stage("a", "fetch", -1.5, 4)]
+    waterfall = built(*told)
+    assert (waterfall.origin, waterfall.origin_ns) == ("checkpoint_ready", T0_NS)
+    row = waterfall.engines[0].stages[0]
+    assert (row.start_s, row.duration_s) == pytest.approx((0, 0.004))
+    before = stage("a", "fetch", -2.5, 4)
+    assert built(*told, before).origin == "earliest"
+
+
+def test_waterfall_takes_the_span_of_the_publication_from_the_headers_of_its_message() -> None:
+    headers = {"Traceparent": f"00-{TRACE_ID}-{'b' * 16}-01"}
+    history = [Heard(ready(), headers, T0_NS + MS), Heard(join("a"), {}, 0)]
+    waterfall = build_waterfall(MODEL, "v7", history)
+    assert waterfall is not None
+    assert (waterfall.trace_id, waterfall.publish_span_id) == (TRACE_ID, "b" * 16)
+    assert waterfall.producer == "trainer"
+    assert waterfall.stored_s == pytest.approx(0.001)
+
+
+def test_waterfall_takes_of_two_publications_that_which_was_joined_for() -> None:
+    joined = msgspec.structs.replace(join("a", at_ms=40), checkpoint_ns=T0_NS + 20 * MS)
+    waterfall = built(ready(at_ms=20), ready(), joined)
+    assert waterfall.origin_ns == T0_NS + 20 * MS
+
+
+def test_time_of_storing_is_not_believed_when_an_engine_heard_of_it_before() -> None:
+    history = [Heard(ready(), {}, T0_NS + 10 * MS), Heard(complete("a", start_ms=2), {}, 0)]
+    waterfall = build_waterfall(MODEL, "v7", history)
+    assert waterfall is not None
+    assert waterfall.stored_s is None

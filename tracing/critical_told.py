@@ -1,0 +1,91 @@
+"""A critical path in one sentence, with numbers. Does no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from weightbus.tracing.critical_path import CriticalPath
+from weightbus.tracing.text import format_rate, format_seconds
+from weightbus.tracing.waterfall import EngineWaterfall, Origin, PathStep, StageRow
+
+__all__ = ("format_share", "tell_path")
+
+PARTS: Final = 3
+"""How many steps are told of: those that took longest."""
+
+NAMED_SHARE: Final = 0.05
+"""What took less than this of the whole is not told of, unless it is the longest."""
+
+_ENDS: Final = {
+    "complete": "served after",
+    "failed": "failed after",
+    "unfinished": "has not finished; told are",
+}
+
+_SINCE: Final[Mapping[Origin, str]] = {
+    "checkpoint_ready": "",
+    "stored": " since the bus had CheckpointReady",
+    "earliest": " since the first message",
+}
+
+
+def tell_path(path: CriticalPath, engines: Sequence[EngineWaterfall], origin: Origin) -> str:
+    """`engine b, the last of 2, served after 131 ms: reload of rank 0 took 80.0 ms (61 %) at 1.14
+    GB/s, 32 % of the memory link; rank 0 waited 41.0 ms (31 %) for its peers: a rank 1`.
+
+    Empty if there is nothing to tell.
+    """
+    engine = next((each for each in engines if each.engine == path.engine), None)
+    steps = [step for step in path.steps if step.what != "first_token"]
+    total_s = sum(step.duration_s for step in steps)
+    if engine is None or total_s <= 0:
+        return ""
+    longest = sorted(steps, key=lambda step: -round(step.duration_s, 9))[:PARTS]
+    named = [
+        step for step in longest if step is longest[0] or step.duration_s >= NAMED_SHARE * total_s
+    ]
+    rows = [row for index, row in enumerate(engine.stages) if (engine.engine, index) in path.rows]
+    parts = [_tell_step(step, rows, total_s) for step in named]
+    parts += [
+        f"its first token came {format_seconds(step.duration_s)} later"
+        for step in path.steps
+        if step.what == "first_token"
+    ]
+    last = f", the last of {len(engines)}," if len(engines) > 1 else ""
+    end = f"{_ENDS[engine.outcome]} {format_seconds(total_s)}{_SINCE[origin]}"
+    return f"engine {engine.engine}{last} {end}: {'; '.join(parts)}"
+
+
+def format_share(share: float | None) -> str:
+    """`61 %`, `0.4 %`; empty for None."""
+    if share is None:
+        return ""
+    return f"{share:.0%}".replace("%", " %") if share >= 0.01 else f"{share:.1%}".replace("%", " %")
+
+
+def _tell_step(step: PathStep, rows: Sequence[StageRow], total_s: float) -> str:
+    took = f"{format_seconds(step.duration_s)} ({format_share(step.duration_s / total_s)})"
+    of_rank = "" if step.rank is None else f" of rank {step.rank}"
+    match step.what:
+        case "wait":
+            who = "it" if step.rank is None else f"rank {step.rank}"
+            waited_for = step.waited_for or "what is not told"
+            return f"{who} waited {took} for {waited_for}"
+        case "publish":
+            return f"publishing took {took}"
+        case "deliver":
+            return f"delivery took {took}"
+    moved = [row for row in rows if row.stage == step.what and step.rank in (None, row.rank)]
+    return f"{step.what}{of_rank} took {took}{_tell_rate(moved)}"
+
+
+def _tell_rate(rows: Sequence[StageRow]) -> str:
+    """Of the row that moved most: ` at 1.14 GB/s, 32 % of the memory link`."""
+    row = max(rows, key=lambda row: row.bytes, default=None)
+    if row is None or row.gb_per_s is None:
+        return ""
+    share = (
+        "" if row.link_share is None else f", {format_share(row.link_share)} of the {row.link} link"
+    )
+    return f" at {format_rate(row.gb_per_s)} GB/s{share}"
