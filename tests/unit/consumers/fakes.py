@@ -5,8 +5,8 @@ The world is one tensor of four words, which every rank holds whole.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, cast
 
 import anyio
@@ -15,16 +15,15 @@ import numpy as np
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from msgspec import structs
 
-from weightbus.bus.clock import BusClock
+from tests.clocks import unmeasured_clock
 from weightbus.bus.connection import Bus
 from weightbus.bus.digest import combine, digest_hex, digest_tensor
 from weightbus.bus.errors import LeaseLost, ObjectMissing
-from weightbus.bus.link import NoResponders
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received, Reconnected
 from weightbus.bus.settings import BusSettings
 from weightbus.consumers.config import ConsumerConfig
-from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.consumers.engines.engine import Engine, EngineReport, TokenSeen
 from weightbus.consumers.errors import RouteUnavailable
 from weightbus.consumers.transfer.route import Route, Transfer
 from weightbus.schemas.base import Message, RouteName
@@ -35,7 +34,7 @@ from weightbus.schemas.leases import ReaderLease, RoundLease
 from weightbus.schemas.needs import Copy, Needs, ParameterSpec
 from weightbus.schemas.needs_codec import needs_digest
 from weightbus.schemas.placement import FileSegment, Placement, Segment
-from weightbus.schemas.progress import EngineState
+from weightbus.schemas.progress import DeadLetter, EngineState
 from weightbus.schemas.rounds import EngineRoute, RankRoute, RoundPlan
 from weightbus.schemas.worker import (
     Applied,
@@ -133,7 +132,7 @@ class FakeEngine(Engine):
     def __init__(self, ranks: int = 1, version: int = -1) -> None:
         self._ranks = ranks
         self.calls: list[str] = []
-        """Every call but `state`, in order; `resume` with its version."""
+        """Every call but `state` and `first_token`, in order; `resume` with its version."""
         self.errors: dict[str, Exception] = {}
         """Call -> what it raises."""
         self._late: LateAnswer | None = None
@@ -141,6 +140,8 @@ class FakeEngine(Engine):
         """Calls that never return."""
         self.entered: dict[str, anyio.Event] = {}
         """Call -> set when it hangs."""
+        self.tokens: dict[int, TokenSeen] = {}
+        """Version -> when its first token was there."""
         self.free_bytes = 0
         self.device = "cpu"
         self.data = [DATA] * ranks
@@ -245,6 +246,10 @@ class FakeEngine(Engine):
         await self._call(f"resume {version}")
         self.report = structs.replace(self.report, version=version, paused=False, touched=False)
 
+    async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
+        await self._do("first_token")
+        return self.tokens.get(version)
+
     async def state(self, deadline_s: float) -> EngineReport:
         if "state" in self.errors:
             raise self.errors["state"]
@@ -259,6 +264,9 @@ class FakeEngine(Engine):
 
     async def _call(self, call: str) -> None:
         self.calls.append(call)
+        await self._do(call)
+
+    async def _do(self, call: str) -> None:
         await anyio.lowlevel.checkpoint()
         if call in self.hangs:
             self.entered[call].set()
@@ -333,7 +341,7 @@ class FakeBus:
     settings = BusSettings(url=url)
 
     def __init__(self) -> None:
-        self.clock = BusClock(_nobody_answers)
+        self.clock = unmeasured_clock()
         self.calls: list[str] = []
         self.published: list[Message] = []
         self.headers: list[Mapping[str, str]] = []
@@ -353,6 +361,11 @@ class FakeBus:
 
     def as_bus(self) -> Bus:
         return cast(Bus, self)
+
+    @contextmanager
+    def count_dead_letters(self, tell: Callable[[DeadLetter], None]) -> Iterator[None]:
+        self.dead_letter = tell
+        yield
 
     async def publish(self, message: Message, headers: Mapping[str, str]) -> None:
         await anyio.lowlevel.checkpoint()
@@ -398,10 +411,6 @@ class FakeBus:
         if key in self.blobs:
             return self.blobs[key]
         raise ObjectMissing(key)
-
-
-async def _nobody_answers() -> int:
-    raise NoResponders("request")
 
 
 class FakeRoundLeases:

@@ -8,10 +8,12 @@ from typing import Any, cast
 import anyio
 import anyio.lowlevel
 
+from tests.clocks import unmeasured_clock
 from weightbus.bus.connection import Bus
 from weightbus.bus.errors import BusTimeout
 from weightbus.bus.jetstream import PublishAck, WrongLastSequence
 from weightbus.bus.received import Received
+from weightbus.bus.settings import BusSettings
 from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
@@ -27,8 +29,10 @@ class FakeBus:
 
     prefix = "weightbus"
     url = "nats://127.0.0.1:4222"
+    settings = BusSettings(url=url)
 
     def __init__(self) -> None:
+        self.clock = unmeasured_clock()
         self.said: list[Message] = []
         self.forgetful = False
         """Nothing that was said can be read back."""

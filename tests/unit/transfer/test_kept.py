@@ -11,6 +11,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
+from tests.clocks import unmeasured_clock
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint
 from weightbus.bus.errors import BusTimeout, EndpointFailed
@@ -49,6 +50,7 @@ class FakeEndpoint:
 
 class FakeBus:
     def __init__(self) -> None:
+        self.clock = unmeasured_clock()
         self.said: list[Any] = []
         self.is_silent = False
 
