@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -32,6 +33,7 @@ from weightbus.consumers.errands import Errands, keep_on
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable, TransferError, cause_of
 from weightbus.consumers.journal import Journal
 from weightbus.consumers.listener import Listener
+from weightbus.consumers.metering import Metering
 from weightbus.consumers.outbox import Outbox
 from weightbus.consumers.planner import plan_request
 from weightbus.consumers.rival import wait_for_rival
@@ -46,6 +48,7 @@ from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.progress import EngineState, StageComplete
 from weightbus.schemas.rounds import RoundPlan
 from weightbus.tracing.attributes import Destination
+from weightbus.tracing.context import SpanRef
 from weightbus.tracing.telemetry import Telemetry
 
 __all__ = ("Consumer", "open_consumer")
@@ -54,6 +57,9 @@ _logger = logging.getLogger(__name__)
 
 EVENTS_KEPT: Final = 100_000
 """Events that wait for the machine; more mean that this process is stuck."""
+
+FIRST_TOKEN_S: Final = 10.0
+"""So long the first token of a version is looked out for: who asks later has not waited for it."""
 
 LEAVE_S: Final = 2.0
 """To tell the others that this engine goes."""
@@ -85,7 +91,8 @@ async def open_consumer(
         consumer = Consumer(config, bus, engine, routes, telemetry, group)
         await consumer._start()
         try:
-            yield consumer
+            with bus.count_dead_letters(consumer._metering.count_dead_letter):
+                yield consumer
         finally:
             cancelled = anyio.current_effective_deadline() == -math.inf
             with anyio.CancelScope(shield=True):
@@ -93,6 +100,7 @@ async def open_consumer(
                     await consumer._stop()
                 await consumer._take_leave()
                 consumer._journal.close_all()
+                consumer._metering.leave()
             group.cancel_scope.cancel()
 
 
@@ -115,7 +123,8 @@ class Consumer:
         self._engine = engine
         self._group = group
         self._updater = Updater(config, self.instance, bus, engine, routes)
-        self._outbox = Outbox(bus)
+        self._metering = Metering(telemetry, config.model, config.engine, bus.settings.name)
+        self._outbox = Outbox(bus, self._metering.say)
         self._machine = RoundMachine(
             RoundConfig(
                 model=config.model,
@@ -142,7 +151,12 @@ class Consumer:
         )
         self._journal = Journal(telemetry, self._emit, config.engine, destination, self._reading)
         self._listener = Listener(
-            bus, config.model, self._journal, self._feed, self._put_state_soon
+            bus,
+            config.model,
+            self._journal,
+            self._feed,
+            self._put_state_soon,
+            self._metering.hear,
         )
         self._preparing: dict[int, anyio.CancelScope] = {}
         self._moving = anyio.CancelScope()
@@ -345,6 +359,7 @@ class Consumer:
             ranks=self._engine.ranks,
             engine_kind=self._engine.kind,
         )
+        self._metering.say(self._state)
         self._state_changed.set()
 
     async def _prepare(self, instruction: do.Prepare, scope: anyio.CancelScope) -> None:
@@ -430,7 +445,32 @@ class Consumer:
         if failure is not None:
             self._feed(ev.ResumeFailed(token, type(failure).__name__, str(failure), paused_s))
             return
+        if work is not None:
+            self._journal.await_first_token(version)
+            self._group.start_soon(self._watch_first_token, version, time.time_ns())
         self._feed(ev.Resumed(token, paused_s))
+
+    async def _watch_first_token(self, version: int, served_ns: int) -> None:
+        """Tell when the engine has made its first token with a version that it serves since
+        `served_ns`, by this host's clock. Nothing waits for this, and nothing fails with it."""
+        seen = None
+        try:
+            seen = await self._engine.first_token(version, FIRST_TOKEN_S)
+        except ConsumerError as error:
+            _logger.debug("the first token of version %d is not seen: %s", version, error)
+        if seen is None:
+            self._journal.give_up_first_token(version)
+            return
+        end_ns = max(served_ns, seen.at_ns)  # it may come before the word that it can
+        told = self._journal.record_first_token(
+            version,
+            start_ns=served_ns,
+            end_ns=end_ns,
+            resolution_ns=min(seen.resolution_ns, end_ns - served_ns),
+        )
+        if told is not None:
+            headers = SpanRef(told.trace_id, told.span_id).headers()
+            self._outbox.report_nowait(told, headers)
 
     def _seconds_to(self, instruction: do.Prepare | do.Transfer | do.Resume) -> float:
         """What is left of the instruction's budget: at least a millisecond, to fail in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from msgspec import structs
 
 from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
 from weightbus.bus.received import Reconnected
+from weightbus.consumers.engines.engine import TokenSeen
 from weightbus.consumers.errors import (
     DeadlineExceeded,
     EngineTaken,
@@ -24,10 +26,12 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import (
     EngineState,
     EngineStatus,
+    FirstToken,
     UpdateComplete,
     UpdateFailed,
 )
 from weightbus.schemas.rounds import Join
+from weightbus.tracing.context import SpanRef
 from weightbus.tracing.telemetry import Telemetry
 
 pytestmark = pytest.mark.anyio
@@ -163,6 +167,61 @@ async def test_consumer_catches_up_with_the_last_version_when_it_starts() -> Non
     async with world.following():
         await world.until_complete(2)
     assert world.engine.calls[-3:] == ["pause", "apply", "resume 2"]
+
+
+# ---------------------------------------------------------------- first token
+
+
+@pytest.mark.parametrize("before_s", [0.0, 60.0], ids=["after the resumption", "before its end"])
+async def test_first_token_is_said_within_its_update_when_the_engine_has_seen_it(
+    before_s: float,
+) -> None:
+    """The engine may have made it before it has answered that it goes on."""
+    world = World()
+    at_ns = time.time_ns() + int((30.0 - before_s) * 1e9)
+    world.engine.tokens[2] = TokenSeen(at_ns=at_ns, resolution_ns=10**15)
+    async with world.following():
+        world.bus.hear(ready_of(2))
+        await world.until("it is said", lambda: bool(world.bus.said(FirstToken)))
+    (said,) = world.bus.said(FirstToken)
+    (complete,) = world.bus.said(UpdateComplete)
+    assert (said.model, said.version, said.engine) == ("m", 2, CONFIG.engine)
+    assert said.round == complete.round
+    assert complete.start_ns <= said.start_ns <= said.end_ns
+    assert said.end_ns - said.start_ns < 30 * 10**9
+    assert said.resolution_ns <= 30 * 10**9, "it was not there before the engine served"
+    assert (said.resolution_ns > 0) == (before_s == 0.0)
+    headers = world.bus.headers[world.bus.published.index(said)]
+    assert SpanRef.from_headers(headers) == SpanRef(said.trace_id, said.span_id)
+    assert said.parent_span_id not in ("", said.span_id)
+
+
+@pytest.mark.parametrize("failure", [None, EngineUnavailable("a", "it has no metrics")])
+async def test_nothing_is_said_and_nothing_fails_when_the_engine_does_not_see_its_first_token(
+    failure: Exception | None,
+) -> None:
+    world = World()
+    if failure is not None:
+        world.engine.errors["first_token"] = failure
+    async with world.following():
+        for version in (2, 3):
+            world.bus.hear(ready_of(version))
+            await world.until_complete(version)
+    assert world.bus.said(FirstToken) == []
+    assert world.bus.said(UpdateFailed) == []
+
+
+async def test_next_version_and_the_end_do_not_wait_when_a_first_token_is_looked_out_for() -> None:
+    world = World()
+    looking = world.engine.hang("first_token")
+    with anyio.fail_after(DEADLINE_S):
+        async with world.following(stop_s=NEVER_S):
+            world.bus.hear(ready_of(2))
+            await world.until_complete(2)
+            await looking.wait()
+            world.bus.hear(ready_of(3))
+            await world.until_complete(3)
+    assert world.bus.said(FirstToken) == []
 
 
 # ---------------------------------------------------------------- what is kept alive
