@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from functools import partial
 from typing import TypeVar
 
@@ -46,7 +51,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.codec import encode
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.schemas.leases import ReaderLease, RoundLease
-from weightbus.schemas.progress import EngineState
+from weightbus.schemas.progress import DeadLetter, EngineState
 
 __all__ = ("Bus", "open_bus")
 
@@ -108,6 +113,16 @@ class Bus:
     def is_connected(self) -> bool:
         """False while a lost connection is waited for, and once it is lost for good."""
         return self.link.is_up
+
+    @contextmanager
+    def count_dead_letters(self, tell: Callable[[DeadLetter], None]) -> Iterator[None]:
+        """Call `tell` with every letter that this connection writes, while the context is open; it
+        neither waits nor raises."""
+        self._dead_letters.tell.append(tell)
+        try:
+            yield
+        finally:
+            self._dead_letters.tell.remove(tell)
 
     async def publish(
         self,

@@ -55,6 +55,8 @@ class DeadLetters:
         self._send, self._receive = anyio.create_memory_object_stream[DeadLetter](_QUEUE_LETTERS)
         self._dropped = 0
         self._sent = anyio.Event()
+        self.tell: list[Callable[[DeadLetter], None]] = []
+        """Called with every letter as it is written, sent or not; they neither wait nor raise."""
 
     def report_nowait(
         self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
@@ -103,7 +105,7 @@ class DeadLetters:
             model = UNKNOWN_MODEL
         dropped = self._dropped
         more = f" ({dropped} more letters were dropped before this one)" if dropped else ""
-        return DeadLetter(
+        letter = DeadLetter(
             model=model,
             subject=subject[:512],
             reason=f"{error}"[:4000] + more,
@@ -116,6 +118,9 @@ class DeadLetters:
             reported_by=self._reporter[:64],
             reported_ns=self._now_ns(),
         )
+        for tell in self.tell:
+            tell(letter)
+        return letter
 
     async def _publish(self, letter: DeadLetter) -> None:
         """Many readers report the same message; the id collapses their letters into one."""

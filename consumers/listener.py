@@ -62,12 +62,15 @@ class Listener:
         journal: Journal,
         feed: Callable[[ev.Event], None],
         reconnected: Callable[[], None],
+        tell: Callable[[Message], None],
     ) -> None:
+        """`tell` is called with every message that is heard; it neither waits nor raises."""
         self._bus = bus
         self._model = model
         self._journal = journal
         self._feed = feed
         self._reconnected = reconnected
+        self._tell = tell
 
     async def run_messages(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         async with self._bus.subscribe(*HEARD_MESSAGES, model=self._model) as messages:
@@ -103,6 +106,7 @@ class Listener:
         return [received for received in found if received is not None]
 
     def _hear(self, received: Received[Message]) -> None:
+        self._tell(received.message)
         match received.message:
             case CheckpointReady() as ready:
                 self._feed(ev.CheckpointSeen(ready, self._journal.hear(ready, received.headers)))

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from weightbus.schemas.base import Message, RouteName, Stage
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import (
+    DeadLetter,
     EngineState,
     FirstToken,
     StageComplete,
@@ -22,8 +23,8 @@ from weightbus.schemas.progress import (
 )
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.links import link_of, link_rate, source_of
-from weightbus.tracing.metric_names import CONSUMER_METER
-from weightbus.tracing.metrics import ConsumerMetrics
+from weightbus.tracing.metric_names import BUS_METER, CONSUMER_METER
+from weightbus.tracing.metrics import BusMetrics, ConsumerMetrics
 from weightbus.tracing.telemetry import Telemetry
 from weightbus.tracing.waterfall import LinkName
 
@@ -38,6 +39,7 @@ NS_PER_S: Final = 10**9
 
 K = TypeVar("K")
 V = TypeVar("V")
+M = TypeVar("M", bound=Message)
 
 
 class _Flow:
@@ -63,8 +65,10 @@ class _Flow:
 class Metering:
     """Of one consumer."""
 
-    def __init__(self, telemetry: Telemetry, model: str, engine: str) -> None:
+    def __init__(self, telemetry: Telemetry, model: str, engine: str, reporter: str) -> None:
+        """`reporter`: what the connection to the bus is called."""
         self._engine = engine
+        self._bus = BusMetrics(telemetry.meter(BUS_METER), model=model, reporter=reporter)
         self._metrics = ConsumerMetrics(telemetry.meter(CONSUMER_METER), model=model, engine=engine)
         self._ready: dict[int, CheckpointReady] = {}
         self._joins: dict[int, Join] = {}
@@ -87,11 +91,15 @@ class Metering:
         """It hears something; what it says itself comes back, and counts once."""
         self._note(self._take_heard, message)
 
+    def count_dead_letter(self, letter: DeadLetter) -> None:
+        """The connection could not read something."""
+        self._note(self._bus.dead_letter, letter)
+
     def leave(self) -> None:
         """The consumer ends: it knows of no round any more."""
         self._keep_rounds(lambda _name, _version: False)
 
-    def _note(self, take: Callable[[Message], None], message: Message) -> None:
+    def _note(self, take: Callable[[M], None], message: M) -> None:
         try:
             take(message)
         except Exception as error:  # noqa: BLE001 - no update fails for want of a figure

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import anyio
@@ -35,11 +35,17 @@ Sender = MemoryObjectSendStream[Letter]
 Receiver = MemoryObjectReceiveStream[Letter]
 
 
+def _tell_nobody(message: Message) -> None:
+    """Nobody wants to know."""
+
+
 class Outbox:
     """Takes messages at once, sends them in the background."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, tell: Callable[[Message], None] = _tell_nobody) -> None:
+        """`tell` is called with every message that is taken; it neither waits nor raises."""
         self._bus = bus
+        self._tell = tell
         self._control_in: Sender
         self._control_out: Receiver
         self._control_in, self._control_out = anyio.create_memory_object_stream(math.inf)
@@ -53,11 +59,13 @@ class Outbox:
 
     def say_nowait(self, message: Message, headers: Mapping[str, str]) -> None:
         """Send a message that others act on."""
+        self._tell(message)
         self._control_in.send_nowait((message, headers))
         self._count(1)
 
     def report_nowait(self, message: Message, headers: Mapping[str, str]) -> None:
         """Send a message that only monitors read."""
+        self._tell(message)
         try:
             self._progress_in.send_nowait((message, headers))
         except anyio.WouldBlock:

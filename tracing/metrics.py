@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from opentelemetry.metrics import Counter, Histogram, Meter, UpDownCounter
 
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
     from weightbus.schemas.base import RouteName, Stage
     from weightbus.schemas.checkpoint import SkipCause
+    from weightbus.schemas.progress import DeadLetter
     from weightbus.tracing.waterfall import LinkName
 
 __all__ = ("BusMetrics", "ConsumerMetrics", "PublisherMetrics")
 
 Attributes = dict[str, AttributeValue]
+
+OTHER_MODEL: Final = "_"
 
 
 class PublisherMetrics:
@@ -169,15 +172,19 @@ class ConsumerMetrics:
 
 
 class BusMetrics:
-    """Of one connection to the bus, whose name is `reporter`."""
+    """Of one connection to the bus, whose name is `reporter`, on behalf of one model."""
 
     def __init__(self, meter: Meter, *, model: str, reporter: str) -> None:
-        self._reporter = reporter
+        self._model, self._reporter = model, reporter
         self._dead = _counter(meter, metrics.DEAD_LETTERS)
-        self.dead_letter(model, 0)
+        self._add(model, 0)
 
-    def dead_letter(self, model: str, count: int = 1) -> None:
-        """So many messages could not be read."""
+    def dead_letter(self, letter: DeadLetter) -> None:
+        """A message could not be read; that of another model counts as of `OTHER_MODEL`, so that
+        nobody makes up new points."""
+        self._add(letter.model if letter.model == self._model else OTHER_MODEL, 1)
+
+    def _add(self, model: str, count: int) -> None:
         self._dead.add(count, {names.MODEL: model, metrics.REPORTER: self._reporter})
 
 
