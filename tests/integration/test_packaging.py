@@ -40,11 +40,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_every_module_and_nothing_else_when_built_from_sdist(wheel: Path) -> None:
+def test_wheel_holds_every_module_and_file_of_the_page_and_nothing_else_when_built_from_sdist(
+    wheel: Path,
+) -> None:
     expected = {
         f"weightbus/{path.relative_to(ROOT)}"
         for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*.py")
+        for pattern in ("*.py", "static/*")
+        for path in (ROOT / folder).rglob(pattern)
     } | {"weightbus/__init__.py", "weightbus/__main__.py", "weightbus/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}

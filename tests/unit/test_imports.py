@@ -164,7 +164,14 @@ def test_planning_imports_nothing_that_acts_or_tells_the_time() -> None:
 MONITORS: Final = ("serve", "watch", "trace", "schema", "plan", "doctor")
 """Commands that run wherever the core is installed."""
 
-CORE: Final = ("schemas", "bus", "tracing", "cli.main", *(f"cli.{name}" for name in MONITORS))
+CORE: Final = (
+    "schemas",
+    "bus",
+    "tracing",
+    "cli.main",
+    "cli.ui",
+    *(f"cli.{name}" for name in MONITORS),
+)
 
 
 @pytest.mark.parametrize("folder", CORE)

@@ -1,0 +1,82 @@
+"""Server-sent events: one whole snapshot, then what changes.
+
+Nothing is queued for a browser. What it is told next is made when it has taken what it was told
+before; one that takes nothing for `SEND_S` is let go, and asks again when it wakes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import anyio
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from weightbus.cli.ui.board import Board
+
+__all__ = ("STREAMS_MAX", "EventStreams")
+
+STREAMS_MAX: Final = 64
+"""Pages that are open at one time."""
+
+SEND_S: Final = 30.0
+
+KEEP_ALIVE_S: Final = 10.0
+"""A page that hears nothing for longer knows that its server is gone."""
+
+RETRY_MS: Final = 1000
+
+HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStreams:
+    """An ASGI application: one endless answer for each page."""
+
+    def __init__(self, board: Board, now_ns: Callable[[], int]) -> None:
+        """`now_ns`: the time of the bus, by which all that the board tells is timed."""
+        self._board, self._now_ns = board, now_ns
+        self._open: set[anyio.CancelScope] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if len(self._open) >= STREAMS_MAX:
+            refusal = PlainTextResponse(f"{STREAMS_MAX} pages are open already\n", 503)
+            await refusal(scope, receive, send)
+            return
+        async with anyio.create_task_group() as tasks:
+            self._open.add(tasks.cancel_scope)
+            try:
+                tasks.start_soon(self._tell, send, tasks.cancel_scope)
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                tasks.cancel_scope.cancel()
+            finally:
+                self._open.discard(tasks.cancel_scope)
+
+    def close(self) -> None:
+        """End them all: the server stops."""
+        for scope in tuple(self._open):
+            scope.cancel()
+
+    async def _tell(self, send: Send, stream: anyio.CancelScope) -> None:
+        board = self._board
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        told, text = 0, f"retry: {RETRY_MS}\n".encode()
+        while True:
+            revision = board.revision
+            if revision > told:
+                text += b"data: " + board.changes(told, self._now_ns()) + b"\n\n"
+                told = revision
+            with anyio.move_on_after(SEND_S) as patience:
+                await send({"type": "http.response.body", "body": text, "more_body": True})
+            if patience.cancelled_caught:
+                stream.cancel()
+                return
+            text = b""
+            with anyio.move_on_after(KEEP_ALIVE_S):
+                await board.wait(told)
+            text = b": still here\n\n" if board.revision == told else b""
