@@ -52,7 +52,8 @@ def tell_path(path: CriticalPath, engines: Sequence[EngineWaterfall], origin: Or
         for step in path.steps
         if step.what == "first_token"
     ]
-    last = f", the last of {len(engines)}," if len(engines) > 1 else ""
+    alike = sum(each.outcome == engine.outcome for each in engines)
+    last = f", the last of {alike}," if alike > 1 else ""
     end = f"{_ENDS[engine.outcome]} {format_seconds(total_s)}{_SINCE[origin]}"
     return f"engine {engine.engine}{last} {end}: {'; '.join(parts)}"
 

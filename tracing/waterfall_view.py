@@ -1,20 +1,23 @@
 """A waterfall as lines of text, at any width, with and without colour.
 
 Does no I/O: it is a renderable for a rich console, whose width and encoding it keeps to. What does
-not fit is left out column by column, the least telling first; the bars take what is left.
+not fit is left out column by column, the least telling first; the bars take what is left. Rows on
+the critical path have a `*`, and their bars are bold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from weightbus.schemas.base import Stage
 from weightbus.tracing.columns import Column, Columns, fit_columns
+from weightbus.tracing.critical_told import format_share
 from weightbus.tracing.text import format_bytes, format_rate, format_seconds, printable
-from weightbus.tracing.waterfall import EngineWaterfall, StageRow, Waterfall
+from weightbus.tracing.waterfall import EngineWaterfall, Origin, StageRow, Waterfall
 
 __all__ = ("WaterfallView",)
 
@@ -23,7 +26,19 @@ BAR_SHARE: Final = 0.3
 
 OUTCOME_STYLES: Final = {"complete": "green", "failed": "bold red", "unfinished": "yellow"}
 
-STAGE_STYLES: Final = {
+SINCE: Final[Mapping[Origin, str]] = {
+    "checkpoint_ready": "CheckpointReady",
+    "stored": "CheckpointReady",
+    "earliest": "the first message",
+}
+
+COUNTED_FROM: Final[Mapping[Origin, str]] = {
+    "checkpoint_ready": "the creation of CheckpointReady",
+    "stored": "when the bus had CheckpointReady (its trainer's clock is ahead)",
+    "earliest": "the earliest message (that of CheckpointReady is gone, or its clock is ahead)",
+}
+
+STAGE_STYLES: Final[Mapping[Stage, str]] = {
     "negotiate": "blue",
     "fetch": "cyan",
     "h2d": "magenta",
@@ -33,14 +48,24 @@ STAGE_STYLES: Final = {
 }
 
 
+CRITICAL: Final = "*"
+
+
+def _link(row: StageRow) -> str:
+    """`61 % memory`, or the link alone if its rate was not measured."""
+    return f"{format_share(row.link_share)} {row.link}".strip()
+
+
 COLUMNS: Final = (
+    Column[StageRow]("", lambda row: CRITICAL if row.critical else "", 0),
     Column[StageRow]("rank", lambda row: "all" if row.rank is None else str(row.rank), 0, True),
     Column[StageRow]("stage", lambda row: row.stage, 0),
-    Column[StageRow]("route", lambda row: row.route or "", 5),
+    Column[StageRow]("route", lambda row: row.route or "", 6),
     Column[StageRow]("start", lambda row: format_seconds(row.start_s), 3, True),
     Column[StageRow]("time", lambda row: format_seconds(row.duration_s), 1, True),
     Column[StageRow]("bytes", lambda row: format_bytes(row.bytes) if row.bytes else "", 4, True),
     Column[StageRow]("GB/s", lambda row: format_rate(row.gb_per_s), 2, True),
+    Column[StageRow]("link", _link, 5, True),
 )
 
 
@@ -64,12 +89,13 @@ class WaterfallView:
             yield _engine_line(engine, told)
             for row in engine.stages:
                 bar = _bar(row, bar_cells, waterfall.span_s, ok if row.ok else failed)
-                style = STAGE_STYLES.get(row.stage, "") if row.ok else "red"
-                yield columns.line(row).append(bar, style)
+                style = STAGE_STYLES[row.stage] if row.ok else "red"
+                yield columns.line(row).append(bar, f"bold {style}" if row.critical else style)
                 if row.error and row.error != told:
                     yield Text(f"     {printable(row.error)}", style="red")
         yield Text("")
         yield _total(waterfall)
+        yield from _critical(waterfall)
         yield _legend(waterfall, ok, failed)
 
 
@@ -106,6 +132,8 @@ def _engine_line(engine: EngineWaterfall, told: str) -> Text:
         parts.append(format_bytes(engine.bytes))
     if engine.paused_s:
         parts.append(f"paused {format_seconds(engine.paused_s)}")
+    if engine.first_token_s is not None:
+        parts.append(f"first token after {format_seconds(engine.first_token_s)}")
     if engine.quarantined:
         parts.append("quarantined")
     if told:
@@ -133,24 +161,43 @@ def _total(waterfall: Waterfall) -> Text:
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
     line = Text.assemble(("total ", "bold"), f"{len(waterfall.engines)} engines: {told}")
     if waterfall.wall_s is not None:
-        since = "CheckpointReady" if waterfall.origin == "checkpoint_ready" else "the first message"
         line.append(
             f"; {format_bytes(waterfall.bytes)} in {format_seconds(waterfall.wall_s)}"
-            f" from {since} to the last engine serving"
+            f" from {SINCE[waterfall.origin]} to the last engine serving"
         )
         if waterfall.gb_per_s is not None:
             line.append(f" ({format_rate(waterfall.gb_per_s)} GB/s)")
     return line
 
 
-def _legend(waterfall: Waterfall, ok: str, failed: str) -> Text:
-    since = (
-        "the creation of CheckpointReady"
-        if waterfall.origin == "checkpoint_ready"
-        else "the earliest message (that of CheckpointReady is gone, or its clock is ahead)"
+def _critical(waterfall: Waterfall) -> Iterator[Text]:
+    """The path in one sentence, then step by step."""
+    if not waterfall.critical_told:
+        return
+    yield Text.assemble(("critical path: ", "bold"), printable(waterfall.critical_told))
+    steps = (
+        f"{step.what} {format_seconds(step.duration_s)}"
+        + (f" ({printable(step.waited_for)})" if step.waited_for else "")
+        for step in waterfall.critical_path
     )
+    yield Text(", ".join(steps), style="dim")
+
+
+def _legend(waterfall: Waterfall, ok: str, failed: str) -> Text:
     return Text(
-        f"{ok} a stage, {failed} a failed one; start is counted from {since}; "
-        "rank all: the whole engine; GB = 10^9 bytes",
+        f"{ok} a stage, {failed} a failed one, {CRITICAL} on the critical path; "
+        f"start is counted from {COUNTED_FROM[waterfall.origin]}; {_clocks(waterfall)}; "
+        "rank all: the whole engine; link: how much of its measured rate was used; GB = 10^9 bytes",
         style="dim",
     )
+
+
+def _clocks(waterfall: Waterfall) -> str:
+    """By how much the times may be off, or that nobody knows."""
+    residuals = [engine.clock_residual_s for engine in waterfall.engines]
+    if waterfall.origin == "checkpoint_ready":
+        residuals.append(waterfall.clock_residual_s)
+    known = [residual for residual in residuals if residual is not None]
+    if len(known) < len(residuals) or not known:
+        return "some clocks were not compared with that of the bus"
+    return f"clocks are off by {format_seconds(max(known))} at most"

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.unit.tracing.rounds import MODEL, complete, heard, join, ready, stage, whole_round
+from tests.unit.tracing.rounds import (
+    MODEL,
+    complete,
+    first_token,
+    heard,
+    join,
+    ready,
+    stage,
+    whole_round,
+)
 from weightbus.schemas.base import Message
+from weightbus.schemas.rounds import Links
 from weightbus.tracing.history import build_waterfall
 from weightbus.tracing.waterfall_view import WaterfallView
 
@@ -67,7 +77,7 @@ def test_waterfall_says_what_is_missing_when_the_round_has_only_begun() -> None:
     text = rendered([join("a")], 80)
     assert "no plan, not closed yet" in text
     assert "a  unfinished" in text
-    assert "the earliest message" in text
+    assert "the earliest message" in " ".join(text.split())
 
 
 def test_waterfall_bar_is_at_least_one_cell_and_ends_at_the_edge() -> None:
@@ -78,5 +88,29 @@ def test_waterfall_bar_is_at_least_one_cell_and_ends_at_the_edge() -> None:
         complete("a", end_ms=1000),
     ]
     bars = [line for line in rendered(messages, 80).splitlines() if "█" in line and "all" in line]
-    assert [line.count("█") for line in bars[:2]] == [1, 1]
+    assert [line.count("█") for line in bars[:2]] == [1, 1], bars
     assert len(bars[1]) == 80
+
+
+def test_waterfall_marks_the_critical_path_without_colour_and_tells_it() -> None:
+    lines = rendered(whole_round(), 120).splitlines()
+    assert [line.split()[1:3] for line in lines if line.startswith("*")] == [
+        ["all", "negotiate"], ["0", "fetch"], ["0", "reload"], ["all", "commit"],
+    ]  # fmt: skip
+    assert any(line.startswith("critical path: engine a served after 131 ms: ") for line in lines)
+
+
+def test_waterfall_shows_shares_of_links_first_tokens_and_what_clocks_may_be_off() -> None:
+    text = rendered(
+        [
+            ready(residual_ns=30_000),
+            join("a", links=Links(disk=2_000_000_000)),
+            stage("a", "fetch", 10, 60, rank=0, taken="local", moved_bytes=61_000_000),
+            complete("a", residual_ns=410_000),
+            first_token("a", 131, 150),
+        ],
+        160,
+    )
+    assert " 61 % disk " in text
+    assert "first token after 150 ms" in text
+    assert "clocks are off by 0.41 ms at most" in text
