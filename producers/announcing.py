@@ -8,8 +8,8 @@ torch: a publisher of files needs none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 from msgspec import structs
@@ -20,10 +20,14 @@ from weightbus.bus.errors import RequestRefused
 from weightbus.bus.jetstream import WrongLastSequence
 from weightbus.producers.digests import Sums, put_sums
 from weightbus.producers.errors import VersionNotNew
-from weightbus.schemas.catalogue import check_token
+from weightbus.schemas.catalogue import check_token, entry_of, message_id_of
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.codec import encode
-from weightbus.tracing.attributes import Destination
+from weightbus.tracing.attributes import (
+    MESSAGING_BODY_SIZE,
+    MESSAGING_MESSAGE_ID,
+    Destination,
+)
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Announcer",)
@@ -49,6 +53,7 @@ class Announcer:
         self._newest, self._newest_by = -1, ""
         self._clock = bus.clock.reading()
         self._created_ns = 0
+        self._span: Span | None = None
         self._unsure: set[int] = set()
 
     def draft(self, version: int, metadata: Mapping[str, str]) -> CheckpointReady:
@@ -67,13 +72,14 @@ class Announcer:
         encode(structs.replace(ready, files=("/",)))
         return ready
 
-    def span(self, telemetry: Telemetry, version: int) -> AbstractContextManager[Span]:
+    @contextmanager
+    def span(self, telemetry: Telemetry, version: int) -> Iterator[Span]:
         """Around everything that publishing a version takes, whose times are of one clock."""
         self._clock = clock = self.bus.clock.reading()
         destination = Destination.of_ready(
             self.bus.prefix, self.model, client=self.bus.settings.name, url=self.bus.url
         )
-        return telemetry.publish_span(
+        with telemetry.publish_span(
             destination,
             model=self.model,
             version=version,
@@ -81,7 +87,9 @@ class Announcer:
             offset_ns=clock.offset_ns,
             residual_ns=clock.residual_ns,
             now_ns=clock.now_ns,
-        )
+        ) as span:
+            self._span = span
+            yield span
 
     async def newest(self) -> int:
         """The newest version that the bus has told of or has kept of ours; -1: none."""
@@ -131,9 +139,17 @@ class Announcer:
             ready, created_ns=self._created_ns, clock_residual_ns=self._clock.residual_ns
         )
         await self._say_if_newer(ready, headers)
+        self._describe(ready)
         self.remember(ready)
         self._key_before = ready.tensor_digests
         return ready
+
+    def _describe(self, ready: CheckpointReady) -> None:
+        """On the span of the version: which message told of it, and how long that is."""
+        if self._span is not None and self._span.is_recorded:
+            self._span.set(MESSAGING_MESSAGE_ID, message_id_of(ready) or "")
+            size_bytes = len(encode(ready, entry_of(CheckpointReady).content_type))
+            self._span.set(MESSAGING_BODY_SIZE, size_bytes)
 
     async def _adopt(self) -> None:
         """Become the owner of the objects of earlier publishers of this name."""

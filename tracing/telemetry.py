@@ -88,6 +88,11 @@ class Span:
         self.ref = SpanRef.of(span.get_span_context())
         """Parent of what is done within it, and what goes into the headers of messages."""
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether what is set goes anywhere."""
+        return self._span.is_recording()
+
     def set(self, key: str, value: AttributeValue) -> None:
         """Set one attribute."""
         self._span.set_attribute(key, value)

@@ -17,26 +17,31 @@ from tests.integration.tracing.collector import (
     open_collector,
 )
 from weightbus.schemas.progress import StageComplete
+from weightbus.tracing.attributes import Destination
 from weightbus.tracing.metric_names import PRODUCER_METER
 from weightbus.tracing.metrics import PublisherMetrics
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import StageScope, open_telemetry
 
-SUBJECT = "weightbus.minilm.checkpoint.ready"
+READY = Destination.of_ready("weightbus", "minilm", client="c", url="nats://127.0.0.1:4222")
 SCOPE = StageScope("minilm", 7, "v7-1", "a")
 
 CONSUMER = """
-import json, os, sys
+import json, os, sys, time
+from weightbus.tracing.attributes import Destination
 from weightbus.tracing.context import SpanRef
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import StageScope, open_telemetry
 
-subject, headers = sys.argv[1], json.loads(sys.argv[2])
+headers = json.loads(sys.argv[1])
+ready = Destination.of_ready("weightbus", "minilm", client="c", url="nats://127.0.0.1:4222")
 scope, twins = StageScope("minilm", 7, "v7-1", "a"), []
-with (
-    open_telemetry("consumer", otlp=OtlpSettings.from_env(os.environ), shutdown_s=30) as telemetry,
-    telemetry.update_span(subject, scope, parent=SpanRef.from_headers(headers)) as update,
-):
+with open_telemetry(
+    "consumer", otlp=OtlpSettings.from_env(os.environ), shutdown_s=30
+) as telemetry:
+    update = telemetry.begin_update(
+        ready, scope, start_ns=time.time_ns(), parent=SpanRef.from_headers(headers)
+    )
     with telemetry.stage(twins.append, scope, "negotiate", parent=update.ref):
         pass
     for rank in (0, 1):
@@ -53,6 +58,7 @@ with (
             raise TimeoutError("no commit")
     except TimeoutError:
         pass
+    update.end(time.time_ns())
 print(json.dumps([[t.trace_id, t.span_id, t.parent_span_id, t.start_ns, t.end_ns] for t in twins]))
 """
 
@@ -67,11 +73,11 @@ def test_collector_has_one_whole_trace_when_two_processes_export_over_http() -> 
             open_telemetry(
                 "trainer", otlp=OtlpSettings.from_env(environ), shutdown_s=30
             ) as trainer,
-            trainer.publish_span(SUBJECT, model="minilm", version=7) as publish,
+            trainer.publish_span(READY, model="minilm", version=7, producer="t") as publish,
         ):
             headers = json.dumps(publish.ref.headers())
         done = subprocess.run(
-            [sys.executable, "-c", CONSUMER, SUBJECT, headers],
+            [sys.executable, "-c", CONSUMER, headers],
             env=os.environ | environ, capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
     twins = json.loads(done.stdout)
@@ -107,7 +113,9 @@ def test_collector_has_the_figures_when_a_service_ends() -> None:
     with open_collector() as collector:
         settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
         with open_telemetry("trainer", otlp=settings, shutdown_s=30) as telemetry:
-            metrics = PublisherMetrics(telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0)
+            metrics = PublisherMetrics(
+                telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0
+            )
             metrics.skipped("busy")
     (point,) = collector.metrics["trainer"]["weightbus.versions.skipped"].sum.data_points
     assert point.as_int == 1
@@ -119,7 +127,9 @@ def test_end_is_bounded_when_the_collector_takes_no_metrics() -> None:
         settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
         before = time.monotonic()
         with open_telemetry("trainer", otlp=settings, shutdown_s=0.3) as telemetry:
-            metrics = PublisherMetrics(telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0)
+            metrics = PublisherMetrics(
+                telemetry.meter(PRODUCER_METER), model="m", producer="t", rank=0
+            )
             metrics.published()
         assert time.monotonic() - before < 3
 
@@ -156,10 +166,9 @@ def run_one_update(url: str) -> None:
     """An update with one stage, under telemetry that may wait 0.2 s at its end."""
     settings = OtlpSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
     twins = list[StageComplete]()
-    with (
-        open_telemetry("consumer", otlp=settings, shutdown_s=0.2) as telemetry,
-        telemetry.update_span(SUBJECT, SCOPE, parent=None) as update,
-        telemetry.stage(twins.append, SCOPE, "fetch", parent=update.ref),
-    ):
-        pass
+    with open_telemetry("consumer", otlp=settings, shutdown_s=0.2) as telemetry:
+        update = telemetry.begin_update(READY, SCOPE, start_ns=time.time_ns(), parent=None)
+        with telemetry.stage(twins.append, SCOPE, "fetch", parent=update.ref):
+            pass
+        update.end(time.time_ns())
     assert [twin.ok for twin in twins] == [True]
