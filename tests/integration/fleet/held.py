@@ -10,7 +10,7 @@ from typing import Literal
 
 import anyio
 
-from weightbus.consumers.engines.engine import Engine, EngineReport
+from weightbus.consumers.engines.engine import Engine, EngineReport, TokenSeen
 from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
 
 __all__ = ("Hold", "HeldEngine", "Moment")
@@ -101,6 +101,9 @@ class HeldEngine(Engine):
     async def resume(self, version: int, deadline_s: float) -> None:
         await self._pass("before_resume")
         await self._engine.resume(version, deadline_s)
+
+    async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
+        return await self._engine.first_token(version, deadline_s)
 
     async def state(self, deadline_s: float) -> EngineReport:
         return await self._engine.state(deadline_s)

@@ -22,7 +22,13 @@ from weightbus.schemas.checkpoint import (
     CopyReady,
     CopyRetired,
 )
-from weightbus.schemas.progress import DeadLetter, StageComplete, UpdateComplete, UpdateFailed
+from weightbus.schemas.progress import (
+    DeadLetter,
+    FirstToken,
+    StageComplete,
+    UpdateComplete,
+    UpdateFailed,
+)
 from weightbus.schemas.rounds import Abort, Commit, Join, Proven, RoundComplete, RoundPlan
 
 __all__ = ("DEADLINE_S", "Log", "open_log")
@@ -45,6 +51,7 @@ KINDS = (
     UpdateComplete,
     UpdateFailed,
     StageComplete,
+    FirstToken,
     DeadLetter,
 )
 SHOWN_FIELDS = ("version", "engine", "round", "epoch", "leader", "cause", "reason", "stage", "ok")

@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
+from tests.integration.faults.staged import (
+    BROADCAST,
+    bring_to_first_version,
+    following,
+    publish,
+)
 from tests.integration.fleet.fleet import Fleet, open_fleet
+from tests.integration.fleet.log import DEADLINE_S
+from weightbus.consumers.engines.torch.messages import Inputs
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointRetired
-from weightbus.schemas.progress import StageComplete, UpdateComplete, UpdateFailed
+from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Commit, Join, Proven, RoundComplete, RoundPlan
 
 pytestmark = pytest.mark.anyio
@@ -142,3 +150,51 @@ async def test_no_engine_serves_before_all_are_proven_when_they_commit_together(
         proven = fleet.log.said(Proven, engine=engine, version=second)[0]
         done = fleet.log.said(UpdateComplete, engine=engine, version=second)[0]
         assert fleet.log.position(proven) < commit < fleet.log.position(done)
+
+
+async def test_first_token_is_said_of_every_version_when_requests_come(fleet: Fleet) -> None:
+    prompt = Inputs(prompts=((1, 2, 3),), new_tokens=2)
+    async with fleet.follow("a") as a, fleet.publisher() as trainer:
+        for _ in range(2):
+            version = (await trainer.publish()).version
+            done = await a.completes(version)
+            answer = await a.client.infer(prompt, DEADLINE_S)
+            assert answer.version == version
+            said = await fleet.log.wait(FirstToken, engine="a", version=version)
+            assert (said.round, said.trace_id) == (f"v{version}", done.trace_id)
+            assert done.start_ns <= said.start_ns <= said.end_ns
+            assert said.resolution_ns == 0, "its front knows"
+    assert len(fleet.log.said(FirstToken)) == 2
+
+
+async def test_first_token_is_not_said_when_nobody_asks_before_the_next_version(
+    fleet: Fleet,
+) -> None:
+    async with fleet.follow("a") as a, fleet.publisher() as trainer:
+        for _ in range(2):
+            await a.completes((await trainer.publish()).version)
+    assert fleet.log.said(FirstToken) == []
+
+
+async def test_every_bucket_of_a_broadcast_is_told(fleet: Fleet) -> None:
+    async with fleet.publisher(p2p=fleet.p2p) as trainer:
+        await bring_to_first_version(fleet, trainer, "b", "c")
+        async with following(fleet, "b", "c") as followers:
+            version = await publish(trainer)
+            for follower in followers:
+                assert (await follower.completes(version)).routes == BROADCAST
+                told = {
+                    stage: await fleet.log.wait(
+                        StageComplete, engine=follower.name, version=version, stage=stage
+                    )
+                    for stage in ("fetch", "broadcast", "reload")
+                }
+                for stage, said in told.items():
+                    assert len(said.buckets) > 1, stage
+                    assert sum(bucket.bytes for bucket in said.buckets) == said.bytes
+                    starts = [bucket.start_ns for bucket in said.buckets]
+                    assert starts == sorted(starts)
+                    assert said.start_ns <= starts[0]
+                    assert max(bucket.end_ns for bucket in said.buckets) <= said.end_ns
+                    assert all(bucket.start_ns <= bucket.end_ns for bucket in said.buckets)
+                assert told["broadcast"].start_ns == told["broadcast"].buckets[0].start_ns
