@@ -10,9 +10,15 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from weightbus.bus.errors import HostUnknown
+from weightbus.bus.errors import BusUnavailable, HostUnknown
 
-__all__ = ("address_towards", "host_id", "why_not_own_address")
+__all__ = (
+    "address_towards",
+    "host_id",
+    "unknown_host",
+    "why_not_own_address",
+    "without_credentials",
+)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SHARED_MEMORY = "/dev/shm"
@@ -44,6 +50,7 @@ def address_towards(url: str) -> str:
     name; no packet goes to the server.
 
     Raises:
+        BusUnavailable: the server's name is not known.
         HostUnknown: the URL has no host, or there is no way to it.
     """
     first = url.split(",")[0]
@@ -57,9 +64,26 @@ def address_towards(url: str) -> str:
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect(where)
             return str(probe.getsockname()[0])
+    except socket.gaierror as error:
+        raise BusUnavailable(without_credentials(url), unknown_host(first, error)) from None
     except (OSError, ValueError) as error:
         where_to = first.rpartition("@")[-1]  # credentials are nobody's business
         raise HostUnknown(f"no address of this host towards {where_to!r}: {error}") from error
+
+
+def unknown_host(url: str, error: socket.gaierror) -> str:
+    """Which name of a NATS URL is not known, and what the resolver says: why a bus is away."""
+    hosts = dict.fromkeys(urlsplit(each).hostname or each for each in url.split(","))
+    return f"host name {' or '.join(hosts)} is not known ({error.strerror})"
+
+
+def without_credentials(url: str) -> str:
+    """URLs may hold `user:password@`; error messages and logs must not."""
+    return ",".join(
+        f"{scheme}{sep}{rest.rpartition('@')[2]}" if sep else part.rpartition("@")[2]
+        for part in url.split(",")
+        for scheme, sep, rest in (part.partition("://"),)
+    )
 
 
 def why_not_own_address(address: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -32,6 +33,7 @@ from weightbus.bus.errors import (
     PayloadTooLarge,
     ServerTooOld,
 )
+from weightbus.bus.host import unknown_host, without_credentials
 from weightbus.bus.security import connect_arguments
 from weightbus.bus.server import MINIMUM_VERSION, is_too_old
 from weightbus.bus.settings import BusSettings
@@ -91,7 +93,7 @@ class Link:
     """Where it was told to connect, without credentials."""
 
     def __init__(self, settings: BusSettings, url: str, tasks: TaskGroup) -> None:
-        self.url = _without_credentials(url)
+        self.url = without_credentials(url)
         self._servers = url.split(",")
         self._settings = settings
         self._tasks = tasks
@@ -260,7 +262,7 @@ class Link:
                     **options,
                 )
             except (nats.errors.Error, OSError) as error:
-                raise BusUnavailable(self.url, _reason(error)) from None
+                raise BusUnavailable(self.url, _reason(error, self.url)) from None
             self._check_version()
             self._up.set()
             return
@@ -295,7 +297,7 @@ class Link:
         except (nats.errors.OutboundBufferLimitError, OSError):
             raise Interrupted(operation) from None  # it is on its way to the next connection
         except nats.errors.Error as error:
-            raise BusUnavailable(self.url, self._failure or _reason(error)) from None
+            raise BusUnavailable(self.url, self._failure or _reason(error, self.url)) from None
 
     def _check_version(self) -> None:
         found = self._client.connected_server_version
@@ -314,7 +316,7 @@ class Link:
 
     async def _on_error(self, error: Exception) -> None:
         """nats-py reports here what it goes on after; during an outage it is the reason."""
-        self._last_error = _reason(error)
+        self._last_error = _reason(error, self.url)
         _log.debug("nats: %s", self._last_error)
         if _PERMISSIONS in self._last_error.lower():
             self._last_refusal = self._last_error
@@ -358,7 +360,7 @@ class Link:
     async def _on_closed(self) -> None:
         """nats-py closes by itself on errors that it does not reconnect after."""
         if not self._closing:
-            self.fail_nowait(_reason(self._client.last_error) or self._last_error)
+            self.fail_nowait(_reason(self._client.last_error, self.url) or self._last_error)
 
     def fail_nowait(self, reason: str) -> None:
         """Nothing will come of this link any more."""
@@ -401,16 +403,9 @@ def _is_no_responders(answer: Incoming) -> bool:
     return not answer.payload and answer.headers.get("Status") == "503"
 
 
-def _reason(error: Exception | None) -> str:
+def _reason(error: Exception | None, url: str) -> str:
+    if isinstance(error, socket.gaierror):
+        return unknown_host(url, error)
     if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
         return os.strerror(error.errno)
     return "" if error is None else (str(error) or type(error).__name__)
-
-
-def _without_credentials(url: str) -> str:
-    """URLs may hold `user:password@`; error messages and logs must not."""
-    return ",".join(
-        f"{scheme}{sep}{rest.rpartition('@')[2]}" if sep else part.rpartition("@")[2]
-        for part in url.split(",")
-        for scheme, sep, rest in (part.partition("://"),)
-    )

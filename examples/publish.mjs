@@ -58,7 +58,10 @@ const ready = { type: "CheckpointReady", schema_version: 1, model, version, prod
 const body = JSON.stringify({ ...ready, created_ns: Date.now() * 1e6, files: [file] });
 const sent = Buffer.from(body).subarray(0, 1024).toString("base64"); // as a dead letter quotes it
 
-const nc = await connect({ servers, timeout: 5000 });
+const shown = servers.replace(/\/\/[^@,]*@/g, "//"); // without a password
+const nc = await connect({ servers, timeout: 5000 }).catch((error) => {
+  throw new Error(`no bus at ${shown}: ${error.message}`);
+});
 const round = new Promise((resolve, reject) => {
   let failed = `nobody has answered: is a consumer following ${model}?`;
   const refuse = (why) => reject(new Error(why));

@@ -261,3 +261,4 @@ async def test_example_fails_by_name_when_there_is_no_bus(
     assert (ended.exit_code, ended.said) == (1, None)
     last = ended.error.splitlines()[-1]
     assert last.startswith("publish")
+    assert "127.0.0.1:1" in last

@@ -48,3 +48,15 @@ async def test_waiter_is_told_of_the_failure_when_the_client_closes_after_it(lin
     await link._on_disconnected()
     with anyio.fail_after(1), pytest.raises(BusUnavailable, match="it is over"):
         await link.wait_until_up()
+
+
+async def test_names_that_are_not_known_are_told_when_no_server_is_reached() -> None:
+    url = "nats://user:secret@no-such-host.invalid,nats://nor-this.invalid:4222"
+    async with open_background() as tasks:
+        link = Link(BusSettings(connect_timeout_s=2.0), url, tasks)
+        with pytest.raises(BusUnavailable) as raised:
+            await link.connect()
+    assert raised.value.reason.startswith(
+        "host name no-such-host.invalid or nor-this.invalid is not known ("
+    )
+    assert "secret" not in str(raised.value)
