@@ -47,7 +47,8 @@ class PublisherOptions(Struct, frozen=True, kw_only=True):
     close_wait_s: float = 10.0
     """At the end, for readers of the versions that are retired."""
     linger_s: float = 30.0
-    """At a good end, before that: for present engines to serve the newest version.
+    """At a good end, before that: for present engines to serve the newest version, but those that
+    have refused it.
 
     What is published in the background has as long, and 10 s, to be announced; it is cancelled
     then, and at once where the end is not a good one."""

@@ -28,6 +28,7 @@ from weightbus.schemas.base import (
 from weightbus.schemas.placement import HostId
 
 __all__ = (
+    "PERMANENT_CAUSES",
     "DeadLetter",
     "EngineState",
     "EngineStatus",
@@ -43,6 +44,9 @@ EngineStatus = Literal["starting", "serving", "updating", "quarantined", "stoppi
 
 Verified = Literal["verified", "not_offered"]
 """`verified`: the digests of all ranks add up to the publisher's. `not_offered`: it gave none."""
+
+PERMANENT_CAUSES = frozenset({"CheckpointRefused", "MessageInvalid", "VersionRetired"})
+"""Of `UpdateFailed`, errors of the version itself: an engine that met one does not try it again."""
 
 TraceId = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
 SpanId = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]

@@ -11,12 +11,11 @@ from weightbus.consumers.planning.source import SourceMemory
 from weightbus.schemas.base import Token
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.placement import HostId
+from weightbus.schemas.progress import PERMANENT_CAUSES
 from weightbus.schemas.rounds import Budgets, CommitPolicy, Join, Links, RoundPlan
 
-__all__ = ("PERMANENT_CAUSES", "SERVING_CAUSES", "Origin", "PlanRequest", "Planner", "RoundConfig")
+__all__ = ("SERVING_CAUSES", "Origin", "PlanRequest", "Planner", "RoundConfig")
 
-PERMANENT_CAUSES = frozenset({"CheckpointRefused", "MessageInvalid", "VersionRetired"})
-"""Errors of the version itself, which it would meet again: it is not tried a second time."""
 SERVING_CAUSES = frozenset({"PlanError"})
 """Errors that may pass with time, but are not worth a second attempt while the engine serves."""
 
@@ -57,7 +56,7 @@ class RoundConfig(Struct, frozen=True, kw_only=True):
     """Errors for which a version is never tried again."""
     serving_causes: frozenset[str] = SERVING_CAUSES
     """Errors for which a version is not tried again while the engine serves another."""
-    absence_causes: frozenset[str] = frozenset({"EngineUnavailable", "HttpRefused"})
+    absence_causes: frozenset[str] = frozenset({"EngineUnavailable"})
     """Errors by which there is no engine that a version could be prepared in."""
     peer_causes: frozenset[str] = frozenset({"PeerLost"})
     """Errors by which a transfer says that another member of its group failed: the next plan is

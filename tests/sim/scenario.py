@@ -13,10 +13,10 @@ from tests.sim.trainer import MODEL, Source, Trainer, TrainerPlan
 from tests.sim.transfer import Groups, TransferFaults
 from tests.sim.world import Broken, World
 from weightbus.consumers.planner import plan_request
-from weightbus.consumers.round.config import PERMANENT_CAUSES, SERVING_CAUSES, RoundConfig
+from weightbus.consumers.round.config import SERVING_CAUSES, RoundConfig
 from weightbus.consumers.round.machine import RoundMachine
 from weightbus.schemas.base import Message
-from weightbus.schemas.progress import UpdateComplete, UpdateFailed
+from weightbus.schemas.progress import PERMANENT_CAUSES, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import (
     Abort,
     Budgets,
