@@ -40,11 +40,17 @@ class ConsumerError(WeightBusError):
 
     touched: bool = False
     """True: a live parameter may have been written before this was raised."""
+    told_as: str = ""
+    """By which name the bus hears of it: of a class of this file, where an adapter raises one of
+    its own; empty: by that of the class."""
 
 
 def cause_of(error: WeightBusError) -> str:
     """Name of the error class at fault: the worker's, where a worker failed."""
-    return error.cause if isinstance(error, ApplyFailed) else type(error).__name__
+    if isinstance(error, ApplyFailed):
+        return error.cause
+    told_as = error.told_as if isinstance(error, ConsumerError) else ""
+    return told_as or type(error).__name__
 
 
 class PlanError(ConsumerError):

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from weightbus.consumers.engines.http import HttpRefused, JsonServer, open_json_server
-from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable
+from weightbus.consumers.errors import DeadlineExceeded, EngineUnavailable, cause_of
 
 pytestmark = pytest.mark.anyio
 
@@ -66,6 +66,7 @@ async def test_refusal_says_what_was_answered_in_one_line(content: bytes, said: 
         await ask(handle)
     assert (raised.value.status, raised.value.said) == (400, said)
     assert raised.value.reason == f"/do answered 400: {said}"
+    assert cause_of(raised.value) == "EngineUnavailable"  # what the bus knows of adapters
 
 
 async def test_server_is_unavailable_when_its_connection_breaks() -> None:
