@@ -1,13 +1,13 @@
 """`weightbus watch`: the fleet and its updates, live.
 
 On a terminal tables that renew themselves; elsewhere, and with `--json`, one line for every event.
-It only reads, and outlives a restart of the bus: it asks for what it missed meanwhile.
+It only reads, and outlives a restart of the bus and a terminal that stands still: it reads on where
+it was, and says so where the bus no longer keeps that.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.live import Live
 
 from weightbus.bus.connection import Bus, open_bus
+from weightbus.bus.monitor import CaughtUp, Missed, open_monitor
 from weightbus.bus.presence import EngineGone
-from weightbus.bus.received import Reconnected
+from weightbus.bus.received import Received, Reconnected
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.monitoring import close_broken_pipe, running_bus
 from weightbus.cli.until import until_stopped
@@ -28,7 +29,7 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import StageComplete
 from weightbus.tracing.fleet_view import FleetTables
-from weightbus.tracing.narration import narrate, narrate_gone, time_of_day
+from weightbus.tracing.narration import narrate, narrate_gone, narrate_missed, time_of_day
 from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.watcher import WATCHED_MESSAGES, Fleet
 
@@ -37,15 +38,12 @@ __all__ = ("Options", "command", "run_watch")
 HISTORY_S = 3600
 """How far back the state at the start is read."""
 
-OVERLAP_S = 60
-"""How much is read again after a reconnect: clocks differ, and repeats do no harm."""
-
 REDRAW_S = 0.25
 
-Event = Message | EngineGone
+Event = Message | EngineGone | Missed | Reconnected
 
 Tell = Callable[[Event, int], None]
-"""Is told every event that is news, and when it came, in nanoseconds since the Unix epoch."""
+"""Is told every event that is news, and when it came, in bus time."""
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -66,7 +64,8 @@ def command(model: str | None, nats_url: str | None, as_json: bool, once: bool) 
 
     Without a terminal it prints one line per event. With --json each event is one line: the message
     as `weightbus schema` describes it, and received_ns; an engine whose heartbeat ended is an
-    EngineGone with model and engine.
+    EngineGone with model and engine. After an outage there is a Reconnected, and a Missed with
+    stream and at_most where the bus no longer keeps what happened (at_most null: who knows).
 
     --once --json prints one object: newest (model -> version), and the lists engines, rounds,
     failures, dead_letters and skipped.
@@ -85,10 +84,10 @@ async def run_once(options: Options) -> None:
     """Print the state now."""
     async with open_bus(options.bus) as bus:
         watch = Watch(bus, options.model)
-        await watch.look_back(time.time_ns() - HISTORY_S * NS_PER_S)
+        await watch.look_back()
         for state in await bus.presence.list(options.model):
-            watch.fleet.feed(state, time.time_ns())
-    view = watch.fleet.view(time.time_ns())
+            watch.fleet.feed(state, bus.clock.now_ns())
+        view = watch.fleet.view(bus.clock.now_ns())
     if options.as_json:
         click.echo(msgspec.json.encode(view))
     else:
@@ -112,18 +111,18 @@ async def _show(options: Options) -> None:
             )
         else:
             watch = Watch(bus, options.model)
-            async with _redrawn(watch.fleet):
+            async with _redrawn(watch.fleet, bus):
                 await watch.run()
 
 
 @asynccontextmanager
-async def _redrawn(fleet: Fleet) -> AsyncIterator[None]:
+async def _redrawn(fleet: Fleet, bus: Bus) -> AsyncIterator[None]:
     """The fleet's tables on the terminal, drawn again and again."""
     with Live(auto_refresh=False) as live:
 
         async def redraw() -> None:
             while True:
-                live.update(FleetTables(fleet.view(time.time_ns())), refresh=True)
+                live.update(FleetTables(fleet.view(bus.clock.now_ns())), refresh=True)
                 await anyio.sleep(REDRAW_S)
 
         async with anyio.create_task_group() as tasks:
@@ -138,13 +137,13 @@ class Watch:
     def __init__(self, bus: Bus, model: str | None) -> None:
         self.fleet = Fleet()
         self._bus, self._model = bus, model
-        self._heard_ns = time.time_ns()
 
-    async def look_back(self, since_ns: int) -> None:
-        """Take in the newest versions, and the state that history since then tells of.
+    async def look_back(self) -> None:
+        """Take in the newest versions, and the state that history tells of.
 
         Stages that are over do not belong to it.
         """
+        since_ns = self._bus.clock.now_ns() - HISTORY_S * NS_PER_S
         kinds = [kind for kind in WATCHED_MESSAGES if kind not in (CheckpointReady, StageComplete)]
         for history in (
             self._bus.replay(CheckpointReady, model=self._model),
@@ -154,54 +153,53 @@ class Watch:
                 self.fleet.feed(received.message, received.received_ns)
 
     async def run(self, tell: Tell = lambda event, received_ns: None) -> None:
-        """Take in and tell what happens from now on, until cancelled."""
-        async with (
-            self._bus.subscribe(*WATCHED_MESSAGES, model=self._model) as messages,
-            anyio.create_task_group() as tasks,
-        ):
-            await self.look_back(time.time_ns() - HISTORY_S * NS_PER_S)
-            tasks.start_soon(self._follow_engines, tell)
-            async for item in messages:
-                if isinstance(item, Reconnected):
-                    await self._catch_up(tell)
-                else:
-                    self._take(item.message, item.received_ns, tell)
+        """Take in and tell what happens from now on, until cancelled.
 
-    async def _catch_up(self, tell: Tell) -> None:
-        """Tell what happened while the connection was lost."""
-        since_ns = self._heard_ns - OVERLAP_S * NS_PER_S
-        async for missed in self._bus.replay(
-            *WATCHED_MESSAGES, model=self._model, since_ns=since_ns
-        ):
-            self._take(missed.message, missed.received_ns, tell)
-
-    async def _follow_engines(self, tell: Tell) -> None:
-        """Also those of models that nothing was published of yet."""
-        async with self._bus.presence.watch(self._model) as changes:
-            async for change in changes:
-                self._take(change, time.time_ns(), tell)
+        Raises:
+            BusUnavailable, BusTimeout, RequestRefused
+        """
+        async with open_monitor(self._bus, *WATCHED_MESSAGES, model=self._model) as monitor:
+            await self.look_back()
+            async for event in monitor:
+                match event:
+                    case CaughtUp():
+                        pass
+                    case Received():
+                        self._take(event.message, event.received_ns, tell)
+                    case _:
+                        self._take(event, self._bus.clock.now_ns(), tell)
 
     def _take(self, event: Event, received_ns: int, tell: Tell) -> None:
-        if isinstance(event, EngineGone):
-            is_news = self.fleet.feed_gone(event.model, event.engine)
-        else:
-            is_news = self.fleet.feed(event, received_ns)
-            self._heard_ns = max(self._heard_ns, received_ns)
-        if is_news:
+        if self._is_news(event, received_ns):
             tell(event, received_ns)
+
+    def _is_news(self, event: Event, received_ns: int) -> bool:
+        match event:
+            case EngineGone():
+                return self.fleet.feed_gone(event.model, event.engine)
+            case Message():
+                return self.fleet.feed(event, received_ns)
+            case Missed() | Reconnected():
+                return True
 
 
 def json_line(event: Event, received_ns: int) -> bytes:
     """An event as one JSON object."""
-    if isinstance(event, EngineGone):
-        told = {"type": "EngineGone", "model": event.model, "engine": event.engine}
-    else:
-        told = msgspec.to_builtins(event)
+    told = msgspec.to_builtins(event)
+    if not isinstance(event, Message):
+        told = {"type": type(event).__name__, **told}
     return msgspec.json.encode({"received_ns": received_ns, **told})
 
 
 def text_line(event: Event, received_ns: int) -> str:
     """An event as a line for people."""
-    if isinstance(event, EngineGone):
-        return f"{time_of_day(received_ns)} {narrate_gone(event.model, event.engine)}"
-    return f"{time_of_day(received_ns)} {narrate(event)}"
+    match event:
+        case EngineGone():
+            told = narrate_gone(event.model, event.engine)
+        case Missed():
+            told = narrate_missed(event.stream, event.at_most)
+        case Reconnected():
+            told = "the connection to the bus was lost and is back"
+        case Message():
+            told = narrate(event)
+    return f"{time_of_day(received_ns)} {told}"

@@ -54,6 +54,9 @@ class EngineView(Struct, frozen=True, kw_only=True):
     """Taken by that update."""
     verified: str | None
     """`verified` or `not_offered`; None: no update seen."""
+    first_token_s: float | None = None
+    """From serving that update's version to the first token made with it; None: none was told of,
+    as when nobody has asked the engine for tokens."""
 
 
 class RoundView(Struct, frozen=True, kw_only=True):

@@ -38,13 +38,14 @@ ENGINE_COLUMNS: Final = (
         "lag", lambda engine: "" if engine.lag is None else str(engine.lag), 1, True
     ),
     Column[EngineView]("update", lambda engine: _duration(engine.update_s), 2, True),
+    Column[EngineView]("token", lambda engine: _duration(engine.first_token_s), 6, True),
     Column[EngineView](
-        "bytes", lambda engine: format_bytes(engine.bytes) if engine.bytes else "", 6, True
+        "bytes", lambda engine: format_bytes(engine.bytes) if engine.bytes else "", 7, True
     ),
     Column[EngineView]("GB/s", lambda engine: format_rate(engine.gb_per_s), 4, True),
     Column[EngineView]("route", lambda engine: "+".join(engine.routes), 5),
     Column[EngineView]("proof", lambda engine: engine.verified or "", 3),
-    Column[EngineView]("ranks", lambda engine: str(engine.ranks or ""), 7, True),
+    Column[EngineView]("ranks", lambda engine: str(engine.ranks or ""), 8, True),
 )
 
 

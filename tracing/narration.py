@@ -9,6 +9,7 @@ from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 from weightbus.schemas.progress import (
     DeadLetter,
     EngineState,
+    FirstToken,
     StageComplete,
     UpdateComplete,
     UpdateFailed,
@@ -23,7 +24,7 @@ from weightbus.tracing.text import (
     printable,
 )
 
-__all__ = ("narrate", "narrate_gone", "time_of_day")
+__all__ = ("narrate", "narrate_gone", "narrate_missed", "time_of_day")
 
 RANKS_SHOWN = 8
 
@@ -36,6 +37,7 @@ Narrated = (
     | StageComplete
     | UpdateComplete
     | UpdateFailed
+    | FirstToken
     | RoundComplete
     | DeadLetter
 )
@@ -51,6 +53,12 @@ def narrate(message: Message) -> str:
 def narrate_gone(model: str, engine: str) -> str:
     """What the end of an engine's heartbeat says."""
     return f"{model}: {engine} is gone"
+
+
+def narrate_missed(stream: str, at_most: int | None) -> str:
+    """What it says that a stream has dropped messages before they were read."""
+    many = "an unknown number of" if at_most is None else f"at most {at_most}"
+    return f"{many} messages of {stream} were missed: the bus no longer keeps them"
 
 
 def time_of_day(time_ns: int) -> str:
@@ -79,6 +87,8 @@ def _sentence(message: Narrated) -> str:
             return _complete(message)
         case UpdateFailed():
             return _failed(message)
+        case FirstToken():
+            return _token(message)
         case RoundComplete():
             return _done(message)
         case DeadLetter():
@@ -141,6 +151,14 @@ def _failed(update: UpdateFailed) -> str:
         f"{update.engine} did not reach version {update.version}: {update.cause}: {update.reason}; "
         f"{left}"
     )
+
+
+def _token(token: FirstToken) -> str:
+    text = f"{token.engine} makes its first token with version {token.version} after "
+    text += format_seconds((token.end_ns - token.start_ns) / NS_PER_S)
+    if token.resolution_ns:
+        text += f", at most {format_seconds(token.resolution_ns / NS_PER_S)} less"
+    return text
 
 
 def _done(done: RoundComplete) -> str:

@@ -1,9 +1,11 @@
 """The state of a fleet, fed with the messages of the bus.
 
 Does no I/O and knows no clock. Messages may come late, twice and out of order: of two that tell of
-one engine the one that was said later counts, versions announced never go back, and a round that
-was closed stays closed until a plan of a later epoch. Everything kept is bounded; to know repeats,
-a digest of every message is kept and not the message.
+one engine the one that was said later counts, and versions announced never go back. A round that
+was closed, and those of older versions, stay closed until a plan of a later epoch: so neither the
+join of an engine that comes late nor the last word of one that was given up opens them. A round
+that nobody has planned is over once all who wanted to take part have failed or are gone.
+Everything kept is bounded; to know repeats, a digest of every message is kept and not the message.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 from weightbus.schemas.progress import (
     DeadLetter,
     EngineState,
+    FirstToken,
     StageComplete,
     UpdateComplete,
     UpdateFailed,
@@ -47,6 +50,7 @@ WATCHED_MESSAGES: Final = (
     StageComplete,
     UpdateComplete,
     UpdateFailed,
+    FirstToken,
     RoundComplete,
     DeadLetter,
 )
@@ -56,7 +60,6 @@ FAILURES_KEPT: Final = 8
 DEAD_LETTERS_KEPT: Final = 8
 SKIPPED_KEPT: Final = 8
 ROUNDS_KEPT: Final = 64
-CLOSED_ROUNDS_KNOWN: Final = 256
 REPEATS_KNOWN: Final = 4096
 REPEAT_DIGEST_BYTES: Final = 16
 """A message may be 1 MiB: 4,096 of them would be 4 GiB."""
@@ -80,6 +83,8 @@ class _Engine:
     """When its consumer said what is known; by one clock, the consumer's, so that times compare."""
     update: UpdateComplete | None = None
     """The last one."""
+    token: FirstToken | None = None
+    """The last one."""
 
 
 @dataclass
@@ -93,6 +98,21 @@ class _Round:
     """Engine -> did it complete; None: it has reported no end."""
     last_stage: str = ""
 
+    @property
+    def is_over(self) -> bool:
+        """Nobody has planned it, and nobody is left who waits for that."""
+        return self.epoch < 0 and not any(end is not False for end in self.engines.values())
+
+
+@dataclass
+class _Closed:
+    """Of one model."""
+
+    version: int = -1
+    """The newest whose round was closed."""
+    epoch: int = -1
+    """The latest that was closed: epochs grow from round to round."""
+
 
 class Fleet:
     """What is known of all models, engines and rounds on a bus."""
@@ -101,7 +121,7 @@ class Fleet:
         self._newest: dict[str, int] = {}
         self._engines: dict[tuple[str, str], _Engine] = {}
         self._rounds: dict[tuple[str, str], _Round] = {}
-        self._closed: dict[tuple[str, str], int] = {}
+        self._closed: dict[str, _Closed] = {}
         self._failures: dict[tuple[str, str, str], FailureView] = {}
         self._dead_letters: dict[DeadLetterView, None] = {}
         self._skipped: dict[tuple[str, str, int], SkippedView] = {}
@@ -112,8 +132,9 @@ class Fleet:
     @property
     def models(self) -> frozenset[str]:
         """Every model that was told of."""
-        named = (self._engines, self._rounds, self._closed)
-        return frozenset(self._newest).union(model for keys in named for model, _ in keys)
+        named = (self._engines, self._rounds)
+        known = frozenset(self._newest).union(self._closed)
+        return known.union(model for keys in named for model, _ in keys)
 
     def feed(self, message: Message, received_ns: int) -> bool:
         """Take a message in; False if it tells nothing new: a heartbeat, a repeat, an old word."""
@@ -136,6 +157,8 @@ class Fleet:
                 self._feed_stage(message, received_ns)
             case UpdateComplete() | UpdateFailed():
                 self._feed_update(message, received_ns)
+            case FirstToken():
+                self._feed_token(message)
             case RoundComplete():
                 self._feed_round_complete(message, received_ns)
             case DeadLetter():
@@ -150,6 +173,10 @@ class Fleet:
             return False
         known.status, known.target_version = "gone", -1
         self._forget_gone()
+        for key, round_ in tuple(self._rounds.items()):
+            if key[0] == model and round_.epoch < 0 and round_.engines.get(engine, False) is None:
+                del round_.engines[engine]
+                self._drop_if_over(key)
         return True
 
     def view(self, now_ns: int) -> FleetView:
@@ -206,8 +233,6 @@ class Fleet:
         return True
 
     def _feed_plan(self, plan: RoundPlan, received_ns: int) -> bool:
-        if plan.epoch > self._closed.get((plan.model, plan.round), plan.epoch):
-            del self._closed[plan.model, plan.round]
         known = self._open_round(plan, received_ns)
         if known is None or plan.epoch < known.epoch:
             return False
@@ -241,13 +266,21 @@ class Fleet:
                     known.status = "quarantined"
         if (current := self._open_round(update, received_ns)) is not None:
             current.engines[update.engine] = isinstance(update, UpdateComplete)
+            self._drop_if_over((update.model, update.round))
+
+    def _feed_token(self, token: FirstToken) -> None:
+        known = self._engine(token.model, token.engine)
+        if known.token is None or token.end_ns >= known.token.end_ns:
+            known.token = token
 
     def _feed_round_complete(self, done: RoundComplete, received_ns: int) -> None:
-        _keep(self._closed, (done.model, done.round), done.epoch, CLOSED_ROUNDS_KNOWN)
+        closed = self._closed.setdefault(done.model, _Closed())
+        closed.version = max(closed.version, done.version)
+        closed.epoch = max(closed.epoch, done.epoch)
         for key in [
             key
             for key, known in self._rounds.items()  # nobody works on older versions any more
-            if key[0] == done.model and known.version <= done.version
+            if key[0] == done.model and known.version <= done.version and known.epoch <= done.epoch
         ]:
             del self._rounds[key]
         for engine, reason in done.failed.items():
@@ -268,11 +301,17 @@ class Fleet:
     def _open_round(self, told: RoundMessage, received_ns: int) -> _Round | None:
         """The round that a message tells of, begun by it if need be; None if it is closed."""
         key = (told.model, told.round)
-        if key in self._closed:
-            return None
         if key not in self._rounds:
+            closed = self._closed.get(told.model, _Closed())
+            is_planned_again = isinstance(told, RoundPlan) and told.epoch > closed.epoch
+            if told.version <= closed.version and not is_planned_again:
+                return None
             _keep(self._rounds, key, _Round(told.version, received_ns), ROUNDS_KEPT)
         return self._rounds[key]
+
+    def _drop_if_over(self, key: tuple[str, str]) -> None:
+        if self._rounds[key].is_over:
+            del self._rounds[key]
 
     def _fail(self, view: FailureView) -> None:
         """The latest word on one engine in one round counts."""
@@ -284,6 +323,9 @@ def _engine_view(model: str, engine: str, known: _Engine, newest: int) -> Engine
     update = known.update
     update_s = None if update is None else max(0, update.end_ns - update.start_ns) / NS_PER_S
     moved_bytes = 0 if update is None else update.bytes
+    token = known.token
+    if token is not None and update is not None and token.version != update.version:
+        token = None
     return EngineView(
         model=model,
         engine=engine,
@@ -298,6 +340,7 @@ def _engine_view(model: str, engine: str, known: _Engine, newest: int) -> Engine
         gb_per_s=None if update_s is None else gigabytes_per_second(moved_bytes, update_s),
         routes=() if update is None else update.routes,
         verified=None if update is None else update.verified,
+        first_token_s=None if token is None else max(0, token.end_ns - token.start_ns) / NS_PER_S,
     )
 
 

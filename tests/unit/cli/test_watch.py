@@ -7,7 +7,9 @@ import json
 from click.testing import CliRunner
 
 from tests.unit.tracing.rounds import MODEL, T0_NS, complete
+from weightbus.bus.monitor import Missed
 from weightbus.bus.presence import EngineGone
+from weightbus.bus.received import Reconnected
 from weightbus.cli.watch import command, json_line, text_line
 from weightbus.tracing.fleet import FleetView
 
@@ -43,3 +45,15 @@ def test_end_of_a_heartbeat_is_told_both_ways() -> None:
         "received_ns": 5, "type": "EngineGone", "model": MODEL, "engine": "a",
     }  # fmt: skip
     assert text_line(gone, T0_NS) == f"22:13:20.000Z {MODEL}: a is gone"
+
+
+def test_loss_is_told_both_ways() -> None:
+    assert json.loads(json_line(Missed("PROGRESS", 7), 5)) == {
+        "received_ns": 5, "type": "Missed", "stream": "PROGRESS", "at_most": 7,
+    }  # fmt: skip
+    assert text_line(Missed("PROGRESS", 7), T0_NS).startswith("22:13:20.000Z at most 7 messages of")
+
+
+def test_reconnect_is_told_both_ways() -> None:
+    assert json.loads(json_line(Reconnected(), 5)) == {"received_ns": 5, "type": "Reconnected"}
+    assert "lost and is back" in text_line(Reconnected(), T0_NS)

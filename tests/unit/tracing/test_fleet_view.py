@@ -7,7 +7,16 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.unit.tracing.rounds import T0_NS, join, ready, skipped, stage, state, whole_round
+from tests.unit.tracing.rounds import (
+    T0_NS,
+    first_token,
+    join,
+    ready,
+    skipped,
+    stage,
+    state,
+    whole_round,
+)
 from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing.fleet import FleetView
 from weightbus.tracing.fleet_view import FleetTables
@@ -16,8 +25,8 @@ from weightbus.tracing.watcher import Fleet
 EXPECTED = """\
 newest versions  minilm 8
 
-model  engine status      version target lag update   bytes GB/s route proof
-minilm a      serving           7          1 129 ms 90.9 MB 0.70 local verified
+model  engine status      version target lag update   token GB/s route proof
+minilm a      serving           7          1 129 ms 12.0 ms 0.70 local verified
 minilm b      quarantined
 
 round v8 of minilm: 1.00 s, no plan yet, waiting for a, last a/0 fetch
@@ -35,8 +44,8 @@ def fleet_view() -> FleetView:
         reported_ns=T0_NS,
     )  # fmt: skip
     for message in (
-        state("a"), state("b"), *whole_round(), letter, skipped(9), ready(8), join("a", 8),
-        stage("a", "fetch", 1, 2, rank=0, version=8),
+        state("a"), state("b"), *whole_round(), first_token("a", 131, 143), letter, skipped(9), ready(8),
+        join("a", 8), stage("a", "fetch", 1, 2, rank=0, version=8),
     ):  # fmt: skip
         fleet.feed(message, T0_NS)
     return fleet.view(T0_NS + 1_000_000_000)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
-from tests.unit.tracing.rounds import T0_NS, complete, failed, skipped, state, whole_round
+from tests.unit.tracing.rounds import (
+    T0_NS,
+    complete,
+    failed,
+    first_token,
+    skipped,
+    state,
+    whole_round,
+)
 from weightbus.schemas.base import Message
 from weightbus.schemas.progress import DeadLetter
 from weightbus.schemas.rounds import Commit
-from weightbus.tracing.narration import narrate, narrate_gone, time_of_day
+from weightbus.tracing.narration import narrate, narrate_gone, narrate_missed, time_of_day
 
 TORN = "segment s has generation 9: it must be 8"
 
@@ -51,6 +60,11 @@ def test_round_is_told_line_by_line() -> None:
         complete("a", size_bytes=0),
         "a serves version 7 after 129 ms, local, verified, paused 85.0 ms",
     ),
+    (first_token("a", 131, 143), "a makes its first token with version 7 after 12.0 ms"),
+    (
+        structs.replace(first_token("a", 131, 143), resolution_ns=5_000_000),
+        "a makes its first token with version 7 after 12.0 ms, at most 5.00 ms less",
+    ),
     (skipped(), "version 8 is skipped by trainer (busy): a reads slot 1"),
     (
         skipped(8, "failed", waited_s=1.5),
@@ -77,6 +91,12 @@ def test_message_is_told_in_one_line(message: Message, line: str) -> None:
 
 def test_end_of_a_heartbeat_is_told() -> None:
     assert narrate_gone("minilm", "a") == "minilm: a is gone"
+
+
+@pytest.mark.parametrize(("at_most", "many"), [(7, "at most 7"), (None, "an unknown number of")])
+def test_loss_is_told_with_what_is_known_of_it(at_most: int | None, many: str) -> None:
+    expected = f"{many} messages of PROGRESS were missed: the bus no longer keeps them"
+    assert narrate_missed("PROGRESS", at_most) == expected
 
 
 def test_message_is_told_by_its_name_when_monitors_do_not_look_at_it() -> None:

@@ -15,6 +15,7 @@ from tests.unit.tracing.rounds import (
     complete,
     done,
     failed,
+    first_token,
     join,
     plan,
     ready,
@@ -85,6 +86,21 @@ def test_engine_shows_its_last_update() -> None:
     assert engine.update_s == pytest.approx(0.129)
     assert engine.gb_per_s == pytest.approx(0.0909 / 0.129)
     assert (engine.routes, engine.verified, engine.bytes) == (("local",), "verified", 90_900_000)
+
+
+def test_engine_shows_how_soon_its_first_token_came_after_the_update() -> None:
+    engine = engine_of(view_of(complete("a"), first_token("a", 131, 143)), "a")
+    assert engine.first_token_s == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize("messages", [
+    [complete("a")],
+    [first_token("a", 5, 9, version=6), complete("a")],
+    [complete("a"), first_token("b", 131, 143)],
+    [complete("a", 6, end_ms=5), first_token("a", 5, 9, version=6), complete("a")],
+])  # fmt: skip
+def test_engine_shows_no_first_token_of_another_version_or_engine(messages: list[Message]) -> None:
+    assert engine_of(view_of(*messages), "a").first_token_s is None
 
 
 def test_engine_keeps_its_version_when_a_heartbeat_from_before_the_update_comes_late() -> None:
@@ -180,6 +196,58 @@ def test_round_stays_closed_until_a_plan_of_a_later_epoch() -> None:
     assert fleet.view(T0_NS).rounds == ()
     assert fleet.feed(plan(route("c"), epoch=2), T0_NS)
     assert [each.waiting for each in fleet.view(T0_NS).rounds] == [("c",)]
+
+
+@pytest.mark.parametrize("late", [
+    join("c", 6), stage("c", "fetch", 1, 2, rank=0, version=6), failed("c", 6), complete("c", 6),
+    join("c"), stage("c", "fetch", 1, 2, rank=0), failed("c"), complete("c"),
+    plan(route("c"), version=6, epoch=1),
+])  # fmt: skip
+def test_late_words_open_no_round_that_is_over_or_of_an_older_version(late: Message) -> None:
+    fleet = fed(join("a", 6), *whole_round())
+    fleet.feed(late, T0_NS)
+    assert fleet.view(T0_NS).rounds == ()
+
+
+def test_round_of_a_late_joiner_is_open_from_its_plan_until_it_is_closed() -> None:
+    fleet = fed(*whole_round(), join("c"), plan(route("c"), epoch=2))
+    fleet.feed(done("a"), T0_NS)  # of the first epoch, again
+    assert [each.waiting for each in fleet.view(T0_NS).rounds] == [("c",)]
+    fleet.feed(msgspec.structs.replace(done("c"), epoch=2), T0_NS)
+    assert fleet.view(T0_NS).rounds == ()
+    fleet.feed(plan(route("c"), epoch=1), T0_NS)
+    assert fleet.view(T0_NS).rounds == ()
+
+
+def test_trainer_that_begins_again_has_its_rounds_shown_from_their_plans() -> None:
+    fleet = fed(*whole_round(), join("a", 1), plan(version=1, epoch=5))
+    assert [each.version for each in fleet.view(T0_NS).rounds] == [1]
+
+
+def test_round_without_a_plan_is_over_when_all_who_joined_have_failed() -> None:
+    fleet = fed(join("a"), join("b"), failed("a"))
+    (open_still,) = fleet.view(T0_NS).rounds
+    assert (open_still.waiting, open_still.failed) == (("b",), ("a",))
+    fleet.feed(failed("b"), T0_NS)
+    assert fleet.view(T0_NS).rounds == ()
+    assert [failure.engine for failure in fleet.view(T0_NS).failures] == ["b", "a"]
+
+
+def test_round_without_a_plan_is_over_when_the_last_who_joined_is_gone() -> None:
+    fleet = fed(state("a"), join("a"))
+    assert fleet.view(T0_NS).rounds != ()
+    fleet.feed_gone(MODEL, "a")
+    assert fleet.view(T0_NS).rounds == ()
+
+
+def test_round_with_a_plan_waits_for_its_leader_when_all_have_failed_or_are_gone() -> None:
+    fleet = fed(state("a"), join("a"), join("b"), plan(), failed("b"))
+    fleet.feed_gone(MODEL, "a")
+    assert [(each.waiting, each.failed) for each in fleet.view(T0_NS).rounds] == [(("a",), ("b",))]
+
+
+def test_refusal_of_a_version_that_is_not_new_opens_no_round() -> None:
+    assert view_of(failed("a")).rounds == ()
 
 
 def test_failures_tell_their_reason_the_latest_first_and_are_bounded() -> None:
