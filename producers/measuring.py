@@ -16,9 +16,10 @@ from weightbus.producers.announcing import Announcer
 from weightbus.producers.devices import Handover
 from weightbus.producers.skipping import cause_of
 from weightbus.producers.slots import Slots
+from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing.attributes import BLOCKED_S, SLOT_BYTES, WAITED_S
-from weightbus.tracing.metric_names import PRODUCER_METER
-from weightbus.tracing.metrics import PublisherMetrics
+from weightbus.tracing.metric_names import BUS_METER, PRODUCER_METER
+from weightbus.tracing.metrics import BusMetrics, PublisherMetrics
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("BlockedClock", "Measures")
@@ -57,6 +58,11 @@ class Measures:
             rank=rank,
         )
         slots.waiting = self._metrics.waiting
+        self._bus_metrics = BusMetrics(
+            telemetry.meter(BUS_METER),
+            model=announcer.model,
+            reporter=announcer.bus.settings.name,
+        )
 
     @contextmanager
     def count(self, version: int) -> Iterator[None]:
@@ -83,6 +89,10 @@ class Measures:
             span.set(BLOCKED_S, blocked_s)
             span.set(WAITED_S, self._slots.waited_s)
             span.set(SLOT_BYTES, sum(sizes.values()))
+
+    def dead_letter(self, letter: DeadLetter) -> None:
+        """The connection could not read something."""
+        self._bus_metrics.dead_letter(letter)
 
     def freed(self) -> None:
         """The slots are gone."""

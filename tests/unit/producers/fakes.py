@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import anyio
@@ -19,7 +20,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.layout import Layout
 from weightbus.schemas.layout_codec import layout_digest
 from weightbus.schemas.leases import ReaderLease
-from weightbus.schemas.progress import EngineState
+from weightbus.schemas.progress import DeadLetter, EngineState
 
 __all__ = ("FakeBus",)
 
@@ -55,6 +56,11 @@ class FakeBus:
 
     def as_bus(self) -> Bus:
         return cast(Bus, self)
+
+    def count_dead_letters(
+        self, tell: Callable[[DeadLetter], None]
+    ) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def said_of(self, kind: type[Message]) -> list[Any]:
         return [message for message in self.said if isinstance(message, kind)]

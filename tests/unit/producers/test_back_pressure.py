@@ -160,6 +160,24 @@ async def test_nobody_is_warned_when_the_wait_is_short(
     assert caplog.records == []
 
 
+async def test_slot_is_counted_as_waiting_while_engines_read_it(fake: FakeBus) -> None:
+    reader = InMemoryMetricReader()
+    with open_telemetry("t", reader=reader) as telemetry:
+        async with (
+            open_full(fake, "wait", wait_s=30, telemetry=telemetry) as publisher,
+            anyio.create_task_group() as tasks,
+        ):
+            before = points_of(reader)["weightbus.slots.waiting {slot}"]
+            fake.leases = [lease(1)]
+            fake.looked = anyio.Event()
+            tasks.start_soon(publisher.publish, weights(3), 3)
+            await fake.looked.wait()
+            during = points_of(reader)["weightbus.slots.waiting {slot}"]
+            fake.leases = []
+        after = points_of(reader)["weightbus.slots.waiting {slot}"]
+    assert [point.value for (point,) in (before, during, after)] == [0, 1, 0]
+
+
 @pytest.mark.parametrize("policy", ["wait", "skip", "fail"])
 async def test_figures_are_on_the_span_and_in_the_metrics(fake: FakeBus, policy: WhenBusy) -> None:
     reader, exporter = InMemoryMetricReader(), InMemorySpanExporter()
@@ -175,6 +193,10 @@ async def test_figures_are_on_the_span_and_in_the_metrics(fake: FakeBus, policy:
     (blocked,) = points["weightbus.publish.blocked s"]
     assert blocked.count == 3
     assert waited_s <= blocked.sum < 20
+    (waited,) = points["weightbus.publish.waited s"]
+    assert waited.count == 3
+    assert waited_s <= waited.sum <= blocked.sum
+    assert [p.value for p in points["weightbus.slots.waiting {slot}"]] == [0]
     assert [p.value for p in points["weightbus.versions.published {version}"]] == [2]
     (skipped,) = points["weightbus.versions.skipped {version}"]
     assert (skipped.value, skipped.attributes["weightbus.cause"]) == (1, "busy")

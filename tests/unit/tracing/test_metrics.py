@@ -44,7 +44,13 @@ def test_every_figure_is_there_with_its_unit_when_a_publisher_measures() -> None
         metrics.skipped("busy")
         metrics.skipped("ranks")
         metrics.slots({"host": 100, "device": 200})
+        with metrics.waiting():
+            waiting = points_of(reader)["weightbus.slots.waiting {slot}"]
         points = points_of(reader)
+    (waited,) = points["weightbus.publish.waited s"]
+    assert (waited.count, waited.sum) == (2, 1.5)
+    assert [p.value for p in waiting] == [1]
+    assert [p.value for p in points["weightbus.slots.waiting {slot}"]] == [0]
     (blocked,) = points["weightbus.publish.blocked s"]
     assert (blocked.count, blocked.sum) == (2, 2.02)
     assert [n for n, count in enumerate(blocked.bucket_counts) if count] == [3, 7]
