@@ -22,7 +22,7 @@ from weightbus.schemas.progress import (
     UpdateFailed,
 )
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
-from weightbus.tracing.links import link_of, link_rate, source_of
+from weightbus.tracing.links import limiting_link, link_of, link_rate, source_of
 from weightbus.tracing.metric_names import BUS_METER, CONSUMER_METER
 from weightbus.tracing.metrics import BusMetrics, ConsumerMetrics
 from weightbus.tracing.telemetry import Telemetry
@@ -184,13 +184,10 @@ class Metering:
         if ready is None or join is None:
             return "", None
         gpu = any(offer.device.startswith("cuda") for offer in join.ranks)
-        link = link_of(
-            stage.stage,
-            stage.route,
-            source_of(ready, join.host_id, gpu=gpu),
-            gpu=gpu,
-            device_lanes=plan is not None and plan.device,
-        )
+        source = source_of(ready, join.host_id, gpu=gpu)
+        lanes = plan is not None and plan.device
+        link = link_of(stage.stage, stage.route, source, gpu=gpu, device_lanes=lanes)
+        link = limiting_link(link, source, join.links)
         return link, link_rate(join.links, link, ranks)
 
     def _begin_round(self, name: str, version: int) -> None:

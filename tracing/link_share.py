@@ -20,8 +20,8 @@ from typing import Final
 from msgspec import Struct, structs
 
 from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.schemas.rounds import Join, Links, RoundPlan
-from weightbus.tracing.links import link_of, link_rate, source_of
+from weightbus.schemas.rounds import Join, RoundPlan
+from weightbus.tracing.links import limiting_link, link_of, link_rate, source_of
 from weightbus.tracing.waterfall import LinkName, StageRow
 
 __all__ = ("LinkUser", "share_links")
@@ -78,13 +78,7 @@ def _link(row: StageRow, user: LinkUser) -> LinkName:
     source = "" if user.ready is None else source_of(user.ready, join.host_id, gpu=gpu)
     lanes = user.plan is not None and user.plan.device
     link = link_of(row.stage, row.route, source, gpu=gpu, device_lanes=lanes)
-    crosses = link == "broadcast" or (link == "p2p" and source == "remote")
-    return _slower(link, join.links) if crosses else link
-
-
-def _slower(software: LinkName, links: Links) -> LinkName:
-    cards, driven = link_rate(links, "network", 1), link_rate(links, software, 1)
-    return "network" if cards and (not driven or cards < driven) else software
+    return limiting_link(link, source, join.links)
 
 
 def _key(engine: str, row: StageRow, join: Join | None) -> Key:

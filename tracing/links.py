@@ -14,7 +14,7 @@ from weightbus.schemas.placement import CudaSegment, FileSegment, SharedMemorySe
 from weightbus.schemas.rounds import Links
 from weightbus.tracing.waterfall import LinkName
 
-__all__ = ("Source", "link_of", "link_rate", "source_of")
+__all__ = ("Source", "limiting_link", "link_of", "link_rate", "source_of")
 
 Source = Literal["files", "host", "gpu", "remote", ""]
 """Where a host finds a version: files, its memory, memory of its GPUs, another host; empty: not
@@ -73,6 +73,14 @@ def _link_of_fetch(route: RouteName | None, source: Source, *, staged: bool) -> 
     if staged:  # workers copy into lanes in memory of their GPUs
         return "peer" if source == "gpu" else "device"
     return "memory" if source else ""
+
+
+def limiting_link(link: LinkName, source: Source, links: Links) -> LinkName:
+    """The link itself, or the network if the link crosses it and the cards are slower."""
+    if not (link == "broadcast" or (link == "p2p" and source == "remote")):
+        return link
+    cards, driven = link_rate(links, "network", 1), link_rate(links, link, 1)
+    return "network" if cards and (not driven or cards < driven) else link
 
 
 def link_rate(links: Links, link: LinkName, ranks: int) -> int | None:
