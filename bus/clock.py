@@ -97,9 +97,10 @@ class BusClock:
     def __init__(self, probe: Callable[[], Awaitable[int]], host: HostClock | None = None) -> None:
         """`probe` asks the server for its time. It may raise `BusError`, and what a link raises."""
         self._probe = probe
-        self._host = host or HostClock()
-        steady_ns = self._host.steady_ns()
-        self._reading = ClockReading(self._host.wall_ns() - steady_ns, None, steady_ns, self._host)
+        self.host = host or HostClock()
+        """The clocks of this process."""
+        steady_ns = self.host.steady_ns()
+        self._reading = ClockReading(self.host.wall_ns() - steady_ns, None, steady_ns, self.host)
         self._again = anyio.Event()
         self._anew = False
 
@@ -151,12 +152,12 @@ class BusClock:
             await self.measure()
 
     async def _ask(self) -> ClockReading:
-        sent_ns = self._host.steady_ns()
+        sent_ns = self.host.steady_ns()
         bus_ns = await self._probe()
-        heard_ns = self._host.steady_ns()
+        heard_ns = self.host.steady_ns()
         middle_ns = (sent_ns + heard_ns) // 2
         error_ns = (heard_ns - sent_ns + 1) // 2
-        return ClockReading(bus_ns - middle_ns, error_ns, heard_ns, self._host)
+        return ClockReading(bus_ns - middle_ns, error_ns, heard_ns, self.host)
 
     def _is_better(self, found: ClockReading) -> bool:
         """More exact than what is known, or not to be reconciled with it: then a clock was set, or

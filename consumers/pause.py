@@ -7,8 +7,7 @@ stays paused.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 
@@ -25,17 +24,23 @@ class Pause:
     """Of one engine, for one transfer."""
 
     def __init__(
-        self, engine: Engine, instances: Sequence[str], deadline_s: float, command_s: float
+        self,
+        engine: Engine,
+        instances: Sequence[str],
+        deadline_s: float,
+        command_s: float,
+        wall_ns: Callable[[], int],
     ) -> None:
+        """`wall_ns`: this host's wall clock."""
         self._engine = engine
         self._instances = instances
         self._deadline_s = deadline_s
-        self._command_s = command_s
+        self._command_s, self._wall_ns = command_s, wall_ns
         self._lock = anyio.Lock()
         self._before: tuple[Inspected, ...] | None = None
         self._served: EngineReport | None = None
         self.start_ns = 0
-        """When requests began to wait; 0: not paused."""
+        """When requests began to wait, by the wall clock; 0: not paused."""
 
     async def begin(self) -> None:
         """Pause the engine, once, however many routes ask; requests that run are waited for.
@@ -53,7 +58,7 @@ class Pause:
                     raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
             self._served = report
             await self._engine.before_pause(self._deadline_s)
-            self.start_ns = time.time_ns()
+            self.start_ns = self._wall_ns()
             await self._engine.pause(self._deadline_s)
             self._before = before
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -447,7 +446,8 @@ class Consumer:
             return
         if work is not None:
             self._journal.await_first_token(version)
-            self._group.start_soon(self._watch_first_token, version, time.time_ns())
+            served_ns = self._bus.clock.host.wall_ns()
+            self._group.start_soon(self._watch_first_token, version, served_ns)
         self._feed(ev.Resumed(token, paused_s))
 
     async def _watch_first_token(self, version: int, served_ns: int) -> None:

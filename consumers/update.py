@@ -120,6 +120,7 @@ class Outcome:
     verified: Verified
     weights_digest: str | None
     pause_start_ns: int
+    """By this host's wall clock, as all times of `applied`."""
 
     @property
     def bytes(self) -> int:
@@ -201,7 +202,13 @@ class Updater:
             TransferError: it failed or was cancelled, and nothing writes to the engine any more.
                 If `touched`, it stays paused; otherwise it does what it did before.
         """
-        pause = Pause(self._engine, prepared.binding.instances, deadline_s, self._config.command_s)
+        pause = Pause(
+            self._engine,
+            prepared.binding.instances,
+            deadline_s,
+            self._config.command_s,
+            self._bus.clock.host.wall_ns,
+        )
         try:
             with anyio.fail_after(deadline_s), moving:
                 applied, route = await self._move(prepared, ready, plan, pause, deadline_s)

@@ -6,6 +6,7 @@ engines in processes of their own; `processes.py` has consumers in processes.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from tests.integration.fleet.staging import staging_blocks
 from tests.integration.fleet.weights import fingerprints_of, weights_of
 from tests.nats_server import NatsServer
 from weightbus.bus.background import open_background
+from weightbus.bus.clock import HostClock
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.host import host_id
@@ -135,29 +137,31 @@ class Fleet:
         first_gpu: int = 0,
         hold: Moment | None = None,
         settings: BusSettings | None = None,
+        telemetry: Telemetry | None = None,
+        skew_ns: int = 0,
         **changes: Any,
     ) -> AsyncIterator[Follower]:
         """A consumer beside the engine `name`, held where it first comes to `hold`; no mix may be
-        seen while it runs."""
+        seen while it runs. `skew_ns`: by how much its host's wall clock is ahead."""
         process = await self.engine(name, ranks, first_gpu)
         config = self.config(name, **changes)
         async with (
             open_torch_client(process.directory) as client,
             self.watched(client),
-            open_bus(settings or self.settings) as bus,
+            open_bus(settings or self.settings, host_clock=skewed_host(skew_ns)) as bus,
             open_torch_engine(
                 process.directory, roots=config.file_roots, host_id=config.host_id
             ) as torch_engine,
             open_routes(config, bus) as routes,
         ):
-            engine = HeldEngine(torch_engine)
+            engine = HeldEngine(torch_engine, skew_ns)
             held = None if hold is None else engine.hold(hold)
             async with open_consumer(
                 config,
                 bus=bus,
                 engine=engine,
                 routes=routes,
-                telemetry=Telemetry(),
+                telemetry=telemetry or Telemetry(),
             ):
                 yield Follower(
                     name=name,
@@ -183,12 +187,15 @@ class Fleet:
         probe.check()
 
     @asynccontextmanager
-    async def publisher(self, **options: Any) -> AsyncIterator[Trainer]:
-        """A trainer with one rank, in this process, which does not linger."""
+    async def publisher(
+        self, *, telemetry: Telemetry | None = None, skew_ns: int = 0, **options: Any
+    ) -> AsyncIterator[Trainer]:
+        """A trainer with one rank, in this process, which does not linger. `skew_ns`: as in
+        `follow`."""
         chosen = PublisherOptions(**{"slot_wait_s": DEADLINE_S, "linger_s": 0.0, **options})
         async with (
-            open_bus(self.settings) as bus,
-            open_publisher(bus, self.model, options=chosen) as publisher,
+            open_bus(self.settings, host_clock=skewed_host(skew_ns)) as bus,
+            open_publisher(bus, self.model, options=chosen, telemetry=telemetry) as publisher,
         ):
             yield Trainer(self, publisher)
 
@@ -241,6 +248,11 @@ class Fleet:
     def blocks(self) -> list[str]:
         """Names of the model's blocks in /dev/shm."""
         return [path.name for path in SHM.glob(f"weightbus-{self.model}.*")]
+
+
+def skewed_host(skew_ns: int) -> HostClock:
+    """A host whose wall clock is ahead."""
+    return HostClock(wall_ns=lambda: time.time_ns() + skew_ns)
 
 
 class Trainer:

@@ -1,6 +1,7 @@
 """An engine that stops at a moment that a test has chosen, so that it knows exactly where it is.
 
-A decorator of a real `Engine`: it changes nothing but when a call goes on.
+A decorator of a real `Engine`: it changes nothing but when a call goes on, and, on a host whose
+wall clock is not that of the machine, the times that it tells.
 """
 
 from __future__ import annotations
@@ -9,9 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import anyio
+from msgspec import structs
 
 from weightbus.consumers.engines.engine import Engine, EngineReport, TokenSeen
-from weightbus.schemas.worker import Applied, Attached, Cell, Described, Feed, Inspected, Prepared
+from weightbus.schemas.base import BucketTiming
+from weightbus.schemas.worker import (
+    Applied,
+    Attached,
+    Cell,
+    Described,
+    Feed,
+    Inspected,
+    Prepared,
+    StageTiming,
+)
 
 __all__ = ("Hold", "HeldEngine", "Moment")
 
@@ -40,8 +52,9 @@ class HeldEngine(Engine):
 
     kind = "held"
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, skew_ns: int = 0) -> None:
+        """`skew_ns`: by how much the clock that it times by is ahead."""
+        self._engine, self._skew_ns = engine, skew_ns
         self._holds: list[Hold] = []
 
     def hold(self, moment: Moment) -> Hold:
@@ -93,7 +106,21 @@ class HeldEngine(Engine):
         await self._pass("before_apply")
         applied = await self._engine.apply(version, layout_digest, feeds, deadline_s)
         await self._pass("after_apply")
-        return applied
+        return tuple(
+            structs.replace(one, stages=tuple(self._skewed(stage) for stage in one.stages))
+            for one in applied
+        )
+
+    def _skewed(self, timing: StageTiming) -> StageTiming:
+        return structs.replace(
+            timing,
+            start_ns=timing.start_ns + self._skew_ns,
+            end_ns=timing.end_ns + self._skew_ns,
+            buckets=tuple(
+                BucketTiming(b.start_ns + self._skew_ns, b.end_ns + self._skew_ns, b.bytes)
+                for b in timing.buckets
+            ),
+        )
 
     async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
         return await self._engine.inspect(layout_digest, deadline_s)
@@ -103,7 +130,8 @@ class HeldEngine(Engine):
         await self._engine.resume(version, deadline_s)
 
     async def first_token(self, version: int, deadline_s: float) -> TokenSeen | None:
-        return await self._engine.first_token(version, deadline_s)
+        seen = await self._engine.first_token(version, deadline_s)
+        return seen and structs.replace(seen, at_ns=seen.at_ns + self._skew_ns)
 
     async def state(self, deadline_s: float) -> EngineReport:
         return await self._engine.state(deadline_s)
