@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import click
+from msgspec import structs
 
 from weightbus.bus.connection import open_bus
 from weightbus.bus.settings import BusSettings
@@ -76,6 +77,8 @@ def command(
     """
     settings = running_bus(nats_url, SERVICE)
     otlp = OtlpSettings.from_env(os.environ)
+    if otlp is not None:  # this ends before Prometheus comes, and others may have its port
+        otlp = structs.replace(otlp, prometheus=None)
     ready = anyio.run(
         run_publish, settings, otlp, files, model, version, producer, metadata, not no_digest
     )

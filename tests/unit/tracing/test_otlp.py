@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from msgspec import structs
 
 from weightbus.tracing.errors import TelemetryInvalid
-from weightbus.tracing.otlp import OtlpSettings
+from weightbus.tracing.otlp import OtlpSettings, PrometheusSettings
 
 PREFIX = "OTEL_EXPORTER_OTLP_"
 
@@ -64,6 +65,55 @@ def test_metrics_are_not_sent_when_their_exporter_is_none() -> None:
     assert OtlpSettings.from_env(environ) == structs.replace(HTTP, metrics_endpoint="")
     environ = {PREFIX + "METRICS_ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"}
     assert OtlpSettings.from_env(environ) is None
+
+
+@pytest.mark.parametrize(("environ", "expected"), [
+    ({"METRICS_EXPORTER": "prometheus"}, OtlpSettings(prometheus=PrometheusSettings())),
+    (
+        {
+            "METRICS_EXPORTER": "prometheus",
+            "EXPORTER_PROMETHEUS_HOST": "0.0.0.0",
+            "EXPORTER_PROMETHEUS_PORT": "9500",
+        },
+        OtlpSettings(prometheus=PrometheusSettings(host="0.0.0.0", port=9500)),
+    ),
+    (
+        {"METRICS_EXPORTER": "prometheus", "EXPORTER_OTLP_ENDPOINT": "http://c"},
+        structs.replace(HTTP, metrics_endpoint="", prometheus=PrometheusSettings()),
+    ),
+    (
+        {"METRICS_EXPORTER": "otlp, Prometheus", "EXPORTER_OTLP_ENDPOINT": "http://c"},
+        structs.replace(HTTP, prometheus=PrometheusSettings()),
+    ),
+    (
+        {"METRICS_EXPORTER": "otlp", "EXPORTER_PROMETHEUS_PORT": "x"}, None
+    ),
+    ({"METRICS_EXPORTER": "prometheus", "SDK_DISABLED": "true"}, None),
+])  # fmt: skip
+def test_prometheus_reads_metrics_when_the_standard_variables_say_so(
+    environ: dict[str, str], expected: OtlpSettings | None
+) -> None:
+    named = {f"OTEL_{key}": value for key, value in environ.items()}
+    assert OtlpSettings.from_env(named) == expected
+
+
+@pytest.mark.parametrize(("environ", "told"), [
+    ({"METRICS_EXPORTER": "console"}, "OTEL_METRICS_EXPORTER is 'console': must be one of otlp, "),
+    ({"METRICS_EXPORTER": "none,otlp"}, "OTEL_METRICS_EXPORTER is 'none,otlp': must be one of"),
+    (
+        {"METRICS_EXPORTER": "prometheus", "EXPORTER_PROMETHEUS_PORT": "65536"},
+        "OTEL_EXPORTER_PROMETHEUS_PORT is '65536': must be a number from 0 to 65535",
+    ),
+    (
+        {"METRICS_EXPORTER": "prometheus", "EXPORTER_PROMETHEUS_PORT": "-1"},
+        "OTEL_EXPORTER_PROMETHEUS_PORT is '-1': must be",
+    ),
+])  # fmt: skip
+def test_exporters_of_metrics_are_refused_by_name_when_they_cannot_be_used(
+    environ: dict[str, str], told: str
+) -> None:
+    with pytest.raises(TelemetryInvalid, match=re.escape(told)):
+        OtlpSettings.from_env({f"OTEL_{key}": value for key, value in environ.items()})
 
 
 def test_settings_are_none_when_the_sdk_is_disabled() -> None:
