@@ -62,7 +62,8 @@ def command(round_id: str | None, model: str | None, nats_url: str | None, as_js
     and engines: a list of engine, host_id, outcome, verified, routes, plan_reasons, epoch, bytes,
     start_s, joined_s, planned_s, end_s, first_token_s, paused_s, cause, reason, quarantined,
     clock_residual_s, span_id, first_token_span_id, and stages: a list of stage, rank, route,
-    start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical, ok, error, span_id.
+    start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical, ok, error, span_id,
+    parent_span_id.
 
     Exit codes: 0 shown, 1 no such round or no bus, 2 used wrongly.
     """

@@ -164,7 +164,7 @@ class _Builder:
             reason=update.reason if update else word.failed.get(name, "") if word else "",
             quarantined=failed is not None and failed.quarantined,
             clock_residual_s=None if update is None else _residual(update.clock_residual_ns),
-            span_id=next((stage.parent_span_id for stage in stages if stage.parent_span_id), ""),
+            span_id=next((row.parent_span_id for row in reversed(rows) if row.parent_span_id), ""),
             first_token_span_id="" if token is None else token.span_id,
             stages=rows,
         )
@@ -201,6 +201,7 @@ class _Builder:
             ok=stage.ok,
             error=stage.error,
             span_id=stage.span_id,
+            parent_span_id=stage.parent_span_id,
         )
 
 

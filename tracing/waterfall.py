@@ -99,6 +99,8 @@ class StageRow(Struct, frozen=True, kw_only=True):
     error: str
     span_id: str
     """Of its span; empty if nobody traced."""
+    parent_span_id: str
+    """Of the update that it is a part of; an engine that tries again has another."""
 
 
 class EngineWaterfall(Struct, frozen=True, kw_only=True):
@@ -136,7 +138,7 @@ class EngineWaterfall(Struct, frozen=True, kw_only=True):
     clock_residual_s: float | None
     """By how much its times may be off the bus's clock; None: they are by its host's."""
     span_id: str
-    """Of the span of its update; empty if nobody traced."""
+    """Of the span of its update, the last one if it tried again; empty if nobody traced."""
     first_token_span_id: str
     stages: tuple[StageRow, ...]
     """In the order of their starts."""
