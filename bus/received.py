@@ -13,6 +13,8 @@ from weightbus.schemas.errors import MessageInvalid
 
 __all__ = (
     "HEADER_CONTENT_TYPE",
+    "CaughtUp",
+    "Missed",
     "Received",
     "Reconnected",
     "content_type_of",
@@ -39,6 +41,25 @@ class Received(Generic[M_co]):
 @dataclass(frozen=True, slots=True)
 class Reconnected:
     """The connection was lost and is back: whatever was published meanwhile did not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Something that was asked for is no longer kept, or may have been dropped before it was read.
+
+    It stands where the gap is: what the stream still holds comes after it.
+    """
+
+    stream: str
+    """Name in the catalogue: `CHECKPOINTS` or `PROGRESS`."""
+    at_most: int | None
+    """How many messages, of all kinds and models, were dropped there; None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """Said once: the history that was asked for, and the engines that were there when the monitor
+    was opened, have come. What follows is news."""
 
 
 def read(
