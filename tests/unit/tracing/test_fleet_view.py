@@ -44,8 +44,8 @@ def fleet_view() -> FleetView:
         reported_ns=T0_NS,
     )  # fmt: skip
     for message in (
-        state("a"), state("b"), *whole_round(), first_token("a", 131, 143), letter, skipped(9), ready(8),
-        join("a", 8), stage("a", "fetch", 1, 2, rank=0, version=8),
+        state("a"), state("b"), *whole_round(), first_token("a", 131, 143), letter, skipped(9),
+        ready(8), join("a", 8), stage("a", "fetch", 1, 2, rank=0, version=8),
     ):  # fmt: skip
         fleet.feed(message, T0_NS)
     return fleet.view(T0_NS + 1_000_000_000)
