@@ -1,20 +1,23 @@
 """The counters of an engine on this host, as it shows them to Prometheus over HTTP.
 
 Owns what is known of the endpoint: whether it can be asked for some counters alone, as Prometheus'
-client for Python lets it: then nothing else is put together there.
+client for Python lets it: then nothing else is put together there. vLLM and SGLang mount that at
+`/metrics/`; at `/metrics` vLLM shows everything, whatever it is asked for.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import anyio
 
 from weightbus.consumers.engines.budget import left_s
-from weightbus.consumers.engines.http import JsonServer
+from weightbus.consumers.engines.http import HttpRefused, JsonServer
 from weightbus.consumers.engines.tokens import total
 
 __all__ = ("HttpCounter",)
 
-_PATH = "/metrics"
+_CHOSEN, _WHOLE = "/metrics/", "/metrics"
 
 
 class HttpCounter:
@@ -39,11 +42,14 @@ class HttpCounter:
             DeadlineExceeded
         """
         end = anyio.current_time() + deadline_s
-        while True:
-            query = {"name[]": list(self._names)} if self._is_chosen else None
-            text = await self._server.text(_PATH, left_s(end), query=query, key=self._key)
-            if (found := total(text, self._names)) is not None:
-                return found
-            if not self._is_chosen:
-                return 0.0 if f"\n{self._prefix}" in text else None
+        if self._is_chosen:
+            query = {"name[]": list(self._names)}
+            with suppress(HttpRefused):
+                text = await self._server.text(_CHOSEN, deadline_s, query=query, key=self._key)
+                if (found := total(text, self._names)) is not None:
+                    return found
             self._is_chosen = False  # where several processes count, it shows all or nothing
+        text = await self._server.text(_WHOLE, left_s(end), key=self._key)
+        if (found := total(text, self._names)) is not None:
+            return found
+        return 0.0 if f"\n{self._prefix}" in text else None

@@ -29,8 +29,8 @@ FIRST_POLL_S: Final = 0.02
 
 LONGEST_POLL_S: Final = 0.5
 
-MOST_OF_ENGINE: Final = 0.05
-"""Of the time may be spent with waiting for its answers."""
+MOST_OF_ENGINE: Final = 0.1
+"""Of the time may be spent with waiting for its answers, unless `LONGEST_POLL_S` is over."""
 
 _GROWTH: Final = 1.3
 
@@ -78,7 +78,8 @@ async def first_rise(
             since_ns = asked_ns
         known = found
         took_s = anyio.current_time() - asked_s
-        await anyio.sleep(min(max(pause_s, took_s / MOST_OF_ENGINE), left_s(end)))
+        longest_s = min(LONGEST_POLL_S, left_s(end))
+        await anyio.sleep(min(max(pause_s, took_s / MOST_OF_ENGINE), longest_s))
         pause_s = min(_GROWTH * pause_s, LONGEST_POLL_S)
         if is_over():
             return None

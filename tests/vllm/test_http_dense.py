@@ -14,7 +14,8 @@ from tests.vllm.consumers import consume_command, follow
 from tests.vllm.engines import OverHttp, check_versions, is_fresh_at, is_unchanged
 from tests.vllm.oracle import Oracle
 from tests.vllm.server import BACKEND, Server, running_server
-from tests.vllm.trainer import World
+from tests.vllm.trainer import ENGINE, World
+from weightbus.schemas.progress import FirstToken
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1800)]
 
@@ -66,6 +67,24 @@ async def test_request_goes_on_when_an_update_comes_while_it_generates(
         assert tokens != old, "it ended before the update came"
         assert tokens != await server.complete(LONG_PROMPT, LONG)
         await is_fresh_at(OverHttp(server), oracle, "qwen3", 22, 1)
+
+
+async def test_first_token_is_said_when_a_request_comes_after_the_update(
+    server: Server, world: World, short_path: Path
+) -> None:
+    async with follow(world, server, short_path / "engine"):
+        await world.publish(tensors_of("qwen3", 25), 25)
+        done = await world.completes(25)
+        asked_ns = world.bus.clock.now_ns()
+        assert len(await server.complete(LONG_PROMPT, FIRST_TOKENS)) == FIRST_TOKENS
+        answered_ns = world.bus.clock.now_ns()
+        said = await world.log.wait(FirstToken, version=25)
+        assert (said.engine, said.round, said.trace_id) == (ENGINE, done.round, done.trace_id)
+        assert done.start_ns < said.start_ns < said.end_ns
+        seen = f"asked {asked_ns}, answered {answered_ns}: {said}"
+        assert asked_ns < said.end_ns, seen
+        assert said.end_ns - said.resolution_ns < answered_ns, seen
+        assert said.resolution_ns <= said.end_ns - said.start_ns + 10**6, seen
 
 
 async def test_checkpoint_is_refused_before_anything_is_written_when_it_is_not_the_models(

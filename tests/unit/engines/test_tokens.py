@@ -130,16 +130,19 @@ def test_nothing_is_added_up_when_there_is_no_such_number(name: str) -> None:
 class Server:
     """Shows what it is told to, chosen or whole."""
 
-    def __init__(self, whole: str, *, can_choose: bool) -> None:
-        self.whole, self.can_choose = whole, can_choose
+    def __init__(self, whole: str, *, can_choose: bool, is_mounted: bool = True) -> None:
+        self.whole, self.can_choose, self.is_mounted = whole, can_choose, is_mounted
         self.queries: list[str] = []
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
-        assert request.url.path == "/metrics"
-        assert request.headers["Authorization"] == "Bearer secret"
         self.queries.append(request.url.query.decode())
+        is_mount = request.url.path == "/metrics/"
+        assert is_mount or request.url.path == "/metrics"
+        if is_mount and not self.is_mounted:
+            return httpx.Response(404)
+        assert request.headers["Authorization"] == "Bearer secret"
         names = request.url.params.get_list("name[]")
-        if not names:
+        if not (names and is_mount):
             return httpx.Response(200, text=self.whole)
         lines = self.whole.splitlines() if self.can_choose else ()
         chosen = [line for line in lines if line.partition("{")[0] in names]
@@ -159,8 +162,9 @@ async def test_counter_is_asked_for_alone_where_it_can_be() -> None:
     assert server.queries == 2 * ["name%5B%5D=vllm%3Ageneration_tokens_total"]
 
 
-async def test_all_metrics_are_asked_for_when_the_server_cannot_choose() -> None:
-    server = Server(TEXT, can_choose=False)
+@pytest.mark.parametrize("is_mounted", [True, False])
+async def test_all_metrics_are_asked_for_when_the_server_cannot_choose(is_mounted: bool) -> None:
+    server = Server(TEXT, can_choose=False, is_mounted=is_mounted)
     assert await read(server, ("vllm:generation_tokens_total",), 2) == [162.0, 162.0]
     assert server.queries[1:] == ["", ""]
 

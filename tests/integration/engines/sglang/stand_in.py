@@ -59,6 +59,7 @@ ROUTES: Final[Mapping[str, Route]] = {
     "/server_info": Route("GET", admin=False),
     "/model_info": Route("GET", admin=False),
     "/metrics": Route("GET", admin=False),
+    "/metrics/": Route("GET", admin=False),
     "/flush_cache": Route("POST"),
     "/pause_generation": Route(
         "POST", {"mode": lambda value: value in ("abort", "retract", "in_place")}
@@ -200,8 +201,10 @@ class StandIn:
         route = self.routes.get(path)
         if route is None or route.method != method:
             return Answer(404, {"detail": "Not Found"})
-        if path == "/metrics" and (query or self.counted is None):
-            return Answer(404, {"detail": "Not Found"}) if self.counted is None else Answer(200, "")
+        if path.startswith("/metrics") and self.counted is None:
+            return Answer(404, {"detail": "Not Found"})
+        if path == "/metrics/":
+            return Answer(200, "")
         if query:
             self.violations.append(f"{path} takes no query, and got {query}")
         wanted = self.api_key if not route.admin else self.admin_key or self.api_key

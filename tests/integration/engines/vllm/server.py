@@ -26,7 +26,7 @@ Style = Literal["0.32", "0.26", "extension", "no dev mode", "no documents"]
 
 Query = Mapping[str, list[str]]
 
-_ALWAYS: Final = ("GET /health", "GET /metrics")
+_ALWAYS: Final = ("GET /health", "GET /metrics/")
 _COMMON: Final = (
     "GET /server_info",
     "POST /pause",
@@ -64,7 +64,7 @@ _BODIES: Final = {
 _QUERIES: Final[Mapping[str, Mapping[str, set[str] | None]]] = {
     "POST /pause": {"mode": {"keep", "wait", "abort"}, "clear_cache": {"true", "false"}},
     "GET /server_info": {"config_format": {"json"}},
-    "GET /metrics": {"name[]": {"vllm:generation_tokens_total"}},
+    "GET /metrics/": {"name[]": {"vllm:generation_tokens_total"}},
     "GET /get_world_size": {"include_dp": {"true", "false"}},
     "POST /reset_prefix_cache": {"reset_running_requests": {"true"}, "reset_external": {"true"}},
     "POST /wake_up": {"tags": {"weights", "kv_cache"}},
@@ -156,7 +156,7 @@ class StandIn:
             return 404, {"detail": "Not Found"}
         if call.route == "GET /health":
             return 200, None
-        if call.route == "GET /metrics":
+        if call.route == "GET /metrics/":
             return 200, f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\n'
         if (failure := self.failing.get(call.route)) is not None:
             return 500, {"error": {"message": failure, "type": "InternalServerError", "code": 500}}

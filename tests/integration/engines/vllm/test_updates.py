@@ -114,7 +114,7 @@ async def test_first_token_is_seen_when_the_counter_of_the_server_rises(
         seen.append(await engine.first_token(1, LONG_S))
 
     def looks() -> int:
-        return server.details().count("GET /metrics?name[]=vllm:generation_tokens_total")
+        return server.details().count("GET /metrics/?name[]=vllm:generation_tokens_total")
 
     async def has_looked() -> bool:
         return looks() > 1
@@ -146,7 +146,7 @@ async def test_first_token_is_not_looked_for_any_more_when_the_next_pause_begins
         seen.append(await engine.first_token(1, LONG_S))
 
     async def has_looked() -> bool:
-        return "GET /metrics?name[]=vllm:generation_tokens_total" in server.details()
+        return "GET /metrics/?name[]=vllm:generation_tokens_total" in server.details()
 
     async with opened(server, directory, checkpoints) as (engine, updates):
         await updates.prepare()
@@ -157,7 +157,7 @@ async def test_first_token_is_not_looked_for_any_more_when_the_next_pause_begins
             await engine.pause(LONG_S)
             server.tokens += 1
             paused = len(server.calls)
-        looks = server.details(paused).count("GET /metrics?name[]=vllm:generation_tokens_total")
+        looks = server.details(paused).count("GET /metrics/?name[]=vllm:generation_tokens_total")
     assert seen == [None]
     assert looks <= 1, "that was on its way"
 
