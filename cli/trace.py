@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Final, TypeVar
 
 import anyio
+import anyio.to_thread
 import click
 import msgspec
 from msgspec import Struct
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.received import Received
@@ -19,7 +21,10 @@ from weightbus.cli.monitoring import close_broken_pipe, running_bus
 from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
+from weightbus.tracing.compare import Comparison, compare_rounds
+from weightbus.tracing.compare_view import CompareView
 from weightbus.tracing.errors import RoundUnknown
+from weightbus.tracing.exports.formats import FORMATS
 from weightbus.tracing.history import Told, build_waterfall, summarise_rounds
 from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.waterfall import ROUND_MESSAGES, RoundSummary, Waterfall
@@ -35,13 +40,15 @@ WINDOWS_S: Final = (60, 3600)
 
 
 M = TypeVar("M", bound=Message)
+Shown = TypeVar("Shown", Waterfall, Comparison)
 
 
 class Options(Struct, frozen=True, kw_only=True):
     """What was asked for."""
 
     bus: BusSettings
-    round: str | None
+    rounds: tuple[str | None, ...]
+    """None: the newest one."""
     model: str | None
 
 
@@ -50,11 +57,34 @@ class Options(Struct, frozen=True, kw_only=True):
 @click.option("--model", help="Model of the round; needed when several were updated lately.")
 @click.option("--nats", "nats_url", help="NATS URL; else WEIGHTBUS_NATS_URL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def command(round_id: str | None, model: str | None, nats_url: str | None, as_json: bool) -> None:
+@click.option(
+    "--compare", nargs=2, metavar="ROUND1 ROUND2", help="What differs between two rounds, and why."
+)
+@click.option(
+    "--export",
+    "format_name",
+    type=click.Choice(list(FORMATS)),
+    help="Write the round for Perfetto, for an OTLP collector, or as one HTML file.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to; else it goes to standard output.",
+)
+def command(
+    round_id: str | None,
+    model: str | None,
+    nats_url: str | None,
+    as_json: bool,
+    compare: tuple[str, str] | None,
+    format_name: str | None,
+    output: Path | None,
+) -> None:
     """Show every stage of a round as a bar: of the newest one, or of ROUND.
 
-    Times count from the creation of CheckpointReady; the total is the time until the last engine
-    served the version. Needs no collector: the bus itself remembers the last rounds.
+    Times count from the creation of CheckpointReady, by the clock of the bus; the total is the time
+    until the last engine served the version. Stages on the critical path, which is that engine's,
+    have a *. Needs no collector: the bus itself remembers the last rounds.
 
     --json prints model, version, round, epoch, leader, producer, trace_id, publish_span_id,
     complete, origin, origin_ns, clock_residual_s, stored_s, wall_s, span_s, bytes, gb_per_s,
@@ -63,39 +93,88 @@ def command(round_id: str | None, model: str | None, nats_url: str | None, as_js
     start_s, joined_s, planned_s, end_s, first_token_s, paused_s, cause, reason, quarantined,
     clock_residual_s, span_id, first_token_span_id, and stages: a list of stage, rank, route,
     start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical, ok, error, span_id,
-    parent_span_id.
+    parent_span_id. Buckets are start_s, duration_s, bytes.
+
+    With --compare it prints model, first_round, second_round, first_version, second_version,
+    wall_s, bytes, gb_per_s, told, and engines: a list of engine, first_outcome, second_outcome, and
+    stages: a list of stage, seconds, bytes, gb_per_s. Every number is first, second, difference,
+    ratio.
 
     Exit codes: 0 shown, 1 no such round or no bus, 2 used wrongly.
     """
+    _check_usage(round_id, as_json, compare, format_name, output)
     bus = running_bus(nats_url, "weightbus-trace")
-    waterfall = anyio.run(_trace, Options(bus=bus, round=round_id, model=model))
+    options = Options(bus=bus, rounds=compare or (round_id,), model=model)
+    waterfalls = anyio.run(_trace, options)
     try:
-        if as_json:
-            click.echo(msgspec.json.encode(waterfall))
+        if compare:
+            first, second = waterfalls
+            if first.model != second.model:
+                told = f"{first.round} is of {first.model}, {second.round} of {second.model}"
+                raise click.UsageError(f"only rounds of one model can be compared: {told}")
+            _show(compare_rounds(first, second), CompareView, as_json)
+        elif format_name is None:
+            _show(waterfalls[0], WaterfallView, as_json)
         else:
-            Console().print(WaterfallView(waterfall))
+            _export(waterfalls[0], format_name, output)
     except BrokenPipeError:
         close_broken_pipe()
 
 
-async def _trace(options: Options) -> Waterfall:
+def _check_usage(
+    round_id: str | None,
+    as_json: bool,
+    compare: tuple[str, str] | None,
+    format_name: str | None,
+    output: Path | None,
+) -> None:
+    """What cannot be meant together."""
+    if compare and round_id is not None:
+        raise click.UsageError("--compare names both rounds; ROUND is one too many")
+    if format_name is not None and (compare or as_json):
+        raise click.UsageError("--export is instead of --json and --compare")
+    if output is not None and format_name is None:
+        raise click.UsageError("--output needs --export")
+
+
+def _show(told: Shown, view: Callable[[Shown], RenderableType], as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.encode(told))
+    else:
+        Console().print(view(told))
+
+
+def _export(waterfall: Waterfall, format_name: str, output: Path | None) -> None:
+    text = FORMATS[format_name].make(waterfall)
+    if output is None:
+        click.echo(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.FileError(str(output), error.strerror) from None
+    click.echo(f"round {waterfall.round} of {waterfall.model} is in {output} ({format_name})")
+
+
+async def _trace(options: Options) -> tuple[Waterfall, ...]:
     async with open_bus(options.bus) as bus:
-        chosen = await _choose(bus, options)
-        history: list[Told] = [
-            received
-            async for received in bus.replay(
-                *ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns
-            )
-        ]
-        history += [told async for told in bus.replay(CheckpointReady, model=chosen.model)]
-        waterfall = build_waterfall(chosen.model, chosen.round, history)
-        if waterfall is None:  # it was forgotten between the two looks
-            raise RoundUnknown(chosen.round, chosen.model, ())
-        return waterfall
+        return tuple([await _read(bus, options, round_id) for round_id in options.rounds])
 
 
-async def _choose(bus: Bus, options: Options) -> RoundSummary:
-    model, round_id = options.model, options.round
+async def _read(bus: Bus, options: Options, round_id: str | None) -> Waterfall:
+    chosen = await _choose(bus, options.model, round_id)
+    history: list[Told] = [
+        told
+        async for told in bus.replay(*ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns)
+    ]
+    history += [told async for told in bus.replay(CheckpointReady, model=chosen.model)]
+    waterfall = await anyio.to_thread.run_sync(build_waterfall, chosen.model, chosen.round, history)
+    if waterfall is None:  # it was forgotten between the two looks
+        raise RoundUnknown(chosen.round, chosen.model, ())
+    return waterfall
+
+
+async def _choose(bus: Bus, model: str | None, round_id: str | None) -> RoundSummary:
     if round_id is None:
         latest = _of_one_model(await _latest_of(bus, model))
         if not latest:

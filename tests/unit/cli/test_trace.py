@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import anyio
 import pytest
 from click.testing import CliRunner
+from msgspec import Struct
 
 from weightbus.cli.trace import command, latest_rounds
+from weightbus.tracing.compare import Comparison, EngineComparison, Sides, StageComparison
 from weightbus.tracing.waterfall import (
+    BucketRow,
     EngineWaterfall,
     PathStep,
     RoundSummary,
@@ -27,8 +30,14 @@ def test_trace_asks_for_a_bus_when_none_is_named() -> None:
     assert "WEIGHTBUS_NATS_URL" in result.output
 
 
-@pytest.mark.parametrize("struct", [Waterfall, EngineWaterfall, StageRow, PathStep])
-def test_trace_help_names_every_field_of_its_json(struct: type[Waterfall]) -> None:
+@pytest.mark.parametrize(
+    "struct",
+    [
+        *(Waterfall, EngineWaterfall, StageRow, BucketRow, PathStep),
+        *(Comparison, EngineComparison, StageComparison, Sides),
+    ],
+)
+def test_trace_help_names_every_field_of_its_json(struct: type[Struct]) -> None:
     text = CliRunner().invoke(command, ["--help"]).output
     missing = [field for field in struct.__struct_fields__ if field not in text]
     assert missing == []
@@ -61,3 +70,20 @@ def test_latest_rounds_are_none_when_the_bus_remembers_none() -> None:
         return ()
 
     assert anyio.run(latest_rounds, rounds_since, NOW_NS) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["v7", "--compare", "v7", "v8"], "ROUND is one too many"),
+        (["--export", "html", "--json"], "--export is instead of"),
+        (["--export", "html", "--compare", "v7", "v8"], "--export is instead of"),
+        (["--output", "x"], "--output needs --export"),
+        (["--export", "pdf"], "'perfetto', 'otlp-json', 'html'"),
+        (["--compare", "v7"], "requires 2 arguments"),
+    ],
+)
+def test_trace_refuses_what_cannot_be_meant_together(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(command, ["--nats", "nats://127.0.0.1:1", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output
