@@ -6,6 +6,7 @@ from __future__ import annotations
 from weightbus.schemas.errors import WeightBusError
 
 __all__ = (
+    "CollectorRefused",
     "ExporterMissing",
     "PrometheusMissing",
     "PrometheusUnavailable",
@@ -36,6 +37,14 @@ class ExporterMissing(TracingError):
             f"spans cannot be sent to {endpoint}: no OTLP exporter for {protocol} is installed; "
             "pip install weightbus[otlp]"
         )
+
+
+class CollectorRefused(TracingError):
+    """A collector did not take what was sent to it. Counted, and told once, at the end."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason or "it was not taken")
 
 
 class PrometheusMissing(TracingError):

@@ -136,7 +136,8 @@ class ExportLosses(Struct, frozen=True, kw_only=True):
     queue_full: int = 0
     """Spans that ended while the queue was full, or after the telemetry was closed."""
     refused: int = 0
-    """Spans given up by the exporter: no connection, refused, or no answer in time."""
+    """Spans given up by the exporter (no connection, refused, no answer in time), or rejected by
+    the collector."""
     unsent: int = 0
     """Spans still waiting, or on their way, when the deadline of the shutdown came."""
     metrics_refused: int = 0
@@ -154,10 +155,15 @@ def open_exporter(settings: OtlpSettings) -> SpanExporter:
     Raises:
         ExporterMissing: the extra `otlp` is not installed.
     """
-    exporter = _module_of(settings, "trace_exporter").OTLPSpanExporter(
-        endpoint=settings.endpoint, headers=dict(settings.headers), timeout=EXPORT_TIMEOUT_S
+    make = _module_of(settings, "trace_exporter").OTLPSpanExporter
+    from weightbus.tracing import collectors  # the SDK takes long to import
+
+    return (collectors.open_grpc if settings.protocol == "grpc" else collectors.open_http)(
+        make,
+        endpoint=settings.endpoint,
+        headers=dict(settings.headers),
+        timeout=EXPORT_TIMEOUT_S,
     )
-    return cast("SpanExporter", exporter)
 
 
 def open_metric_exporter(settings: OtlpSettings) -> MetricExporter:

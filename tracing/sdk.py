@@ -33,6 +33,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from weightbus import __version__
 from weightbus.tracing.attributes import CAUSE
 from weightbus.tracing.errors import PrometheusMissing
+from weightbus.tracing.hush import hushed
 from weightbus.tracing.ids import new_span_id, new_trace_id
 from weightbus.tracing.metric_names import SIGNAL, TELEMETRY_LOST, TELEMETRY_METER
 from weightbus.tracing.otlp import (
@@ -80,25 +81,29 @@ class CountingExporter(MetricExporter):
         super().__init__(exporter._preferred_temporality, exporter._preferred_aggregation)
         self._exporter = exporter
         self.refused = 0
+        self.last_error = ""
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
     ) -> MetricExportResult:
-        """Never raises: what it cannot send is counted."""
-        try:
-            result = self._exporter.export(metrics_data, timeout_millis, **kwargs)
-        except Exception as error:  # noqa: BLE001 - foreign code; counted, and told
-            _logger.warning("metrics were not sent: %s: %s", type(error).__name__, error)
-            result = MetricExportResult.FAILURE
+        """Never raises, and logs nothing: what it cannot send is counted, and told at the end."""
+        with hushed() as said:
+            try:
+                result = self._exporter.export(metrics_data, timeout_millis, **kwargs)
+            except Exception as error:  # noqa: BLE001 - foreign code
+                said.last = f"{type(error).__name__}: {error}"
+                result = MetricExportResult.FAILURE
         if result is not MetricExportResult.SUCCESS:
             self.refused += 1
+            self.last_error = said.last or self.last_error
         return result
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         return self._exporter.force_flush(timeout_millis)
 
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
-        self._exporter.shutdown(timeout_millis, **kwargs)
+        with hushed():
+            self._exporter.shutdown(timeout_millis, **kwargs)
 
 
 class OwnReader(PeriodicExportingMetricReader):
@@ -127,7 +132,7 @@ class OwnMeters:
         endpoint: OwnEndpoint | None,
     ) -> None:
         attributes = {SERVICE_NAME: service, SERVICE_VERSION: __version__, **resource}
-        self._sending, self._endpoint = sending, endpoint
+        self._service, self._sending, self._endpoint = service, sending, endpoint
         readers = [] if endpoint is None else [endpoint.reader]  # first: it is shut down at once
         self._provider = MeterProvider(
             readers if sending is None else [*readers, sending],
@@ -170,10 +175,21 @@ class OwnMeters:
 
         def wait() -> None:
             thread.join(max(0.0, end_s - time.monotonic()))
+            self._tell_refused(is_sending=thread.is_alive())
             if self._endpoint is not None:
                 self._endpoint.close()
 
         return wait
+
+    def _tell_refused(self, *, is_sending: bool) -> None:
+        """`is_sending`: the last figures are given up, too."""
+        if not isinstance(self._sending, OwnReader):
+            return
+        counted = self._sending.counted
+        lost = counted.refused + is_sending
+        if lost:
+            why = f"; last error: {counted.last_error}" if counted.last_error else ""
+            _logger.warning("%d exports of metrics of %s were lost%s", lost, self._service, why)
 
 
 def open_meters(

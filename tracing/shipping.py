@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from weightbus.tracing.errors import CollectorRefused
 from weightbus.tracing.otlp import ExportLosses
 
 if TYPE_CHECKING:
@@ -92,10 +93,9 @@ class SpanShipper(SpanProcessor):
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            delivered = self._export(batch)
+            lost = self._export(batch)
             with self._changed:
-                if not delivered:
-                    self._refused += self._exporting  # 0 once `close` has given the batch up
+                self._refused += min(lost, self._exporting)  # 0 once `close` has given it up
                 self._exporting = 0
         self._exporter.shutdown()
 
@@ -111,9 +111,15 @@ class SpanShipper(SpanProcessor):
     def _batch_is_due(self) -> bool:
         return self._closing or len(self._waiting) >= self._batch_spans
 
-    def _export(self, batch: tuple[ReadableSpan, ...]) -> bool:
+    def _export(self, batch: tuple[ReadableSpan, ...]) -> int:
+        """How many are lost."""
         try:
-            return self._exporter.export(batch) is SpanExportResult.SUCCESS
+            if self._exporter.export(batch) is not SpanExportResult.SUCCESS:
+                return len(batch)
         except Exception as error:  # noqa: BLE001 - foreign code; counted, and told at the end
             self.last_error = error
-            return False
+            return len(batch)
+        rejected = getattr(self._exporter, "rejected", 0)
+        if rejected:
+            self.last_error = CollectorRefused(getattr(self._exporter, "why", ""))
+        return int(rejected)
