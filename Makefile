@@ -27,7 +27,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.demo ## Train a real model while engines follow it, every version proven
 	@.ci/libraries p2p
-	@$(BIN)/weightbus demo
+	@$(BIN)/weightbus demo --report build/demo
 
 demo-vllm: $(VLLM_VENV)/.vllm ## The same with vLLM servers, on CPUs: about five minutes
 	@.ci/libraries p2p

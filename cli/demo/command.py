@@ -20,6 +20,7 @@ from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.demo.endpoint import why_no_endpoint
 from weightbus.cli.demo.fleet import DemoFailed, open_fleet
+from weightbus.cli.demo.report import make_directory, write_report
 from weightbus.cli.demo.result import Result, result_of, verdict
 from weightbus.cli.demo.script import Script, choose_script, choose_vllm_script
 from weightbus.cli.demo.story import Checked, Say, Story
@@ -41,7 +42,13 @@ __all__ = ("command",)
     help="What follows the trainer.",
 )
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line.")
-def command(kind: str, as_json: bool) -> None:
+@click.option(
+    "--report",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the last round to this directory: as HTML, for Perfetto, and as OTLP/JSON.",
+)
+def command(kind: str, as_json: bool, report: Path | None) -> None:
     """Train, publish and follow a few versions on this machine, and verify each.
 
     A trainer fine-tunes a real sentence encoder (MiniLM) and trains a small mixture-of-experts
@@ -57,14 +64,16 @@ def command(kind: str, as_json: bool) -> None:
 
     Without the libraries of the transfer engine it says which are missing, and shows local only.
     """
-    ok = anyio.run(_run, kind, as_json)
+    if report is not None:
+        make_directory(report)
+    ok = anyio.run(_run, kind, as_json, report)
     if ok is None:
         raise click.Abort
     if not ok:
         sys.exit(1)
 
 
-async def _run(kind: str, as_json: bool) -> bool | None:
+async def _run(kind: str, as_json: bool, report: Path | None) -> bool | None:
     """Whether everything was verified; None: interrupted."""
     console = Console(highlight=False)
     begin = time.monotonic()
@@ -85,7 +94,8 @@ async def _run(kind: str, as_json: bool) -> bool | None:
     if stop.came:
         return None
     result = result_of(story.checked, story.dead_letters, missing, script.routes)
-    _show(console, story, waterfall, result)
+    told = "" if report is None else write_report(report, waterfall)
+    _show(console, story, waterfall, result, told)
     if as_json:
         click.echo(msgspec.json.encode(result))
     return result.ok
@@ -121,7 +131,9 @@ async def _last_round(bus: Bus, story: Story) -> Waterfall:
     return waterfall
 
 
-def _show(console: Console, story: Story, waterfall: Waterfall, result: Result) -> None:
+def _show(
+    console: Console, story: Story, waterfall: Waterfall, result: Result, report: str
+) -> None:
     table = Table(title="Every version in every engine", title_justify="left", show_edge=False)
     for heading in ("model", "version", "engine", "ranks", "route", "update", "paused", "bits"):
         table.add_column(
@@ -146,6 +158,8 @@ def _show(console: Console, story: Story, waterfall: Waterfall, result: Result) 
     console.print(table)
     console.print()
     console.print(WaterfallView(waterfall))
+    if report:
+        console.print(f"\n{escape(report)}", soft_wrap=True)
     console.print(f"\n{escape(verdict(result))}", soft_wrap=True)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.tracing.exported import assert_importable, assert_tree, parsed
+
 END_S = 150.0
 CLEAN_S = 60.0
 MODELS = ("minilm", "decoder")
@@ -23,10 +25,10 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @contextmanager
-def demo(directory: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def demo(directory: Path, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A demo in a session of its own, whose temporary files are in `directory`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "weightbus", "demo", "--json"],
+        [sys.executable, "-m", "weightbus", "demo", "--json", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -79,13 +81,35 @@ def assert_nothing_is_left(directory: Path) -> None:
         time.sleep(0.2)
 
 
+def assert_report(report: Path, output: str) -> None:
+    """The last round, of all engines of the encoder, in three formats that open."""
+    (line,) = (line for line in output.splitlines() if str(report) in line)
+    page = (report / "round.html").read_text()
+    trace = json.loads((report / "round.perfetto.json").read_text())
+    spans = json.loads((report / "round.otlp.json").read_text())
+    told = trace["otherData"]["round"]
+    assert line.startswith(f"round {told}: open {report / 'round.html'} in a browser, ")
+    assert f"Round {told} of minilm" in page
+    assert_importable(trace)
+    engines = {
+        item["value"]["stringValue"]
+        for group in spans["resourceSpans"]
+        for item in group["resource"]["attributes"]
+        if item["key"] == "weightbus.engine"
+    }
+    assert engines == {"a", "b", "c", "d"}
+    assert_tree(parsed(json.dumps(spans))[1])
+
+
 def test_demo_verifies_every_version_by_every_route_and_leaves_nothing_when_it_runs_to_its_end(
-    short_path: Path,
+    short_path: Path, tmp_path: Path
 ) -> None:
-    with demo(short_path) as process:
+    report = tmp_path / "build" / "demo"
+    with demo(short_path, "--report", str(report)) as process:
         output, _ = process.communicate(timeout=END_S)
     assert process.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
+    assert_report(report, output)
     assert result["ok"], output
     assert result["versions"] == [1, 2, 3, 4]
     engines = ("a", "b", "c", "d", "moe")
