@@ -345,9 +345,17 @@ class Link:
     async def _close_client(self) -> None:
         """In a task of its own: nats-py's `close` may raise `CancelledError` by itself, when it
         waits for the same transport as a reconnect that it has cancelled."""
+
+        async def close() -> None:
+            try:
+                await self._client.close()
+            except (nats.errors.Error, OSError):  # of a transport that was lost: it ends midway
+                for subscription in tuple(self._client._subs.values()):
+                    subscription._stop_processing()
+
         with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._client.close)
+                tasks.start_soon(close)
 
     async def _on_reconnected(self) -> None:
         if self._failure is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Final
 
+import anyio.to_thread
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -19,7 +20,7 @@ from weightbus.cli.ui.guard import Guard
 from weightbus.cli.ui.stream import EventStreams
 from weightbus.schemas.catalogue import check_token
 from weightbus.schemas.errors import MessageInvalid
-from weightbus.tracing.exports.html import html_report
+from weightbus.tracing.exports.formats import FORMATS, Format
 from weightbus.tracing.waterfall import Waterfall
 
 __all__ = ("EXPORTS", "build_app")
@@ -34,11 +35,13 @@ FILES: Final = {
 }
 """Path -> package, file of its folder `static`, media type."""
 
-EXPORTS: Final[Mapping[str, tuple[str, str, Callable[[Waterfall], str | bytes]]]] = {
-    "json": ("json", "application/json", msgspec.json.encode),
-    "html": ("html", "text/html", html_report),
-}
-"""Name -> ending of the file, media type, and what makes it of a waterfall."""
+
+def _json(waterfall: Waterfall) -> str:
+    return msgspec.json.encode(waterfall).decode()
+
+
+EXPORTS: Final = FORMATS | {"json": Format(_json, ".json")}
+"""What a waterfall can be saved as."""
 
 
 def build_app(feed: Feed, streams: EventStreams, host: str) -> ASGIApp:
@@ -57,9 +60,9 @@ def build_app(feed: Feed, streams: EventStreams, host: str) -> ASGIApp:
         found = await _find(feed, request)
         if isinstance(found, Response):
             return found
-        ending, media_type, make = EXPORTS[kind]
-        response = _answer(make(found), media_type)
-        name = f"weightbus-{found.model}-{found.round}.{ending}"
+        made = await anyio.to_thread.run_sync(EXPORTS[kind].make, found)
+        response = _answer(made, "text/html" if kind == "html" else "application/json")
+        name = f"weightbus-{found.model}-{found.round}{EXPORTS[kind].suffix}"
         response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
         return response
 

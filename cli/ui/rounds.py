@@ -32,7 +32,8 @@ MESSAGES_KEPT_BYTES: Final = 64 * 2**20
 ANNOUNCED_KEPT: Final = 1024
 
 RoundState = Literal["running", "complete", "failed", "left"]
-"""`complete`: every engine serves the version. `failed`: one does not. `left`: nobody closed it."""
+"""`complete`: every engine serves the version. `failed`: one does not. `left`: nobody works on it,
+and what became of it was not told."""
 
 _read = msgpack.Decoder(RoundMessage)
 
@@ -155,9 +156,12 @@ class _Kept:
         )
 
     def _state(self, *, in_flight: bool) -> RoundState:
-        if not self.closed:
-            return "running" if in_flight else "left"
-        return "failed" if False in self.engines.values() else "complete"
+        ends = self.engines.values()
+        if in_flight and not self.closed:
+            return "running"
+        if False in ends:
+            return "failed"
+        return "complete" if self.closed or all(ends) else "left"
 
 
 class RoundLog:

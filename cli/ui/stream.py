@@ -22,6 +22,8 @@ STREAMS_MAX: Final = 64
 
 SEND_S: Final = 30.0
 
+END_S: Final = 1.0
+
 KEEP_ALIVE_S: Final = 10.0
 """A page that hears nothing for longer knows that its server is gone."""
 
@@ -47,6 +49,7 @@ class EventStreams:
             refusal = PlainTextResponse(f"{STREAMS_MAX} pages are open already\n", 503)
             await refusal(scope, receive, send)
             return
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         async with anyio.create_task_group() as tasks:
             self._open.add(tasks.cancel_scope)
             try:
@@ -56,6 +59,8 @@ class EventStreams:
                 tasks.cancel_scope.cancel()
             finally:
                 self._open.discard(tasks.cancel_scope)
+        with anyio.move_on_after(END_S):
+            await send({"type": "http.response.body"})
 
     def close(self) -> None:
         """End them all: the server stops."""
@@ -64,7 +69,6 @@ class EventStreams:
 
     async def _tell(self, send: Send, stream: anyio.CancelScope) -> None:
         board = self._board
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         told, text = 0, f"retry: {RETRY_MS}\n".encode()
         while True:
             revision = board.revision

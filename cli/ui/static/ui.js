@@ -96,7 +96,7 @@ function draw() {
 }
 
 const matches = (row) =>
-  !filter || [row.model, row.engine, row.round, row.subject, ...(row.waiting ?? []), ...(row.completed ?? []), ...(row.failed ?? [])]
+  !filter || [row.model, row.engine, row.subject, row.waiting, row.completed, row.failed].flat()
     .some((text) => typeof text === "string" && text.toLowerCase().includes(filter));
 
 const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
@@ -177,7 +177,7 @@ const engineRows = new Rows({
 
 const historyRows = new Rows({
   label: "History of rounds", rowPx: 34,
-  head: headOf([["", ""], ["began"], ["model"], ["version", "num"], ["round", "wide"], ["engines", "wide"], ["time", "num"], ["bytes", "num wide"], ["GB/s", "num wide"], ["route", "wide"]]),
+  head: headOf([["", ""], ["began"], ["model"], ["version"], ["engines", "wide"], ["route", "wide"], ["time", "num"], ["bytes", "num wide"], ["GB/s", "num wide"], ["round", "wide"]]),
   key: (row) => `${row.model}/${row.round}`,
   onopen: (row) => go(row.model, row.round),
   fill: (node, row) => {
@@ -186,16 +186,17 @@ const historyRows = new Rows({
     node.setAttribute("aria-label", `${row.model} version ${row.version}, ${row.state}, ${engines} engines: open the waterfall`);
     node.replaceChildren(
       el("span", { role: "gridcell", class: `mark ${kind}`, title: row.state }, mark), cell(clock(row.began_s)),
-      el("span", { role: "rowheader" }, row.model), el("b", { class: "num", role: "gridcell" }, String(row.version)),
-      cell(row.round, "wide dim"), cell(engines, row.failed ? "wide bad" : "wide"),
+      el("span", { role: "rowheader" }, row.model), el("b", { role: "gridcell" }, String(row.version)),
+      cell(engines, row.failed ? "wide bad" : "wide"), cell(row.routes.join(" + "), "wide"),
       cell(formatSeconds(row.wall_s), "num"), cell(row.bytes ? formatBytes(row.bytes) : "", "num wide"),
-      cell(formatRate(row.gb_per_s), "num wide"), cell(row.routes.join(" + "), "wide"));
+      cell(formatRate(row.gb_per_s), "num wide"), cell(row.round, "wide dim"));
   },
 });
 
 function showTable(rows, place, items, empty) {
   const table = rows.root;
-  if (table.parentNode !== place) place.replaceChildren(table, el("p", { class: "empty" }, empty));
+  if (table.parentNode !== place) place.replaceChildren(table, el("p", { class: "empty" }));
+  setText(place.lastChild, empty);
   table.hidden = !items.length;
   place.lastChild.hidden = Boolean(items.length);
   rows.show(items);

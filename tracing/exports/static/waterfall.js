@@ -84,7 +84,24 @@ export class Rows {
     if (this.active !== null) wanted.add(this.active); // never lose the focus
     for (const [key, node] of this.drawn)
       if (!wanted.has(key)) { node.remove(); this.drawn.delete(key); }
-    for (const key of wanted) this.place(key, refill);
+    const ordered = [...wanted].sort((one, other) => this.index.get(one) - this.index.get(other));
+    for (const key of ordered) this.place(key, refill);
+    this.order(ordered.map((key) => this.drawn.get(key)));
+  }
+
+  // In the document as on the screen, for readers of the one who do not see the other. A node that
+  // is moved loses the focus: so what stands before the focused one is moved behind it.
+  order(nodes) {
+    let next = this.body.firstChild;
+    for (const node of nodes) {
+      while (node !== next && node === document.activeElement) {
+        const later = next.nextSibling;
+        this.body.append(next);
+        next = later;
+      }
+      if (node === next) next = next.nextSibling;
+      else this.body.insertBefore(node, next);
+    }
   }
 
   place(key, refill) {
