@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -17,7 +18,7 @@ def assert_importable(trace: dict[str, Any]) -> list[dict[str, Any]]:
     """What Perfetto's importer asks of Trace Event Format, and drops or misplaces otherwise."""
     events: list[dict[str, Any]] = trace["traceEvents"]
     names: dict[str, set[tuple[int, int]]] = {"process_name": set(), "thread_name": set()}
-    slices: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+    slices: dict[tuple[int, int], list[tuple[float, float, str]]] = {}
     for event in events:
         assert isinstance(event["pid"], int), event
         assert isinstance(event["name"], str), event
@@ -35,31 +36,30 @@ def assert_importable(trace: dict[str, Any]) -> list[dict[str, Any]]:
             assert isinstance(event["dur"], float), event
             assert math.isfinite(event["dur"]), event
             assert event["dur"] >= 0, event
-            start_ns = round(event["ts"] * 1000)
-            thread = (event["pid"], event["tid"])
-            slices.setdefault(thread, []).append(
-                (start_ns, start_ns + round(event["dur"] * 1000), event["name"])
-            )
+            found = slices.setdefault((event["pid"], event["tid"]), [])
+            found.append((event["ts"], event["dur"], event["name"]))
         elif event["ph"] == "C":
             assert all(isinstance(value, float) for value in event["args"].values()), event
         else:
             assert event["ph"] in ("s", "f"), event
     assert set(slices) <= names["thread_name"]
     assert {pid for pid, _ in slices} == {pid for pid, _ in names["process_name"]}
-    for thread, found in slices.items():
-        assert_nested(found, thread)
+    for found in slices.values():
+        assert_nested([(ts, ts + dur, name) for ts, dur, name in found])
+        in_ns = [(int(ts * 1000), int(dur * 1000), name) for ts, dur, name in found]
+        assert_nested([(ts, ts + dur, name) for ts, dur, name in in_ns])
     assert_arrows(events)
     return events
 
 
-def assert_nested(found: list[tuple[int, int, str]], thread: tuple[int, int]) -> None:
-    """In the order of the file among equal starts, as the importer sorts them."""
-    ends: list[int] = []
-    for start_ns, end_ns, name in sorted(found, key=lambda each: each[0]):
-        while ends and ends[-1] <= start_ns:
+def assert_nested(found: Sequence[tuple[float, float, str]]) -> None:
+    """Start, end and name; in the order of the file among equal starts, as importers sort them."""
+    ends: list[float] = []
+    for start, end, name in sorted(found, key=lambda each: each[0]):
+        while ends and ends[-1] <= start:
             ends.pop()
-        assert not ends or end_ns <= ends[-1], f"{name} overlaps on thread {thread}: {found}"
-        ends.append(end_ns)
+        assert not ends or end <= ends[-1], f"{name} overlaps: {found}"
+        ends.append(end)
 
 
 def assert_arrows(events: list[dict[str, Any]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from itertools import pairwise
 
 import pytest
 from msgspec import structs
@@ -83,6 +85,23 @@ ROUNDS = {
 @pytest.mark.parametrize("name", ROUNDS)
 def test_perfetto_export_is_what_its_importer_takes(name: str) -> None:
     assert_importable(json.loads(perfetto(traced(ROUNDS[name]))))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_perfetto_export_nests_to_the_last_digit_when_times_are_odd(seed: int) -> None:
+    """Stages that touch, to the nanosecond, and buckets that fill them."""
+    rng = random.Random(seed)
+    cuts = sorted(rng.uniform(0.1, 900) for _ in range(12))
+    waterfall = traced([
+        ready(),
+        join("a", at_ms=0),
+        stage("a", "negotiate", 0, cuts[0]),
+        stage("a", "fetch", cuts[0], cuts[-2], rank=0, taken="p2p", moved_bytes=11,
+              buckets_ms=list(pairwise(cuts[:-1]))),
+        stage("a", "commit", cuts[-2], cuts[-1]),
+        complete("a", start_ms=0, end_ms=1000, taken="p2p"),
+    ])  # fmt: skip
+    assert_importable(json.loads(perfetto(waterfall)))
 
 
 def test_perfetto_export_shows_every_stage_bucket_and_step() -> None:
