@@ -6,9 +6,12 @@ import gzip
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
@@ -19,7 +22,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-__all__ = ("Collector", "free_port", "hanging_collector", "open_collector")
+__all__ = (
+    "Collector",
+    "free_port",
+    "hanging_collector",
+    "open_collector",
+    "open_grpc_collector",
+)
+
+GRPC_SERVICE = "opentelemetry.proto.collector.trace.v1.TraceService"
 
 
 class Collector:
@@ -82,6 +93,31 @@ def open_collector() -> Iterator[Collector]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def open_grpc_collector() -> Iterator[Collector]:
+    """A real gRPC server on loopback that keeps the spans that are exported to it."""
+    grpc = pytest.importorskip("grpc", reason="the gRPC exporter is not installed")
+
+    def export(request: ExportTraceServiceRequest, context: Any) -> ExportTraceServiceResponse:
+        collector.headers.append({key: str(value) for key, value in context.invocation_metadata()})
+        collector.take(request)
+        return ExportTraceServiceResponse()
+
+    method = grpc.unary_unary_rpc_method_handler(
+        export,
+        request_deserializer=ExportTraceServiceRequest.FromString,
+        response_serializer=ExportTraceServiceResponse.SerializeToString,
+    )
+    server = grpc.server(ThreadPoolExecutor(max_workers=1))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(GRPC_SERVICE, {"Export": method}),)
+    )
+    collector = Collector(f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    server.start()
+    yield collector
+    server.stop(grace=None).wait(30)
 
 
 @contextmanager

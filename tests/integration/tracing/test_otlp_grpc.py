@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
 
-from tests.integration.tracing.collector import Collector, free_port
+from tests.integration.tracing.collector import Collector, free_port, open_grpc_collector
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import open_telemetry
-
-SERVICE = "opentelemetry.proto.collector.trace.v1.TraceService"
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A real gRPC server on loopback that keeps what is exported to it."""
-    grpc = pytest.importorskip("grpc", reason="the gRPC exporter is not installed")
-
-    def export(request: ExportTraceServiceRequest, context: Any) -> ExportTraceServiceResponse:
-        kept.headers.append({key: str(value) for key, value in context.invocation_metadata()})
-        kept.take(request)
-        return ExportTraceServiceResponse()
-
-    method = grpc.unary_unary_rpc_method_handler(
-        export,
-        request_deserializer=ExportTraceServiceRequest.FromString,
-        response_serializer=ExportTraceServiceResponse.SerializeToString,
-    )
-    server = grpc.server(ThreadPoolExecutor(max_workers=1))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(SERVICE, {"Export": method}),)
-    )
-    kept = Collector(f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-    server.start()
-    yield kept
-    server.stop(grace=None).wait(30)
+    with open_grpc_collector() as collector:
+        yield collector
 
 
 def test_collector_has_the_span_when_it_is_exported_over_grpc(collector: Collector) -> None:
