@@ -2,7 +2,8 @@
 
 Owns what must be remembered of messages to tell figures from them: versions that were announced,
 joins and plans of this engine, rounds that are under way. A function of the messages alone, taken
-one at a time. Invariant: nothing here waits or raises, whatever keeps the figures does.
+one at a time. Invariants: nothing here waits or raises, whatever keeps the figures does; what is
+said of stages while an engine is paused costs it nothing but being remembered.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ _logger = logging.getLogger(__name__)
 REMEMBERED: Final = 16
 """Versions and rounds; a publisher has two versions alive at most."""
 
+STAGES_WAITING: Final = 10_000
+"""Stages that wait for the end of their update; more are counted at once."""
+
 NS_PER_S: Final = 10**9
 
 K = TypeVar("K")
 V = TypeVar("V")
-M = TypeVar("M", bound=Message)
 
 
 class _Flow:
@@ -76,6 +79,8 @@ class Metering:
         self._flows: dict[tuple[Stage, RouteName | None], _Flow] = {}
         self._flowing = ("", -1)
         """Round and version of `_flows`."""
+        self._stages: list[StageComplete] = []
+        """Said, and not yet counted: that is done once the engine serves again, or has failed."""
         self._newest = self._served = -1
         self._knows_state = False
         self._rounds: dict[str, int] = {}
@@ -95,13 +100,18 @@ class Metering:
         """The connection could not read something."""
         self._note(self._bus.dead_letter, letter)
 
+    def settle(self) -> None:
+        """Count what waits for the end of its update."""
+        self._note(self._take_stages)
+
     def leave(self) -> None:
         """The consumer ends: it knows of no round any more."""
-        self._keep_rounds(lambda _name, _version: False)
+        self.settle()
+        self._note(self._keep_rounds, lambda _name, _version: False)
 
-    def _note(self, take: Callable[[M], None], message: M) -> None:
+    def _note(self, take: Callable[..., None], *arguments: object) -> None:
         try:
-            take(message)
+            take(*arguments)
         except Exception as error:  # noqa: BLE001 - no update fails for want of a figure
             if not self._has_failed:
                 self._has_failed = True
@@ -110,14 +120,18 @@ class Metering:
     def _take_said(self, message: Message) -> None:
         match message:
             case StageComplete() as stage:
-                self._take_stage(stage)
+                self._stages.append(stage)
+                if len(self._stages) >= STAGES_WAITING:
+                    self._take_stages()
             case FirstToken() as token:
                 self._metrics.first_token(_seconds(token.start_ns, token.end_ns))
             case UpdateComplete() as done:
+                self._take_stages()
                 route = done.routes[-1] if done.routes else self._route(done.version)
                 took_s = _seconds(done.start_ns, done.end_ns)
                 self._metrics.completed(route, took_s, done.bytes, done.paused_s)
             case UpdateFailed() as failed:
+                self._take_stages()
                 self._take_failure(failed)
             case EngineState() as state:
                 self._served, self._knows_state = state.version, True
@@ -145,6 +159,11 @@ class Metering:
                 self._keep_rounds(lambda _, version: version > complete.version)
             case _:
                 """Nothing that is measured."""
+
+    def _take_stages(self) -> None:
+        stages, self._stages = self._stages, []
+        for stage in stages:
+            self._take_stage(stage)
 
     def _take_stage(self, stage: StageComplete) -> None:
         took_s, moved_bytes = _seconds(stage.start_ns, stage.end_ns), stage.bytes if stage.ok else 0

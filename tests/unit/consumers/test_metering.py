@@ -57,6 +57,7 @@ class Meter:
     def points(self, name: str) -> list[Point]:
         """Attributes, without their prefix and those of every point, and the value; of a histogram
         its count and sum."""
+        self.metering.settle()
         data = self._reader.get_metrics_data()
         assert data is not None
         found: list[Any] = []
@@ -275,6 +276,28 @@ def test_share_is_absent_when_the_link_was_not_measured(meter: Meter) -> None:
         ({"stage": "reload", "route": "local", "link": "memory"}, 100.0)
     ]
     assert meter.points("link.utilization") == []
+
+
+def test_stages_are_counted_once_when_their_update_has_ended(meter: Meter) -> None:
+    for end in (complete(), failed("TornRead")):
+        kept = RecordingMetrics()
+        meter.metering._metrics = kept  # type: ignore[assignment]
+        meter.say(stage("reload", 1, 2, rank=0, route="local", bytes=100))
+        assert kept.said == [], "the engine is paused, and waits for nothing"
+        meter.say(end)
+        assert kept.said[:2] == ["stage", "rate"]
+        meter.metering.settle()
+        assert kept.said.count("stage") == 1
+
+
+class RecordingMetrics:
+    """Which figures were kept."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: self.said.append(name)
 
 
 def test_rate_is_that_of_the_last_update(meter: Meter) -> None:
