@@ -79,6 +79,8 @@ class Work:
     """Somebody looks out for its first token."""
     closed_ns: int = 0
     """When work on it was over; 0: it is not."""
+    untold: list[tuple[SpanRef, StageScope, int, BucketTimings]] = field(default_factory=list)
+    """Buckets of stages, whose spans are made when the update is over: requests wait before."""
 
     def within(self, time_ns: int) -> int:
         """A time within this update, until now, whatever some clock said."""
@@ -292,16 +294,19 @@ class Journal:
             for timing in applied.stages:
                 start_ns = work.within(timing.start_ns + offset_ns)
                 end_ns = max(start_ns, work.within(timing.end_ns + offset_ns))
-                self.record(
+                buckets = _moved(timing.buckets, offset_ns, start_ns, end_ns)
+                stage = self.record(
                     work,
                     timing.stage,
                     start_ns,
                     end_ns,
                     bytes=timing.bytes,
-                    buckets=_moved(timing.buckets, offset_ns, start_ns, end_ns),
+                    buckets=buckets,
                     rank=applied.rank,
                     route=outcome.route,
                 )
+                if buckets:
+                    work.untold.append((stage, work.scope, applied.rank, buckets))
 
     def sign(self, message: Message) -> tuple[Message, Mapping[str, str]]:
         """A message as it is to be said, and headers that put it into the trace of its version."""
@@ -358,6 +363,8 @@ class Journal:
         )
 
     def _end(self, work: Work) -> None:
+        for stage, scope, rank, buckets in work.untold:
+            self._telemetry.record_buckets(stage, scope, rank, buckets)
         work.span.end(max(work.closed_ns, work.last_ns))
 
 

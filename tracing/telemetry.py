@@ -313,20 +313,22 @@ class Telemetry:
     ) -> SpanRef:
         """A stage that has ended already, timed inside a worker: its span, and its twin to `emit`.
 
-        `buckets`, within it, are spans too if spans are exported. `error`, if it failed, begins
-        with the name of the error class: `TornRead: segment ...`. An end before the start (a wall
-        clock that was set back) counts as the start.
+        `buckets`, within it, are told by the twin; their spans are `record_buckets`'s. `error`, if
+        it failed, begins with the name of the error class: `TornRead: segment ...`. An end before
+        the start (a wall clock that was set back) counts as the start.
         """
         span = self._begin_stage(scope, stage, rank, route, parent, start_ns)
         span.bytes = bytes
-        if buckets and self.exports:
-            self._record_buckets(span.ref, scope, rank, buckets)
         emit(span._complete(max(start_ns, end_ns), _shortened(error), buckets))
         return span.ref
 
-    def _record_buckets(
+    def record_buckets(
         self, stage: SpanRef, scope: StageScope, rank: int | None, buckets: BucketTimings
     ) -> None:
+        """The spans of a stage's buckets, if spans are exported. Each takes some 25 us, and there
+        may be thousands: to be called when nothing waits."""
+        if not self.exports:
+            return
         attributes = scope.attributes()
         if rank is not None:
             attributes[names.RANK] = rank
