@@ -1,4 +1,4 @@
-"""The tables of the guides, from the catalogue, the schemas and the limits.
+"""The tables of the guides, from the catalogue, the schemas, the limits and the spans.
 
 Reads and writes only the guides in `docs/`, and in them only what stands between two marks:
 `<!-- generated: NAME -->` and `<!-- end -->`.
@@ -34,11 +34,16 @@ from weightbus.schemas.asyncapi import HEADERS
 from weightbus.schemas.jsonschema import json_schema
 from weightbus.schemas.limits import MAX_ELEMENTS
 from weightbus.schemas.placement import MAX_SEGMENT_WAYS
+from weightbus.tracing.attributes import ATTRIBUTES, SPANS
 
 __all__ = ("GUIDES", "HEARD", "SAID", "TABLES", "regenerated")
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
-GUIDES: Final = (DOCS / "messages.md", DOCS / "publish-from-any-language.md")
+GUIDES: Final = (
+    DOCS / "messages.md",
+    DOCS / "publish-from-any-language.md",
+    DOCS / "telemetry.md",
+)
 
 SAID: Final[tuple[type[Message], ...]] = (CheckpointReady, CheckpointRetired, CheckpointSkipped)
 """What a trainer of any language says; only the first is needed."""
@@ -253,6 +258,27 @@ def _limits() -> str:
     return _table(("what", "limit"), rows)
 
 
+def _spans() -> str:
+    rows = (
+        (f"`{span.name}`", span.parent or "the trainer's own root", span.kind, span.meaning)
+        for span in SPANS
+    )
+    return _table(("span", "child of", "kind", "what it covers"), rows)
+
+
+def _attributes() -> str:
+    rows = ((f"`{item.name}`", item.type, _on(item.spans), item.meaning) for item in ATTRIBUTES)
+    return _table(("attribute", "type", "on", "meaning"), rows)
+
+
+def _on(words: tuple[str, ...]) -> str:
+    every = tuple(span.word for span in SPANS)
+    if words == every:
+        return "all spans"
+    left_out = [word for word in every if word not in words]
+    return ", ".join(words) if len(left_out) > 1 else f"all but {left_out[0]}"
+
+
 TABLES: Final = {
     "subjects": _subjects,
     "keys": _keys,
@@ -261,5 +287,7 @@ TABLES: Final = {
     "headers": _headers,
     "fields": _fields,
     "limits": _limits,
+    "spans": _spans,
+    "attributes": _attributes,
 }
 """Name in a guide's mark -> what stands there."""
