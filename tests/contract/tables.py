@@ -35,6 +35,7 @@ from weightbus.schemas.jsonschema import json_schema
 from weightbus.schemas.limits import MAX_ELEMENTS
 from weightbus.schemas.placement import MAX_SEGMENT_WAYS
 from weightbus.tracing.attributes import ATTRIBUTES, SPANS
+from weightbus.tracing.metric_names import METRICS, prometheus_name
 
 __all__ = ("GUIDES", "HEARD", "SAID", "TABLES", "regenerated")
 
@@ -58,6 +59,12 @@ HEARD: Final[tuple[type[Message], ...]] = (
 PREFIX: Final = "weightbus"
 SCHEMAS: Final[dict[str, Any]] = json_schema()["$defs"]
 NS_PER_S: Final = 10**9
+INSTRUMENTS: Final = {
+    "histogram": "histogram",
+    "counter": "counter",
+    "updown": "up-down counter",
+    "gauge": "gauge",
+}
 OURS: Final = ("type", "schema_version")
 """Fields of every message: told once."""
 
@@ -279,6 +286,21 @@ def _on(words: tuple[str, ...]) -> str:
     return ", ".join(words) if len(left_out) > 1 else f"all but {left_out[0]}"
 
 
+def _metrics() -> str:
+    rows = (
+        (
+            f"`{spec.name}`",
+            INSTRUMENTS[spec.kind],
+            f"`{spec.unit}`",
+            ", ".join(f"`{name.removeprefix('weightbus.')}`" for name in spec.attributes),
+            f"`{prometheus_name(spec)}`",
+            spec.told,
+        )
+        for spec in METRICS
+    )
+    return _table(("metric", "kind", "unit", "attributes", "for Prometheus", "what"), rows)
+
+
 TABLES: Final = {
     "subjects": _subjects,
     "keys": _keys,
@@ -289,5 +311,6 @@ TABLES: Final = {
     "limits": _limits,
     "spans": _spans,
     "attributes": _attributes,
+    "metrics": _metrics,
 }
 """Name in a guide's mark -> what stands there."""
