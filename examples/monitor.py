@@ -1,4 +1,4 @@
-"""A monitor in 20 lines: prints every update of every engine, and why one failed."""
+"""A monitor in 30 lines: prints every update, its first token, and why one failed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 import anyio
 
 from weightbus.bus.connection import open_bus
-from weightbus.bus.received import Received
+from weightbus.bus.monitor import EngineGone, Missed, Received, open_monitor
 from weightbus.bus.settings import BusSettings
-from weightbus.schemas import UpdateComplete, UpdateFailed
+from weightbus.schemas import EngineState, FirstToken, UpdateComplete, UpdateFailed
 
 
 async def main() -> None:
@@ -19,17 +19,24 @@ async def main() -> None:
         sys.exit("set WEIGHTBUS_NATS_URL to what `weightbus serve` printed")
     async with (
         open_bus(settings) as bus,
-        bus.subscribe(UpdateComplete, UpdateFailed) as messages,
+        open_monitor(bus, UpdateComplete, FirstToken, UpdateFailed) as monitor,
     ):
-        async for received in messages:
-            match received:
+        async for event in monitor:
+            match event:
                 case Received(UpdateComplete() as update):
                     seconds = (update.end_ns - update.start_ns) / 1e9
                     print(f"{update.engine} serves {update.version} after {seconds:.3f} s")
+                case Received(FirstToken() as token):
+                    seconds = (token.end_ns - token.start_ns) / 1e9
+                    print(f"{token.engine} made a token with {token.version} {seconds:.3f} s later")
                 case Received(UpdateFailed() as update):
                     print(f"{update.engine} failed at {update.version}: {update.reason}")
-                case _:
-                    print("the connection was lost and is back")
+                case EngineState():
+                    print(f"{event.engine} is {event.status}, version {event.version}")
+                case EngineGone():
+                    print(f"{event.engine} is gone")
+                case Missed():
+                    print(f"some of {event.stream} was dropped before we read it")
 
 
 if __name__ == "__main__":

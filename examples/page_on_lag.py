@@ -1,0 +1,163 @@
+"""Pages when an engine is more than N versions behind, or quarantined; and again when it is back.
+
+    WEIGHTBUS_NATS_URL=nats://HOST:PORT python examples/page_on_lag.py --versions 2 \\
+        [--model MODEL] [--command 'notify-send Weightbus'] [--webhook https://HOST/HOOK]
+
+Every page is printed. The command gets the text as its last argument, the webhook as JSON
+`{"text": ...}`. One page for each incident: it ends when the engine serves again and has made good
+half of the lag that is allowed, or is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable
+
+import anyio
+import anyio.to_thread
+
+from weightbus.bus.connection import Bus, open_bus
+from weightbus.bus.monitor import CaughtUp, EngineGone, Missed, Received, Reconnected, open_monitor
+from weightbus.bus.settings import BusSettings
+from weightbus.schemas import CheckpointReady, EngineState, UpdateComplete, UpdateFailed
+from weightbus.tracing.fleet import EngineView, FleetView
+from weightbus.tracing.watcher import Fleet
+
+ATTEMPTS = 3
+ATTEMPT_S = 10.0
+"""How long a command or a webhook may take."""
+
+
+class Incidents:
+    """Which engines are in trouble; says so once, and once that it is over. Does no I/O."""
+
+    def __init__(self, versions: int) -> None:
+        self._versions = versions
+        self._open: dict[tuple[str, str], str] = {}
+
+    def look(self, fleet: FleetView) -> list[str]:
+        """What is to be told now."""
+        told = []
+        for engine in fleet.engines:
+            key, name = (engine.model, engine.engine), f"{engine.model}/{engine.engine}"
+            kind = self._trouble(engine, self._open.get(key))
+            if kind and kind != self._open.get(key):
+                self._open[key] = kind
+                told.append(f"PAGE {name} is {self._details(kind, engine, fleet)}")
+            elif not kind and self._open.pop(key, None):
+                now = "gone" if engine.status == "gone" else f"back, on version {engine.version}"
+                told.append(f"OK {name} is {now}")
+        return told
+
+    def _trouble(self, engine: EngineView, open_kind: str | None) -> str:
+        """Empty: none."""
+        if engine.status == "gone":
+            return ""
+        if engine.status == "quarantined":
+            return "quarantined"
+        allowed = self._versions // 2 if open_kind else self._versions
+        return "behind" if (engine.lag or 0) > allowed else ""
+
+    def _details(self, kind: str, engine: EngineView, fleet: FleetView) -> str:
+        if kind == "behind":
+            newest = fleet.newest[engine.model]
+            return f"{engine.lag} versions behind: it serves {engine.version}, newest is {newest}"
+        for failure in fleet.failures:
+            if (failure.model, failure.engine) == (engine.model, engine.engine):
+                return f"quarantined: version {failure.version}: {failure.cause}: {failure.reason}"
+        return "quarantined"
+
+
+class Pager:
+    """Tells people."""
+
+    def __init__(self, command: str | None, webhook: str | None) -> None:
+        self._command, self._webhook = command, webhook
+
+    async def page(self, text: str) -> None:
+        """Returns once it was told, or could not be: then that is on stderr."""
+        print(text, flush=True)
+        if self._command:
+            await self._try(text, self._run)
+        if self._webhook:
+            await self._try(text, self._post)
+
+    async def _try(self, text: str, tell: Callable[[str], Awaitable[None]]) -> None:
+        reason = ""
+        for _ in range(ATTEMPTS):
+            try:
+                with anyio.fail_after(ATTEMPT_S):
+                    await tell(text)
+            except (OSError, ValueError) as error:  # TimeoutError is an OSError
+                reason = str(error) or type(error).__name__
+            else:
+                return
+        print(f"not told: {text}: {reason}", file=sys.stderr, flush=True)
+
+    async def _run(self, text: str) -> None:
+        assert self._command
+        words = shlex.split(self._command)
+        done = await anyio.run_process([*words, text], check=False, stdout=None, stderr=None)
+        if done.returncode != 0:
+            raise OSError(f"{self._command} ended with {done.returncode}")
+
+    async def _post(self, text: str) -> None:
+        assert self._webhook
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps({"text": text}).encode()
+        request = urllib.request.Request(self._webhook, body, headers)
+
+        def send() -> None:
+            urllib.request.urlopen(request, timeout=ATTEMPT_S).close()
+
+        await anyio.to_thread.run_sync(send, abandon_on_cancel=True)
+
+
+async def watch(bus: Bus, model: str | None, incidents: Incidents, pager: Pager) -> None:
+    """Until cancelled. While somebody is told, the bus does not wait: we read on afterwards."""
+    fleet = Fleet()
+    kinds = (CheckpointReady, UpdateComplete, UpdateFailed)
+    async with open_monitor(bus, *kinds, model=model) as monitor:
+        async for announced in bus.replay(CheckpointReady, model=model):
+            fleet.feed(announced.message, announced.received_ns)
+        is_whole = False
+        async for event in monitor:
+            match event:
+                case Received():
+                    fleet.feed(event.message, event.received_ns)
+                case EngineState():
+                    fleet.feed(event, bus.clock.now_ns())
+                case EngineGone():
+                    fleet.feed_gone(event.model, event.engine)
+                case CaughtUp():
+                    is_whole = True
+                case Missed() | Reconnected():
+                    continue
+            if is_whole:
+                for text in incidents.look(fleet.view(bus.clock.now_ns())):
+                    await pager.page(text)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--versions", type=int, required=True, help="how far behind is no trouble")
+    parser.add_argument("--model", help="only this one")
+    parser.add_argument("--command", help="run with the text as its last argument")
+    parser.add_argument("--webhook", help="URL that the text is posted to as JSON")
+    given = parser.parse_args()
+    settings = BusSettings.from_env(os.environ)
+    if settings.url is None:
+        sys.exit("set WEIGHTBUS_NATS_URL to what `weightbus serve` printed")
+    pager = Pager(given.command, given.webhook)
+    async with open_bus(settings) as bus:
+        print(f"watching {bus.url}", flush=True)
+        await watch(bus, given.model, Incidents(given.versions), pager)
+
+
+if __name__ == "__main__":
+    anyio.run(main)
