@@ -59,15 +59,17 @@ def perfetto(waterfall: Waterfall) -> str:
 
 
 def _events(waterfall: Waterfall) -> Iterator[Event]:
-    spans = span_tree(waterfall)
+    of_engine: dict[str, list[TreeSpan]] = {}
+    for span in span_tree(waterfall):
+        of_engine.setdefault(span.engine, []).append(span)
     yield from _path(waterfall.critical_path, waterfall.critical_told)
-    published = [span for span in spans if not span.engine]
+    published = of_engine.get("", [])
     if published:
         producer = waterfall.producer or "trainer"
         yield from _process(TRAINER_PID, f"trainer {producer}", published, waterfall.origin_ns)
     for pid, engine in enumerate(waterfall.engines, start=FIRST_ENGINE_PID):
         name = f"engine {engine.engine} ({engine.outcome})"
-        own = [span for span in spans if span.engine == engine.engine]
+        own = of_engine[engine.engine]
         yield from _process(pid, name, own, waterfall.origin_ns)
         yield from _rates(pid, own, waterfall.origin_ns)
         updates = [span for span in own if span.kind == "CONSUMER"]
