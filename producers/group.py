@@ -13,7 +13,7 @@ deadline.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -24,6 +24,7 @@ from weightbus.producers.announcing import Announcer
 from weightbus.producers.errors import SealFailed, VersionSkipped
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady
 from weightbus.schemas.errors import WeightBusError
+from weightbus.tracing.context import SpanRef
 
 __all__ = ("RankGroup",)
 
@@ -53,6 +54,10 @@ class RankGroup:
         """By the server's clock; no part of this run is older."""
         self._elsewhere: dict[int, int] = {}
         """The newest other version that was heard of a rank while this one waits for its part."""
+        self.headers: Mapping[str, str] = {}
+        """Of every part that this rank says: they name the span that it is published in."""
+        self.spans: dict[int, SpanRef] = {}
+        """Rank -> the span in which its part, that was gathered, is published."""
 
     def draft(self, ready: CheckpointReady, step: str = "") -> CheckpointPart:
         """What this rank says of its part of a version, before it has one."""
@@ -81,7 +86,7 @@ class RankGroup:
             VersionSkipped: a rank has skipped it.
         """
         parts = {mine.rank: mine}
-        self._elsewhere = {}
+        self._elsewhere, self.spans = {}, {}
         with anyio.move_on_after(self._timeout_s):
             async with self._bus.subscribe(CheckpointPart, model=mine.model) as messages:
                 missed = True
@@ -89,7 +94,7 @@ class RankGroup:
                     if missed:
                         await self._look_back(mine)
                         missed = False
-                    await self._bus.publish(mine)
+                    await self._bus.publish(mine, self.headers)
                     with anyio.move_on_after(CALL_INTERVAL_S):
                         while len(parts) < self._world_size:
                             heard = await anext(messages)
@@ -98,6 +103,8 @@ class RankGroup:
                                 break
                             if self._is_of(heard.message, mine):
                                 parts[heard.message.rank] = heard.message
+                                if (span := SpanRef.from_headers(heard.headers)) is not None:
+                                    self.spans[heard.message.rank] = span
         if len(parts) < self._world_size:
             missing, named = self._not_heard(parts)
             reason = f"after {self._timeout_s:g} s there is no part of {named}"
@@ -118,7 +125,7 @@ class RankGroup:
             async with self._bus.subscribe(
                 CheckpointPart, CheckpointReady, model=mine.model, producer=mine.producer, rank=0
             ) as messages:
-                await self._bus.publish(mine)
+                await self._bus.publish(mine, self.headers)
                 await self._look_back(mine)
                 async for heard in messages:
                     if isinstance(heard, Reconnected):
@@ -126,7 +133,7 @@ class RankGroup:
                         if ready is not None:
                             return ready
                         await self._look_back(mine)
-                        await self._bus.publish(mine)
+                        await self._bus.publish(mine, self.headers)
                     elif isinstance(heard.message, CheckpointReady):
                         if _is_sealed(heard.message, mine):
                             return heard.message
@@ -134,9 +141,9 @@ class RankGroup:
                         heard.message, mine
                     ):
                         called = True
-                        await self._bus.publish(mine)
+                        await self._bus.publish(mine, self.headers)
                     elif self._elsewhere:  # rank 0 hears why it waits in vain
-                        await self._bus.publish(mine)
+                        await self._bus.publish(mine, self.headers)
         reason = f"after {timeout_s:g} s rank 0 has not done so"
         unheard = "" if called else self._told_of([0]) or "; nothing was heard of it"
         raise SealFailed(mine.version, reason + unheard, () if called else (0,))
@@ -152,7 +159,7 @@ class RankGroup:
         reason = reason[:REASON_CHARACTERS]
         with anyio.move_on_after(GIVE_UP_TIMEOUT_S, shield=True):
             try:
-                await self._bus.publish(structs.replace(mine, error=reason))
+                await self._bus.publish(structs.replace(mine, error=reason), self.headers)
             except WeightBusError:
                 return
 

@@ -47,7 +47,7 @@ from weightbus.producers.writers import Writer, Writers
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.progress import EngineState
-from weightbus.tracing.attributes import BYTES
+from weightbus.tracing.attributes import BYTES, RANK
 from weightbus.tracing.telemetry import Span, Telemetry
 
 __all__ = ("Publisher", "PublisherOptions", "WhenBusy", "open_publisher")
@@ -349,6 +349,8 @@ class Publisher:
         if version <= self._tried:
             raise VersionNotNew(self._model, version, self._tried, self._producer)
         self._tried = version
+        self._group.headers = span.ref.headers()
+        span.set(RANK, self._rank)
         try:
             draft, write = await self._begin(part, version, metadata, handover)
             layout_digest = await self._part_layout.put(part.layout)
@@ -360,7 +362,9 @@ class Publisher:
                 ready = await self._group.follow(said)
                 self._announcer.remember(ready)
                 return ready
-            pieces = await self._sealer.fetch(mine, await self._group.gather(said))
+            parts = await self._group.gather(said)
+            span.link(*self._group.spans.values())
+            pieces = await self._sealer.fetch(mine, parts)
             self._check_open()
             return await self._sealer.seal(pieces, draft, span.ref.headers())
         except BaseException as error:

@@ -203,7 +203,10 @@ ATTRIBUTES: Final = (
         "to the attempt before.",
     ),
     Attribute(STAGE, "string", _STAGES, "The stage; the same as the span's name."),
-    Attribute(RANK, "int", (*_STREAMED, "bucket"), "The engine's rank."),
+    Attribute(
+        RANK, "int", ("publish", *_STREAMED, "bucket"),
+        "The engine's rank; of a publish span the trainer's, if there are several.",
+    ),
     Attribute(
         ROUTE, "string", _STREAMED, "How the bytes reach the rank: `local`, `broadcast` or `p2p`."
     ),

@@ -97,6 +97,11 @@ class Span:
         """Set one attribute."""
         self._span.set_attribute(key, value)
 
+    def link(self, *others: SpanRef) -> None:
+        """It has to do with spans of other processes, which are not its parent."""
+        for other in others:
+            self._span.add_link(other.as_context(remote=True))
+
     def fail(self, error: str) -> None:
         """Mark it as failed: `TornRead: segment ...`, the name of the error class first."""
         self._span.set_attribute(names.ERROR_TYPE, error.partition(":")[0])

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.integration.producers.reader import digest_of_model, next_message, read_checkpoint
 from tests.nats_server import NatsServer
@@ -21,6 +22,8 @@ from weightbus.producers.shards import Delta, Part, Shard, Tensors, plan_part
 from weightbus.schemas.checkpoint import CheckpointPart, CheckpointReady, CheckpointSkipped
 from weightbus.schemas.errors import WeightBusError
 from weightbus.schemas.leases import ReaderLease
+from weightbus.tracing.context import SpanRef
+from weightbus.tracing.telemetry import Telemetry, open_telemetry
 
 pytestmark = pytest.mark.anyio
 
@@ -29,14 +32,25 @@ Outcome = CheckpointReady | WeightBusError
 
 @asynccontextmanager
 async def open_ranks(
-    server: NatsServer, model: str, count: int, options: PublisherOptions | None = None
+    server: NatsServer,
+    model: str,
+    count: int,
+    options: PublisherOptions | None = None,
+    telemetry: Telemetry | None = None,
 ) -> AsyncIterator[list[Publisher]]:
     """Every rank with a connection of its own, as in processes of their own."""
     async with AsyncExitStack() as stack:
         buses = [await stack.enter_async_context(open_bus(server.settings)) for _ in range(count)]
         yield [
             await stack.enter_async_context(
-                open_publisher(bus, model, rank=rank, world_size=count, options=options)
+                open_publisher(
+                    bus,
+                    model,
+                    rank=rank,
+                    world_size=count,
+                    options=options,
+                    telemetry=telemetry,
+                )
             )
             for rank, bus in enumerate(buses)
         ]
@@ -101,6 +115,32 @@ async def test_ranks_make_one_checkpoint_when_all_publish(
         assert part.message.shard_digests is not None
         with pytest.raises(ObjectMissing):
             await bus.objects.get(part.message.shard_digests)
+
+
+async def test_span_of_rank_0_is_linked_to_those_of_the_others(
+    nats_server: NatsServer, bus: Bus, model: str
+) -> None:
+    exporter = InMemorySpanExporter()
+    with open_telemetry("trainer", exporter=exporter, shutdown_s=30) as telemetry:
+        async with open_ranks(nats_server, model, 3, telemetry=telemetry) as ranks:
+            for version in (1, 2):
+                await publish_all(ranks, [held_by(rank, 3, version) for rank in range(3)], version)
+        last = await bus.last(CheckpointReady, model=model)
+    assert last is not None
+    spans = {
+        (said["weightbus.version"], said["weightbus.rank"]): span
+        for span in exporter.get_finished_spans()
+        if (said := dict(span.attributes or {}))
+    }
+    for version in (1, 2):
+        root, *others = [spans[version, rank].context for rank in range(3)]
+        linked = {link.context.span_id for link in spans[version, 0].links}
+        assert linked == {other.span_id for other in others if other is not None}
+        assert spans[version, 1].links == ()
+    said_in = SpanRef.from_headers(last.headers)
+    assert root is not None
+    assert said_in is not None
+    assert said_in == SpanRef.of(root), "its event names the span of rank 0"
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])

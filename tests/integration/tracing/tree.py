@@ -15,16 +15,16 @@ from weightbus.tracing.attributes import ATTRIBUTES, SPANS, AttributeValue
 
 __all__ = ("Node", "Tree", "tree_of")
 
-WORDS: Final = {info.name: info.word for info in SPANS}
-PARENTS: Final = {info.word: info.parent for info in SPANS}
-KINDS: Final = {info.word: f"SPAN_KIND_{info.kind}" for info in SPANS}
+WORDS: Final[dict[str, str]] = {info.name: info.word for info in SPANS}
+PARENTS: Final[dict[str, str]] = {info.word: info.parent for info in SPANS}
+KINDS: Final[dict[str, str]] = {info.word: f"SPAN_KIND_{info.kind}" for info in SPANS}
 TYPES: Final = {
     "string": "string_value",
     "int": "int_value",
     "double": "double_value",
     "boolean": "bool_value",
 }
-ALLOWED: Final = {
+ALLOWED: Final[dict[str, dict[str, str]]] = {
     info.word: {item.name: TYPES[item.type] for item in ATTRIBUTES if info.word in item.spans}
     for info in SPANS
 }
