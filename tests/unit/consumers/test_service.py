@@ -13,6 +13,7 @@ import pytest
 from msgspec import structs
 
 from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
+from weightbus.bus.clock import BusClock
 from weightbus.bus.received import Reconnected
 from weightbus.consumers.engines.engine import TokenSeen
 from weightbus.consumers.errors import (
@@ -27,6 +28,7 @@ from weightbus.schemas.progress import (
     EngineState,
     EngineStatus,
     FirstToken,
+    StageComplete,
     UpdateComplete,
     UpdateFailed,
 )
@@ -425,3 +427,40 @@ async def test_consumer_gives_up_after_its_time_when_its_engine_hangs_while_it_s
         world.bus.hear(ready_of(2))
         await resuming.wait()
     assert world.bus.said(UpdateComplete) == []
+
+
+# ---------------------------------------------------------------- what time it is
+
+
+async def test_times_do_not_step_within_an_update_when_the_clock_is_measured_anew() -> None:
+    world, ahead_ns = World(), 3600 * 10**9
+    served = [ahead_ns]
+
+    async def probe() -> int:
+        return time.time_ns() + served[0]
+
+    clock = world.bus.clock = BusClock(probe)
+    await clock.measure()
+
+    async def measure_anew() -> None:
+        served[0] = 2 * ahead_ns
+        assert await clock.measure()
+
+    world.route.before_end = measure_anew
+    async with world.following() as consumer:
+        assert abs(consumer.now_ns() - time.time_ns() - ahead_ns) < ahead_ns / 10
+        world.bus.hear(ready_of(2))
+        await world.until_complete(2)
+        (done,) = world.bus.said(UpdateComplete)
+        await world.until("it has been told", lambda: len(world.bus.said(StageComplete)) == 2)
+        told = [done, *world.bus.said(StageComplete)]
+        for each in told:
+            assert each.start_ns <= each.end_ns
+            assert abs(each.start_ns - time.time_ns() - ahead_ns) < ahead_ns / 10
+            assert abs(each.end_ns - time.time_ns() - ahead_ns) < ahead_ns / 10
+        assert done.clock_residual_ns is not None
+
+        def has_the_new_time() -> bool:
+            return abs(consumer.now_ns() - time.time_ns() - 2 * ahead_ns) < ahead_ns / 10
+
+        await world.until("it goes by the new time", has_the_new_time)

@@ -22,6 +22,7 @@ from tests.unit.consumers.fakes import (
     ready_of,
     sums,
 )
+from weightbus.bus.clock import BusClock
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.errors import (
     ConsumerError,
@@ -129,6 +130,24 @@ async def test_prepare_is_refused_when_the_placement_is_past_its_time() -> None:
         await World().updater.prepare(ready_of(2, valid_until_ns=1), LONG_S)
     still = time.time_ns() + 10**12
     await World().updater.prepare(ready_of(2, valid_until_ns=still), LONG_S)
+
+
+async def test_end_of_a_placement_is_taken_at_its_word_when_both_clocks_are_the_bus_s() -> None:
+    ahead_ns = 3600 * 10**9
+
+    async def probe() -> int:
+        return time.time_ns() + ahead_ns
+
+    world = World()
+    world.bus.clock = BusClock(probe)
+    await world.bus.clock.measure()
+    now_ns = world.bus.clock.now_ns()
+    past = ready_of(2, valid_until_ns=now_ns - 10**9, clock_residual_ns=10**6)
+    with pytest.raises(VersionRetired, match="is past"):
+        await world.updater.prepare(past, LONG_S)
+    await world.updater.prepare(structs.replace(past, clock_residual_ns=None), LONG_S)
+    later = ready_of(2, valid_until_ns=now_ns + 600 * 10**9, clock_residual_ns=10**6)
+    await world.updater.prepare(later, LONG_S)
 
 
 async def test_prepare_asks_the_engine_once_per_layout_and_worker() -> None:
