@@ -69,7 +69,7 @@ class KnownRound(Struct, frozen=True):
 
     version: int
     messages: tuple[Heard, ...]
-    """In the order in which they came, `CheckpointReady` first, without its placement."""
+    """In the order in which they came, `CheckpointReady` first, with one segment's placement."""
     is_whole: bool
     """No message of the round itself is missing."""
     told: int
@@ -220,7 +220,9 @@ class RoundLog:
         )
 
     def _announce(self, ready: CheckpointReady, stored_ns: int, headers: Mapping[str, str]) -> None:
-        slim = structs.replace(ready, placement=(), files=(), metadata={})
+        slim = structs.replace(
+            ready, placement=ready.placement[:1], files=ready.files[:1], metadata={}
+        )
         key = (ready.model, ready.version, ready.created_ns)
         self._announced[key] = Heard(slim, dict(headers), stored_ns)
         while len(self._announced) > ANNOUNCED_KEPT:

@@ -1,7 +1,7 @@
 """Server-sent events: one whole snapshot, then what changes.
 
 Nothing is queued for a browser. What it is told next is made when it has taken what it was told
-before; one that takes nothing for `SEND_S` is let go, and asks again when it wakes up.
+before; one that takes nothing for long is let go, and asks again when it wakes up.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ HEADERS: Final = [
 class EventStreams:
     """An ASGI application: one endless answer for each page."""
 
-    def __init__(self, board: Board, now_ns: Callable[[], int]) -> None:
-        """`now_ns`: the time of the bus, by which all that the board tells is timed."""
-        self._board, self._now_ns = board, now_ns
+    def __init__(self, board: Board, now_ns: Callable[[], int], *, send_s: float = SEND_S) -> None:
+        """`now_ns`: the time of the bus, by which all that the board tells is timed. `send_s`: how
+        long a browser may take for what it is told at one time."""
+        self._board, self._now_ns, self._send_s = board, now_ns, send_s
         self._open: set[anyio.CancelScope] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +76,7 @@ class EventStreams:
             if revision > told:
                 text += b"data: " + board.changes(told, self._now_ns()) + b"\n\n"
                 told = revision
-            with anyio.move_on_after(SEND_S) as patience:
+            with anyio.move_on_after(self._send_s) as patience:
                 await send({"type": "http.response.body", "body": text, "more_body": True})
             if patience.cancelled_caught:
                 stream.cancel()

@@ -6,6 +6,7 @@ const ROW_PX = 30;
 const ROWS_AHEAD = 8; // drawn above and below what is in view
 const EXPANDED_ROWS_MAX = 300; // more than these begin folded
 const BUCKETS_DRAWN = 64;
+const TRACK_PX = 640; // about as wide as the bars have room: what a step's name must fit in
 const BEYOND = 2.5; // first tokens so many times later than the update are first left out
 const STAGES = ["negotiate", "fetch", "h2d", "broadcast", "reload", "commit"];
 const NAMES = { h2d: "host to device", first_token: "first token" };
@@ -342,15 +343,17 @@ export class WaterfallView {
   }
 
   pathCells() {
+    const whose = this.waterfall.critical_path.at(-1).engine;
     const steps = this.waterfall.critical_path.map((step) => {
-      const share = step.duration_s / this.end, text = stepName(step);
-      const node = el("span", { class: `step c-${step.what} is-${step.what}${share * 560 < 10 + text.length * 6 ? " is-thin" : ""}`,
+      const text = step.engine && step.engine !== whose ? `${step.engine} ${name(step.what)}` : name(step.what);
+      const isThin = (step.duration_s / this.end) * TRACK_PX < 12 + text.length * 6;
+      const node = el("span", { class: `step c-${step.what} is-${step.what}${isThin ? " is-thin" : ""}`,
         title: `${stepName(step)}: ${formatSeconds(step.duration_s)}` }, text);
       return this.put(node, step.start_s, step.duration_s);
     });
     const total = this.waterfall.critical_path.reduce((sum, step) => sum + step.duration_s, 0);
     return [
-      el("span", { class: "label", role: "rowheader" }, el("span", { class: "crit" }, "\u25c6 "), el("b", {}, "critical path")),
+      el("span", { class: "label", role: "rowheader" }, el("span", { class: "crit" }, "\u25c6 "), el("b", {}, "critical path"), whose ? ` of ${whose}` : ""),
       this.track(...steps), ...numbers(formatSeconds(total), "", "", "")];
   }
 
@@ -463,7 +466,7 @@ function facts(waterfall) {
   const since = { checkpoint_ready: "CheckpointReady", stored: "its storing" }[waterfall.origin] ?? "the first message";
   found.push(waterfall.wall_s === null
     ? fact("update", "\u2013", "no engine serves it yet")
-    : fact("update", formatSeconds(waterfall.wall_s), `from ${since} to the last engine`));
+    : fact("update", formatSeconds(waterfall.wall_s), `${since} \u2192 last engine`));
   const tokens = waterfall.engines.map((engine) => engine.first_token_s).filter((at) => at !== null);
   if (tokens.length) found.push(fact("first tokens", formatSeconds(Math.max(...tokens)),
     tokens.length === 1 ? "of one engine" : `the last of ${tokens.length} engines`));

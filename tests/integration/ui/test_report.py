@@ -1,0 +1,66 @@
+"""The HTML report in a real browser, from disk, with no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+from playwright.async_api import Browser
+
+from tests.integration.ui.pages import visit
+from tests.unit.tracing.rounds import MODEL, whole_round
+from weightbus.tracing.exports.html import html_report
+from weightbus.tracing.history import Heard, build_waterfall
+from weightbus.tracing.waterfall import Waterfall
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
+
+HOSTILE = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
+
+
+def waterfall() -> Waterfall:
+    made = build_waterfall(MODEL, "v7", [Heard(message) for message in whole_round()])
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_report_opens_from_disk_and_asks_nobody_for_anything(
+    browser: Browser, tmp_path: Path, scheme: str
+) -> None:
+    file = tmp_path / "round.html"
+    file.write_text(html_report(waterfall()), "utf-8")
+    async with visit(browser, file.as_uri(), offline=True, color_scheme=scheme) as shown:
+        await shown.sees("h2", "minilm version 7")
+        await shown.sees(".wf-told", waterfall().critical_told)
+        await shown.sees(".wf-problems", "TornRead: segment s has generation 9")
+        rows = await shown.page.locator(".wf-chart .row").all_inner_texts()
+        assert len(rows) == 1 + 2 + 8, "the critical path, two engines, eight stages"
+        assert await shown.page.get_by_role("button", name="Only the update").count() == 0
+        await shown.page.locator(".wf-chart .row", has_text="failed").last.click()
+        await shown.sees(".wf-detail", "b rank 1 reload")
+        assert shown.requested == [file.as_uri()]
+        width = await shown.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 1440, "nothing is wider than the page"
+
+
+async def test_report_fits_a_narrow_page(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "round.html"
+    file.write_text(html_report(waterfall()), "utf-8")
+    narrow = {"width": 390, "height": 800}
+    async with visit(browser, file.as_uri(), viewport=narrow) as shown:
+        await shown.sees(".wf-chart .row", "reload")
+        assert await shown.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+async def test_hostile_text_in_a_report_stays_text(browser: Browser, tmp_path: Path) -> None:
+    engine = structs.replace(waterfall().engines[1], reason=HOSTILE)
+    file = tmp_path / "round.html"
+    hostile = structs.replace(waterfall(), engines=(engine,), critical_told=HOSTILE)
+    file.write_text(html_report(hostile), "utf-8")
+    async with visit(browser, file.as_uri()) as shown:
+        await shown.sees(".wf-problems", HOSTILE)
+        await shown.sees(".wf-told", HOSTILE)
+        assert await shown.page.evaluate("window.harmed") is None
+        assert await shown.page.locator("main script, main img").count() == 0

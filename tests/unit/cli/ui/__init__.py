@@ -1,0 +1,1 @@
+"""Unit tests of the web page: its state and its server."""
