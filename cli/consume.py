@@ -237,6 +237,8 @@ async def run_consumer(options: Options) -> None:
                 resource={"weightbus.engine": config.engine},
             )
         )
+        if telemetry.metrics_url:
+            click.echo(f"Prometheus reads metrics at {telemetry.metrics_url}")
         if not isinstance(options.engine, TorchChoice):
             click.echo(f"engine {config.engine}: waiting for the server at {options.engine.url}")
         engine = await stack.enter_async_context(

@@ -141,6 +141,11 @@ class OwnMeters:
         )
 
     @property
+    def url(self) -> str:
+        """Where Prometheus reads; empty: nowhere."""
+        return "" if self._endpoint is None else self._endpoint.url
+
+    @property
     def refused(self) -> int:
         """Exports that did not arrive, so far."""
         return self._sending.counted.refused if isinstance(self._sending, OwnReader) else 0
@@ -206,11 +211,14 @@ def open_meters(
         PrometheusMissing: they are to be read, but the extra `prometheus` is not installed.
         PrometheusUnavailable: the address is another process's, or not of this host.
     """
+    exporter = None
     if otlp is not None and otlp.metrics_endpoint and reader is None:
-        reader = OwnReader(open_metric_exporter(otlp))
+        exporter = open_metric_exporter(otlp)
     endpoint = None
     if otlp is not None and otlp.prometheus is not None:
         endpoint = _endpoint(otlp.prometheus)
+    if exporter is not None:
+        reader = OwnReader(exporter)  # last: it begins a thread
     if reader is None and endpoint is None:
         return None
     return OwnMeters(service, resource, reader, endpoint)

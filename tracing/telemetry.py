@@ -163,6 +163,11 @@ class Telemetry:
         return get_meter(name) if self._meters is None else self._meters.get(name)
 
     @property
+    def metrics_url(self) -> str:
+        """Where Prometheus reads the metrics of this process; empty: nowhere."""
+        return "" if self._meters is None else self._meters.url
+
+    @property
     def losses(self) -> ExportLosses:
         """Spans, and exports of metrics, that did not arrive, so far."""
         losses = ExportLosses() if self._shipper is None else self._shipper.losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+import torch
 from msgspec import structs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
@@ -17,9 +19,12 @@ from tests.integration.fleet.fleet import Fleet
 from tests.integration.fleet.log import DEADLINE_S
 from tests.integration.fleet.processes import consume_command
 from tests.integration.tracing.collector import Collector, free_port, open_collector
+from tests.nats_server import NatsServer
 from tests.unit.tracing.test_prometheus import scrape
 from weightbus.consumers.engines.torch.client import open_torch_client
 from weightbus.consumers.engines.torch.messages import Inputs
+from weightbus.producers.blocking import BlockingPublisher
+from weightbus.producers.publisher import PublisherOptions
 from weightbus.schemas.progress import DeadLetter, FirstToken, StageComplete, UpdateComplete
 from weightbus.schemas.rounds import Links, RoundComplete
 from weightbus.tracing.otlp import OtlpSettings, PrometheusSettings
@@ -55,6 +60,15 @@ class Readers:
             for of, value in found.get(f"weightbus_{series}", [])
             if all(_label(of, name) == wanted for name, wanted in labels.items())
         ]
+
+    async def until_positive(self, series: str, **labels: str) -> None:
+        """Read until something was counted."""
+        with anyio.move_on_after(DEADLINE_S):
+            while True:
+                if sum(await self.read(series, **labels)) > 0:
+                    return
+                await anyio.sleep(POLL_S)
+        raise AssertionError(f"{series} {labels} stays at 0")
 
     async def until(self, wanted: list[float], series: str, **labels: str) -> None:
         """Read until it is so."""
@@ -247,3 +261,50 @@ async def test_prometheus_reads_a_command_when_the_standard_variables_say_so(
     assert (of["weightbus_engine"], of["service_name"]) == ("own", "weightbus-consumer")
     assert value == version
     assert [info["weightbus_engine"] for info, _ in found["target_info"]] == ["own"]
+
+
+async def test_exports_that_a_collector_refuses_are_counted_where_prometheus_reads(
+    fleet: Fleet, readers: Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers.collector.status = 400
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+    settings = OtlpSettings(
+        endpoint=f"{readers.collector.url}/v1/traces",
+        metrics_endpoint=f"{readers.collector.url}/v1/metrics",
+        prometheus=PrometheusSettings(host="127.0.0.1", port=readers.port),
+    )
+    with open_telemetry("a", otlp=settings) as telemetry:
+        async with fleet.follow("a", telemetry=telemetry) as a, fleet.publisher() as trainer:
+            for _ in range(2):
+                version = (await trainer.publish()).version
+                await a.completes(version)
+            await readers.until_positive("telemetry_lost_total", signal="metrics")
+            await readers.until_positive("telemetry_lost_total", signal="spans", cause="refused")
+            assert await readers.read("telemetry_lost_total", cause="queue_full") == [0.0]
+            assert await readers.read("engine_version") == [float(version)]
+            assert telemetry.losses.metrics_refused > 0
+    assert readers.collector.metrics == {}
+
+
+def test_trainers_of_one_process_are_read_at_one_address(shared_server: NatsServer) -> None:
+    port = free_port()
+    otlp = OtlpSettings(prometheus=PrometheusSettings(host="127.0.0.1", port=port))
+    weights = {"w": torch.ones(3)}
+    with ExitStack() as stack:
+        trainers = [
+            stack.enter_context(
+                BlockingPublisher(
+                    shared_server.settings,
+                    f"m{uuid.uuid4().hex[:12]}",
+                    producer=f"t{number}",
+                    otlp=otlp,
+                    options=PublisherOptions(linger_s=0.0),
+                )
+            )
+            for number in range(2)
+        ]
+        for count, trainer in enumerate(trainers, start=1):
+            for version in range(1, count + 1):
+                trainer.publish(weights, version)
+        found = scrape(port)["weightbus_versions_published_total"]
+    assert {of["service_name"]: value for of, value in found} == {"t0": 1.0, "t1": 2.0}
