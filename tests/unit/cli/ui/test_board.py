@@ -22,6 +22,7 @@ from tests.unit.tracing.rounds import (
 )
 from weightbus.cli.ui.board import Board
 from weightbus.schemas.base import Message
+from weightbus.schemas.progress import EngineStatus
 from weightbus.tracing.text import NS_PER_S
 
 
@@ -72,7 +73,7 @@ def test_page_that_slept_through_many_changes_is_told_the_last_of_each_only() ->
     board = board_of(state("a"))
     known = board.revision
     for at_ms in range(1, 500):
-        status = "updating" if at_ms % 2 else "serving"
+        status: EngineStatus = "updating" if at_ms % 2 else "serving"
         tell(board, state("a", status, at_ms=at_ms), stage("a", "fetch", at_ms, at_ms + 1))
     assert board.revision > known + 400
     page = told(board, known)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import anyio
 import pytest
 from starlette.types import Message, Scope
@@ -11,6 +9,7 @@ from starlette.types import Message, Scope
 from tests.unit.tracing.rounds import MODEL, T0_NS, stage, state
 from weightbus.cli.ui.board import Board
 from weightbus.cli.ui.stream import EventStreams
+from weightbus.schemas.progress import EngineStatus
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +37,7 @@ class Browser:
 
 
 def tell(board: Board, at_ms: int) -> None:
-    status: Any = "updating" if at_ms % 2 else "serving"
+    status: EngineStatus = "updating" if at_ms % 2 else "serving"
     for message in (state("a", status, at_ms=at_ms), stage("a", "fetch", at_ms, at_ms + 1)):
         board.feed(message, T0_NS, {}, is_heard=True)
     board.refresh(T0_NS)
