@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -284,6 +288,28 @@ async def test_exports_that_a_collector_refuses_are_counted_where_prometheus_rea
             assert await readers.read("engine_version") == [float(version)]
             assert telemetry.losses.metrics_refused > 0
     assert readers.collector.metrics == {}
+
+
+def test_consumer_does_not_start_and_says_why_when_the_port_is_taken() -> None:
+    command = ["weightbus", "consume", "--model", "m", "--engine-id", "e"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environment = os.environ | {
+            "OTEL_METRICS_EXPORTER": "prometheus",
+            "OTEL_EXPORTER_PROMETHEUS_HOST": "127.0.0.1",
+            "OTEL_EXPORTER_PROMETHEUS_PORT": str(port),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "--architecture", "decoder"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1, done.stderr
+    (told,) = done.stderr.strip().splitlines()
+    assert f"metrics cannot be read at http://127.0.0.1:{port}/metrics: Address already in" in told
 
 
 def test_trainers_of_one_process_are_read_at_one_address(shared_server: NatsServer) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import prometheus_client
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.unit.tracing.everything import measure_everything
 from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing import metric_names
 from weightbus.tracing.errors import PrometheusUnavailable
@@ -149,13 +151,20 @@ def test_free_port_is_taken_and_told_when_it_is_0(caplog: pytest.LogCaptureFixtu
     assert content_type.startswith("text/plain")
 
 
-def test_open_metrics_are_answered_and_other_paths_are_not_found() -> None:
+def test_open_metrics_are_valid_and_other_paths_are_not_found() -> None:
     port = free_port()
-    with open_telemetry("x", otlp=settings_of(port)):
+    with (
+        open_telemetry("x", otlp=settings_of(port)) as first,
+        open_telemetry("y", otlp=settings_of(port)) as second,
+    ):
+        measure_everything(first, engine="a")
+        measure_everything(second, engine="b")
         url = f"http://127.0.0.1:{port}/metrics"
         body, content_type = get(url, Accept="application/openmetrics-text; version=1.0.0")
         assert content_type.startswith("application/openmetrics-text")
-        assert body.endswith("# EOF\n")
+        read: Any = openmetrics.text_string_to_metric_families  # it refuses what is not in order
+        families = {each.name for each in read(body)}
+        assert families >= {prometheus_name(spec).removesuffix("_total") for spec in METRICS}
         with pytest.raises(urllib.error.HTTPError) as caught:
             get(f"http://127.0.0.1:{port}/")
         assert caught.value.code == 404
