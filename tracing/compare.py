@@ -200,18 +200,23 @@ def _tell_unserved(waterfall: Waterfall, other: Waterfall) -> str:
 
 
 def _causes(first: Waterfall, second: Waterfall, difference_s: float) -> list[str]:
-    """What the critical paths spent more time on, or less: what made most of it first."""
-    before, after = _spent(first), _spent(second)
+    """What the critical paths spent more time on, or less: what made most of the difference first;
+    then what went most against it."""
+    spent = before, after = _spent(first), _spent(second)
     sign = 1 if difference_s > 0 else -1
     changes = {
         what: sign * (after.get(what, 0.0) - before.get(what, 0.0)) for what in {**before, **after}
     }
-    most = sorted(changes, key=lambda what: (-round(changes[what], 9), what))[:PARTS]
-    return [
-        _tell_cause(what, (first, second), (before, after))
-        for place, what in enumerate(most)
-        if changes[what] > 0 and (place == 0 or changes[what] > PART_SHARE * abs(difference_s))
+    order = sorted(changes, key=lambda what: (-round(changes[what], 9), what))
+    enough_s = PART_SHARE * abs(difference_s)
+    causes = [
+        _tell_cause(what, (first, second), spent)
+        for place, what in enumerate(order[:PARTS])
+        if changes[what] > (enough_s if place else 0.0)
     ]
+    if order and changes[order[-1]] < -enough_s:
+        causes.append(f"though {_tell_cause(order[-1], (first, second), spent)}")
+    return causes
 
 
 def _spent(waterfall: Waterfall) -> dict[str, float]:

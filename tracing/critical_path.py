@@ -7,26 +7,22 @@ stage that was waited for, though another engine's, belongs to the path, too.
 
 Stages that stream overlap, bucket by bucket. Of those, the one that was busy longest set the pace:
 it has the path from its first bucket to its last, the stages before it have it until then, those
-behind it from then on (`_Lap`). Of a stage whose buckets are not told only that counts which came
-after the stage before it.
+behind it from then on. Of a stage whose buckets are not told only that counts which came after the
+stage before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Final
 
 from msgspec import Struct
 
-from weightbus.schemas.base import Stage
 from weightbus.tracing.facts import RoundFacts
-from weightbus.tracing.waterfall import BucketRow, EngineWaterfall, PathStep, StageRow, StepKind
+from weightbus.tracing.laps import MOVING, Lap, busy_s, end_s, laps_of
+from weightbus.tracing.waterfall import EngineWaterfall, PathStep, StageRow, StepKind
 
 __all__ = ("CriticalPath", "find_path")
-
-MOVING: Final[tuple[Stage, ...]] = ("fetch", "h2d", "broadcast", "reload")
-"""In the order in which bytes go through them."""
 
 RowId = tuple[str, int]
 """An engine, and the place of a row among its rows."""
@@ -77,29 +73,8 @@ def _told_until_s(engine: EngineWaterfall) -> float:
     """When it ended; else the last that is known of it."""
     if engine.end_s is not None:
         return engine.end_s
-    times = (engine.start_s, engine.joined_s, engine.planned_s, *map(_end_s, engine.stages))
+    times = (engine.start_s, engine.joined_s, engine.planned_s, *map(end_s, engine.stages))
     return max((time_s for time_s in times if time_s is not None), default=0.0)
-
-
-def _end_s(row: StageRow | BucketRow) -> float:
-    return row.start_s + row.duration_s
-
-
-class _Lap(Struct, frozen=True, kw_only=True):
-    """One moving stage of one rank, or of all: the rows of its lanes taken together."""
-
-    stage: Stage
-    rank: int | None
-    rows: tuple[RowId, ...]
-    start_s: float
-    """Of its first bucket; of a stage whose buckets are not told, when that before it had ended."""
-    end_s: float
-    first_end_s: float
-    """Of its first bucket; of a stage whose buckets are not told, its end."""
-    streams: bool
-    """Its buckets are told."""
-    busy_s: float
-    """How long at least one of its buckets was under way."""
 
 
 class _Walk:
@@ -178,7 +153,7 @@ class _Walk:
             return
         index, row = self.negotiations[number]
         self.wait(row.start_s, "another attempt")
-        self._join(row.start_s, _end_s(row), [(self._engine.engine, index)])
+        self._join(row.start_s, end_s(row), [(self._engine.engine, index)])
 
     def _join(self, start_s: float, end_s: float, rows: Sequence[RowId]) -> None:
         facts, name = self._facts, self._engine.engine
@@ -214,9 +189,9 @@ class _Walk:
         rows = [
             (index, row)
             for index, row in self._rows
-            if row.stage in MOVING and row.start_s < until_s and _end_s(row) > begin_s
+            if row.stage in MOVING and row.start_s < until_s and end_s(row) > begin_s
         ]
-        laps = self._laps(rows)
+        laps = laps_of(rows)
         if not laps:
             return
         self._begin(laps[0])
@@ -226,9 +201,9 @@ class _Walk:
         self._set_pace(laps[pace], laps)
         for lap in laps[pace + 1 :]:
             self._await_start(lap)
-            self.go(lap.stage, lap.end_s, rank=lap.rank, rows=lap.rows)
+            self.go(lap.stage, lap.end_s, rank=lap.rank, rows=self._ids(lap))
 
-    def _begin(self, first: _Lap) -> None:
+    def _begin(self, first: Lap) -> None:
         """Between the plan and the first stage."""
         pause_s = self._pause_s()
         if first.stage == "reload" and pause_s is not None:
@@ -239,16 +214,16 @@ class _Walk:
         else:
             self.wait(first.start_s, "its source to be opened", first.rank)
 
-    def _lead_in(self, lap: _Lap, following: _Lap) -> None:
+    def _lead_in(self, lap: Lap, following: Lap) -> None:
         """A stage until the next one, which is slower, or comes behind it, has its first bucket."""
         pause_s = self._pause_s()
         paused = following.stage == "reload" and pause_s is not None
         has_first_s = lap.first_end_s if paused and following.streams else lap.end_s
         until_s = min(has_first_s, following.start_s)
-        self.go(lap.stage, until_s, rank=lap.rank, rows=lap.rows)
+        self.go(lap.stage, until_s, rank=lap.rank, rows=self._ids(lap))
         self._await_start(following)
 
-    def _await_start(self, lap: _Lap) -> None:
+    def _await_start(self, lap: Lap) -> None:
         """A stage that could have begun by now, and did not."""
         pause_s = self._pause_s()
         if lap.stage == "broadcast":
@@ -258,7 +233,7 @@ class _Walk:
         else:
             self.wait(lap.start_s, "its worker", lap.rank)
 
-    def _set_pace(self, lap: _Lap, laps: Sequence[_Lap]) -> None:
+    def _set_pace(self, lap: Lap, laps: Sequence[Lap]) -> None:
         """The stage that was busy longest, to its end. Members of a group wait for each other: one
         that fetches its part faster waits for the slowest. They take turns, bucket by bucket; told
         is first all that it fetches itself, then how much longer the slowest takes."""
@@ -269,15 +244,15 @@ class _Walk:
             own_s = lap.start_s if own is None else own.start_s + own.busy_s
             if late_s > max(own_s, self.now_s):
                 if own is not None:
-                    self.go("fetch", own_s, rank=own.rank, rows=own.rows)
+                    self.go("fetch", own_s, rank=own.rank, rows=self._ids(own))
                 peer = _who(engine, row.rank)
                 self.wait(min(late_s, laps[-1].end_s), f"its peers: {peer}", lap.rank)
                 self.rows.add((engine, index))
                 if lap is own:
                     return
-        self.go(lap.stage, lap.end_s, rank=lap.rank, rows=lap.rows)
+        self.go(lap.stage, lap.end_s, rank=lap.rank, rows=self._ids(lap))
 
-    def _in_group(self, lap: _Lap, own: _Lap | None) -> bool:
+    def _in_group(self, lap: Lap, own: Lap | None) -> bool:
         """Whether what sets the pace may be the others of a group."""
         return "broadcast" in self._engine.routes and (
             own is None or lap.stage in ("fetch", "broadcast")
@@ -286,7 +261,7 @@ class _Walk:
     def _slowest_fetch(self) -> tuple[RowId, StageRow, float] | None:
         """Of all members of the broadcast, and when it had been done if it had waited for none."""
         fetched = [
-            (row.start_s + _busy_s(row), (name, index), row)
+            (row.start_s + busy_s(row), (name, index), row)
             for name, engine in self._engines.items()
             if engine.epoch == self._engine.epoch
             for index, row in enumerate(engine.stages)
@@ -297,38 +272,8 @@ class _Walk:
         late_s, place, row = max(fetched, key=lambda each: each[:2])
         return place, row, late_s
 
-    def _laps(self, rows: Sequence[tuple[int, StageRow]]) -> list[_Lap]:
-        """Of the rank that was last; of stages that it does not have, those of all ranks."""
-        if not rows:
-            return []
-        _, slowest = max(rows, key=lambda pair: (_end_s(pair[1]), -(pair[1].rank or 0)))
-        laps: list[_Lap] = []
-        for stage in MOVING:
-            of_stage = [pair for pair in rows if pair[1].stage == stage]
-            own = [pair for pair in of_stage if pair[1].rank == slowest.rank]
-            if of_stage:
-                laps.append(self._lap(stage, own or of_stage, laps[-1] if laps else None))
-        return laps
-
-    def _lap(self, stage: Stage, rows: Sequence[tuple[int, StageRow]], before: _Lap | None) -> _Lap:
-        start_s = min(row.start_s for _, row in rows)
-        end_s = max(_end_s(row) for _, row in rows)
-        buckets = [bucket for _, row in rows for bucket in row.buckets]
-        if buckets:
-            start_s = min(bucket.start_s for bucket in buckets)
-        elif before is not None:
-            start_s = max(start_s, min(before.end_s, end_s))
-        ranks = {row.rank for _, row in rows}
-        return _Lap(
-            stage=stage,
-            rank=ranks.pop() if len(ranks) == 1 else None,
-            rows=tuple((self._engine.engine, index) for index, _ in rows),
-            start_s=start_s,
-            end_s=end_s,
-            first_end_s=min(map(_end_s, buckets), default=end_s),
-            streams=bool(buckets),
-            busy_s=_covered_s(buckets) if buckets else end_s - start_s,
-        )
+    def _ids(self, lap: Lap) -> list[RowId]:
+        return [(self._engine.engine, place) for place in lap.places]
 
     def _pause_s(self) -> float | None:
         """When requests began to wait; None: not known."""
@@ -361,19 +306,6 @@ class _Walk:
         if plan is not None and plan.commit == "together":
             return "the proof of all engines"
         return "the proof"
-
-
-def _busy_s(row: StageRow) -> float:
-    return _covered_s(row.buckets) if row.buckets else row.duration_s
-
-
-def _covered_s(buckets: Iterable[BucketRow]) -> float:
-    """How long at least one of them was under way."""
-    total_s = until_s = 0.0
-    for bucket in sorted(buckets, key=lambda bucket: bucket.start_s):
-        total_s += max(0.0, _end_s(bucket) - max(until_s, bucket.start_s))
-        until_s = max(until_s, _end_s(bucket))
-    return total_s
 
 
 def _who(engine: str, rank: int | None) -> str:

@@ -5,7 +5,7 @@ Does no I/O and knows no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec import Struct, structs
@@ -164,7 +164,7 @@ class _Builder:
             reason=update.reason if update else word.failed.get(name, "") if word else "",
             quarantined=failed is not None and failed.quarantined,
             clock_residual_s=None if update is None else _residual(update.clock_residual_ns),
-            span_id=next((row.parent_span_id for row in reversed(rows) if row.parent_span_id), ""),
+            span_id=_update_id(rows),
             first_token_span_id="" if token is None else token.span_id,
             stages=rows,
         )
@@ -216,6 +216,13 @@ def _marked(engine: EngineWaterfall, path: CriticalPath) -> EngineWaterfall:
         for index, row in enumerate(engine.stages)
     ]
     return structs.replace(engine, stages=tuple(marked))
+
+
+def _update_id(rows: Sequence[StageRow]) -> str:
+    """The last parent that is not a stage itself."""
+    stages = {"", *(row.span_id for row in rows)}
+    parents = (row.parent_span_id for row in reversed(rows))
+    return next((parent for parent in parents if parent not in stages), "")
 
 
 def _residual(residual_ns: int | None) -> float | None:

@@ -18,6 +18,7 @@ from msgspec import Struct, structs
 
 from weightbus.tracing.attributes import BUCKET, BYTES, RANK, AttributeValue
 from weightbus.tracing.exports.spans import TreeSpan, span_tree, trace_id_of
+from weightbus.tracing.laps import MOVING
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
 from weightbus.tracing.waterfall import PathStep, Waterfall
 
@@ -32,8 +33,6 @@ TICKS_PER_US: Final = 8
 PATH_PID: Final = 1
 TRAINER_PID: Final = 2
 FIRST_ENGINE_PID: Final = 3
-
-MOVING: Final = ("fetch", "h2d", "broadcast", "reload")
 
 ROUNDING_GB_PER_S: Final = 1e-9
 """What is left of a sum of rates that have all ended."""

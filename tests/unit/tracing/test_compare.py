@@ -94,6 +94,20 @@ def test_comparison_tells_that_it_was_a_slow_peer() -> None:
     assert "waiting for its peers: a rank 3 took 60.0 ms longer (60.0 ms against 0.00 ms)" in told
 
 
+def test_comparison_tells_what_went_against_the_difference() -> None:
+    """The reload took 60 ms less, and who joined last came 40 ms later."""
+    late = [
+        ready(8), join("a", 8), join("b", 8, at_ms=45),
+        plan(route("a"), route("b"), version=8, at_ms=46),
+        stage("a", "negotiate", 2, 50, version=8),
+        stage("a", "reload", 50, 70, rank=0, taken="local", moved_bytes=80_000_000, version=8),
+        complete("a", 8, end_ms=80, paused_s=0.03),
+    ]  # fmt: skip
+    told = compare_rounds(local_round(7, reload_ms=80), built(late, 8)).told
+    assert told.startswith("round v8 took 20.0 ms less than v7 (80.0 ms against 100 ms): reload ")
+    assert "; though waiting for b to join took 42.0 ms longer (42.0 ms against 0.00 ms)" in told
+
+
 def test_comparison_tells_when_more_was_moved() -> None:
     small = local_round(7, reload_ms=80)
     large = local_round(8, reload_ms=160, size_bytes=160_000_000)

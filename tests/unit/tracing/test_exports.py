@@ -192,6 +192,23 @@ def test_otlp_export_has_a_tree_for_every_update_when_the_publication_was_not_tr
     assert_tree(parsed(otlp_json(waterfall))[1], roots=2)
 
 
+def test_otlp_export_is_one_tree_when_a_stage_is_below_another() -> None:
+    fetch = structs.replace(
+        stage("a", "fetch", 2, 10, rank=0), span_id="1" * 16, parent_span_id="e" * 16
+    )
+    reload = structs.replace(
+        stage("a", "reload", 4, 9, rank=0), span_id="2" * 16, parent_span_id="1" * 16
+    )
+    headers = {"traceparent": f"00-{TRACE_ID}-{PUBLISH_ID}-01"}
+    history = [Heard(ready(), headers, T0_NS + MS), Heard(fetch), Heard(reload)]
+    waterfall = build_waterfall(MODEL, "v7", history)
+    assert waterfall is not None
+    assert waterfall.engines[0].span_id == "e" * 16
+    _, spans = parsed(otlp_json(waterfall))
+    assert_tree(spans)
+    assert_importable(json.loads(perfetto(waterfall)))
+
+
 def test_otlp_export_has_an_update_for_every_attempt() -> None:
     first = [stage("a", "negotiate", 2, 10), stage("a", "broadcast", 10, 40, error="PeerLost: b")]
     second = [stage("a", "negotiate", 40, 52), complete("a", end_ms=80)]
