@@ -7,6 +7,7 @@ the message, and a subject token. A message's subject is a function of the messa
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final, Literal, get_args
 
 from msgspec import Struct
@@ -456,6 +457,7 @@ def _fill(template: str, message: Message, prefix: str) -> str:
     return _FIELD.sub(token, template)
 
 
+@lru_cache(maxsize=256)  # every message that is read is looked for among all of them
 def _subject_regex(template: str, prefix: str) -> re.Pattern[str]:
     literal = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
     return re.compile(
