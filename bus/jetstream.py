@@ -25,6 +25,8 @@ from weightbus.bus.errors import BusTimeout, BusUnavailable, RequestRefused, Str
 from weightbus.bus.link import Incoming, Interrupted, Link, NoResponders
 
 __all__ = (
+    "BATCH_BYTES",
+    "BATCH_MESSAGES",
     "HEADER_MESSAGE_ID",
     "HEADER_TTL",
     "JetStream",
@@ -49,8 +51,8 @@ _WRONG_LAST_SEQUENCE = frozenset((10071, 10164))
 _NOT_READY = frozenset((10004, 10008, 10009))
 """JetStream is starting, or a cluster has no leader yet."""
 
-_BATCH_MESSAGES = 512
-_BATCH_BYTES = 4 * 2**20
+BATCH_MESSAGES = 512
+BATCH_BYTES = 4 * 2**20
 _RETRY_WAIT_S = 0.1
 _NS_PER_S = 10**9
 _DUPLICATE_WINDOW_S = 120
@@ -388,12 +390,12 @@ class JetStream:
         stream: str,
         subject: str,
         start: dict[str, Any],
-        batch_messages: int = _BATCH_MESSAGES,
+        batch_messages: int = BATCH_MESSAGES,
     ) -> tuple[list[StoredMessage], int]:
         """(messages, how many more there are)"""
         operation = f"read of {subject} from stream {stream}"
         request = msgspec.json.encode(
-            {**start, "next_by_subj": subject, "batch": batch_messages, "max_bytes": _BATCH_BYTES}
+            {**start, "next_by_subj": subject, "batch": batch_messages, "max_bytes": BATCH_BYTES}
         )
 
         async def send() -> list[Incoming]:

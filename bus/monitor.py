@@ -38,7 +38,16 @@ from weightbus.schemas.catalogue import MONITORED, STREAMS, entry_of, pattern_of
 from weightbus.schemas.checkpoint import CheckpointReady, CheckpointSkipped
 from weightbus.schemas.progress import EngineState
 
-__all__ = ("CaughtUp", "Missed", "Monitor", "MonitorEvent", "open_monitor")
+__all__ = (
+    "CaughtUp",
+    "EngineGone",
+    "Missed",
+    "Monitor",
+    "MonitorEvent",
+    "Received",
+    "Reconnected",
+    "open_monitor",
+)
 
 _IDLE_S = 5.0
 """Between two looks at a stream of which nothing was heard."""
@@ -171,6 +180,8 @@ class Monitor(Generic[M]):
         change = None
         if self._changes < _CHANGES_IN_A_ROW:
             change = await self._engines.next_known()
+        else:
+            self._bell.ring()  # there may be more of them, when messages have had their turn
         self._changes = 0 if change is None else self._changes + 1
         return change
 

@@ -40,7 +40,8 @@ class Received(Generic[M_co]):
 
 @dataclass(frozen=True, slots=True)
 class Reconnected:
-    """The connection was lost and is back: whatever was published meanwhile did not come."""
+    """The connection was lost and is back. What was published meanwhile comes next if this is a
+    monitor, and not at all if it is a subscription."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from weightbus.bus.monitor import CaughtUp, EngineGone, Missed, Reconnected
 from weightbus.bus.streams import bus_streams
 from weightbus.schemas import (
     BUCKETS,
@@ -22,6 +23,7 @@ from weightbus.schemas import (
     CheckpointRetired,
     CheckpointSkipped,
     DeadLetter,
+    EngineState,
     Entry,
     Message,
     RoundComplete,
@@ -31,6 +33,7 @@ from weightbus.schemas import (
     stream_name,
 )
 from weightbus.schemas.asyncapi import HEADERS
+from weightbus.schemas.catalogue import MONITORED
 from weightbus.schemas.jsonschema import json_schema
 from weightbus.schemas.limits import MAX_ELEMENTS
 from weightbus.schemas.placement import MAX_SEGMENT_WAYS
@@ -42,6 +45,7 @@ __all__ = ("GUIDES", "HEARD", "SAID", "TABLES", "regenerated")
 DOCS: Final = Path(__file__).parents[2] / "docs"
 GUIDES: Final = (
     DOCS / "messages.md",
+    DOCS / "monitors.md",
     DOCS / "publish-from-any-language.md",
     DOCS / "telemetry.md",
 )
@@ -55,6 +59,9 @@ HEARD: Final[tuple[type[Message], ...]] = (
     DeadLetter,
 )
 """What it waits for."""
+
+MARKS: Final = (EngineState, EngineGone, CaughtUp, Reconnected, Missed)
+"""What monitors are told beside messages."""
 
 PREFIX: Final = "weightbus"
 SCHEMAS: Final[dict[str, Any]] = json_schema()["$defs"]
@@ -99,6 +106,24 @@ def _subjects() -> str:
         for entry in CATALOGUE
     )
     return _table(("message", "subject", "stream", "from", "to", "we write"), rows)
+
+
+def _monitored() -> str:
+    entries = map(entry_of, MONITORED)
+    rows = (
+        (f"`Received[{entry.message.__name__}]`", entry.stream, entry.sender, entry.description)
+        for entry in entries
+    )
+    return _table(("event", "stream", "from", "what it says"), rows)
+
+
+def _marks() -> str:
+    rows = ((f"`{kind.__name__}`", _first_paragraph(kind)) for kind in MARKS)
+    return _table(("event", "what it says"), rows)
+
+
+def _first_paragraph(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _keys() -> str:
@@ -303,6 +328,8 @@ def _metrics() -> str:
 
 TABLES: Final = {
     "subjects": _subjects,
+    "monitored": _monitored,
+    "marks": _marks,
     "keys": _keys,
     "said": _said,
     "heard": _heard,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -203,6 +204,20 @@ def test_python_tells_updates_first_tokens_failures_and_engines(nats_server: Nat
             "a made a token with 7 0.012 s later",
             "b failed at 7: segment s has generation 9: it must be 8",
         ]
+        drop_engine(nats_server.settings, MODEL, "a")
+        assert monitor.line() == "a is gone"
+
+
+def test_program_of_the_guide_runs_as_it_stands(nats_server: NatsServer) -> None:
+    guide = (EXAMPLES.parent / "docs" / "monitors.md").read_text()
+    (program,) = re.findall(r"```python\n(import anyio\n.*?)```", guide, re.DOTALL)
+    program = program.replace("nats://127.0.0.1:4222", nats_server.url).replace("qwen3-rl", MODEL)
+    program = program.replace("async for event in", "print('open')\n        async for event in")
+    put_on_bus(nats_server.settings, [state("a")])
+    with running([sys.executable, "-u", "-c", program], nats_server.url) as monitor:
+        assert monitor.line() == "open"
+        put_on_bus(nats_server.settings, [ready(7), complete("a")])
+        assert monitor.line() == "a serves 7, verified"
         drop_engine(nats_server.settings, MODEL, "a")
         assert monitor.line() == "a is gone"
 
