@@ -80,7 +80,7 @@ class Work:
     closed_ns: int = 0
     """When work on it was over; 0: it is not."""
     untold: list[tuple[SpanRef, StageScope, int, BucketTimings]] = field(default_factory=list)
-    """Buckets of stages, whose spans are made when the update is over: requests wait before."""
+    """Buckets of stages, whose spans are made when the update is over, and requests are served."""
 
     def within(self, time_ns: int) -> int:
         """A time within this update, until now, whatever some clock said."""

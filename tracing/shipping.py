@@ -3,7 +3,8 @@
 Owns one daemon thread and one bounded queue. Invariants: `on_end` never waits for the exporter and
 never raises, so a collector that is absent, slow or refuses costs an update nothing; the exporter
 is touched by the thread alone; `close` returns within its deadline, whatever the exporter does;
-every span is either delivered or counted in `losses`.
+every span is either delivered or counted in `losses`. Spans that are many and can be made after
+the fact are made by the thread, too (`make_later`), as there is room for them.
 
 OpenTelemetry's own `BatchSpanProcessor` promises none of the last three: its drops are not counted,
 and its shutdown hands the exporter no deadline (open-telemetry/opentelemetry-python issue 4555).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from opentelemetry.sdk.trace import SpanProcessor
@@ -52,8 +54,9 @@ class SpanShipper(SpanProcessor):
         self._batch_delay_s = batch_delay_s
         self._changed = threading.Condition()
         self._waiting: deque[ReadableSpan] = deque()
-        self._exporting = 0
-        self._closing = False
+        self._late: deque[tuple[int, Callable[[], None]]] = deque()
+        self._exporting = self._making = 0
+        self._closing = self._given_up = False
         self._queue_full = self._refused = self._unsent = 0
         self.last_error: Exception | None = None
         """What the exporter raised last, if it ever raised."""
@@ -73,10 +76,22 @@ class SpanShipper(SpanProcessor):
         if span.context is None or not span.context.trace_flags.sampled:
             return
         with self._changed:
-            if self._closing or len(self._waiting) >= self._queue_spans:
+            is_late = threading.current_thread() is self._thread
+            if is_late and self._given_up:
+                return  # it is counted
+            if (self._closing and not is_late) or len(self._waiting) >= self._queue_spans:
                 self._queue_full += 1
             else:
                 self._waiting.append(span)
+                self._changed.notify()
+
+    def make_later(self, spans: int, make: Callable[[], None]) -> None:
+        """Have `make` called, which begins and ends so many spans, at most `BATCH_SPANS`."""
+        with self._changed:
+            if self._closing:
+                self._queue_full += spans
+            else:
+                self._late.append((spans, make))
                 self._changed.notify()
 
     def close(self, deadline_s: float) -> ExportLosses:
@@ -86,8 +101,13 @@ class SpanShipper(SpanProcessor):
             self._changed.notify()
         self._thread.join(deadline_s)
         with self._changed:
-            self._unsent += len(self._waiting) + self._exporting
+            late = sum(spans for spans, _ in self._late)
+            if not self._given_up:
+                late += self._making
+            self._given_up = True
+            self._unsent += len(self._waiting) + self._exporting + late
             self._waiting.clear()
+            self._late.clear()
             self._exporting = 0
         return self.losses
 
@@ -101,12 +121,28 @@ class SpanShipper(SpanProcessor):
 
     def _next_batch(self) -> tuple[ReadableSpan, ...]:
         """Wait for spans; empty once closed and nothing is left."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            self._changed.wait_for(self._batch_is_due, self._batch_delay_s)
-            size = min(len(self._waiting), self._batch_spans)
-            self._exporting = size
-            return tuple(self._waiting.popleft() for _ in range(size))
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._late or self._closing)
+                self._changed.wait_for(self._batch_is_due, self._batch_delay_s)
+            self._make_late()
+            with self._changed:
+                size = min(len(self._waiting), self._batch_spans)
+                if size or (self._closing and not self._late):
+                    self._exporting = size
+                    return tuple(self._waiting.popleft() for _ in range(size))
+
+    def _make_late(self) -> None:
+        """As many as make a batch full, and no queue."""
+        while True:
+            with self._changed:
+                room = self._batch_spans - len(self._waiting)
+                if not self._late or (self._waiting and self._late[0][0] > room):
+                    return
+                self._making, make = self._late.popleft()
+            make()
+            with self._changed:
+                self._making = 0
 
     def _batch_is_due(self) -> bool:
         return self._closing or len(self._waiting) >= self._batch_spans

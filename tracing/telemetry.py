@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, structs
@@ -56,6 +57,9 @@ Emit = Callable[[StageComplete], None]
 
 SHUTDOWN_S: Final = 2.0
 """How long a program that ends waits for its last spans to be sent."""
+
+BUCKETS_AT_ONCE: Final = 128
+"""Spans of buckets that are made between two looks at the queue."""
 
 REASON_CHARACTERS: Final = 4096
 """Limit of `schemas.base.Reason`."""
@@ -151,11 +155,6 @@ class Telemetry:
         meters: OwnMeters | None = None,
     ) -> None:
         self._tracer, self._shipper, self._meters = tracer, shipper, meters
-
-    @property
-    def exports(self) -> bool:
-        """Whether spans go anywhere: what is a span and nothing else need not be made otherwise."""
-        return self._tracer is not None
 
     def meter(self, name: str) -> Meter:
         """The meter of one part of this program: where metrics are exported that of this service,
@@ -335,14 +334,29 @@ class Telemetry:
     def record_buckets(
         self, stage: SpanRef, scope: StageScope, rank: int | None, buckets: BucketTimings
     ) -> None:
-        """The spans of a stage's buckets, if spans are exported. Each takes some 25 us, and there
-        may be thousands: to be called when nothing waits."""
-        if not self.exports:
+        """The spans of a stage's buckets, if spans are exported. Each takes some 50 us, and there
+        may be thousands: the thread that exports them makes them."""
+        if self._tracer is None:
             return
         attributes = scope.attributes()
         if rank is not None:
             attributes[names.RANK] = rank
-        for number, bucket in enumerate(buckets):
+        for first in range(0, len(buckets), BUCKETS_AT_ONCE):
+            some = buckets[first : first + BUCKETS_AT_ONCE]
+            make = partial(self._make_buckets, stage, attributes, first, some)
+            if self._shipper is None:
+                make()
+            else:
+                self._shipper.make_later(len(some), make)
+
+    def _make_buckets(
+        self,
+        stage: SpanRef,
+        attributes: Mapping[str, AttributeValue],
+        first: int,
+        buckets: BucketTimings,
+    ) -> None:
+        for number, bucket in enumerate(buckets, start=first):
             self.record_span(
                 "bucket",
                 start_ns=bucket.start_ns,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
@@ -109,3 +110,51 @@ def test_shipper_counts_spans_that_end_after_it_was_closed() -> None:
     assert shipper.close(GENEROUS_S) == ExportLosses()
     end_spans(shipper, "late")
     assert shipper.losses == ExportLosses(queue_full=1)
+
+
+def test_spans_that_are_made_late_are_delivered_and_overflow_nothing() -> None:
+    exporter = FakeExporter()
+    shipper = SpanShipper(exporter, queue_spans=4, batch_spans=4, batch_delay_s=0.001)
+    end_spans(shipper, "a")
+    for number in range(5):
+        names = f"{number}x", f"{number}y", f"{number}z"
+        shipper.make_later(3, partial(end_spans, shipper, *names))
+    assert shipper.close(GENEROUS_S) == ExportLosses()
+    sent = [name for batch in exporter.batches for name in batch]
+    assert sorted(sent) == sorted(["a", *(f"{n}{c}" for n in range(5) for c in "xyz")])
+
+
+def test_thread_goes_on_when_what_was_to_be_made_late_is_not_sampled() -> None:
+    exporter = FakeExporter()
+    shipper = SpanShipper(exporter, batch_delay_s=0.001)
+    was_called = threading.Event()
+    shipper.make_later(1, was_called.set)
+    assert was_called.wait(GENEROUS_S)
+    end_spans(shipper, "a")
+    assert exporter.entered.wait(GENEROUS_S)
+    assert shipper.close(GENEROUS_S) == ExportLosses()
+
+
+def test_spans_that_are_not_made_by_the_deadline_are_counted_once() -> None:
+    exporter, makes, gate = FakeExporter(), threading.Event(), threading.Event()
+    shipper = SpanShipper(exporter, batch_delay_s=0.001)
+
+    def make() -> None:
+        makes.set()
+        gate.wait(GENEROUS_S)
+        end_spans(shipper, "a", "b")
+
+    shipper.make_later(2, make)
+    assert makes.wait(GENEROUS_S)
+    shipper.make_later(3, partial(end_spans, shipper, "c", "d", "e"))
+    assert shipper.close(0.05) == ExportLosses(unsent=5)
+    gate.set()
+    assert exporter.closed.wait(GENEROUS_S)
+    assert (shipper.losses, exporter.batches) == (ExportLosses(unsent=5), [])
+
+
+def test_spans_that_are_to_be_made_after_the_end_are_counted() -> None:
+    shipper = SpanShipper(FakeExporter())
+    shipper.close(GENEROUS_S)
+    shipper.make_later(3, partial(end_spans, shipper, "a", "b", "c"))
+    assert shipper.losses == ExportLosses(queue_full=3)
