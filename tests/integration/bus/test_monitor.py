@@ -453,3 +453,14 @@ async def test_monitor_fails_by_name_when_the_server_stays_away(nats_server: Nat
         for _ in range(2):
             with anyio.fail_after(30), pytest.raises(BusUnavailable, match="lost for 1 s"):
                 await anext(monitor)
+
+
+async def test_engines_come_without_a_pause_when_they_are_many(bus: Bus) -> None:
+    """More than come in a row before messages have their turn: nothing rings in between."""
+    async with anyio.create_task_group() as tasks:
+        for number in range(200):
+            tasks.start_soon(bus.presence.put, state(f"e{number}"))
+    async with open_monitor(bus, model="m") as monitor:
+        with anyio.fail_after(4.5):  # a look that nothing has rung for comes after 5 s
+            engines = [await anext(monitor) for _ in range(200)]
+    assert sum(isinstance(engine, EngineState) for engine in engines) >= 199
