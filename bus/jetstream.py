@@ -5,8 +5,8 @@ has a deadline, can be sent again after a reconnect without doing its work twice
 consumer on the server. Streams that are missing (a server came back without its data) are made
 again.
 
-`last` and `walk` ask the leader of a stream and see every write that was acknowledged before;
-`scan` may be answered by a replica that lags behind.
+`last`, `walk` and `state` ask the leader of a stream and see every write that was acknowledged
+before; `scan`, `page` and `first_since` may be answered by a replica that lags behind.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from tests.unit.tracing.rounds import (
     MODEL,
     complete,
     failed,
+    first_token,
     join,
     plan,
     ready,
@@ -36,15 +37,19 @@ from tests.unit.tracing.rounds import (
 from weightbus.schemas.base import Message
 from weightbus.tracing.fleet import FleetView
 
+MANY = 1000
+
 LATER = state("a", "serving", 7, at_ms=500)
 
 
 @contextmanager
-def watching(server: NatsServer, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def watching(
+    server: NatsServer, *arguments: str, **variables: str
+) -> Iterator[subprocess.Popen[str]]:
     """The command with its output in a pipe; killed at the end if it still runs."""
     process = subprocess.Popen(
         [*COMMAND, "watch", "--nats", server.url, *arguments],
-        env=environment(PYTHONUNBUFFERED="1"),
+        env=environment(PYTHONUNBUFFERED="1", **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,8 +120,9 @@ def test_watch_prints_a_line_per_event_until_it_is_interrupted(nats_server: Nats
     with watching(nats_server) as process:
         first = next_line(process)
         assert f"{MODEL}: a is updating, on version 6, moving to version 7" in first
-        put_on_bus(nats_server.settings, [ready(7), join("a"), complete("a"), skipped(8)])
-        told = [next_line(process).partition("Z ")[2] for _ in range(4)]
+        said = [ready(7), join("a"), complete("a"), skipped(8), first_token("a", 131, 143)]
+        put_on_bus(nats_server.settings, said)
+        told = [next_line(process).partition("Z ")[2] for _ in said]
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 0
         assert process.stderr is not None
@@ -125,6 +131,7 @@ def test_watch_prints_a_line_per_event_until_it_is_interrupted(nats_server: Nats
     assert told[1] == f"{MODEL}: a joins round v7 with 1 rank\n"
     assert told[2].startswith(f"{MODEL}: a serves version 7 after 129 ms")
     assert told[3] == f"{MODEL}: version 8 is skipped by trainer (busy): a reads slot 1\n"
+    assert told[4] == f"{MODEL}: a makes its first token with version 7 after 12.0 ms\n"
 
 
 def test_watch_prints_an_object_per_event_when_asked_for_json(nats_server: NatsServer) -> None:
@@ -164,6 +171,17 @@ def test_watch_goes_on_and_tells_what_it_missed_when_the_bus_restarts(
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_S) == 0
     assert told >= {"CheckpointReady", "Join", "RoundPlan", "UpdateComplete"}
+
+
+def test_watch_tells_everything_when_its_reader_stood_still(nats_server: NatsServer) -> None:
+    """A pipe holds a few hundred lines: after them the command stands still, too."""
+    few = {"WEIGHTBUS_MAX_UNREAD_MESSAGES": "8"}
+    put_on_bus(nats_server.settings, [state("a", version=0)])
+    with watching(nats_server, "--json", **few) as process:
+        assert json.loads(next_line(process))["type"] == "EngineState"
+        put_on_bus(nats_server.settings, [complete("a", version) for version in range(MANY)])
+        told = [json.loads(next_line(process)) for _ in range(MANY)]
+    assert [each["version"] for each in told] == list(range(MANY))
 
 
 def test_watch_draws_tables_when_it_has_a_terminal(nats_server: NatsServer) -> None:
