@@ -90,10 +90,10 @@ def command(
     complete, origin, origin_ns, clock_residual_s, stored_s, wall_s, span_s, bytes, gb_per_s,
     critical_told, and critical_path: a list of what, engine, rank, start_s, duration_s, waited_for;
     and engines: a list of engine, host_id, outcome, verified, routes, plan_reasons, epoch, bytes,
-    start_s, joined_s, planned_s, end_s, first_token_s, paused_s, cause, reason, quarantined,
-    clock_residual_s, span_id, first_token_span_id, and stages: a list of stage, rank, route,
-    start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical, ok, error, span_id,
-    parent_span_id. Buckets are start_s, duration_s, bytes.
+    start_s, joined_s, planned_s, end_s, first_token_start_s, first_token_s, paused_s, cause,
+    reason, quarantined, clock_residual_s, span_id, first_token_span_id, and stages: a list of
+    stage, rank, route, start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical,
+    ok, error, span_id, parent_span_id. Buckets are start_s, duration_s, bytes.
 
     With --compare it prints model, first_round, second_round, first_version, second_version,
     wall_s, bytes, gb_per_s, told, and engines: a list of engine, first_outcome, second_outcome, and

@@ -158,6 +158,7 @@ class _Builder:
             joined_s=self.after(min(facts.join_times_ns.get(name, {0}))),
             planned_s=self._planned_s(name, stages),
             end_s=None if update is None else self.after(update.end_ns),
+            first_token_start_s=None if token is None else self.after(token.start_ns),
             first_token_s=None if token is None else self.after(token.end_ns),
             paused_s=0.0 if done is None else done.paused_s,
             cause="" if failed is None else failed.cause,

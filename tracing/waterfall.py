@@ -127,6 +127,8 @@ class EngineWaterfall(Struct, frozen=True, kw_only=True):
     """When its last plan was made, after the origin; None: there is none."""
     end_s: float | None
     """When it served again or gave up, after the origin; None: not reported."""
+    first_token_start_s: float | None
+    """From when on its first token was waited for, after the origin; None: not reported."""
     first_token_s: float | None
     """When its first token of the version was there, after the origin; None: not reported."""
     paused_s: float

@@ -30,6 +30,7 @@ from weightbus.consumers.engines.torch.minilm import MiniLM, minilm_folder
 from weightbus.consumers.engines.torch.models import build_model, initialise
 from weightbus.producers.blocking import BlockingPublisher
 from weightbus.producers.publisher import PublisherOptions
+from weightbus.tracing.otlp import OtlpSettings
 
 __all__ = ("main",)
 
@@ -175,9 +176,10 @@ def main() -> None:
     options = PublisherOptions(  # every version was checked already: nobody is waited for
         linger_s=0.0, close_wait_s=5.0, p2p=P2pOptions(address=ADDRESS, required=False)
     )
+    otlp = OtlpSettings.from_env(os.environ)
     with (
-        BlockingPublisher(settings, model="minilm", options=options) as minilm,
-        BlockingPublisher(settings, model="decoder", options=options) as decoder,
+        BlockingPublisher(settings, model="minilm", otlp=otlp, options=options) as minilm,
+        BlockingPublisher(settings, model="decoder", otlp=otlp, options=options) as decoder,
     ):
         trainings: dict[str, tuple[BlockingPublisher, Training]] = {
             "minilm": (minilm, MiniLMTraining()),

@@ -1,7 +1,9 @@
 """The tree of one round's trace, built again from its waterfall: what the exports are made of.
 
 Does no I/O. Publication, updates, stages and first tokens have the ids that they were traced by, so
-that what a collector has and what is exported here is one trace. What has no twin on the bus
+that what a collector has and what is exported here is one trace. Of the publication only that is
+known which came after the creation of `CheckpointReady`, until the bus had it: the trainer's own
+span begins before, with the copy of the weights. What has no twin on the bus
 (`join`, `plan`, buckets) has ids derived from its parent's: a collector knows it by others. So has
 all of a round that nobody traced. Invariants: one tree if the publication was traced, else one for
 every update; no orphan, no negative duration; children lie inside their parents, only an update
@@ -197,7 +199,8 @@ class _Tree:
 
     def _first_token(self, engine: EngineWaterfall, parent_id: str, token_s: float) -> TreeSpan:
         span_id = engine.first_token_span_id or self._derived(parent_id, "first token", 0)
-        start_s = token_s if engine.end_s is None else min(engine.end_s, token_s)
+        begin_s = engine.first_token_start_s
+        start_s = token_s if begin_s is None else min(begin_s, token_s)
         return self._span(
             "first token", engine, span_id, parent_id, start_s, token_s, self._of(engine)
         )
