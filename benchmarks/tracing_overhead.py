@@ -1,6 +1,6 @@
 """What tracing costs an update: on against off, in turns, in one run.
 
-    python -m benchmarks.tracing_overhead [--pairs 60] [--mib 64] [--output FILE]
+    python -m benchmarks.tracing_overhead [--pairs 40] [--mib 256] [--output FILE]
 
 A bus of its own, and two torch engines in processes of their own, each with a model, a trainer and
 a consumer. One of the two exports spans and metrics by OTLP to a collector, a process on this
@@ -10,11 +10,16 @@ none is faster by its place in memory. The figures are medians of the pairs' rat
 intervals of their bootstrap:
 
 - `local`: read in place from shared memory, no buckets;
-- `streamed`: by the transfer engine through staging of 4 MiB, in buckets of 1 MiB, each with its
-  timings, and its span where there is tracing;
+- `streamed`: by the transfer engine through staging of 16 MiB, in small buckets (`bucket_bytes`),
+  each with its timings, and its span where there is tracing;
 - `update`: from when the consumer heard of the version until the engine serves it;
 - `whole`: from the trainer's call to that word on the bus;
-- `buckets`: memory blocks that remain of a bucket's timing, and what its span takes.
+- `loop`: what tracing adds to the processor time of the thread that runs trainer and consumer, from
+  the call to that word, and its share of an update: the part that an update can wait for, and a
+  figure that other programs disturb less;
+- `buckets`: memory blocks that remain of a bucket's timing, what it takes to hand it to the thread
+  that makes its span, and what making it takes that thread;
+- `fastest_ratio`: of the medians of the fastest quarters, which other programs disturb least.
 
 Metrics are sent every 5 s, twelve times as often as is usual. Needs the extras `embedded`, `torch`,
 `otlp` and `p2p-cpu`.
@@ -44,6 +49,7 @@ from typing import Any, Final
 
 import anyio
 import numpy as np
+import numpy.typing as npt
 import torch
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from rich.console import Console
@@ -65,6 +71,7 @@ from weightbus.consumers.transfer.timing import BUCKETS_KEPT, Timing
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.schemas.base import BucketTiming, RouteName
 from weightbus.schemas.progress import StageComplete, UpdateComplete, UpdateFailed
+from weightbus.tracing.attributes import BUCKET
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import StageScope, Telemetry, open_telemetry
 
@@ -73,7 +80,7 @@ LOOPBACK: Final = "127.0.0.1"
 TARGET: Final = 1.01
 """Of the median ratio of update times, with tracing and without."""
 MIB: Final = 2**20
-STAGING_BYTES: Final = 4 * MIB
+STAGING_BYTES: Final = 16 * MIB
 DEADLINE_S: Final = 120.0
 WARM_UPS: Final = 3
 """Versions of each side after every change of roles, not counted: the first is proven by the
@@ -95,18 +102,19 @@ class Side:
     tensors: Mapping[str, torch.Tensor]
     version: int
 
-    async def update(self) -> tuple[float, float, int]:
-        """The next version: seconds of the update, of the whole, and how many buckets it took.
+    async def update(self) -> tuple[float, float, float, list[int]]:
+        """The next version: seconds of the update, of the whole, and of this thread's processor
+        time, and the bytes of the buckets that it took.
 
         Raises:
             RuntimeError: it failed.
         """
         self.version += 1
-        buckets = 0
+        buckets: list[int] = []
         async with self.bus.subscribe(
             UpdateComplete, UpdateFailed, StageComplete, model=self.model
         ) as messages:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.thread_time()
             await self.publisher.publish(self.tensors, self.version)
             with anyio.fail_after(DEADLINE_S):
                 async for heard in messages:
@@ -114,12 +122,13 @@ class Side:
                         continue
                     match heard.message:
                         case StageComplete() as stage:
-                            buckets += len(stage.buckets)
+                            buckets += [bucket.bytes for bucket in stage.buckets]
                         case UpdateFailed() as failed:
                             raise RuntimeError(f"{failed.cause}: {failed.reason}")
                         case UpdateComplete() as done:
                             whole_s = time.perf_counter() - start
-                            return (done.end_ns - done.start_ns) / 1e9, whole_s, buckets
+                            cpu_s = time.thread_time() - cpu_start
+                            return (done.end_ns - done.start_ns) / 1e9, whole_s, cpu_s, buckets
         raise RuntimeError("the bus has ended")
 
 
@@ -129,8 +138,10 @@ class Figures:
 
     update: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
     whole: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    loop: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
     buckets: int = 0
     """Of one update, in all its stages."""
+    bucket_bytes: int = 0
 
 
 # ---------------------------------------------------------------- the collector
@@ -310,11 +321,13 @@ async def run_half(
 ) -> None:
     for pair in range(-WARM_UPS, pairs):
         for number in order.sample(range(2), 2):
-            update_s, whole_s, buckets = await sides[number].update()
+            update_s, whole_s, cpu_s, buckets = await sides[number].update()
             if pair >= 0:
+                figures.loop[number == traced].append(cpu_s)
                 figures.update[number == traced].append(update_s)
                 figures.whole[number == traced].append(whole_s)
-                figures.buckets = max(figures.buckets, buckets)
+                figures.buckets = max(figures.buckets, len(buckets))
+                figures.bucket_bytes = max((figures.bucket_bytes, *buckets))
 
 
 # ---------------------------------------------------------------- buckets
@@ -337,17 +350,22 @@ def measure_buckets(telemetry: Telemetry) -> dict[str, float]:
     now_ns = time.time_ns()
     buckets = tuple(BucketTiming(now_ns + n, now_ns + n + 1, KEPT_BYTES) for n in range(SPANS_MADE))
     scope = StageScope("m", 1, "v1", "e")
-    start = time.perf_counter()
-    telemetry.record_buckets(
-        telemetry.record_stage(lambda twin: None, scope, "fetch", start_ns=now_ns, end_ns=now_ns),
-        scope,
-        0,
-        buckets,
+    stage = telemetry.record_stage(
+        lambda twin: None, scope, "fetch", start_ns=now_ns, end_ns=now_ns
     )
-    span_s = (time.perf_counter() - start) / SPANS_MADE
+    start = time.thread_time()
+    telemetry.record_buckets(stage, scope, 0, buckets)
+    handed_s = (time.thread_time() - start) / SPANS_MADE
+    start = time.thread_time()
+    for number in range(SPANS_MADE):
+        telemetry.record_span(
+            "bucket", start_ns=now_ns, end_ns=now_ns, parent=stage, attributes={BUCKET: number}
+        )
+    span_s = (time.thread_time() - start) / SPANS_MADE
     return {
         "blocks_per_bucket": (after - before) / len(timed),
         "timing_us_per_bucket": round(timed_s / len(timed) * 1e6, 3),
+        "handed_us_per_bucket": round(handed_s * 1e6, 3),
         "span_us_per_bucket": round(span_s * 1e6, 1),
     }
 
@@ -358,14 +376,35 @@ def measure_buckets(telemetry: Telemetry) -> dict[str, float]:
 def ratio_of(times: Mapping[bool, Sequence[float]]) -> dict[str, Any]:
     """The median of the pairs' ratios, with a 95 % interval of its bootstrap."""
     ratios = np.asarray(times[True]) / np.asarray(times[False])
-    draws = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
     return {
         "ratio": round(float(np.median(ratios)), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
+        "interval": interval_of(ratios, 4),
+        "fastest_ratio": round(fastest(times[True]) / fastest(times[False]), 4),
         "on_s": round(median(times[True]), 4),
         "off_s": round(median(times[False]), 4),
     }
+
+
+def added_of(times: Mapping[bool, Sequence[float]], update_s: float) -> dict[str, Any]:
+    """The median of the pairs' differences, and what share of an update that is."""
+    added = np.asarray(times[True]) - np.asarray(times[False])
+    return {
+        "added_s": round(float(np.median(added)), 5),
+        "interval_s": interval_of(added, 5),
+        "on_s": round(median(times[True]), 5),
+        "off_s": round(median(times[False]), 5),
+        "share_of_update": round(float(np.median(added)) / update_s, 4),
+    }
+
+
+def fastest(times: Sequence[float]) -> float:
+    return median(sorted(times)[: max(1, len(times) // 4)])
+
+
+def interval_of(found: npt.NDArray[np.float64], digits: int) -> list[float]:
+    draws = np.random.default_rng(0).choice(found, (RESAMPLES, len(found)))
+    low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
+    return [round(float(low), digits), round(float(high), digits)]
 
 
 def measure(pairs: int, mib: int) -> dict[str, Any]:
@@ -379,13 +418,16 @@ def measure(pairs: int, mib: int) -> dict[str, Any]:
             async with open_bus(BusSettings()) as bus:
                 for name, route in (("local", "local"), ("streamed", "p2p")):
                     figures = await measure_case(route, bus, pairs, mib, telemetry)
-                    case = {"case": name, "buckets": figures.buckets, "pairs": pairs // 2 * 2}
+                    case: dict[str, Any] = {"case": name, "pairs": pairs // 2 * 2}
+                    case["buckets"] = figures.buckets
+                    case["bucket_bytes"] = figures.bucket_bytes
                     for what in ("update", "whole"):
                         times = getattr(figures, what)
                         case[what] = ratio_of(times) | {
                             "on": [round(each, 4) for each in times[True]],
                             "off": [round(each, 4) for each in times[False]],
                         }
+                    case["loop"] = added_of(figures.loop, case["update"]["off_s"])
                     cases.append(case)
 
         anyio.run(run)
@@ -397,7 +439,7 @@ def measure(pairs: int, mib: int) -> dict[str, Any]:
 
 
 def print_table(figures: Mapping[str, Any]) -> None:
-    table = Table("case", "what", "buckets", "off s", "on s", "ratio", "95 %", "target")
+    table = Table("case", "what", "buckets", "off s", "on s", "ratio", "95 %", "fastest", "target")
     for case in figures["cases"]:
         for what in ("update", "whole"):
             found = case[what]
@@ -410,18 +452,20 @@ def print_table(figures: Mapping[str, Any]) -> None:
                 f"{found['on_s']:.4f}",
                 f"{found['ratio']:.4f}",
                 f"{low:.4f} to {high:.4f}",
+                f"{found['fastest_ratio']:.4f}",
                 f"<= {TARGET}",
                 style=None if found["ratio"] <= TARGET else "red",
             )
     console = Console()
     console.print(table)
+    console.print({case["case"]: case["loop"] for case in figures["cases"]})
     console.print({key: figures[key] for key in ("buckets", "collector", "lost")})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what tracing costs.")
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--mib", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--output", type=Path, default=RESULTS / "tracing_overhead.json")
     parser.add_argument("--collector", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
