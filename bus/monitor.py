@@ -53,7 +53,7 @@ _IDLE_S = 5.0
 """Between two looks at a stream of which nothing was heard."""
 _LATE_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Waits between looks for a message that has rung and is not stored yet. A repeat, which a stream
-drops, never is."""
+drops, never is; neither is it found where the stream was made anew."""
 _RETRY_S = 0.5
 _CHANGES_IN_A_ROW = 64
 """Of engines, before messages have their turn."""
@@ -215,7 +215,11 @@ class Monitor(Generic[M]):
         if self._owed and self._late_looks < len(_LATE_S):
             self._late_looks += 1
             return min(wait_s, _LATE_S[self._late_looks - 1])
-        self._owed = 0
+        if self._owed:
+            self._owed = 0
+            for tail in self._tails:
+                tail.doubt_nowait()
+            return 0.0
         return wait_s
 
     async def _bear(self, error: BusTimeout) -> None:

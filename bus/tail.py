@@ -6,6 +6,7 @@ number on one subject, and may be lost with its server's data: a reader that com
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from weightbus.schemas.catalogue import stream_name
 __all__ = ("Tail", "open_tail")
 
 _CHECK_S = 30.0
-"""After so long between two pages it is asked what the stream has dropped meanwhile."""
+"""After so long it is asked what the stream has dropped meanwhile, and whether it is the same."""
 
 
 class Tail:
@@ -51,7 +52,7 @@ class Tail:
         self._settled = 0
         """What lies before this sequence has been read, or is known to be lost, or was not asked
         for: if it is dropped, nothing is lost."""
-        self._looked_s, self._connection = anyio.current_time(), link.connections
+        self._checked_s, self._connection = anyio.current_time(), link.connections
         self.buffer = deque()
         self.known_until_ns = 0
         self.is_behind = self.has_passed = False
@@ -60,6 +61,11 @@ class Tail:
     def has_given_history(self) -> bool:
         """What is in the buffer, and what comes, was stored after it was opened."""
         return self.has_passed and (not self.buffer or self.buffer[0].sequence > self._opened_at)
+
+    def doubt_nowait(self) -> None:
+        """There should be something that is not found: see at the next page what has become of the
+        stream."""
+        self._checked_s = -math.inf
 
     async def read(self, known_ns: int) -> tuple[Missed, ...]:
         """Fill the buffer with the next page; may be cancelled, and loses nothing.
@@ -90,11 +96,11 @@ class Tail:
                 missed.append(Missed(self._name, dropped))
         # From here on nothing waits: a reader that is cancelled has all of this, or nothing.
         if state is not None:
-            self._created = state.created
+            self._created, self._checked_s = state.created, began_s
             settled = settled if more else max(settled, state.last_sequence + 1)
         self._settled = settled
         self._next_sequence = messages[-1].sequence + 1 if messages else first
-        self._looked_s, self._connection = began_s, connection
+        self._connection = connection
         self.known_until_ns = max((message.stored_ns for message in messages), default=known_ns)
         self.is_behind = more > 0
         self.has_passed |= not more or self._next_sequence > self._opened_at
@@ -106,7 +112,7 @@ class Tail:
         if (
             self._connection == connection
             and not self.is_behind
-            and now_s < self._looked_s + _CHECK_S
+            and now_s < self._checked_s + _CHECK_S
         ):
             return None
         return await self._jetstream.state(self._stream)

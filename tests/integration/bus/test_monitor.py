@@ -312,6 +312,20 @@ async def test_loss_is_said_and_the_monitor_goes_on_when_the_server_lost_its_dat
         assert await versions(monitor, 6) == [5, 6]
 
 
+async def test_loss_is_said_when_the_stream_was_made_anew_on_the_same_connection(
+    bus: Bus, nats_server: NatsServer
+) -> None:
+    async with open_monitor(bus, Commit, engines=False) as monitor:
+        await publish_many(bus, 1, 5)
+        assert await versions(monitor, 4) == [1, 2, 3, 4]
+        async with raw_client(nats_server.url) as client:
+            await client.jetstream().delete_stream("weightbus-PROGRESS")
+        async with open_bus(nats_server.settings) as other:
+            await publish_many(other, 5, 7)
+        assert await anext(monitor) == Missed("PROGRESS", None)
+        assert await versions(monitor, 6) == [5, 6]
+
+
 async def test_other_readers_and_the_bus_go_on_when_one_crashes_in_its_loop(bus: Bus) -> None:
     async with open_monitor(bus, Commit) as other:
         await bus.publish(commit(1))
