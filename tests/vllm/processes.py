@@ -1,7 +1,9 @@
 """Processes of vLLM, each in a process group of its own, and killed for sure.
 
 Owns each process while its context is open: at its end everything in its group gets SIGTERM, and
-what is left SIGKILL. What it printed is in its log, which is shown when something failed.
+what is left SIGKILL; then what vLLM leaves in /dev/shm and its sockets, where it was killed, are
+removed: those of this group alone. What it printed is in its log, which is shown when something
+failed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import msgspec
@@ -29,6 +32,9 @@ END_S: Final = 30.0
 """How long one may take to end in order."""
 POLL_S: Final = 0.05
 LOG_LINES: Final = 300
+SHM: Final = Path("/dev/shm")
+BLOCKS: Final = ("psm_", "vllm_dist_")
+"""How names begin of what vLLM shares among its processes."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -51,23 +57,27 @@ def running_group(
     argv: Sequence[str], log: Path, env: Mapping[str, str], *, lines: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process group of its own; with `lines` its stdin and stdout are pipes."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            argv,
-            cwd=ROOT,
-            env=dict(env),
-            stdin=subprocess.PIPE if lines else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if lines else output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    except BaseException:
-        _show(log)
-        raise
-    finally:
-        _end(process)
+    with TemporaryDirectory(prefix="wb-") as sockets:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env={**env, "VLLM_RPC_BASE_PATH": sockets},
+                stdin=subprocess.PIPE if lines else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if lines else output,
+                stderr=output,
+                start_new_session=True,
+            )
+        try:
+            yield process
+        except BaseException:
+            _show(log)
+            raise
+        finally:
+            blocks = shared_blocks(process.pid)
+            _end(process)
+            for block in blocks:
+                block.unlink(missing_ok=True)
 
 
 class LineProcess:
@@ -113,6 +123,18 @@ def group_is_gone(group: int) -> bool:
     except ProcessLookupError:
         return True
     return all(_is_zombie(pid) for pid in _members(group))
+
+
+def shared_blocks(group: int) -> set[Path]:
+    """Those of vLLM, and of Python's `shared_memory`, that processes of a group have mapped."""
+    found = set()
+    for pid in _members(group):
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = Path(line.partition("/")[1] + line.partition("/")[2])
+                if path.parent == SHM and path.name.startswith(BLOCKS):
+                    found.add(path)
+    return found
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
