@@ -52,6 +52,9 @@ PUBLISH_S: Final = 180.0
 CHECK_S: Final = 120.0
 POLL_S: Final = 0.1
 BUDGETS: Final = Budgets(prepare_s=120.0, transfer_s=120.0, round_s=300.0)
+CPU_JOIN_S: Final = 60.0
+"""Of the smoke without GPUs, on machines that do other things: whom a leader does not wait for is
+left out, and who may come by broadcast alone has then no way."""
 
 
 @dataclass
@@ -164,6 +167,8 @@ class Fleet:
     ) -> AsyncIterator[None]:
         """A consumer beside each engine; entered once all are present."""
         self._models.add(model)
+        if self.setup.cpu:
+            changes = {"join_window_s": CPU_JOIN_S, **changes}
         names: list[str] = []
         try:
             for number, engine in enumerate(engines.setups):
