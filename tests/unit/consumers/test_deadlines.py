@@ -24,6 +24,8 @@ ALLOWED: Final[Mapping[str, str]] = {
     "engines/channel.py:WorkerChannel.run_receiver": IDLE,
     "engines/torch/client.py:_Connection.run_receiver": IDLE,
     "engines/torch/client.py:TorchEngineClient._connect": "called by `_ask` only, under a deadline",
+    "engines/torch/first.py:FirstAnswer.wait": "called by `Front._first_answer` only, under its "
+    "deadline",
     "engines/torch/frames.py:FrameStream.send": "the caller's deadline; a server's client has its "
     "own connection, and ends with it",
     "engines/torch/frames.py:FrameStream.receive": IDLE,
