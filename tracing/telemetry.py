@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from msgspec import Struct, structs
+from msgspec import structs
 from opentelemetry.context import Context
 from opentelemetry.metrics import Meter, get_meter
 from opentelemetry.trace import (
@@ -24,8 +24,6 @@ from opentelemetry.trace import (
     NonRecordingSpan,
     SpanContext,
     SpanKind,
-    Status,
-    StatusCode,
     TraceFlags,
     Tracer,
 )
@@ -42,6 +40,7 @@ from weightbus.tracing.otlp import (
     OtlpSettings,
     open_exporter,
 )
+from weightbus.tracing.span import Span, StageScope, StageSpan
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricReader
@@ -65,80 +64,6 @@ REASON_CHARACTERS: Final = 4096
 """Limit of `schemas.base.Reason`."""
 
 _logger = logging.getLogger(__name__)
-
-
-class StageScope(Struct, frozen=True):
-    """Whose update a stage belongs to."""
-
-    model: str
-    version: int
-    round: str
-    engine: str
-
-    def attributes(self) -> dict[str, AttributeValue]:
-        return {
-            names.MODEL: self.model,
-            names.VERSION: self.version,
-            names.ROUND: self.round,
-            names.ENGINE: self.engine,
-        }
-
-
-class Span:
-    """A span that is open; whoever has begun it ends it, once."""
-
-    def __init__(self, span: OtelSpan) -> None:
-        self._span = span
-        self.ref = SpanRef.of(span.get_span_context())
-        """Parent of what is done within it, and what goes into the headers of messages."""
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether what is set goes anywhere."""
-        return self._span.is_recording()
-
-    def set(self, key: str, value: AttributeValue) -> None:
-        """Set one attribute."""
-        self._span.set_attribute(key, value)
-
-    def link(self, *others: SpanRef) -> None:
-        """It has to do with spans of other processes, which are not its parent."""
-        for other in others:
-            self._span.add_link(other.as_context(remote=True))
-
-    def fail(self, error: str) -> None:
-        """Mark it as failed: `TornRead: segment ...`, the name of the error class first."""
-        self._span.set_attribute(names.ERROR_TYPE, error.partition(":")[0])
-        self._span.set_status(Status(StatusCode.ERROR, error))
-
-    def end(self, end_ns: int, error: str = "") -> None:
-        """It ended at `end_ns`, and failed if `error` is not empty."""
-        if error:
-            self.fail(error)
-        self._span.end(end_ns)
-
-
-class StageSpan(Span):
-    """The span of a stage that is running."""
-
-    def __init__(self, span: OtelSpan, twin: StageComplete) -> None:
-        super().__init__(span)
-        self._twin = structs.replace(twin, trace_id=self.ref.trace_id, span_id=self.ref.span_id)
-        self.bytes = 0
-        """Bytes moved by the stage; set it before the stage ends."""
-
-    def _complete(self, end_ns: int, error: str, buckets: BucketTimings = ()) -> StageComplete:
-        """End the span; returns its twin."""
-        self.set(names.BYTES, self.bytes)
-        self.end(end_ns, error)
-        return structs.replace(
-            self._twin,
-            bytes=self.bytes,
-            buckets=buckets,
-            end_ns=end_ns,
-            ok=not error,
-            error=error,
-        )
 
 
 class Telemetry:
@@ -303,7 +228,7 @@ class Telemetry:
             reason = _reason_of(error)
             raise
         finally:
-            emit(span._complete(clock.now_ns(), reason))
+            emit(span.complete(clock.now_ns(), reason))
 
     def record_stage(
         self,
@@ -328,7 +253,7 @@ class Telemetry:
         """
         span = self._begin_stage(scope, stage, rank, route, parent, start_ns)
         span.bytes = bytes
-        emit(span._complete(max(start_ns, end_ns), _shortened(error), buckets))
+        emit(span.complete(max(start_ns, end_ns), _shortened(error), buckets))
         return span.ref
 
     def record_buckets(
