@@ -17,7 +17,7 @@ import pytest
 
 from tests.unit.tracing.exported import assert_importable, assert_tree, parsed
 
-END_S = 150.0
+END_S = 300.0
 CLEAN_S = 60.0
 MODELS = ("minilm", "decoder")
 
