@@ -134,10 +134,10 @@ class ExportLosses(Struct, frozen=True, kw_only=True):
     """What never reached the collector, by cause: spans, and exports of metrics."""
 
     queue_full: int = 0
-    """Spans that ended while the queue was full, or after the telemetry was closed."""
+    """Spans that ended, or were to be made, while a queue was full or the telemetry closed."""
     refused: int = 0
-    """Spans given up by the exporter (no connection, refused, no answer in time), or rejected by
-    the collector."""
+    """Spans given up by the exporter (no connection, refused, no answer in time), rejected by the
+    collector, or that could not be made."""
     unsent: int = 0
     """Spans still waiting, or on their way, when the deadline of the shutdown came."""
     metrics_refused: int = 0

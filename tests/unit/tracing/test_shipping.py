@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -158,3 +158,69 @@ def test_spans_that_are_to_be_made_after_the_end_are_counted() -> None:
     shipper.close(GENEROUS_S)
     shipper.make_later(3, partial(end_spans, shipper, "a", "b", "c"))
     assert shipper.losses == ExportLosses(queue_full=3)
+
+
+def test_full_batches_of_spans_that_are_made_late_wait_for_no_delay() -> None:
+    exporter = FakeExporter()
+    all_sent = threading.Event()
+    shipper = SpanShipper(exporter, batch_spans=4, batch_delay_s=GENEROUS_S)
+    for number in range(6):
+        last = [all_sent.set] if number == 5 else []
+        shipper.make_later(2, partial(_make, shipper, last))
+    assert all_sent.wait(GENEROUS_S / 2), f"{exporter.batches} were sent without being closed"
+    assert shipper.close(GENEROUS_S) == ExportLosses()
+    assert [len(batch) for batch in exporter.batches] == [4, 4, 4]
+
+
+def _make(shipper: SpanShipper, then: Sequence[Callable[[], None]] = ()) -> None:
+    end_spans(shipper, "x", "y")
+    for call in then:
+        call()
+
+
+def test_what_waits_to_be_made_is_bounded_and_the_rest_counted_when_the_exporter_hangs() -> None:
+    exporter = FakeExporter()
+    exporter.gate.clear()
+    shipper = SpanShipper(exporter, late_spans=6, batch_spans=2, batch_delay_s=0.001)
+    end_spans(shipper, "a", "b")
+    assert exporter.entered.wait(GENEROUS_S)
+    for _ in range(5):
+        shipper.make_later(2, partial(end_spans, shipper, "x", "y"))
+    assert shipper.losses == ExportLosses(queue_full=4)
+    exporter.gate.set()
+    assert shipper.close(GENEROUS_S) == ExportLosses(queue_full=4)
+    assert [len(batch) for batch in exporter.batches] == [2, 2, 2, 2]
+
+
+def test_thread_goes_on_and_counts_the_spans_when_making_them_raises() -> None:
+    exporter = FakeExporter()
+    shipper = SpanShipper(exporter, batch_delay_s=0.001)
+    error = ValueError("no such attribute")
+
+    def make() -> None:
+        end_spans(shipper, "made")
+        raise error
+
+    shipper.make_later(3, make)
+    shipper.make_later(1, partial(end_spans, shipper, "after"))
+    assert shipper.close(GENEROUS_S) == ExportLosses(refused=2)
+    assert shipper.last_error is error
+    assert sorted(name for batch in exporter.batches for name in batch) == ["after", "made"]
+
+
+def test_spans_that_were_made_by_the_deadline_are_not_counted_twice() -> None:
+    exporter, made, gate = FakeExporter(), threading.Event(), threading.Event()
+    shipper = SpanShipper(exporter, batch_delay_s=0.001)
+
+    def make() -> None:
+        end_spans(shipper, "a")
+        made.set()
+        gate.wait(GENEROUS_S)
+        end_spans(shipper, "b")
+
+    shipper.make_later(2, make)
+    assert made.wait(GENEROUS_S)
+    assert shipper.close(0.05) == ExportLosses(unsent=2)
+    gate.set()
+    assert exporter.closed.wait(GENEROUS_S)
+    assert shipper.losses == ExportLosses(unsent=2)
