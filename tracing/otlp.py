@@ -31,6 +31,8 @@ __all__ = (
 )
 
 OtlpProtocol = Literal["http/protobuf", "grpc"]
+Signal = Literal["TRACES", "METRICS"]
+"""As the standard variables call it."""
 
 EXPORT_TIMEOUT_S: Final = 5
 """How long one batch may take, retries included, before it is given up."""
@@ -41,8 +43,11 @@ _EXPORTER_PACKAGES: Final[Mapping[OtlpProtocol, str]] = {
 }
 
 
-METRICS_EXPORTERS: Final = ("otlp", "prometheus", "none")
-"""What `OTEL_METRICS_EXPORTER` may name."""
+EXPORTERS: Final[Mapping[Signal, tuple[str, ...]]] = {
+    "TRACES": ("otlp", "none"),
+    "METRICS": ("otlp", "prometheus", "none"),
+}
+"""What `OTEL_<signal>_EXPORTER` may name."""
 
 MAX_PORT: Final = 65_535
 
@@ -84,50 +89,72 @@ class OtlpSettings(Struct, frozen=True, kw_only=True):
     """URL that spans are sent to: for HTTP the whole of it, `http://collector:4318/v1/traces`; for
     gRPC `http://collector:4317` (`https` for TLS). Empty: they are not sent."""
     protocol: OtlpProtocol = "http/protobuf"
+    """Of spans."""
     headers: Mapping[str, str] = {}
-    """Sent with every request: authorisation of the collector, for example."""
+    """Sent with every request of spans: authorisation of the collector, for example."""
     metrics_endpoint: str = ""
-    """URL that metrics are sent to, by the same protocol and with the same headers: for HTTP
-    `http://collector:4318/v1/metrics`. Empty: they are not sent."""
+    """URL that metrics are sent to: for HTTP `http://collector:4318/v1/metrics`. Empty: they are
+    not sent."""
+    metrics_protocol: OtlpProtocol = "http/protobuf"
+    metrics_headers: Mapping[str, str] = {}
+    """Sent with every request of metrics."""
     prometheus: PrometheusSettings | None = None
     """None: metrics cannot be read there."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> OtlpSettings | None:
-        """The standard variables `OTEL_EXPORTER_OTLP_[TRACES_]ENDPOINT`, `PROTOCOL`, `HEADERS`.
+        """The standard variables `OTEL_EXPORTER_OTLP_ENDPOINT`, `PROTOCOL`, `HEADERS`.
 
-        Metrics are sent, too, where `OTEL_EXPORTER_OTLP_[METRICS_]ENDPOINT` says so, unless
-        `OTEL_METRICS_EXPORTER` says otherwise: `none`, or `prometheus`, which lets Prometheus read
-        them (`PrometheusSettings.from_env`); `otlp,prometheus` is both. None if there is nowhere
-        to send anything to, or `OTEL_SDK_DISABLED` is true.
+        Each of them for spans alone, too, or for metrics alone (`OTEL_EXPORTER_OTLP_TRACES_...`,
+        `OTEL_EXPORTER_OTLP_METRICS_...`), which then counts for these. `OTEL_TRACES_EXPORTER` and
+        `OTEL_METRICS_EXPORTER` may be `none`; the latter `prometheus`, too, which lets Prometheus
+        read them (`PrometheusSettings.from_env`); `otlp,prometheus` is both. None if there is
+        nowhere to send anything to, or `OTEL_SDK_DISABLED` is true.
 
         Raises:
             TelemetryInvalid: a variable holds what cannot be used.
         """
-        for_traces = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
-        for_metrics = environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "").strip()
-        for_all = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
         if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
             return None
-        exporters = _metrics_exporters(environ)
-        prometheus = PrometheusSettings.from_env(environ) if "prometheus" in exporters else None
-        with_metrics = "otlp" in exporters
-        if not (for_traces or for_all or (for_metrics and with_metrics)):
-            return None if prometheus is None else cls(prometheus=prometheus)
-        protocol = _protocol(_variable(environ, "PROTOCOL") or "http/protobuf")
-        endpoint = for_traces or _with_path(for_all, "/v1/traces", protocol)
-        _check_url("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
-        metrics_endpoint = ""
-        if with_metrics:
-            metrics_endpoint = for_metrics or _with_path(for_all, "/v1/metrics", protocol)
-            _check_url("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", metrics_endpoint)
+        spans = _Destination.from_env(environ, "TRACES")
+        metrics = _Destination.from_env(environ, "METRICS")
+        with_prometheus = "prometheus" in _exporters(environ, "METRICS")
+        prometheus = PrometheusSettings.from_env(environ) if with_prometheus else None
+        if not (spans.endpoint or metrics.endpoint or prometheus):
+            return None
         return cls(
-            endpoint=endpoint,
-            protocol=protocol,
-            headers=_headers(_variable(environ, "HEADERS")),
-            metrics_endpoint=metrics_endpoint,
+            endpoint=spans.endpoint,
+            protocol=spans.protocol,
+            headers=spans.headers,
+            metrics_endpoint=metrics.endpoint,
+            metrics_protocol=metrics.protocol,
+            metrics_headers=metrics.headers,
             prometheus=prometheus,
         )
+
+
+class _Destination(Struct, frozen=True):
+    """Where one signal goes to."""
+
+    endpoint: str = ""
+    protocol: OtlpProtocol = "http/protobuf"
+    headers: Mapping[str, str] = {}
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], signal: Signal) -> _Destination:
+        """
+        Raises:
+            TelemetryInvalid
+        """
+        own, own_name = _variable(environ, f"{signal}_ENDPOINT")
+        for_all, name_for_all = _variable(environ, "ENDPOINT")
+        if "otlp" not in _exporters(environ, signal) or not (own or for_all):
+            return cls()
+        protocol = _protocol(*_variable(environ, f"{signal}_PROTOCOL", "PROTOCOL"))
+        endpoint = own or _with_path(for_all, f"/v1/{signal.lower()}", protocol)
+        _check_url(own_name if own else name_for_all, endpoint)
+        headers = _headers(*_variable(environ, f"{signal}_HEADERS", "HEADERS"))
+        return cls(endpoint, protocol, headers)
 
 
 class ExportLosses(Struct, frozen=True, kw_only=True):
@@ -155,7 +182,7 @@ def open_exporter(settings: OtlpSettings) -> SpanExporter:
     Raises:
         ExporterMissing: the extra `otlp` is not installed.
     """
-    make = _module_of(settings, "trace_exporter").OTLPSpanExporter
+    make = _module_of(settings.protocol, "trace_exporter", settings.endpoint).OTLPSpanExporter
     from weightbus.tracing import collectors  # the SDK takes long to import
 
     return (collectors.open_grpc if settings.protocol == "grpc" else collectors.open_http)(
@@ -172,32 +199,35 @@ def open_metric_exporter(settings: OtlpSettings) -> MetricExporter:
     Raises:
         ExporterMissing: the extra `otlp` is not installed.
     """
-    exporter = _module_of(settings, "metric_exporter").OTLPMetricExporter(
-        endpoint=settings.metrics_endpoint,
-        headers=dict(settings.headers),
+    endpoint = settings.metrics_endpoint
+    exporter = _module_of(
+        settings.metrics_protocol, "metric_exporter", endpoint
+    ).OTLPMetricExporter(
+        endpoint=endpoint,
+        headers=dict(settings.metrics_headers),
         timeout=EXPORT_TIMEOUT_S,
     )
     return cast("MetricExporter", exporter)
 
 
-def _module_of(settings: OtlpSettings, name: str) -> Any:
+def _module_of(protocol: OtlpProtocol, name: str, endpoint: str) -> Any:
     try:
-        return import_module(f"{_EXPORTER_PACKAGES[settings.protocol]}.{name}")
+        return import_module(f"{_EXPORTER_PACKAGES[protocol]}.{name}")
     except ImportError as error:
-        endpoint = settings.endpoint or settings.metrics_endpoint
-        raise ExporterMissing(settings.protocol, endpoint) from error
+        raise ExporterMissing(protocol, endpoint) from error
 
 
-def _metrics_exporters(environ: Mapping[str, str]) -> frozenset[str]:
+def _exporters(environ: Mapping[str, str], signal: Signal) -> frozenset[str]:
     """
     Raises:
         TelemetryInvalid
     """
-    value = environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() or "otlp"
+    variable, known = f"OTEL_{signal}_EXPORTER", EXPORTERS[signal]
+    value = environ.get(variable, "").strip().lower() or "otlp"
     named = frozenset(name.strip() for name in value.split(","))
-    if not named <= set(METRICS_EXPORTERS) or ("none" in named and len(named) > 1):
-        limit = f"must be one of {', '.join(METRICS_EXPORTERS)}, or otlp,prometheus"
-        raise TelemetryInvalid("OTEL_METRICS_EXPORTER", value, limit)
+    if not named <= set(known) or ("none" in named and len(named) > 1):
+        both = ", or otlp,prometheus" if "prometheus" in known else ""
+        raise TelemetryInvalid(variable, value, f"must be one of {', '.join(known)}{both}")
     return named
 
 
@@ -215,28 +245,29 @@ def _check_url(variable: str, endpoint: str) -> None:
         raise TelemetryInvalid(variable, endpoint, "must begin with http:// or https://")
 
 
-def _variable(environ: Mapping[str, str], name: str) -> str:
-    for_traces = environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}", "").strip()
-    return for_traces or environ.get(f"OTEL_EXPORTER_OTLP_{name}", "").strip()
+def _variable(environ: Mapping[str, str], *names: str) -> tuple[str, str]:
+    """The value of the first that is set, and what that is called."""
+    for name in names:
+        if value := environ.get(f"OTEL_EXPORTER_OTLP_{name}", "").strip():
+            return value, f"OTEL_EXPORTER_OTLP_{name}"
+    return "", f"OTEL_EXPORTER_OTLP_{names[-1]}"
 
 
-def _protocol(value: str) -> OtlpProtocol:
+def _protocol(value: str, variable: str) -> OtlpProtocol:
+    if not value:
+        return "http/protobuf"
     for protocol in get_args(OtlpProtocol):
         if value == protocol:
             return cast("OtlpProtocol", protocol)
-    raise TelemetryInvalid(
-        "OTEL_EXPORTER_OTLP_PROTOCOL", value, f"must be one of {', '.join(get_args(OtlpProtocol))}"
-    )
+    raise TelemetryInvalid(variable, value, f"must be one of {', '.join(get_args(OtlpProtocol))}")
 
 
-def _headers(value: str) -> dict[str, str]:
+def _headers(value: str, variable: str) -> dict[str, str]:
     """`name=value,name=value`, percent-encoded; names in lower case, as gRPC demands."""
     headers = {}
     for number, part in enumerate(value.split(",") if value else (), start=1):
         name, separator, content = part.partition("=")
         if not separator or not name.strip():  # not shown: headers hold secrets
-            raise TelemetryInvalid(
-                "OTEL_EXPORTER_OTLP_HEADERS", f"<entry {number}>", "must be name=value,..."
-            )
+            raise TelemetryInvalid(variable, f"<entry {number}>", "must be name=value,...")
         headers[unquote(name.strip()).lower()] = unquote(content.strip())
     return headers

@@ -17,7 +17,13 @@ PREFIX = "OTEL_EXPORTER_OTLP_"
 
 
 HTTP = OtlpSettings(endpoint="http://c/v1/traces", metrics_endpoint="http://c/v1/metrics")
-GRPC = OtlpSettings(endpoint="http://c:4317", metrics_endpoint="http://c:4317", protocol="grpc")
+GRPC = OtlpSettings(
+    endpoint="http://c:4317",
+    protocol="grpc",
+    metrics_endpoint="http://c:4317",
+    metrics_protocol="grpc",
+)
+SECRET = {"authorization": "Bearer x=", "tenant": "a"}
 
 
 @pytest.mark.parametrize(("environ", "expected"), [
@@ -25,7 +31,10 @@ GRPC = OtlpSettings(endpoint="http://c:4317", metrics_endpoint="http://c:4317", 
     ({"ENDPOINT": ""}, None),
     ({"ENDPOINT": "http://c"}, HTTP),
     ({"METRICS_ENDPOINT": "http://c/v1/metrics"}, structs.replace(HTTP, endpoint="")),
-    ({"METRICS_ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"}, structs.replace(GRPC, endpoint="")),
+    (
+        {"METRICS_ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"},
+        OtlpSettings(metrics_endpoint="http://c:4317", metrics_protocol="grpc"),
+    ),
     (
         {"ENDPOINT": "http://c:4318/otel/"},
         OtlpSettings(
@@ -45,11 +54,27 @@ GRPC = OtlpSettings(endpoint="http://c:4317", metrics_endpoint="http://c:4317", 
     ({"ENDPOINT": "http://c:4317", "PROTOCOL": "grpc"}, GRPC),
     (
         {"ENDPOINT": "http://c:4317", "PROTOCOL": "http/protobuf", "TRACES_PROTOCOL": "grpc"},
-        GRPC,
+        OtlpSettings(
+            endpoint="http://c:4317",
+            protocol="grpc",
+            metrics_endpoint="http://c:4317/v1/metrics",
+        ),
+    ),
+    (
+        {"ENDPOINT": "http://c", "METRICS_PROTOCOL": "grpc"},
+        structs.replace(HTTP, metrics_endpoint="http://c", metrics_protocol="grpc"),
     ),
     (
         {"ENDPOINT": "http://c", "HEADERS": "Authorization=Bearer%20x=, tenant = a "},
-        structs.replace(HTTP, headers={"authorization": "Bearer x=", "tenant": "a"}),
+        structs.replace(HTTP, headers=SECRET, metrics_headers=SECRET),
+    ),
+    (
+        {"ENDPOINT": "http://c", "TRACES_HEADERS": "authorization=Bearer%20x=,tenant=a"},
+        structs.replace(HTTP, headers=SECRET),
+    ),
+    (
+        {"ENDPOINT": "http://c", "HEADERS": "tenant=b", "METRICS_HEADERS": "tenant=m"},
+        structs.replace(HTTP, headers={"tenant": "b"}, metrics_headers={"tenant": "m"}),
     ),
 ])  # fmt: skip
 def test_settings_follow_the_standard_variables(
@@ -65,6 +90,12 @@ def test_metrics_are_not_sent_when_their_exporter_is_none() -> None:
     assert OtlpSettings.from_env(environ) == structs.replace(HTTP, metrics_endpoint="")
     environ = {PREFIX + "METRICS_ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"}
     assert OtlpSettings.from_env(environ) is None
+
+
+def test_spans_are_not_sent_when_their_exporter_is_none() -> None:
+    environ = {PREFIX + "ENDPOINT": "http://c", "OTEL_TRACES_EXPORTER": "none"}
+    assert OtlpSettings.from_env(environ) == structs.replace(HTTP, endpoint="")
+    assert OtlpSettings.from_env(environ | {"OTEL_METRICS_EXPORTER": "none"}) is None
 
 
 @pytest.mark.parametrize(("environ", "expected"), [
@@ -99,6 +130,7 @@ def test_prometheus_reads_metrics_when_the_standard_variables_say_so(
 
 @pytest.mark.parametrize(("environ", "told"), [
     ({"METRICS_EXPORTER": "console"}, "OTEL_METRICS_EXPORTER is 'console': must be one of otlp, "),
+    ({"TRACES_EXPORTER": "jaeger"}, "OTEL_TRACES_EXPORTER is 'jaeger': must be one of otlp, none"),
     ({"METRICS_EXPORTER": "none,otlp"}, "OTEL_METRICS_EXPORTER is 'none,otlp': must be one of"),
     (
         {"METRICS_EXPORTER": "prometheus", "EXPORTER_PROMETHEUS_PORT": "65536"},
@@ -125,7 +157,9 @@ def test_settings_are_none_when_the_sdk_is_disabled() -> None:
     ("ENDPOINT", "collector:4318", "OTEL_EXPORTER_OTLP_ENDPOINT"),
     ("METRICS_ENDPOINT", "collector:4318", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"),
     ("PROTOCOL", "http/json", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    ("METRICS_PROTOCOL", "http/json", "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL"),
     ("HEADERS", "tenant=a,secret", "OTEL_EXPORTER_OTLP_HEADERS"),
+    ("TRACES_HEADERS", "tenant=a,secret", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"),
 ])  # fmt: skip
 def test_settings_are_refused_by_name_when_a_variable_cannot_be_used(
     variable: str, value: str, setting: str
