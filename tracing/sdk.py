@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +162,9 @@ class OwnMeters:
             description=TELEMETRY_LOST.told,
         )
 
-    def close(self, deadline_s: float) -> Callable[[], None]:
-        """Begin to send the last figures. Returns what waits for that until `deadline_s` from now,
-        and ends the endpoint: a collector that does not answer can hold an exporter up for longer,
-        whose thread is left then."""
+    def close(self, deadline_s: float) -> None:
+        """Send the last figures, for at most `deadline_s`, and end the endpoint: a collector that
+        does not answer can hold an exporter up for longer, whose thread is left then."""
 
         def shut_down() -> None:
             try:
@@ -174,17 +172,12 @@ class OwnMeters:
             except Exception as error:  # noqa: BLE001 - foreign code; there is nobody to raise to
                 _logger.warning("the last metrics were not sent: %s", error)
 
-        end_s = time.monotonic() + deadline_s
         thread = threading.Thread(target=shut_down, name="weightbus-metrics", daemon=True)
         thread.start()
-
-        def wait() -> None:
-            thread.join(max(0.0, end_s - time.monotonic()))
-            self._tell_refused(is_sending=thread.is_alive())
-            if self._endpoint is not None:
-                self._endpoint.close()
-
-        return wait
+        thread.join(deadline_s)
+        self._tell_refused(is_sending=thread.is_alive())
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def _tell_refused(self, *, is_sending: bool) -> None:
         """`is_sending`: the last figures are given up, too."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import anyio
 import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
@@ -245,3 +250,46 @@ def test_span_carries_its_links_and_resource() -> None:
     assert [SpanRef.of(link.context) for link in span.links] == [other]
     assert span.resource.attributes["service.name"] == "consumer"
     assert span.resource.attributes["host.id"] == "h1"
+
+
+class HangingExporter(InMemorySpanExporter):
+    """Takes spans when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.let.wait(30)
+        return super().export(spans)
+
+
+def test_last_metrics_tell_the_spans_that_were_given_up_at_the_end() -> None:
+    spans, told = HangingExporter(), list[dict[str, float]]()
+
+    class Metrics(InMemoryMetricReader):
+        """What a collector would have got last."""
+
+        def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+            data = self.get_metrics_data()
+            assert data is not None
+            (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
+            assert metric.name == "weightbus.telemetry.lost"
+            told.append(
+                {
+                    str((p.attributes or {})["weightbus.cause"]): float(p.value)
+                    for p in metric.data.data_points
+                    if isinstance(p, NumberDataPoint)
+                    and (p.attributes or {})["weightbus.signal"] == "spans"
+                }
+            )
+            super().shutdown(timeout_millis, **kwargs)
+
+    with (
+        open_telemetry("x", exporter=spans, reader=Metrics(), shutdown_s=0.5) as telemetry,
+        telemetry.span("a"),
+    ):
+        pass
+    spans.let.set()
+    assert told == [{"queue_full": 0.0, "refused": 0.0, "unsent": 1.0}]
+    assert telemetry.losses.unsent == 1
