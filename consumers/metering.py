@@ -85,6 +85,8 @@ class Metering:
         self._knows_state = False
         self._rounds: dict[str, int] = {}
         """Under way -> version."""
+        self._closed: dict[str, int] = {}
+        """Over -> epoch of its last plan."""
         self._rounds_told = 0
         self._has_failed = False
 
@@ -100,13 +102,10 @@ class Metering:
         """The connection could not read something."""
         self._note(self._bus.dead_letter, letter)
 
-    def settle(self) -> None:
-        """Count what waits for the end of its update."""
-        self._note(self._take_stages)
-
     def leave(self) -> None:
-        """The consumer ends: it knows of no round any more."""
-        self.settle()
+        """The consumer ends: what waits for the end of its update counts, and it knows of no round
+        any more."""
+        self._note(self._take_stages)
         self._note(self._keep_rounds, lambda _name, _version: False)
 
     def _note(self, take: Callable[..., None], *arguments: object) -> None:
@@ -152,11 +151,15 @@ class Metering:
                 if join.engine == self._engine:
                     _remember(self._joins, join.version, join)
             case RoundPlan() as plan:
-                self._begin_round(plan.round, plan.version)
+                if plan.epoch > self._closed.get(plan.round, -1):  # else it was looked up again
+                    self._begin_round(plan.round, plan.version)
                 if any(route.engine == self._engine for route in plan.engines):
                     _remember(self._plans, plan.version, plan)
             case RoundComplete() as complete:
-                self._keep_rounds(lambda _, version: version > complete.version)
+                _remember(self._closed, complete.round, complete.epoch)
+                self._keep_rounds(
+                    lambda name, version: name != complete.round and version >= complete.version
+                )
             case _:
                 """Nothing that is measured."""
 
@@ -164,6 +167,7 @@ class Metering:
         stages, self._stages = self._stages, []
         for stage in stages:
             self._take_stage(stage)
+        self._metrics.end_rates()
 
     def _take_stage(self, stage: StageComplete) -> None:
         took_s, moved_bytes = _seconds(stage.start_ns, stage.end_ns), stage.bytes if stage.ok else 0
@@ -172,6 +176,7 @@ class Metering:
             return
         if self._flowing != (stage.round, stage.version):
             self._flows, self._flowing = {}, (stage.round, stage.version)
+            self._metrics.begin_rates()
         flow = self._flows.setdefault((stage.stage, stage.route), _Flow())
         flow.add(stage)
         if (rate := flow.bytes_per_s) is not None:

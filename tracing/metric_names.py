@@ -146,7 +146,7 @@ STAGE_THROUGHPUT: Final = MetricSpec(
     kind="gauge",
     unit="By/s",
     attributes=(*ENGINE, LINK, names.ROUTE, names.STAGE),
-    told="Rate of a stage of the last update, all ranks together.",
+    told="Rate of a stage of the last update, all ranks together; 0: it had no such stage.",
 )
 LINK_UTILIZATION: Final = MetricSpec(
     name="weightbus.link.utilization",
@@ -179,7 +179,7 @@ ENGINE_PAUSE: Final = MetricSpec(
     kind="histogram",
     unit="s",
     attributes=(*ENGINE, names.ROUTE),
-    told="How long requests waited because of an update.",
+    told="How long requests waited because of an update that ended well.",
     buckets=DURATION_BUCKETS_S,
 )
 FIRST_TOKEN: Final = MetricSpec(

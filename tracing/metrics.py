@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ("BusMetrics", "ConsumerMetrics", "PublisherMetrics")
 
 Attributes = dict[str, AttributeValue]
+Point = tuple[str, frozenset[tuple[str, AttributeValue]]]
+"""Name of the metric, attributes."""
 
 OTHER_MODEL: Final = "_"
 
@@ -91,6 +93,9 @@ class ConsumerMetrics:
         self._stage_bytes = _counter(meter, metrics.STAGE_IO)
         self._throughput = _gauge(meter, metrics.STAGE_THROUGHPUT)
         self._utilization = _gauge(meter, metrics.LINK_UTILIZATION)
+        self._rates: dict[Point, Gauge] = {}
+        """What says so of the last update; in `_stale` of those before, and not of it so far."""
+        self._stale: dict[Point, Gauge] = {}
         self._version = _gauge(meter, metrics.ENGINE_VERSION)
         self._lag = _gauge(meter, metrics.ENGINE_LAG)
         self._pause_s = _histogram(meter, metrics.ENGINE_PAUSE)
@@ -121,13 +126,26 @@ class ConsumerMetrics:
         bytes_per_s: float,
         share: float | None,
     ) -> None:
-        """What a stage of the last update reached, and as a share of its link's rate."""
+        """What a stage of an update reached, and as a share of its link's rate; between
+        `begin_rates` and `end_rates`."""
         taken = self._with(stage=stage, route=route)
         if link:
             taken[metrics.LINK] = link
-        self._throughput.set(bytes_per_s, taken)
+        self._set_rate(metrics.STAGE_THROUGHPUT, self._throughput, bytes_per_s, taken)
         if share is not None:
-            self._utilization.set(share, taken)
+            self._set_rate(metrics.LINK_UTILIZATION, self._utilization, share, taken)
+
+    def begin_rates(self) -> None:
+        """Those of another update come now."""
+        self._stale |= self._rates
+        self._rates = {}
+
+    def end_rates(self) -> None:
+        """That was all: what the update did not do has no rate. A point of a gauge cannot be taken
+        back, so it is 0."""
+        stale, self._stale = self._stale, {}
+        for (_, taken), gauge in stale.items():
+            gauge.set(0, dict(taken))
 
     def completed(
         self, route: RouteName | None, seconds: float, size_bytes: int, paused_s: float
@@ -161,6 +179,12 @@ class ConsumerMetrics:
         """So many more rounds are under way; negative: fewer."""
         if more:
             self._rounds.add(more, self._of)
+
+    def _set_rate(self, spec: MetricSpec, gauge: Gauge, rate: float, taken: Attributes) -> None:
+        point = spec.name, frozenset(taken.items())
+        self._rates[point] = gauge
+        self._stale.pop(point, None)
+        gauge.set(rate, taken)
 
     def _with(self, *, stage: Stage | None = None, route: RouteName | None = None) -> Attributes:
         taken = dict(self._of)

@@ -57,7 +57,7 @@ class Meter:
     def points(self, name: str) -> list[Point]:
         """Attributes, without their prefix and those of every point, and the value; of a histogram
         its count and sum."""
-        self.metering.settle()
+        self.metering._note(self.metering._take_stages)
         data = self._reader.get_metrics_data()
         assert data is not None
         found: list[Any] = []
@@ -285,8 +285,8 @@ def test_stages_are_counted_once_when_their_update_has_ended(meter: Meter) -> No
         meter.say(stage("reload", 1, 2, rank=0, route="local", bytes=100))
         assert kept.said == [], "the engine is paused, and waits for nothing"
         meter.say(end)
-        assert kept.said[:2] == ["stage", "rate"]
-        meter.metering.settle()
+        assert [said for said in kept.said if said in ("stage", "rate")] == ["stage", "rate"]
+        meter.points("stage.duration")
         assert kept.said.count("stage") == 1
 
 
@@ -304,6 +304,23 @@ def test_rate_is_that_of_the_last_update(meter: Meter) -> None:
     meter.say(stage("reload", 1, 2, rank=0, route="local", bytes=100))
     meter.say(stage("reload", 90, 91, rank=0, route="local", bytes=300, version=8, round="v8"))
     assert meter.value("stage.throughput") == 300.0
+
+
+def test_rate_of_a_route_that_the_last_update_did_not_take_is_0(meter: Meter) -> None:
+    offer = RankOffer(rank=0, needs_digest="0" * 64, need_bytes=1, routes=("local",))
+    meter.hear(ready_of(7, placement=SHARED), plan())
+    meter.say(join(ranks=(offer,), links=Links(memory=400)))
+    reload = stage("reload", 1, 2, rank=0, route="local", bytes=100)
+    meter.say(reload, stage("broadcast", 1, 2, rank=0, route="broadcast", bytes=50), complete())
+    later = {"version": 8, "round": "v8"}
+    meter.say(stage("reload", 90, 91, rank=0, route="p2p", bytes=300, **later), complete(8))
+    of_reload = {"stage": "reload", "route": "local", "link": "memory"}
+    rates = [(of.get("route"), value) for of, value in meter.points("stage.throughput")]
+    assert rates == [("local", 0), ("broadcast", 0), ("p2p", 300.0)]
+    assert meter.points("link.utilization") == [(of_reload, 0)]
+    meter.say(structs.replace(reload, version=9, round="v9"), complete(9))
+    rates = [(of.get("route"), value) for of, value in meter.points("stage.throughput")]
+    assert rates == [("local", 0), ("broadcast", 0), ("p2p", 0), ("local", 100.0)], "link not known"
 
 
 def test_lag_is_the_newest_version_minus_the_one_served(meter: Meter) -> None:
@@ -326,11 +343,26 @@ def test_rounds_are_under_way_from_the_first_join_to_the_closing_word(meter: Met
     counts = [meter.value("rounds.active")]
     for message in (
         join("b", 7), join("a", 7), plan(7), join("b", 8), closed(7), plan(8), closed(8),
-        join("late", 8), plan(8, "late"), closed(8),
+        join("late", 8), structs.replace(plan(8, "late"), epoch=2), closed(8),
     ):  # fmt: skip
         meter.hear(message)
         counts.append(meter.value("rounds.active"))
     assert counts == [0, 1, 1, 1, 2, 1, 1, 0, 1, 1, 0]
+
+
+def test_round_stays_over_when_its_plan_is_looked_up_again(meter: Meter) -> None:
+    meter.hear(join("a", 7), plan(7), closed(7), plan(7))
+    assert meter.value("rounds.active") == 0
+    meter.hear(structs.replace(plan(7), epoch=2))
+    assert meter.value("rounds.active") == 1, "a late engine's"
+
+
+def test_round_goes_on_when_another_of_its_version_is_closed(meter: Meter) -> None:
+    meter.hear(join("a", 7), join("c", 7), join("c", 6))
+    meter.hear(structs.replace(closed(7), round="v7-b-x-1"))
+    assert meter.value("rounds.active") == 1, "that of version 6 is out of date"
+    meter.hear(closed(7))
+    assert meter.value("rounds.active") == 0
 
 
 def test_round_is_over_when_its_version_came_to_no_plan_or_a_newer_one_is_done(
