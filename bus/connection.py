@@ -115,14 +115,18 @@ class Bus:
         return self.link.is_up
 
     @contextmanager
-    def count_dead_letters(self, tell: Callable[[DeadLetter], None]) -> Iterator[None]:
-        """Call `tell` with every letter that this connection writes, while the context is open; it
-        neither waits nor raises."""
-        self._dead_letters.tell.append(tell)
+    def count_dead_letters(
+        self, tell: Callable[[DeadLetter], None], model: str = ""
+    ) -> Iterator[None]:
+        """While the context is open, call `tell` with each letter that this connection writes, once
+        for a message however often that is read. It does not wait; what it raises is logged. Where
+        several want to know one is told: that of the letter's model, else the first."""
+        entry = model, tell
+        self._dead_letters.tell.append(entry)
         try:
             yield
         finally:
-            self._dead_letters.tell.remove(tell)
+            self._dead_letters.tell.remove(entry)
 
     async def publish(
         self,
@@ -195,7 +199,8 @@ class Bus:
         last = self.readable(stored)
         if last is None:
             async for earlier in self.jetstream.walk(stream, subject):
-                last = self.readable(earlier) or last
+                if earlier.sequence != stored.sequence:
+                    last = self.readable(earlier) or last
         return None if last is None else _of_types(last, (message_type,))
 
     async def replay(

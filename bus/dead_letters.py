@@ -28,6 +28,7 @@ UNKNOWN_MODEL = "_"
 """Model of a letter about something whose subject names none."""
 
 _QUEUE_LETTERS = 256
+_TOLD_LETTERS = 1024
 _PAYLOAD_BYTES = 1024
 _CLOSE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
@@ -55,8 +56,10 @@ class DeadLetters:
         self._send, self._receive = anyio.create_memory_object_stream[DeadLetter](_QUEUE_LETTERS)
         self._dropped = 0
         self._sent = anyio.Event()
-        self.tell: list[Callable[[DeadLetter], None]] = []
-        """Called with every letter as it is written, sent or not; they neither wait nor raise."""
+        self.tell: list[tuple[str, Callable[[DeadLetter], None]]] = []
+        """Model, and what is called with a letter that is new, sent or not; it does not wait."""
+        self._told: dict[str, None] = {}
+        """Causes of letters that were, the last of them."""
 
     def report_nowait(
         self, model: str, subject: str, payload: bytes, content_type: str, error: MessageInvalid
@@ -118,20 +121,38 @@ class DeadLetters:
             reported_by=self._reporter[:64],
             reported_ns=self._now_ns(),
         )
-        for tell in self.tell:
-            tell(letter)
+        self._tell(letter)
         return letter
+
+    def _tell(self, letter: DeadLetter) -> None:
+        """One of those who want to know, once for a message: it may be read again and again. Of
+        several that of the letter's model, else the first."""
+        cause = _cause_of(letter)
+        if cause in self._told or not self.tell:
+            return
+        self._told[cause] = None
+        if len(self._told) > _TOLD_LETTERS:
+            del self._told[next(iter(self._told))]
+        tell = next((tell for model, tell in self.tell if model == letter.model), self.tell[0][1])
+        try:
+            tell(letter)
+        except Exception:  # noqa: BLE001 - no reader fails for want of a figure
+            _log.warning("the dead letter about %s is not counted", letter.subject, exc_info=True)
 
     async def _publish(self, letter: DeadLetter) -> None:
         """Many readers report the same message; the id collapses their letters into one."""
-        cause = hashlib.sha256(letter.subject.encode() + b"\0" + letter.payload).hexdigest()
         content_type = entry_of(DeadLetter).content_type
         await self._jetstream.publish(
             subject_of(letter, self._prefix),
             encode(letter, content_type),
             {"Content-Type": content_type},
-            message_id=f"dead/{cause}",
+            message_id=f"dead/{_cause_of(letter)}",
         )
+
+
+def _cause_of(letter: DeadLetter) -> str:
+    """The same for all letters about one message."""
+    return hashlib.sha256(letter.subject.encode() + b"\0" + letter.payload).hexdigest()
 
 
 @asynccontextmanager

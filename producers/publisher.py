@@ -106,7 +106,7 @@ async def open_publisher(
         publisher = Publisher(
             announcer, rank, world_size, telemetry, options, endpoint, devices or Devices()
         )
-        stack.enter_context(bus.count_dead_letters(publisher._measures.dead_letter))
+        stack.enter_context(bus.count_dead_letters(publisher._measures.dead_letter, model))
         await clean_up_after_the_dead(bus, model)
         if world_size > 1:
             await publisher._group.open()

@@ -8,7 +8,7 @@ from typing import cast
 import anyio
 import pytest
 
-from weightbus.bus.dead_letters import UNKNOWN_MODEL, DeadLetters
+from weightbus.bus.dead_letters import _TOLD_LETTERS, UNKNOWN_MODEL, DeadLetters
 from weightbus.bus.errors import BusUnavailable
 from weightbus.bus.jetstream import JetStream
 from weightbus.schemas.codec import decode
@@ -101,6 +101,47 @@ async def test_letters_that_found_no_room_are_counted_when_there_is_a_flood() ->
         await letters.close()
     assert len(stored.letters) == 257
     assert stored.letters[-1].reason.endswith("(44 more letters were dropped before this one)")
+
+
+async def test_letter_is_told_once_when_its_message_is_read_again_and_again() -> None:
+    letters, told = letters_to(Stored()), list[DeadLetter]()
+    letters.tell.append(("m", told.append))
+    for _ in range(3):
+        letters.report_nowait("m", SUBJECT, b"x", "", FAULT)
+        await letters.report("m", SUBJECT, b"x", "", FAULT)
+    letters.report_nowait("m", SUBJECT, b"y", "", FAULT)
+    assert [letter.payload for letter in told] == [b"x", b"y"]
+
+
+async def test_letter_is_told_to_one_of_those_who_want_to_know() -> None:
+    letters, told = letters_to(Stored()), list[tuple[str, str]]()
+    for name, model in (("first", "n"), ("second", "m"), ("third", "m")):
+        letters.tell.append((model, lambda letter, name=name: told.append((name, letter.model))))  # type: ignore[misc]
+    for model in ("m", "n", "other"):
+        letters.report_nowait(model, f"p.{model}.x", b"", "", FAULT)
+    assert told == [("second", "m"), ("first", "n"), ("first", "other")]
+
+
+async def test_letter_is_sent_when_who_is_told_raises(caplog: pytest.LogCaptureFixture) -> None:
+    def raises(letter: DeadLetter) -> None:
+        raise OSError("the meter is gone")
+
+    stored = Stored()
+    letters = letters_to(stored)
+    letters.tell.append(("m", raises))
+    letters.report_nowait("m", SUBJECT, b"x", "", FAULT)
+    await send_all(letters)
+    assert len(stored.letters) == 1
+    assert f"the dead letter about {SUBJECT} is not counted" in caplog.text
+
+
+async def test_causes_that_were_told_are_bounded() -> None:
+    letters, told = letters_to(Stored()), list[DeadLetter]()
+    letters.tell.append(("m", told.append))
+    for number in range(2 * _TOLD_LETTERS):
+        letters.report_nowait("m", SUBJECT, str(number).encode(), "", FAULT)
+    assert len(told) == 2 * _TOLD_LETTERS
+    assert len(letters._told) == _TOLD_LETTERS
 
 
 async def test_waiting_letters_are_sent_when_closed() -> None:

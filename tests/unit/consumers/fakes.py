@@ -363,7 +363,9 @@ class FakeBus:
         return cast(Bus, self)
 
     @contextmanager
-    def count_dead_letters(self, tell: Callable[[DeadLetter], None]) -> Iterator[None]:
+    def count_dead_letters(
+        self, tell: Callable[[DeadLetter], None], model: str = ""
+    ) -> Iterator[None]:
         self.dead_letter = tell
         yield
 

@@ -58,7 +58,7 @@ class FakeBus:
         return cast(Bus, self)
 
     def count_dead_letters(
-        self, tell: Callable[[DeadLetter], None]
+        self, tell: Callable[[DeadLetter], None], model: str = ""
     ) -> AbstractContextManager[None]:
         return nullcontext()
 
