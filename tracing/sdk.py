@@ -31,7 +31,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 
 from weightbus import __version__
 from weightbus.tracing.attributes import CAUSE
-from weightbus.tracing.errors import PrometheusMissing
+from weightbus.tracing.errors import PrometheusMissing, PrometheusUnavailable
 from weightbus.tracing.hush import hushed
 from weightbus.tracing.ids import new_span_id, new_trace_id
 from weightbus.tracing.metric_names import SIGNAL, TELEMETRY_LOST, TELEMETRY_METER
@@ -199,10 +199,12 @@ def open_meters(
     """Meters whose metrics are sent to `otlp.metrics_endpoint`, or else to `reader`, and read at
     `otlp.prometheus`; None if there is none of these.
 
+    An address that is another process's, or not of this host, is warned of and gone without: who
+    updates weights does not fail for want of figures.
+
     Raises:
         ExporterMissing: they are to be sent, but the extra `otlp` is not installed.
         PrometheusMissing: they are to be read, but the extra `prometheus` is not installed.
-        PrometheusUnavailable: the address is another process's, or not of this host.
     """
     exporter = None
     if otlp is not None and otlp.metrics_endpoint and reader is None:
@@ -217,12 +219,16 @@ def open_meters(
     return OwnMeters(service, resource, reader, endpoint)
 
 
-def _endpoint(settings: PrometheusSettings) -> OwnEndpoint:
+def _endpoint(settings: PrometheusSettings) -> OwnEndpoint | None:
     try:
         from weightbus.tracing.prometheus import open_endpoint
     except ImportError as error:
         raise PrometheusMissing(settings.url) from error
-    return open_endpoint(settings)
+    try:
+        return open_endpoint(settings)
+    except PrometheusUnavailable as error:
+        _logger.warning("%s", error)
+        return None
 
 
 def _points(losses: ExportLosses) -> list[Observation]:

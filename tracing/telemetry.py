@@ -364,12 +364,11 @@ def open_telemetry(
     Spans go to the collector of `otlp`, or to `exporter`, or nowhere; metrics to that collector's
     `metrics_endpoint`, or to `reader`, and to whoever asks at its `prometheus`; where there is none
     of these to OpenTelemetry's global provider. `resource` adds attributes that all spans and
-    metrics of this service have.
+    metrics of this service have. Where Prometheus cannot ask at its address that is warned of.
 
     Raises:
         ExporterMissing: `otlp` is given, but the extra `otlp` is not installed.
         PrometheusMissing: the extra `prometheus` is not installed, and `otlp` asks for it.
-        PrometheusUnavailable: Prometheus cannot ask at that address.
     """
     if otlp is not None and otlp.endpoint:
         exporter = open_exporter(otlp)

@@ -20,7 +20,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.tracing.everything import measure_everything
 from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing import metric_names
-from weightbus.tracing.errors import PrometheusUnavailable
 from weightbus.tracing.metric_names import BUS_METER, METRICS, PRODUCER_METER, prometheus_name
 from weightbus.tracing.metrics import BusMetrics, PublisherMetrics
 from weightbus.tracing.otlp import OtlpSettings, PrometheusSettings
@@ -119,12 +118,17 @@ def test_counts_add_up_when_two_services_say_the_same_of_themselves() -> None:
         assert [v for _, v in found["weightbus_slot_size_bytes"]] == [300.0]
 
 
-def test_error_names_the_address_when_the_port_is_taken() -> None:
+def test_telemetry_goes_on_and_warns_once_when_the_port_is_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(PrometheusUnavailable) as caught, _telemetry(port):
-            pass
-    told = str(caught.value)
+        with _telemetry(port) as telemetry:
+            assert telemetry.metrics_url == ""
+            publisher(telemetry, "t").published()
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert record.levelname == "WARNING"
     assert f"metrics cannot be read at http://127.0.0.1:{port}/metrics: Address already in " in told
     assert "OTEL_EXPORTER_PROMETHEUS_PORT must name" in told
     with _telemetry(port):
@@ -135,11 +139,13 @@ def _telemetry(port: int) -> Any:
     return open_telemetry("x", otlp=settings_of(port))
 
 
-def test_error_names_the_address_when_the_host_is_not_this_one() -> None:
+def test_warning_names_the_address_when_the_host_is_not_this_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     settings = settings_of(free_port(), host="192.0.2.1")  # RFC 5737: nobody has it
-    with pytest.raises(PrometheusUnavailable, match=r"http://192\.0\.2\.1:"):  # noqa: SIM117
-        with open_telemetry("x", otlp=settings):
-            pass
+    with open_telemetry("x", otlp=settings):
+        pass
+    assert "metrics cannot be read at http://192.0.2.1:" in caplog.text
 
 
 def test_free_port_is_taken_and_told_when_it_is_0(caplog: pytest.LogCaptureFixture) -> None:
