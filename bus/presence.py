@@ -208,15 +208,19 @@ class PresenceWatch:
         if self._lists_done < self._lists_wanted:
             return  # the connection was lost meanwhile: the list says more
         known = self._known[engine].state
-        if kept.message is None or kept.message == known or _is_older(kept.message, known):
+        if kept.message is None or kept.message == known:
             self._forget(engine)
-        else:
-            self._learn(kept.message, kept.ttl_s)
+        else:  # it beats; were its time the smaller one, then its clock was set back
+            self._take(kept.message, kept.ttl_s)
 
     def _learn(self, state: EngineState, ttl_s: int) -> None:
         known = self._known.get(_key(state))
         if known is not None and _is_older(state, known.state):
             return
+        self._take(state, ttl_s)
+
+    def _take(self, state: EngineState, ttl_s: int) -> None:
+        known = self._known.get(_key(state))
         expires = _expiry(ttl_s)
         self._known[_key(state)] = _Known(state, ttl_s, expires)
         self._look_at = min(self._look_at, expires)

@@ -95,6 +95,22 @@ async def test_watch_reports_changes_only_when_engines_beat(bus: Bus) -> None:
         assert await anext(changes) == state("a", "updating", updated_ns=4)
 
 
+async def test_engine_is_there_when_its_heartbeats_go_on_by_a_clock_that_was_set_back(
+    bus: Bus,
+) -> None:
+    async with bus.presence.watch("m") as changes:
+        await bus.presence.put(state("a", updated_ns=10**9))
+        assert await anext(changes) == state("a", updated_ns=10**9)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(beat, bus, "a")
+            with anyio.move_on_after(3 * TTL_S) as waited:
+                raise AssertionError(await anext(changes))
+            assert waited.cancelled_caught
+            await bus.presence.put(state("a", "updating", updated_ns=5 * 10**8))
+            assert (await anext(changes)) == state("a", "updating", updated_ns=5 * 10**8)
+            tasks.cancel_scope.cancel()
+
+
 async def test_watch_reports_leave_at_once_when_an_engine_takes_it(bus: Bus) -> None:
     async with bus.presence.watch("m") as changes:
         await bus.presence.put(state("a"))
