@@ -58,23 +58,23 @@ async def first_rise(
         is_over: whether it need not be looked at any more.
     """
     end = anyio.current_time() + deadline_s
-    since_ns = time.time_ns()
+    since_ns = time.monotonic_ns()  # durations are not taken from a clock that may be set
     known: float | None = None
     pause_s = FIRST_POLL_S
     while left_s(end) > 0:
-        asked_ns, asked_s = time.time_ns(), anyio.current_time()
+        asked_ns, asked_s = time.monotonic_ns(), anyio.current_time()
         try:
             found = await count(min(_ANSWER_S, left_s(end)))
         except ConsumerError as error:
             _logger.debug("tokens are not counted: %s", error)
             return None
-        now_ns = time.time_ns()
+        now_ns, at_ns = time.monotonic_ns(), time.time_ns()
         if found is None or is_over():
             return None
         if known is not None:
             if found != known:  # less: it was started anew
                 rose = found > known
-                return TokenSeen(at_ns=now_ns, resolution_ns=now_ns - since_ns) if rose else None
+                return TokenSeen(at_ns=at_ns, resolution_ns=now_ns - since_ns) if rose else None
             since_ns = asked_ns
         known = found
         took_s = anyio.current_time() - asked_s

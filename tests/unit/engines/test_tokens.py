@@ -62,6 +62,16 @@ async def test_first_rise_is_seen_by_the_look_after_it() -> None:
     assert least_ns <= seen.resolution_ns <= seen.at_ns - counted.answered_ns[1]
 
 
+async def test_resolution_is_a_duration_when_the_wall_clock_is_set_back_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    falling = itertools.count(10**18, -(10**12))
+    monkeypatch.setattr(time, "time_ns", lambda: next(falling))
+    seen = await first_rise(Counted([7.0, 9.0]), never, LONG_S)
+    assert seen is not None
+    assert 0 < seen.resolution_ns < LONG_S * 1e9
+
+
 async def test_rise_may_be_as_old_as_the_watch_when_the_first_look_might_have_missed_it() -> None:
     began_ns = time.time_ns()
     counted = Counted([7.0, 9.0], takes_s=0.05)
