@@ -8,7 +8,10 @@ bus.
 
 Of several answers the quickest counts: the server's time stamp was made between request and answer,
 so that its offset from the middle of both is off by half the round trip at most, however unlike the
-two ways are (Cristian, 1989). Between measurements the residual grows by `DRIFT_PPM`.
+two ways are (Cristian, 1989). Between measurements the residual grows by `DRIFT_PPM`: what clocks
+that run freely drift. It does not cover a clock that is being slewed (by 500 ppm at most, seldom):
+until the next measurement its times may be off by more than stated, by 5 ms after `EVERY_S`. An
+allowance for that would hide how exact they are all the other time.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from weightbus.bus.link import Interrupted, NoResponders
 __all__ = ("BusClock", "ClockReading", "HostClock")
 
 DRIFT_PPM: Final = 30
-"""By how much two clocks drift apart: each by 15 ppm at most (RFC 5905, PHI)."""
+"""By how much two clocks drift apart: each by 15 ppm (RFC 5905, PHI), unless one is slewed."""
 
 PROBES: Final = 3
 """Requests of one measurement."""
@@ -75,6 +78,10 @@ class ClockReading:
     def bus_ns(self, wall_ns: int) -> int:
         """The bus time of what a process of this host timed by its wall clock, not long ago."""
         return wall_ns + self.offset_ns
+
+    def at_steady_ns(self, steady_ns: int) -> int:
+        """The bus time of what this process timed by its steady clock."""
+        return steady_ns + self.steady_offset_ns
 
     @property
     def offset_ns(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import anyio
 import pytest
 
-from weightbus.bus.clock import DRIFT_PPM, BusClock, ClockReading, HostClock
+from weightbus.bus.clock import DRIFT_PPM, EVERY_S, BusClock, ClockReading, HostClock
 from weightbus.bus.errors import BusTimeout
 from weightbus.bus.link import Interrupted, NoResponders
 
@@ -153,6 +153,17 @@ async def test_residual_grows_by_the_drift_until_it_is_measured_again() -> None:
     grown = residual_of(clock.reading())
     assert grown - before == pytest.approx(HOUR_NS * DRIFT_PPM / 10**6, rel=1e-3)
     assert off_ns(world, clock) <= grown
+    await clock.measure()
+    assert off_ns(world, clock) <= residual_of(clock.reading()) <= 2 * MS
+
+
+async def test_clock_that_is_slewed_is_off_by_what_is_stated_until_it_is_measured_again() -> None:
+    world = World(drift_ppm=500)
+    clock = BusClock(world.probe, world.host())
+    await clock.measure()
+    world.passed_ns += int(EVERY_S * 1e9)
+    passed_by_ns = off_ns(world, clock) - residual_of(clock.reading())
+    assert 0 < passed_by_ns <= 5 * MS
     await clock.measure()
     assert off_ns(world, clock) <= residual_of(clock.reading()) <= 2 * MS
 
