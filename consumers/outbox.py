@@ -43,7 +43,7 @@ class Outbox:
     """Takes messages at once, sends them in the background."""
 
     def __init__(self, bus: Bus, tell: Callable[[Message], None] = _tell_nobody) -> None:
-        """`tell` is called with every message that is taken; it neither waits nor raises."""
+        """`tell` is called with every message, after it was taken; it neither waits nor raises."""
         self._bus = bus
         self._tell = tell
         self._control_in: Sender
@@ -59,19 +59,19 @@ class Outbox:
 
     def say_nowait(self, message: Message, headers: Mapping[str, str]) -> None:
         """Send a message that others act on."""
-        self._tell(message)
         self._control_in.send_nowait((message, headers))
         self._count(1)
+        self._tell(message)
 
     def report_nowait(self, message: Message, headers: Mapping[str, str]) -> None:
         """Send a message that only monitors read."""
-        self._tell(message)
         try:
             self._progress_in.send_nowait((message, headers))
         except anyio.WouldBlock:
             self.progress_lost += 1
         else:
             self._count(1)
+        self._tell(message)
 
     async def run(self) -> None:
         """Send until cancelled.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import anyio
 import pytest
 
@@ -52,6 +54,22 @@ async def test_control_messages_leave_in_order_and_again_until_the_bus_has_them(
     await drained(outbox)
     assert [message.version for message in bus.said(Commit)] == [1, 2, 3]
     assert [headers["traceparent"] for headers in bus.headers] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("say", [Outbox.say_nowait, Outbox.report_nowait])
+async def test_message_is_on_its_way_before_it_is_told(
+    say: Callable[[Outbox, Message, Mapping[str, str]], None],
+) -> None:
+    bus = FakeBus()
+
+    def tell(message: Message) -> None:
+        raise RuntimeError("it was told")
+
+    outbox = Outbox(bus.as_bus(), tell)
+    with pytest.raises(RuntimeError, match="it was told"):
+        say(outbox, commit(1), {})
+    await drained(outbox)
+    assert bus.published == [commit(1)]
 
 
 async def test_progress_that_is_refused_is_counted_and_not_said_again() -> None:
