@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from weightbus.bus.clock import ClockReading
+from weightbus.consumers.streamed import Streamed
 from weightbus.consumers.update import Outcome, Prepared
-from weightbus.schemas.base import BucketTiming, BucketTimings, Message, RouteName, Stage
+from weightbus.schemas.base import BucketTimings, Message, RouteName, Stage
 from weightbus.schemas.catalogue import message_id_of
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import FirstToken, UpdateComplete, UpdateFailed
@@ -50,7 +51,7 @@ class _Heard:
     tried: int = 0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Work:
     """What belongs to one version while it is worked on."""
 
@@ -79,8 +80,11 @@ class Work:
     """Somebody looks out for its first token."""
     closed_ns: int = 0
     """When work on it was over; 0: it is not."""
-    untold: list[tuple[SpanRef, StageScope, int, BucketTimings]] = field(default_factory=list)
-    """Buckets of stages, whose spans are made when the update is over, and requests are served."""
+    outcomes: list[tuple[StageScope, int, int, Outcome]] = field(default_factory=list)
+    """Transfers whose stages are told when requests are served again; within which round, how the
+    clock and the wall clock were apart when they ended, and when that was."""
+    untold: list[tuple[SpanRef, StageScope, int, Streamed]] = field(default_factory=list)
+    """Buckets of stages, whose spans are made when the update is over."""
 
     def within(self, time_ns: int) -> int:
         """A time within this update, until now, whatever some clock said."""
@@ -107,7 +111,7 @@ class Journal:
         self._reading = reading
         self._heard: dict[int, _Heard] = {}
         self._works: dict[int, Work] = {}
-        self._awaited: dict[int, Work] = {}
+        self._awaited: Work | None = None
         """Closed, but for the first token."""
 
     @property
@@ -171,32 +175,33 @@ class Journal:
         if work is None:
             return
         work.closed_ns = work.clock.now_ns()
+        self.tell_outcomes(work)
         if not (work.served or work.failed):
             self._fail(work, PUT_DOWN)
         if work.served:
-            self.give_up_first_tokens()
+            self._give_up_awaited()
         if work.served and work.awaits_token:
-            self._awaited[version] = work
+            self._awaited = work
         else:
+            work.awaits_token = False
             self._end(work)
 
     def close_all(self) -> None:
         """The consumer stops: no span stays open."""
         for version in tuple(self._works):
             self.close(version)
-        self.give_up_first_tokens()
+        self._give_up_awaited()
 
-    def await_first_token(self, version: int) -> None:
+    def await_first_token(self, work: Work) -> None:
         """Somebody looks out for it: the update's span stays open for it after `close`, until
-        `record_first_token` or `give_up_first_token`, or until another version is served. To be
-        called while the version is in hand; of one that is not nothing is awaited."""
-        if (work := self._works.get(version)) is not None:
-            work.awaits_token = True
+        `record_first_token` or `give_up_first_token`, or until the engine serves anew, be it the
+        same version. Nothing is awaited of work that is closed."""
+        work.awaits_token = not work.closed_ns
 
     def record_first_token(
-        self, version: int, *, start_ns: int, end_ns: int, resolution_ns: int
+        self, work: Work, *, start_ns: int, end_ns: int, resolution_ns: int
     ) -> FirstToken | None:
-        """The engine has made its first token with a version; returns what is to be said of it.
+        """The engine has made its first token with what `work` brought; returns what is to be said.
 
         None: it is not awaited (any more).
 
@@ -205,8 +210,7 @@ class Journal:
                 wall clock.
             resolution_ns: it was there at most so long before `end_ns`.
         """
-        work = self._awaited.pop(version, None) or self._works.get(version)
-        if work is None or not work.awaits_token:
+        if not work.awaits_token:
             return None
         work.awaits_token = False
         start_ns = work.within(work.clock.bus_ns(start_ns))
@@ -214,32 +218,32 @@ class Journal:
         span = self._record_span(
             work, "first token", start_ns, end_ns, work.span.ref, {names.RESOLUTION: resolution_ns}
         )
-        if work.closed_ns:
+        if work is self._awaited:
+            self._awaited = None
             self._end(work)
         return FirstToken(
             model=work.scope.model,
-            version=version,
+            version=work.scope.version,
             round=work.scope.round,
             engine=self._engine,
             start_ns=start_ns,
             end_ns=end_ns,
-            resolution_ns=resolution_ns,
+            resolution_ns=min(max(0, resolution_ns), end_ns - start_ns),
             trace_id=span.trace_id,
             span_id=span.span_id,
             parent_span_id=work.span.ref.span_id,
         )
 
-    def give_up_first_token(self, version: int) -> None:
+    def give_up_first_token(self, work: Work) -> None:
         """Nobody looks out for it any more: the update has ended when its version was served."""
-        if (work := self._awaited.pop(version, None)) is not None:
+        work.awaits_token = False
+        if work is self._awaited:
+            self._awaited = None
             self._end(work)
-        elif (work := self._works.get(version)) is not None:
-            work.awaits_token = False
 
-    def give_up_first_tokens(self) -> None:
-        """Of all versions."""
-        for version in tuple(self._awaited):
-            self.give_up_first_token(version)
+    def _give_up_awaited(self) -> None:
+        if self._awaited is not None:
+            self.give_up_first_token(self._awaited)
 
     def begin_round(self, work: Work, plan: RoundPlan) -> None:
         """A plan is in hand: `negotiate` has ended, and what follows belongs to its round."""
@@ -266,6 +270,7 @@ class Journal:
         rank: int | None = None,
         route: RouteName | None = None,
         error: str = "",
+        scope: StageScope | None = None,
     ) -> SpanRef:
         """A stage has ended; `error` begins with the name of the error class."""
         start_ns = work.within(start_ns)
@@ -273,7 +278,7 @@ class Journal:
         work.last_ns = max(work.last_ns, end_ns)
         return self._telemetry.record_stage(
             self._emit,
-            work.scope,
+            scope or work.scope,
             stage,
             start_ns=start_ns,
             end_ns=end_ns,
@@ -286,27 +291,34 @@ class Journal:
         )
 
     def record_outcome(self, work: Work, outcome: Outcome) -> None:
-        """The stages that were timed for each rank: by the route, then by its worker."""
-        offset_ns = work.clock.offset_ns
+        """A transfer has ended well. The engine is paused, so that its stages, of which there may
+        be thousands of parts, are told by `tell_outcomes`, or when the work is closed."""
         if outcome.pause_start_ns:
-            work.pause_start_ns = outcome.pause_start_ns + offset_ns
-        for applied in outcome.applied:
-            for timing in applied.stages:
-                start_ns = work.within(timing.start_ns + offset_ns)
-                end_ns = max(start_ns, work.within(timing.end_ns + offset_ns))
-                buckets = _moved(timing.buckets, offset_ns, start_ns, end_ns)
-                stage = self.record(
-                    work,
-                    timing.stage,
-                    start_ns,
-                    end_ns,
-                    bytes=timing.bytes,
-                    buckets=buckets,
-                    rank=applied.rank,
-                    route=outcome.route,
-                )
-                if buckets:
-                    work.untold.append((stage, work.scope, applied.rank, buckets))
+            work.pause_start_ns = work.within(work.clock.at_steady_ns(outcome.pause_start_ns))
+        work.outcomes.append((work.scope, work.clock.offset_ns, work.clock.now_ns(), outcome))
+
+    def tell_outcomes(self, work: Work) -> None:
+        """The stages that were timed for each rank: by the route, then by its worker."""
+        outcomes, work.outcomes = work.outcomes, []
+        for scope, offset_ns, until_ns, outcome in outcomes:
+            for applied in outcome.applied:
+                for timing in applied.stages:
+                    start_ns = min(work.within(timing.start_ns + offset_ns), until_ns)
+                    end_ns = max(start_ns, min(timing.end_ns + offset_ns, until_ns))
+                    streamed = Streamed(timing.buckets, offset_ns, start_ns, end_ns)
+                    stage = self.record(
+                        work,
+                        timing.stage,
+                        start_ns,
+                        end_ns,
+                        bytes=timing.bytes,
+                        buckets=streamed.said(),
+                        rank=applied.rank,
+                        route=outcome.route,
+                        scope=scope,
+                    )
+                    if timing.buckets:
+                        work.untold.append((stage, scope, applied.rank, streamed))
 
     def sign(self, message: Message) -> tuple[Message, Mapping[str, str]]:
         """A message as it is to be said, and headers that put it into the trace of its version."""
@@ -363,18 +375,6 @@ class Journal:
         )
 
     def _end(self, work: Work) -> None:
-        for stage, scope, rank, buckets in work.untold:
-            self._telemetry.record_buckets(stage, scope, rank, buckets)
+        for stage, scope, rank, streamed in work.untold:
+            self._telemetry.record_buckets(stage, scope, rank, streamed.told())
         work.span.end(max(work.closed_ns, work.last_ns))
-
-
-def _moved(
-    buckets: BucketTimings, offset_ns: int, start_ns: int, end_ns: int
-) -> tuple[BucketTiming, ...]:
-    """On the bus's clock, and within their stage."""
-    moved = []
-    for bucket in buckets:
-        begun_ns = min(max(bucket.start_ns + offset_ns, start_ns), end_ns)
-        ended_ns = min(max(bucket.end_ns + offset_ns, begun_ns), end_ns)
-        moved.append(BucketTiming(begun_ns, ended_ns, bucket.bytes))
-    return tuple(moved)

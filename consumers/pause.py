@@ -29,18 +29,18 @@ class Pause:
         instances: Sequence[str],
         deadline_s: float,
         command_s: float,
-        wall_ns: Callable[[], int],
+        steady_ns: Callable[[], int],
     ) -> None:
-        """`wall_ns`: this host's wall clock."""
+        """`steady_ns`: a clock of this process that nobody sets."""
         self._engine = engine
         self._instances = instances
         self._deadline_s = deadline_s
-        self._command_s, self._wall_ns = command_s, wall_ns
+        self._command_s, self._steady_ns = command_s, steady_ns
         self._lock = anyio.Lock()
         self._before: tuple[Inspected, ...] | None = None
         self._served: EngineReport | None = None
         self.start_ns = 0
-        """When requests began to wait, by the wall clock; 0: not paused."""
+        """When requests began to wait, by the steady clock; 0: not paused."""
 
     async def begin(self) -> None:
         """Pause the engine, once, however many routes ask; requests that run are waited for.
@@ -58,7 +58,7 @@ class Pause:
                     raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
             self._served = report
             await self._engine.before_pause(self._deadline_s)
-            self.start_ns = self._wall_ns()
+            self.start_ns = self._steady_ns()
             await self._engine.pause(self._deadline_s)
             self._before = before
 

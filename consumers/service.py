@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final
 
 import anyio
@@ -30,7 +30,7 @@ from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.engines.engine import Engine
 from weightbus.consumers.errands import Errands, keep_on
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable, TransferError, cause_of
-from weightbus.consumers.journal import Journal
+from weightbus.consumers.journal import Journal, Work
 from weightbus.consumers.listener import Listener
 from weightbus.consumers.metering import Metering
 from weightbus.consumers.outbox import Outbox
@@ -60,6 +60,9 @@ EVENTS_KEPT: Final = 100_000
 FIRST_TOKEN_S: Final = 10.0
 """So long the first token of a version is looked out for: who asks later has not waited for it."""
 
+SMALL_STEP_NS: Final = 10**9
+"""By so much a deadline or a timer may come too early or too late when the clock is renewed."""
+
 LEAVE_S: Final = 2.0
 """To tell the others that this engine goes."""
 
@@ -88,19 +91,17 @@ async def open_consumer(
     """
     async with anyio.create_task_group() as group:
         consumer = Consumer(config, bus, engine, routes, telemetry, group)
-        await consumer._start()
-        try:
-            with bus.count_dead_letters(consumer._metering.count_dead_letter):
+        with consumer._kept_account():
+            await consumer._start()
+            try:
                 yield consumer
-        finally:
-            cancelled = anyio.current_effective_deadline() == -math.inf
-            with anyio.CancelScope(shield=True):
-                if not cancelled:
-                    await consumer._stop()
-                await consumer._take_leave()
-                consumer._journal.close_all()
-                consumer._metering.leave()
-            group.cancel_scope.cancel()
+            finally:
+                cancelled = anyio.current_effective_deadline() == -math.inf
+                with anyio.CancelScope(shield=True):
+                    if not cancelled:
+                        await consumer._stop()
+                    await consumer._take_leave()
+        group.cancel_scope.cancel()
 
 
 class Consumer:
@@ -163,7 +164,11 @@ class Consumer:
         """A `Transfer` or `Resume` is under way."""
         self._changes = 0
         """How many there were."""
+        self._token_failed = False
+        """It was said that first tokens are missing."""
         self._state: EngineState | None = None
+        self._beat_ns = 0
+        """The time of the last heartbeat."""
         self._state_changed = anyio.Event()
         self._heartbeats = anyio.CancelScope()
         self._stopped = anyio.Event()
@@ -174,16 +179,36 @@ class Consumer:
         return self._state
 
     def now_ns(self) -> int:
-        """Bus time; it does not step while anything is under way."""
+        """Bus time; it does not step while a version is in hand."""
         return self._reading().now_ns()
 
     def _reading(self) -> ClockReading:
-        """Of the bus's clock: the newest one, once nothing is timed by the one before."""
-        if self._journal.is_empty and not self._preparing and not self._machine.timers:
-            self._clock = self._bus.clock.reading()
+        """Of the bus's clock: the newest one, once no update is timed by the one before.
+
+        Timers that are set do not mind a small step, and nearly always there is one between two
+        updates of which the second has come before the end of the first.
+        """
+        if self._journal.is_empty and not self._preparing:
+            newest = self._bus.clock.reading()
+            step_ns = abs(newest.now_ns() - self._clock.now_ns())
+            if step_ns <= SMALL_STEP_NS or not self._machine.timers:
+                self._clock = newest
         return self._clock
 
     # ---------------------------------------------------------------- start and stop
+
+    @contextmanager
+    def _kept_account(self) -> Iterator[None]:
+        """What cannot be read is counted; every span and figure ends with it, however it ends."""
+        try:
+            letters = self._bus.count_dead_letters(
+                self._metering.count_dead_letter, self._config.model
+            )
+            with letters:
+                yield
+        finally:
+            self._journal.close_all()
+            self._metering.leave()
 
     async def _start(self) -> None:
         """The others know of this engine, and it of them, before it hears of any version: a round
@@ -251,7 +276,9 @@ class Consumer:
             while True:
                 changed = self._state_changed = anyio.Event()
                 if self._state is not None:
-                    state = msgspec.structs.replace(self._state, updated_ns=self.now_ns())
+                    # Each is later than the one before, also if the clock was set back.
+                    self._beat_ns = max(self._beat_ns + 1, self.now_ns())
+                    state = msgspec.structs.replace(self._state, updated_ns=self._beat_ns)
                     await keep_on(self._bus.presence.put(state))
                     if not announced:
                         announced = True
@@ -331,6 +358,7 @@ class Consumer:
                 self._errands.take_nowait(self._campaigns.release, round)
             case do.ReleaseReader(version):
                 self._journal.close(version)
+                self._reading()  # what follows may be the next version's, by a newer clock
                 self._updater.let_go_nowait(version)
                 self._errands.take_nowait(self._updater.release, version)
             case do.Send(message):
@@ -434,39 +462,40 @@ class Consumer:
         except ConsumerError as error:
             failure = error
         self._changing = False
-        end_ns, paused_s = self.now_ns(), 0.0
+        end_ns, paused_s, served_ns = self.now_ns(), 0.0, self._bus.clock.host.wall_ns()
         work = self._journal.find(version)
         if work is not None and work.pause_start_ns:
-            paused_s = (end_ns - work.pause_start_ns) / 1e9
+            paused_s = max(0, end_ns - work.pause_start_ns) / 1e9
         told = "" if failure is None else f"{type(failure).__name__}: {failure}"
         if work is not None:
+            self._journal.tell_outcomes(work)
             self._journal.record(work, "commit", start_ns, end_ns, error=told)
         if failure is not None:
             self._feed(ev.ResumeFailed(token, type(failure).__name__, str(failure), paused_s))
             return
         if work is not None:
-            self._journal.await_first_token(version)
-            served_ns = self._bus.clock.host.wall_ns()
-            self._group.start_soon(self._watch_first_token, version, served_ns)
+            self._journal.await_first_token(work)
+            self._group.start_soon(self._watch_first_token, work, served_ns)
         self._feed(ev.Resumed(token, paused_s))
 
-    async def _watch_first_token(self, version: int, served_ns: int) -> None:
+    async def _watch_first_token(self, work: Work, served_ns: int) -> None:
         """Tell when the engine has made its first token with a version that it serves since
         `served_ns`, by this host's clock. Nothing waits for this, and nothing fails with it."""
-        seen = None
+        version, seen = work.scope.version, None
         try:
             seen = await self._engine.first_token(version, FIRST_TOKEN_S)
         except ConsumerError as error:
             _logger.debug("the first token of version %d is not seen: %s", version, error)
+        except Exception as error:  # noqa: BLE001 - the engine's own code, and no update needs it
+            if not self._token_failed:
+                self._token_failed = True
+                _logger.warning("first tokens are missing: %s: %s", type(error).__name__, error)
         if seen is None:
-            self._journal.give_up_first_token(version)
+            self._journal.give_up_first_token(work)
             return
         end_ns = max(served_ns, seen.at_ns)  # it may come before the word that it can
         told = self._journal.record_first_token(
-            version,
-            start_ns=served_ns,
-            end_ns=end_ns,
-            resolution_ns=min(seen.resolution_ns, end_ns - served_ns),
+            work, start_ns=served_ns, end_ns=end_ns, resolution_ns=seen.resolution_ns
         )
         if told is not None:
             headers = SpanRef(told.trace_id, told.span_id).headers()

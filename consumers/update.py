@@ -120,7 +120,7 @@ class Outcome:
     verified: Verified
     weights_digest: str | None
     pause_start_ns: int
-    """By this host's wall clock, as all times of `applied`."""
+    """By this process's steady clock; all times of `applied` are by the host's wall clock."""
 
     @property
     def bytes(self) -> int:
@@ -207,7 +207,7 @@ class Updater:
             prepared.binding.instances,
             deadline_s,
             self._config.command_s,
-            self._bus.clock.host.wall_ns,
+            self._bus.clock.host.steady_ns,
         )
         try:
             with anyio.fail_after(deadline_s), moving:

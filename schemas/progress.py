@@ -67,7 +67,8 @@ class StageComplete(Message, frozen=True, kw_only=True):
     route: RouteName | None = None
     bytes: SizeBytes = 0
     buckets: BucketTimings = ()
-    """Its parts, if it streamed: they overlap those of the other stages."""
+    """Its parts, if it streamed: they overlap those of the other stages. Of many, neighbours are
+    told as one: 256 at most by this project's consumers; spans tell all."""
     start_ns: Nanoseconds
     end_ns: Nanoseconds
     ok: bool = True
@@ -140,7 +141,8 @@ class UpdateFailed(Message, frozen=True, kw_only=True):
 class FirstToken(Message, frozen=True, kw_only=True):
     """An engine has made its first token with a version: the end of what a trainer waits for.
 
-    Said once for each version, and only if somebody asked the engine for tokens soon after.
+    Said only if somebody asked the engine for tokens soon after it served, and again if it came to
+    serve the same version again (it was started anew, or the version published again).
     """
 
     model: Token
@@ -148,7 +150,7 @@ class FirstToken(Message, frozen=True, kw_only=True):
     round: Token
     engine: Token
     start_ns: Nanoseconds
-    """When the engine served again: `end_ns` of `UpdateComplete`."""
+    """When the engine served again: not later than `end_ns` of `UpdateComplete`."""
     end_ns: Nanoseconds
     """When the token was there."""
     resolution_ns: Nanoseconds = 0

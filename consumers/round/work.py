@@ -30,6 +30,8 @@ TOKEN_CHARS = 64
 CAUSE_CHARS = 128
 REASON_CHARS = 4096
 """What messages hold of an error."""
+MOST_PAUSED_S = 86_400.0
+"""What they hold of a pause, which may have begun by another reading of the clock."""
 
 
 def main_round(version: int) -> str:
@@ -171,9 +173,9 @@ class Work:
             weights_digest=done.weights_digest,
             routes=done.routes,
             bytes=done.bytes,
-            start_ns=self.start_ns,
+            start_ns=min(self.start_ns, now_ns),
             end_ns=now_ns,
-            paused_s=paused_s,
+            paused_s=min(max(0.0, paused_s), MOST_PAUSED_S),
             direct_parameters=done.direct_parameters,
             processed_parameters=done.processed_parameters,
             reason=done.reason,
@@ -200,7 +202,7 @@ class Work:
             stage=stage,
             served_version=served_version,
             quarantined=quarantined,
-            start_ns=self.start_ns,
+            start_ns=min(self.start_ns, now_ns),
             end_ns=now_ns,
             trace_id=self.candidate.trace_id,
         )

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.unit.consumers.fakes import ready_of
 from weightbus.bus.clock import ClockReading, HostClock
 from weightbus.consumers.journal import Journal, Work
+from weightbus.consumers.streamed import BUCKETS_SAID
 from weightbus.consumers.update import Outcome
 from weightbus.schemas.base import BucketTiming
 from weightbus.schemas.checkpoint import CheckpointReady
@@ -66,7 +67,7 @@ class World:
 
     def apply(self, work: Work, *buckets: tuple[int, int]) -> None:
         """A reload of 100 ns, in `buckets` that begin and end so long after its start."""
-        start_ns = self.wall_ns()
+        start_ns, paused_ns = self.wall_ns(), self.passed_ns
         self.wait(100)
         timed = tuple(BucketTiming(start_ns + b, start_ns + e, 4) for b, e in buckets)
         timing = StageTiming("reload", start_ns, self.wall_ns(), 8, timed)
@@ -85,13 +86,14 @@ class World:
                 route="local",
                 verified="verified",
                 weights_digest=None,
-                pause_start_ns=start_ns,
+                pause_start_ns=paused_ns,
             ),
         )
 
     def serve(self, work: Work) -> UpdateComplete:
-        start_ns = work.clock.now_ns()
-        self.journal.record(work, "commit", start_ns, self.wait(5))
+        start_ns, end_ns = work.clock.now_ns(), self.wait(5)
+        self.journal.tell_outcomes(work)
+        self.journal.record(work, "commit", start_ns, end_ns)
         said, _ = self.journal.sign(complete_of(work))
         assert isinstance(said, UpdateComplete)
         return said
@@ -227,14 +229,14 @@ def test_first_token_lies_within_the_update_when_it_comes_after_the_end(
     world.hear(ready)
     work = world.plan(ready)
     world.serve(work)
-    world.journal.await_first_token(7)
+    world.journal.await_first_token(work)
     served_ns = world.wall_ns()
     world.journal.close(7)
     ended = {span.name for span in exporter.get_finished_spans()}
     assert DESTINATION.template not in " ".join(ended), "it is open for the token"
     world.wait(500)
     told = world.journal.record_first_token(
-        7, start_ns=served_ns, end_ns=served_ns + 400, resolution_ns=9
+        work, start_ns=served_ns, end_ns=served_ns + 400, resolution_ns=9
     )
     assert told is not None
     assert (told.start_ns - BUS_NS, told.end_ns - BUS_NS, told.resolution_ns) == (35, 435, 9)
@@ -247,8 +249,41 @@ def test_first_token_lies_within_the_update_when_it_comes_after_the_end(
     assert told.span_id == f"{token.context.span_id:016x}"
     assert told.parent_span_id == f"{update.context.span_id:016x}"
     assert told.trace_id == PUBLISH.trace_id
-    again = world.journal.record_first_token(7, start_ns=0, end_ns=1, resolution_ns=0)
+    again = world.journal.record_first_token(work, start_ns=0, end_ns=1, resolution_ns=0)
     assert again is None, "there is one first token"
+
+
+def test_stages_are_told_when_the_engine_serves_again_and_many_buckets_as_few(
+    world: World, exporter: InMemorySpanExporter
+) -> None:
+    world.hear(ready_of(7))
+    work = world.plan(ready_of(7))
+    count = 3 * BUCKETS_SAID + 5
+    world.apply(work, *((number * 100 // count, 100) for number in range(count)))
+    assert [twin.stage for twin in world.twins] == ["negotiate"], "requests wait"
+    world.serve(work)
+    assert [twin.stage for twin in world.twins] == ["negotiate", "reload", "commit"]
+    said = world.twins[1].buckets
+    assert len(said) == -(-count // 4) <= BUCKETS_SAID
+    assert sum(bucket.bytes for bucket in said) == 4 * count
+    assert (said[0].start_ns - BUS_NS, said[-1].end_ns - BUS_NS) == (30, 130)
+    assert [b.start_ns for b in said] == sorted(b.start_ns for b in said)
+    world.journal.close(7)
+    assert len(spans_of(exporter)["bucket"]) == count
+
+
+def test_stages_keep_their_round_when_their_plan_came_to_nothing_after_them(
+    world: World, exporter: InMemorySpanExporter
+) -> None:
+    world.hear(ready_of(7))
+    work = world.plan(ready_of(7))
+    world.apply(work)
+    work.scope = structs.replace(work.scope, round="another")
+    world.wait(50)
+    world.journal.close(7)
+    (reload,) = spans_of(exporter)["reload"]
+    assert times_of(reload) == (30, 130)
+    assert dict(reload.attributes or {})["weightbus.round"] == "v7-solo"
 
 
 @pytest.mark.parametrize("way", ["given up", "next version", "stop"])
@@ -258,12 +293,12 @@ def test_update_ends_when_it_was_served_if_its_first_token_does_not_come(
     world.hear(ready_of(7))
     work = world.plan(ready_of(7))
     world.serve(work)
-    world.journal.await_first_token(7)
+    world.journal.await_first_token(work)
     world.journal.close(7)
     world.wait(10_000)
     match way:
         case "given up":
-            world.journal.give_up_first_token(7)
+            world.journal.give_up_first_token(work)
         case "next version":
             world.hear(ready_of(8))
             world.serve(world.plan(ready_of(8)))
@@ -271,7 +306,7 @@ def test_update_ends_when_it_was_served_if_its_first_token_does_not_come(
         case "stop":
             world.journal.close_all()
     assert times_of(spans_of(exporter)["update"][0]) == (0, 35)
-    assert world.journal.record_first_token(7, start_ns=0, end_ns=1, resolution_ns=0) is None
+    assert world.journal.record_first_token(work, start_ns=0, end_ns=1, resolution_ns=0) is None
 
 
 def test_attempts_are_linked_when_a_version_is_tried_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,9 +12,13 @@ import anyio
 import anyio.lowlevel
 import pytest
 from msgspec import structs
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.unit.consumers.fakes import CONFIG, FakeBus, FakeEngine, FakeRoute, ready_of
-from weightbus.bus.clock import BusClock
+from weightbus.bus.clock import BusClock, HostClock
+from weightbus.bus.errors import BusUnavailable
+from weightbus.bus.link import NoResponders
 from weightbus.bus.received import Reconnected
 from weightbus.consumers.engines.engine import TokenSeen
 from weightbus.consumers.errors import (
@@ -23,6 +28,7 @@ from weightbus.consumers.errors import (
     TornRead,
 )
 from weightbus.consumers.service import Consumer, open_consumer
+from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import (
     EngineState,
@@ -34,6 +40,7 @@ from weightbus.schemas.progress import (
 )
 from weightbus.schemas.rounds import Join
 from weightbus.tracing.context import SpanRef
+from weightbus.tracing.sdk import make_tracer
 from weightbus.tracing.telemetry import Telemetry
 
 pytestmark = pytest.mark.anyio
@@ -51,13 +58,15 @@ class World:
         self.route = FakeRoute()
 
     @asynccontextmanager
-    async def following(self, **changes: Any) -> AsyncIterator[Consumer]:
+    async def following(
+        self, *, telemetry: Telemetry | None = None, **changes: Any
+    ) -> AsyncIterator[Consumer]:
         async with open_consumer(
             structs.replace(CONFIG, **changes),
             bus=self.bus.as_bus(),
             engine=self.engine,
             routes=[self.route],
-            telemetry=Telemetry(),
+            telemetry=telemetry or Telemetry(),
         ) as consumer:
             yield consumer
 
@@ -171,6 +180,27 @@ async def test_consumer_catches_up_with_the_last_version_when_it_starts() -> Non
     assert world.engine.calls[-3:] == ["pause", "apply", "resume 2"]
 
 
+async def test_spans_end_and_letters_count_when_the_bus_is_lost_while_the_consumer_starts() -> None:
+    world, exporter = World(), InMemorySpanExporter()
+
+    async def lose(kind: type[Message], *, model: str, **tokens: str) -> None:
+        assert world.bus.dead_letter is not None
+        if kind is not CheckpointReady:
+            await anyio.sleep_forever()
+        await world.until("the version is in hand", lambda: "take 2" in world.bus.calls)
+        raise BusUnavailable("nats://host:4222", "it is gone")
+
+    world.bus.last = lose  # type: ignore[method-assign]
+    world.bus.hear(ready_of(2))
+    telemetry = Telemetry(make_tracer("consumer", SimpleSpanProcessor(exporter), {}))
+    with pytest.raises(BaseExceptionGroup) as raised:
+        async with world.following(telemetry=telemetry):
+            raise AssertionError("it has started")
+    assert raised.group_contains(BusUnavailable)
+    (update,) = [span for span in exporter.get_finished_spans() if "checkpoint" in span.name]
+    assert not update.status.is_ok
+
+
 # ---------------------------------------------------------------- first token
 
 
@@ -198,7 +228,9 @@ async def test_first_token_is_said_within_its_update_when_the_engine_has_seen_it
     assert said.parent_span_id not in ("", said.span_id)
 
 
-@pytest.mark.parametrize("failure", [None, EngineUnavailable("a", "it has no metrics")])
+@pytest.mark.parametrize(
+    "failure", [None, EngineUnavailable("a", "it has no metrics"), RuntimeError("of its own code")]
+)
 async def test_nothing_is_said_and_nothing_fails_when_the_engine_does_not_see_its_first_token(
     failure: Exception | None,
 ) -> None:
@@ -226,6 +258,28 @@ async def test_next_version_and_the_end_do_not_wait_when_a_first_token_is_looked
     assert world.bus.said(FirstToken) == []
 
 
+async def test_first_token_is_said_when_an_earlier_watch_of_the_version_ends_without_one() -> None:
+    world = World()
+    watches: list[anyio.Event] = []
+
+    async def first_token(version: int, deadline_s: float) -> TokenSeen | None:
+        watches.append(own := anyio.Event())
+        await own.wait()
+        return TokenSeen(at_ns=time.time_ns()) if own is watches[1] else None
+
+    world.engine.first_token = first_token  # type: ignore[method-assign]
+    async with world.following():
+        world.bus.hear(ready_of(2))
+        await world.until("it is looked out for", lambda: len(watches) == 1)
+        world.engine.start_anew("j")
+        await world.until("it is again", lambda: len(watches) == 2)
+        await world.until_complete(2, times=2)
+        watches[0].set()
+        await anyio.wait_all_tasks_blocked()
+        watches[1].set()
+        await world.until("it is said", lambda: len(world.bus.said(FirstToken)) == 1)
+
+
 # ---------------------------------------------------------------- what is kept alive
 
 
@@ -239,6 +293,26 @@ async def test_state_is_put_with_every_beat_and_when_the_bus_is_back() -> None:
     world = World()
     async with world.following():
         await world.until("it beats", lambda: world.bus.calls.count("put serving") > 3)
+
+
+async def test_every_beat_is_later_than_the_one_before_when_the_clock_is_set_back() -> None:
+    world, set_ns = World(), [0]
+
+    async def probe() -> int:
+        return time.time_ns() + set_ns[0]
+
+    clock = world.bus.clock = BusClock(probe)
+    await clock.measure()
+    states = world.bus.presence.states
+    async with world.following(heartbeat_s=0.01) as consumer:
+        before_ns = consumer.now_ns()
+        set_ns[0] = -3600 * 10**9
+        assert await clock.measure()
+        await world.until("it goes by the new time", lambda: consumer.now_ns() < before_ns)
+        beats = len(states)
+        await world.until("it goes on beating", lambda: len(states) > beats + 2)
+    times = [state.updated_ns for state in states]
+    assert all(earlier < later for earlier, later in itertools.pairwise(times))
 
 
 async def test_version_that_was_missed_is_taken_when_the_bus_is_back() -> None:
@@ -430,6 +504,58 @@ async def test_consumer_gives_up_after_its_time_when_its_engine_hangs_while_it_s
 
 
 # ---------------------------------------------------------------- what time it is
+
+
+@pytest.mark.parametrize("step_s", [-0.5, 100_000.0])
+async def test_pause_is_as_long_as_it_was_when_the_wall_clock_is_set_meanwhile(
+    step_s: float,
+) -> None:
+    world, set_ns = World(), [0]
+    world.bus.clock = BusClock(nobody, HostClock(wall_ns=lambda: time.time_ns() + set_ns[0]))
+
+    async def set_clock() -> None:
+        set_ns[0] = int(step_s * 1e9)
+
+    world.route.before_end = set_clock
+    began_s = time.monotonic()
+    async with world.following():
+        world.bus.hear(ready_of(2))
+        await world.until_complete(2)
+    (done,) = world.bus.said(UpdateComplete)
+    assert 0 < done.paused_s < time.monotonic() - began_s
+
+
+async def nobody() -> int:
+    raise NoResponders("request")
+
+
+async def test_clock_is_renewed_when_the_next_version_is_there_before_the_end_of_the_last() -> None:
+    world = World()
+    gates: list[anyio.Event] = []
+
+    async def wait() -> None:
+        gates.append(own := anyio.Event())
+        await own.wait()
+
+    async def probe() -> int:
+        return time.time_ns()
+
+    world.route.before_end = wait
+    async with world.following():
+        world.bus.hear(ready_of(2))
+        await world.until("it is transferred", lambda: len(gates) == 1)
+        measured = BusClock(probe)
+        assert await measured.measure()
+        world.bus.clock.reading = measured.reading  # type: ignore[method-assign]
+        world.bus.hear(ready_of(3))
+        await anyio.wait_all_tasks_blocked()
+        gates[0].set()
+        await world.until("the next one is", lambda: len(gates) == 2)
+        gates[1].set()
+        await world.until_complete(3)
+    first, second = world.bus.said(UpdateComplete)
+    assert first.clock_residual_ns is None, "it kept the clock that it began with"
+    assert second.clock_residual_ns is not None
 
 
 async def test_times_do_not_step_within_an_update_when_the_clock_is_measured_anew() -> None:

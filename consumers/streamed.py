@@ -1,0 +1,57 @@
+"""The buckets of a stage that streamed: all of them, and the few that a message holds.
+
+Does no I/O. Invariant: on the bus's clock every bucket lies within its stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from weightbus.schemas.base import BucketTiming, BucketTimings
+
+__all__ = ("BUCKETS_SAID", "Streamed")
+
+BUCKETS_SAID: Final = 256
+"""Of one stage, in messages: some 8 KB, so that history holds many updates. Spans tell them all."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One stage, and its buckets as its worker timed them."""
+
+    buckets: BucketTimings
+    """By the wall clock of the worker's host, in nanoseconds."""
+    offset_ns: int
+    """Bus time minus that clock."""
+    start_ns: int
+    """Of the stage, as its end: bus time."""
+    end_ns: int
+
+    def told(self) -> BucketTimings:
+        """All, on the bus's clock."""
+        return self._moved(self.buckets)
+
+    def said(self) -> BucketTimings:
+        """`BUCKETS_SAID` at most, on the bus's clock: of many, neighbours are as one."""
+        many = -(-len(self.buckets) // BUCKETS_SAID)
+        if many <= 1:
+            return self._moved(self.buckets)
+        firsts = range(0, len(self.buckets), many)
+        return self._moved(tuple(_one(self.buckets[first : first + many]) for first in firsts))
+
+    def _moved(self, buckets: BucketTimings) -> BucketTimings:
+        moved = []
+        for bucket in buckets:
+            begun_ns = min(max(bucket.start_ns + self.offset_ns, self.start_ns), self.end_ns)
+            ended_ns = min(max(bucket.end_ns + self.offset_ns, begun_ns), self.end_ns)
+            moved.append(BucketTiming(begun_ns, ended_ns, bucket.bytes))
+        return tuple(moved)
+
+
+def _one(buckets: BucketTimings) -> BucketTiming:
+    return BucketTiming(
+        min(bucket.start_ns for bucket in buckets),
+        max(bucket.end_ns for bucket in buckets),
+        sum(bucket.bytes for bucket in buckets),
+    )
