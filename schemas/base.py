@@ -96,7 +96,11 @@ class BucketTiming(Struct, frozen=True, array_like=True, gc=False):
 
 
 BucketTimings = Annotated[tuple[BucketTiming, ...], Meta(max_length=4096)]
-"""In the order of their starts; empty if there was one bucket only, or more than fit."""
+"""In the order of their starts; empty if there was one bucket only, or more than fit.
+
+A message of the bus tells 256 at most: of more, neighbours are as one, from the first one's start
+to the last one's end, with the bytes of all.
+"""
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
