@@ -23,7 +23,7 @@ from weightbus.schemas.errors import WeightBusError
 __all__ = ("Outbox",)
 
 PROGRESS_KEPT: Final = 10_000
-"""Progress messages that wait to be sent; about 5 MB."""
+"""Progress messages that wait to be sent; about 5 MB, or 330 MB if all told `BUCKETS_SAID`."""
 
 AGAIN_S: Final = 0.2
 """Pause before something is said again."""

@@ -13,7 +13,7 @@ from weightbus.schemas.base import BucketTiming, BucketTimings
 __all__ = ("BUCKETS_SAID", "Streamed")
 
 BUCKETS_SAID: Final = 256
-"""Of one stage, in messages: some 8 KB, so that history holds many updates. Spans tell them all."""
+"""Of one stage, in messages: 6.4 KB, so that history holds many updates. Spans tell them all."""
 
 
 @dataclass(frozen=True)

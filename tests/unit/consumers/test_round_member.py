@@ -9,6 +9,7 @@ from weightbus.consumers.round import events as ev
 from weightbus.consumers.round import instructions as do
 from weightbus.consumers.round.errors import UnexpectedEvent
 from weightbus.consumers.round.phases import Phase
+from weightbus.schemas.codec import encode
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Abort, Commit, Join, Links, Proven, RoundComplete, RoundPlan
 
@@ -136,6 +137,18 @@ def test_version_is_complete_when_the_resume_only_seemed_to_fail() -> None:
     assert (complete.version, complete.round, complete.bytes) == (1, "v1", 7)
     assert complete.paused_s == pytest.approx(12.0)
     assert driver.feed(ev.EngineServes(1)) == ()
+
+
+@pytest.mark.parametrize(("after_s", "paused_s"), [(-3600.0, 0.0), (100_000.0, 86_400.0)])
+def test_complete_version_can_be_said_when_the_clock_was_renewed_since_the_resume_failed(
+    after_s: float, paused_s: float
+) -> None:
+    driver = doubtful()
+    driver.feed(ev.EngineServes(1), after_s=after_s)
+    (complete,) = driver.said(UpdateComplete)
+    assert complete.paused_s == paused_s
+    assert complete.start_ns <= complete.end_ns
+    encode(complete)
 
 
 def test_version_is_complete_when_the_engine_is_found_while_it_is_tried_again() -> None:
