@@ -17,7 +17,6 @@ import signal
 import socket
 import threading
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -100,6 +99,8 @@ class _Signals:
 
     _taken: _Signals | None = None
     _survives_forks = False
+    _forking = threading.local()
+    """Of the thread that forks: `holds_back`, whether the signal is held back for that."""
 
     def __init__(self) -> None:
         self._endings: list[Ending] = []
@@ -146,16 +147,29 @@ class _Signals:
         signal.signal(signal.SIGTERM, self._handle)
         if not _Signals._survives_forks:
             os.register_at_fork(
-                before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM}),
+                before=_Signals._hold_back,
                 after_in_child=_Signals._leave_child_alone,
-                after_in_parent=partial(
-                    signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM}
-                ),
+                after_in_parent=_Signals._let_through,
             )
             _Signals._survives_forks = True
         atexit.register(self._wait_until_told)  # before what the publisher has registered
         threading.Thread(target=self._watch, name="weightbus-sigterm", daemon=True).start()
         return True
+
+    @classmethod
+    def _hold_back(cls) -> None:
+        """Before a fork, so that the child has its parent's handler at no time that counts. There
+        is no taking back of what is called then: without an `Ending` it does nothing."""
+        if cls._taken is not None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            cls._forking.holds_back = signal.SIGTERM not in before
+
+    @classmethod
+    def _let_through(cls) -> None:
+        """After it; not what the trainer itself holds back."""
+        if getattr(cls._forking, "holds_back", False):
+            cls._forking.holds_back = False
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     @classmethod
     def _leave_child_alone(cls) -> None:
@@ -164,7 +178,7 @@ class _Signals:
             cls._taken = None
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        cls._let_through()
 
     def _handle(self, number: int, frame: object) -> None:
         if not self._endings:  # closed in another thread, which cannot give the signal back

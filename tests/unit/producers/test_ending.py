@@ -124,6 +124,30 @@ def test_child_of_a_fork_ends_by_sigterm_and_its_parent_goes_on() -> None:
     assert (code, printed) == (0, ["-15", "['MainThread', 'weightbus-sigterm']"])
 
 
+def test_forks_leave_the_signal_blocked_when_the_trainer_has_blocked_it() -> None:
+    code, printed = run(
+        """
+        def is_blocked():
+            return signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+        def fork():
+            child = os.fork()
+            if child == 0:
+                os._exit(is_blocked())
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, is_blocked()
+
+        with Ending(Publisher()):
+            print(*fork())
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            print(*fork())
+        print(*fork())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        print(*fork())
+        """
+    )
+    assert (code, printed) == (0, ["False False", "True True", "True True", "False False"])
+
+
 @pytest.mark.parametrize(
     "taken",
     [
