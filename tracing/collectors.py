@@ -7,6 +7,7 @@ Here whoever sends learns of both.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
 __all__ = ("CollectorExporter", "open_grpc", "open_http")
+
+_logger = logging.getLogger(__name__)
 
 CREDENTIAL_VARIABLES: Final = (
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
@@ -107,11 +110,15 @@ def open_http(make: Callable[..., SpanExporter], **options: Any) -> CollectorExp
 
 def open_grpc(make: Callable[..., Any], **options: Any) -> CollectorExporter:
     """The exporter throws answers away, and makes its stub anew with every connection: so that is
-    taken where it makes it, which is no public name of it."""
+    taken where it makes it, which is no public name of it: where a version of it has no such name,
+    what the collector threw away is not heard of."""
     answers, exporter = Answers(), make(**options)
-    stub = exporter._stub
-    exporter._stub = lambda channel: _HeardStub(stub(channel), answers)
-    exporter._client = _HeardStub(exporter._client, answers)
+    stub, client = getattr(exporter, "_stub", None), getattr(exporter, "_client", None)
+    if callable(stub) and hasattr(client, "Export"):
+        exporter._stub = lambda channel: _HeardStub(stub(channel), answers)
+        exporter._client = _HeardStub(client, answers)
+    else:
+        _logger.debug("the exporter does not let the collector's answers be heard")
     return CollectorExporter(exporter, answers)
 
 
