@@ -7,8 +7,6 @@ client for Python lets it: then nothing else is put together there. vLLM and SGL
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import anyio
 
 from weightbus.consumers.engines.budget import left_s
@@ -18,6 +16,8 @@ from weightbus.consumers.engines.tokens import total
 __all__ = ("HttpCounter",)
 
 _CHOSEN, _WHOLE = "/metrics/", "/metrics"
+_REQUEST_TIMEOUT, _TOO_MANY, _SERVER_ERRORS = 408, 429, 500
+"""Answers, and those from the last of them on, of a server that may do so a moment later."""
 
 
 class HttpCounter:
@@ -44,12 +44,19 @@ class HttpCounter:
         end = anyio.current_time() + deadline_s
         if self._is_chosen:
             query = {"name[]": list(self._names)}
-            with suppress(HttpRefused):
+            try:
                 text = await self._server.text(_CHOSEN, deadline_s, query=query, key=self._key)
+            except HttpRefused as error:
+                self._is_chosen = _is_passing(error.status)
+            else:
                 if (found := total(text, self._names)) is not None:
                     return found
-            self._is_chosen = False  # where several processes count, it shows all or nothing
+                self._is_chosen = False  # where several processes count, it shows all or nothing
         text = await self._server.text(_WHOLE, left_s(end), key=self._key)
         if (found := total(text, self._names)) is not None:
             return found
         return 0.0 if f"\n{self._prefix}" in text else None
+
+
+def _is_passing(status: int) -> bool:
+    return status in (_REQUEST_TIMEOUT, _TOO_MANY) or status >= _SERVER_ERRORS

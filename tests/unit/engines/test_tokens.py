@@ -143,6 +143,8 @@ class Server:
     def __init__(self, whole: str, *, can_choose: bool, is_mounted: bool = True) -> None:
         self.whole, self.can_choose, self.is_mounted = whole, can_choose, is_mounted
         self.queries: list[str] = []
+        self.refusals = 0
+        """Requests of some counters alone that are refused."""
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
         self.queries.append(request.url.query.decode())
@@ -150,6 +152,9 @@ class Server:
         assert is_mount or request.url.path == "/metrics"
         if is_mount and not self.is_mounted:
             return httpx.Response(404)
+        if is_mount and self.refusals:
+            self.refusals -= 1
+            return httpx.Response(503)
         assert request.headers["Authorization"] == "Bearer secret"
         names = request.url.params.get_list("name[]")
         if not (names and is_mount):
@@ -177,6 +182,14 @@ async def test_all_metrics_are_asked_for_when_the_server_cannot_choose(is_mounte
     server = Server(TEXT, can_choose=False, is_mounted=is_mounted)
     assert await read(server, ("vllm:generation_tokens_total",), 2) == [162.0, 162.0]
     assert server.queries[1:] == ["", ""]
+
+
+async def test_counter_is_asked_for_alone_again_when_that_was_refused_for_a_moment() -> None:
+    server = Server(TEXT, can_choose=True)
+    server.refusals = 1
+    assert await read(server, ("vllm:generation_tokens_total",), 3) == [162.0, 162.0, 162.0]
+    alone = "name%5B%5D=vllm%3Ageneration_tokens_total"
+    assert server.queries == [alone, "", alone, alone]
 
 
 async def test_nothing_was_counted_yet_when_the_engine_shows_other_metrics_only() -> None:
