@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from msgspec import Struct, structs
+from msgspec import Struct
 from opentelemetry.trace import Span as OtelSpan
 from opentelemetry.trace import Status, StatusCode
 
-from weightbus.schemas.base import BucketTimings
-from weightbus.schemas.progress import StageComplete
 from weightbus.tracing import attributes as names
 from weightbus.tracing.attributes import AttributeValue
 from weightbus.tracing.context import SpanRef
 
-__all__ = ("Span", "StageScope", "StageSpan")
+__all__ = ("Span", "StageScope")
 
 
 class StageScope(Struct, frozen=True):
@@ -64,26 +62,3 @@ class Span:
         if error:
             self.fail(error)
         self._span.end(end_ns)
-
-
-class StageSpan(Span):
-    """The span of a stage that is running."""
-
-    def __init__(self, span: OtelSpan, twin: StageComplete) -> None:
-        super().__init__(span)
-        self._twin = structs.replace(twin, trace_id=self.ref.trace_id, span_id=self.ref.span_id)
-        self.bytes = 0
-        """Bytes moved by the stage; set it before the stage ends."""
-
-    def complete(self, end_ns: int, error: str, buckets: BucketTimings = ()) -> StageComplete:
-        """End the span; returns its twin."""
-        self.set(names.BYTES, self.bytes)
-        self.end(end_ns, error)
-        return structs.replace(
-            self._twin,
-            bytes=self.bytes,
-            buckets=buckets,
-            end_ns=end_ns,
-            ok=not error,
-            error=error,
-        )

@@ -40,7 +40,7 @@ from weightbus.tracing.otlp import (
     OtlpSettings,
     open_exporter,
 )
-from weightbus.tracing.span import Span, StageScope, StageSpan
+from weightbus.tracing.span import Span, StageScope
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricReader
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from weightbus.tracing.sdk import OwnMeters
     from weightbus.tracing.shipping import SpanShipper
 
-__all__ = ("Emit", "Span", "StageScope", "StageSpan", "Telemetry", "open_telemetry")
+__all__ = ("Emit", "Span", "StageScope", "Telemetry", "open_telemetry")
 
 Emit = Callable[[StageComplete], None]
 """Where a twin goes: queues it for the bus and returns at once. It must not raise."""
@@ -206,33 +206,6 @@ class Telemetry:
         span.end(max(start_ns, end_ns), _shortened(error))
         return span.ref
 
-    @contextmanager
-    def stage(
-        self,
-        emit: Emit,
-        scope: StageScope,
-        stage: Stage,
-        *,
-        rank: int | None = None,
-        route: RouteName | None = None,
-        parent: SpanRef | None = None,
-        now_ns: Callable[[], int] = time.time_ns,
-    ) -> Iterator[StageSpan]:
-        """A stage around a block: its span, and when that ends its twin to `emit`.
-
-        What the block raises, a cancellation too, is told by both and goes on.
-        """
-        clock = _Stopwatch(now_ns())
-        span = self._begin_stage(scope, stage, rank, route, parent, clock.start_ns)
-        reason = ""
-        try:
-            yield span
-        except BaseException as error:
-            reason = _reason_of(error)
-            raise
-        finally:
-            emit(span.complete(clock.now_ns(), reason))
-
     def record_stage(
         self,
         emit: Emit,
@@ -254,9 +227,34 @@ class Telemetry:
         it failed, begins with the name of the error class: `TornRead: segment ...`. An end before
         the start (a wall clock that was set back) counts as the start.
         """
-        span = self._begin_stage(scope, stage, rank, route, parent, start_ns)
-        span.bytes = bytes
-        emit(span.complete(max(start_ns, end_ns), _shortened(error), buckets))
+        attributes = scope.attributes() | {names.STAGE: stage, names.BYTES: bytes}
+        if rank is not None:
+            attributes[names.RANK] = rank
+        if route is not None:
+            attributes[names.ROUTE] = route
+        end_ns, error = max(start_ns, end_ns), _shortened(error)
+        span = Span(self._begin(stage, SpanKind.INTERNAL, parent, attributes, start_ns))
+        span.end(end_ns, error)
+        emit(
+            StageComplete(
+                model=scope.model,
+                version=scope.version,
+                round=scope.round,
+                engine=scope.engine,
+                stage=stage,
+                rank=rank,
+                route=route,
+                bytes=bytes,
+                buckets=buckets,
+                start_ns=start_ns,
+                end_ns=end_ns,
+                ok=not error,
+                error=error,
+                trace_id=span.ref.trace_id,
+                span_id=span.ref.span_id,
+                parent_span_id="" if parent is None else parent.span_id,
+            )
+        )
         return span.ref
 
     def record_buckets(
@@ -292,35 +290,6 @@ class Telemetry:
                 parent=stage,
                 attributes={**attributes, names.BUCKET: number, names.BYTES: bucket.bytes},
             )
-
-    def _begin_stage(
-        self,
-        scope: StageScope,
-        stage: Stage,
-        rank: int | None,
-        route: RouteName | None,
-        parent: SpanRef | None,
-        start_ns: int,
-    ) -> StageSpan:
-        attributes = scope.attributes() | {names.STAGE: stage}
-        if rank is not None:
-            attributes[names.RANK] = rank
-        if route is not None:
-            attributes[names.ROUTE] = route
-        twin = StageComplete(
-            model=scope.model,
-            version=scope.version,
-            round=scope.round,
-            engine=scope.engine,
-            stage=stage,
-            rank=rank,
-            route=route,
-            start_ns=start_ns,
-            end_ns=start_ns,
-            parent_span_id="" if parent is None else parent.span_id,
-        )
-        span = self._begin(stage, SpanKind.INTERNAL, parent, attributes, start_ns)
-        return StageSpan(span, twin)
 
     def _begin(
         self,

@@ -42,22 +42,16 @@ with open_telemetry(
     update = telemetry.begin_update(
         ready, scope, start_ns=time.time_ns(), parent=SpanRef.from_headers(headers)
     )
-    with telemetry.stage(twins.append, scope, "negotiate", parent=update.ref):
-        pass
-    for rank in (0, 1):
-        with telemetry.stage(
-            twins.append, scope, "fetch", rank=rank, route="local", parent=update.ref
-        ) as fetch:
-            fetch.bytes = 4096
-        telemetry.record_stage(
-            twins.append, scope, "reload", start_ns=twins[-1].start_ns, end_ns=twins[-1].end_ns,
-            rank=rank, route="local", parent=fetch.ref,
+    def record(stage, parent, **options):
+        now_ns = time.time_ns()
+        return telemetry.record_stage(
+            twins.append, scope, stage, start_ns=now_ns, end_ns=now_ns, parent=parent, **options
         )
-    try:
-        with telemetry.stage(twins.append, scope, "commit", parent=update.ref):
-            raise TimeoutError("no commit")
-    except TimeoutError:
-        pass
+    record("negotiate", update.ref)
+    for rank in (0, 1):
+        fetch = record("fetch", update.ref, rank=rank, route="local", bytes=4096)
+        record("reload", fetch, rank=rank, route="local")
+    record("commit", update.ref, error="TimeoutError: no commit")
     update.end(time.time_ns())
 print(json.dumps([[t.trace_id, t.span_id, t.parent_span_id, t.start_ns, t.end_ns] for t in twins]))
 """
@@ -168,7 +162,9 @@ def run_one_update(url: str) -> None:
     twins = list[StageComplete]()
     with open_telemetry("consumer", otlp=settings, shutdown_s=0.2) as telemetry:
         update = telemetry.begin_update(READY, SCOPE, start_ns=time.time_ns(), parent=None)
-        with telemetry.stage(twins.append, SCOPE, "fetch", parent=update.ref):
-            pass
+        now_ns = time.time_ns()
+        telemetry.record_stage(
+            twins.append, SCOPE, "fetch", start_ns=now_ns, end_ns=now_ns, parent=update.ref
+        )
         update.end(time.time_ns())
     assert [twin.ok for twin in twins] == [True]

@@ -51,62 +51,44 @@ def assert_twins(span: ReadableSpan, twin: StageComplete) -> None:
     assert (span.status.description or "") == twin.error
 
 
-def test_stage_agrees_with_its_twin_when_it_succeeds() -> None:
-    exporter, twins = InMemorySpanExporter(), list[StageComplete]()
-    with (
-        open_telemetry("consumer", exporter=exporter) as telemetry,
-        telemetry.span("update") as update,
-        telemetry.stage(
-            twins.append, SCOPE, "fetch", rank=1, route="local", parent=update.ref
-        ) as stage,
-    ):
-        stage.bytes = 4096
-        assert twins == []
-    fetch, outer = exporter.get_finished_spans()
-    assert outer.name == "update"
-    assert fetch.kind is SpanKind.INTERNAL
-    assert_twins(fetch, twins[0])
-    assert twins[0].parent_span_id == update.ref.span_id
-    assert twins[0].bytes == 4096
-    assert twins[0].end_ns >= twins[0].start_ns
+def test_stage_shortens_its_error_when_it_exceeds_the_limit_of_a_reason() -> None:
+    twins = list[StageComplete]()
+    Telemetry().record_stage(
+        twins.append, SCOPE, "h2d", start_ns=START_NS, end_ns=START_NS, error="x" * 5000
+    )
+    assert len(twins[0].error) == 4096
+    assert twins[0].error.endswith("...")
 
 
-def test_stage_tells_the_reason_twice_and_reraises_when_it_fails() -> None:
-    exporter, twins = InMemorySpanExporter(), list[StageComplete]()
+def test_span_tells_the_reason_and_reraises_when_its_block_fails() -> None:
+    exporter = InMemorySpanExporter()
     with (
-        open_telemetry("consumer", exporter=exporter) as telemetry,
+        open_telemetry("trainer", exporter=exporter) as telemetry,
         pytest.raises(OSError, match="no such block"),
-        telemetry.stage(twins.append, SCOPE, "reload", rank=0),
+        telemetry.span("step"),
     ):
         raise OSError("no such block")
     (span,) = exporter.get_finished_spans()
-    assert_twins(span, twins[0])
-    assert (twins[0].ok, twins[0].error) == (False, "OSError: no such block")
     assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == "OSError: no such block"
     assert dict(span.attributes or {})["error.type"] == "OSError"
 
 
-def test_stage_is_reported_as_failed_when_it_is_cancelled() -> None:
-    twins = list[StageComplete]()
+def test_span_is_marked_as_failed_when_it_is_cancelled() -> None:
+    exporter = InMemorySpanExporter()
 
     async def main() -> None:
         with (
+            open_telemetry("trainer", exporter=exporter) as telemetry,
             anyio.CancelScope() as scope,
-            Telemetry().stage(twins.append, SCOPE, "commit"),
+            telemetry.span("step"),
         ):
             scope.cancel()
             await anyio.sleep_forever()
 
     anyio.run(main)
-    assert (twins[0].ok, "CancelledError" in twins[0].error) == (False, True)
-
-
-def test_stage_shortens_its_error_when_it_exceeds_the_limit_of_a_reason() -> None:
-    twins = list[StageComplete]()
-    with pytest.raises(ValueError), Telemetry().stage(twins.append, SCOPE, "h2d"):  # noqa: PT011
-        raise ValueError("x" * 5000)
-    assert len(twins[0].error) == 4096
-    assert twins[0].error.endswith("...")
+    (span,) = exporter.get_finished_spans()
+    assert "CancelledError" in (span.status.description or "")
 
 
 def test_recorded_stage_agrees_with_its_twin() -> None:
@@ -120,6 +102,7 @@ def test_recorded_stage_agrees_with_its_twin() -> None:
     (span,) = exporter.get_finished_spans()
     assert_twins(span, twins[0])
     assert (span.start_time, span.end_time) == (START_NS, START_NS + 5)
+    assert span.kind is SpanKind.INTERNAL
     assert (ref.trace_id, ref.span_id) == (parent.trace_id, twins[0].span_id)
 
 
@@ -155,14 +138,14 @@ def test_recorded_stage_lasts_no_time_when_its_clock_was_set_back() -> None:
 
 def test_telemetry_makes_ids_of_one_trace_when_nothing_is_exported() -> None:
     telemetry, twins = Telemetry(), list[StageComplete]()
-    with (
-        telemetry.publish_span(READY, model="minilm", version=7, producer="t") as publish,
-        telemetry.stage(twins.append, SCOPE, "fetch", parent=publish.ref) as stage,
-    ):
+    with telemetry.publish_span(READY, model="minilm", version=7, producer="t") as publish:
         publish.set("weightbus.bytes", 1)
-    assert stage.ref.trace_id == publish.ref.trace_id == twins[0].trace_id != "0" * 32
-    assert stage.ref.span_id == twins[0].span_id
-    assert twins[0].parent_span_id == publish.ref.span_id != stage.ref.span_id
+    stage = telemetry.record_stage(
+        twins.append, SCOPE, "fetch", start_ns=START_NS, end_ns=START_NS + 1, parent=publish.ref
+    )
+    assert stage.trace_id == publish.ref.trace_id == twins[0].trace_id != "0" * 32
+    assert stage.span_id == twins[0].span_id
+    assert twins[0].parent_span_id == publish.ref.span_id != stage.span_id
 
 
 def test_ids_differ_when_the_program_seeds_its_random_numbers() -> None:
