@@ -24,7 +24,7 @@ from weightbus.tracing.watcher import Fleet
 __all__ = ("Board", "EngineRow", "FlightRow", "LinkRow")
 
 CACHED_CHANGES: Final = 16
-"""Pages that are equally far get the same bytes."""
+"""What equally far pages are told is encoded once."""
 
 V = TypeVar("V")
 
@@ -205,15 +205,16 @@ class Board:
             await self._changed.wait()
 
     def changes(self, since: int, now_ns: int) -> bytes:
-        """What changed after a revision, as JSON; after 0: everything."""
+        """What changed after a revision, and what time it is, as JSON; after 0: everything."""
         if since not in self._encoded:
             while len(self._encoded) >= CACHED_CHANGES:
                 del self._encoded[next(iter(self._encoded))]
-            self._encoded[since] = msgspec.json.encode(self._since(since, now_ns))
-        return self._encoded[since]
+            self._encoded[since] = msgspec.json.encode(self._since(since))
+        now_s = msgspec.json.encode(now_ns / NS_PER_S)
+        return b'{"now_s":' + now_s + b"," + self._encoded[since].removeprefix(b"{")
 
-    def _since(self, since: int, now_ns: int) -> dict[str, Any]:
-        told: dict[str, Any] = {"whole": since == 0, "now_s": now_ns / NS_PER_S}
+    def _since(self, since: int) -> dict[str, Any]:
+        told: dict[str, Any] = {"whole": since == 0}
         told |= {"engines": self._engines.since(since), "history": self._history.since(since)}
         for name, part in (*self._parts.items(), ("link", self._link)):
             if part.revision > since or since == 0:

@@ -282,10 +282,21 @@ let asking = false, askAgain = false, askedMs = 0, returnTo = null;
 
 function go(model, round) { location.hash = hash(model, round); }
 
-function route() {
+// The round that the address names; null: it names none, or cannot be read.
+function addressed() {
   const parts = location.hash.split("/");
+  if (parts.length !== 3) return null;
+  try {
+    const [model, round] = parts.slice(1).map(decodeURIComponent);
+    return { model, round, isNew: true };
+  } catch {
+    return null;
+  }
+}
+
+function route() {
   const before = shown;
-  shown = parts.length === 3 ? { model: decodeURIComponent(parts[1]), round: decodeURIComponent(parts[2]), isNew: true } : null;
+  shown = addressed();
   at("fleet").hidden = Boolean(shown);
   at("round").hidden = !shown;
   document.title = shown ? `${shown.model} ${shown.round} \u2013 Weight bus` : "Weight bus";

@@ -212,6 +212,15 @@ async def test_page_of_one_model_shows_no_other(
         assert await shown.page.locator("#history .row").count() == 0
 
 
+async def test_page_whose_address_cannot_be_read_shows_the_fleet(
+    teller: Bus, browser: Browser, ui_url: str
+) -> None:
+    await put(teller, state("a"))
+    async with visit(browser, f"{ui_url}#/%/x") as shown:
+        await shown.sees("#link", "live")
+        await shown.sees("#engines .row", "serving")
+
+
 async def test_page_says_so_when_its_server_is_gone_and_goes_on_when_it_is_back(
     browser: Browser, nats_server: NatsServer
 ) -> None:

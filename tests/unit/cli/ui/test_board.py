@@ -124,9 +124,13 @@ def test_loss_of_the_bus_is_told_with_the_time_when_it_began() -> None:
     assert told(board)["link"]["reason"] == ""
 
 
-def test_equally_far_pages_get_the_same_bytes() -> None:
+def test_page_that_comes_later_is_told_the_time_though_nothing_changed() -> None:
     board = board_of(*whole_round())
-    assert board.changes(0, T0_NS) is board.changes(0, T0_NS + 1)
+    first, later = (
+        msgspec.json.decode(board.changes(0, T0_NS + after_s * NS_PER_S)) for after_s in (1, 600)
+    )
+    assert later.pop("now_s") - first.pop("now_s") == 599
+    assert later == first
 
 
 @pytest.mark.anyio
