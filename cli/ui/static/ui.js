@@ -33,8 +33,12 @@ let dirty = false;
 
 let source = null, heardMs = Date.now();
 
+// A browser opens six connections to a host at most: a page that nobody sees holds none of them.
 function listen() {
   source?.close();
+  source = null;
+  if (document.hidden) return;
+  heardMs = Date.now();
   source = new EventSource("api/events");
   source.onmessage = (event) => {
     const told = JSON.parse(event.data);
@@ -47,7 +51,7 @@ function listen() {
   source.onopen = heard;
   source.onerror = () => {
     unheard();
-    if (source.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_MS);
+    if (source?.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_MS);
   };
 }
 
@@ -364,9 +368,11 @@ addEventListener("keydown", (event) => {
   } else if (event.key === "Escape" && shown) location.hash = "";
 });
 addEventListener("hashchange", route);
+document.addEventListener("visibilitychange", listen);
 setInterval(() => {
-  if (Date.now() - heardMs > SILENT_MS) { unheard(); listen(); heardMs = Date.now(); }
-  if (document.hidden || shown) return;
+  if (document.hidden) return;
+  if (Date.now() - heardMs > SILENT_MS) { unheard(); listen(); }
+  if (shown) return;
   engineRows.draw(true);
   for (const node of document.querySelectorAll("[data-since]")) setText(node, formatAge(Number(node.dataset.since)));
 }, AGES_MS);

@@ -221,6 +221,40 @@ async def test_page_whose_address_cannot_be_read_shows_the_fleet(
         await shown.sees("#engines .row", "serving")
 
 
+async def test_pages_that_nobody_sees_leave_the_browser_its_connections(
+    teller: Bus, browser: Browser, ui_url: str
+) -> None:
+    """It opens six to a host at most. A page in the background is shown to a test as visible."""
+    async with visit(browser, ui_url) as first:
+        await first.sees("#link", "live")
+        await turn(first, "hidden")
+        for _ in range(5):
+            other = Visit(await first.page.context.new_page())
+            await other.page.goto(ui_url)
+            await other.sees("#link", "live")
+            await turn(other, "hidden")
+        last = Visit(await first.page.context.new_page())
+        await last.page.goto(ui_url)
+        await last.sees("#link", "live")
+        await put(teller, state("newcomer"))
+        await last.sees("#engines .row", "newcomer")
+        assert await first.page.locator("#engines .row").count() == 0
+        await turn(first, "visible")
+        await first.sees("#engines .row", "newcomer")
+
+
+async def turn(shown: Visit, state: str) -> None:
+    """As if the reader had gone to another tab, or come back."""
+    await shown.page.evaluate(
+        """state => {
+          for (const [name, value] of [["visibilityState", state], ["hidden", state === "hidden"]])
+            Object.defineProperty(document, name, { configurable: true, get: () => value });
+          document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        state,
+    )
+
+
 async def test_page_says_so_when_its_server_is_gone_and_goes_on_when_it_is_back(
     browser: Browser, nats_server: NatsServer
 ) -> None:
