@@ -1,4 +1,4 @@
-"""Two hundred engines on a real bus: the page stays quick, and the document small."""
+"""Two hundred engines on a real bus: all are reached, and the document stays small."""
 
 from __future__ import annotations
 
@@ -20,30 +20,21 @@ ENGINES = tuple(f"engine-{number:03}" for number in range(200))
 NODES_MAX = 2500
 """Two hundred whole rows would be more."""
 
-STALL_MAX_MS = 1000
-"""Longest time between two frames: 46 ms were measured on two busy cores."""
-
 WATCH = """() => {
-  window.stalls = [];
-  let last = performance.now();
+  window.most = 0;
   const frame = () => {
-    const now = performance.now();
-    window.stalls.push(now - last);
-    last = now;
+    window.most = Math.max(window.most, document.querySelectorAll("*").length);
     requestAnimationFrame(frame);
   };
   requestAnimationFrame(frame);
 }"""
 
 
-async def test_page_stays_quick_and_small_while_200_engines_update(
-    teller: Bus, shown: Visit
-) -> None:
+async def test_page_stays_small_while_200_engines_update(teller: Bus, shown: Visit) -> None:
     async with anyio.create_task_group() as tasks:
         for engine in ENGINES:
             tasks.start_soon(teller.presence.put, state(engine, "serving", 7))
     await shown.sees("#engines-count", "200")
-    assert await nodes(shown) < NODES_MAX
     await shown.page.evaluate(WATCH)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_round, teller)
@@ -53,10 +44,7 @@ async def test_page_stays_quick_and_small_while_200_engines_update(
         await shown.page.get_by_label("Filter by model or engine").fill("")
         await shown.sees("#engines-count", "200")
     await shown.sees("#history .row", "200 of 200")
-    stalls = await shown.page.evaluate("window.stalls")
-    print(f"{len(stalls)} frames, the longest took {max(stalls):.0f} ms")
-    assert max(stalls) < STALL_MAX_MS, f"longest frames: {sorted(stalls)[-5:]}"
-    assert await nodes(shown) < NODES_MAX
+    assert 0 < await shown.page.evaluate("window.most") < NODES_MAX, "in any frame"
 
 
 async def test_row_far_below_is_reached_by_keyboard_and_drawn_then(
