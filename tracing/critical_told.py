@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from weightbus.tracing.critical_path import CriticalPath
-from weightbus.tracing.text import format_rate, format_seconds
+from weightbus.tracing.facts import PROMPT_NS
+from weightbus.tracing.text import NS_PER_S, format_rate, format_seconds
 from weightbus.tracing.waterfall import EngineWaterfall, Origin, PathStep, StageRow
 
 __all__ = ("format_share", "tell_path")
@@ -26,15 +27,19 @@ _ENDS: Final = {
 _SINCE: Final[Mapping[Origin, str]] = {
     "checkpoint_ready": "",
     "stored": " since the bus had CheckpointReady",
+    "heard": " since it was heard of",
     "earliest": " since the first message",
 }
 
 
-def tell_path(path: CriticalPath, engines: Sequence[EngineWaterfall], origin: Origin) -> str:
+def tell_path(
+    path: CriticalPath, engines: Sequence[EngineWaterfall], origin: Origin, late_s: float = 0.0
+) -> str:
     """`engine b, the last of 2, served after 131 ms: reload of rank 0 took 80.0 ms (61 %) at 1.14
     GB/s, 32 % of the memory link; rank 0 waited 41.0 ms (31 %) for its peers: a rank 1`.
 
-    Empty if there is nothing to tell.
+    Where nobody heard of the version until `late_s` after it, that comes last. Empty if there is
+    nothing to tell.
     """
     engine = next((each for each in engines if each.engine == path.engine), None)
     steps = [step for step in path.steps if step.what != "first_token"]
@@ -52,6 +57,8 @@ def tell_path(path: CriticalPath, engines: Sequence[EngineWaterfall], origin: Or
         for step in path.steps
         if step.what == "first_token"
     ]
+    if late_s:
+        parts.append(f"it came {format_seconds(late_s)} after the version")
     alike = sum(each.outcome == engine.outcome for each in engines)
     last = f", the last of {alike}," if alike > 1 else ""
     end = f"{_ENDS[engine.outcome]} {format_seconds(total_s)}{_SINCE[origin]}"
@@ -76,6 +83,8 @@ def _tell_step(step: PathStep, rows: Sequence[StageRow], total_s: float) -> str:
         case "publish":
             return f"publishing took {took}"
         case "deliver":
+            if step.duration_s * NS_PER_S > PROMPT_NS:  # others heard of it, so it was not there
+                return f"it came {took} after the version"
             return f"delivery took {took}"
     moved = [row for row in rows if row.stage == step.what and step.rank in (None, row.rank)]
     return f"{step.what}{of_rank} took {took}{_tell_rate(moved)}"

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.context import SpanRef
+from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.waterfall import ROUND_MESSAGES, Origin, Outcome, RoundMessage
 
-__all__ = ("RoundFacts", "Told")
+__all__ = ("PROMPT_NS", "RoundFacts", "Told", "late_ns")
+
+PROMPT_NS: Final = 2 * NS_PER_S
+"""Who hears of a version later than this after it was there was not there itself by then: a bus
+delivers within milliseconds."""
 
 
 class Told(Protocol):
@@ -33,6 +38,13 @@ class Told(Protocol):
     @property
     def received_ns(self) -> int:
         """When the bus stored it, by its own clock; 0: not known."""
+
+
+def late_ns(published_ns: int, heard_ns: int) -> int:
+    """How long a version was there before the first engine of a round heard of it; 0: it heard
+    promptly, or one of the times, which are nanoseconds since the epoch, is 0: not known."""
+    waited_ns = heard_ns - published_ns if published_ns and heard_ns else 0
+    return waited_ns if waited_ns > PROMPT_NS else 0
 
 
 class RoundFacts:
@@ -140,6 +152,8 @@ class RoundFacts:
         Nothing can be announced later than it was stored. A time that lies before the creation by
         no more than what the clocks may be off is taken to be that of the creation.
         """
+        if self.late_ns():
+            return "heard", min(self._times_ns())
         earliest_ns = min(self._times_ns(), default=0)
         if self.ready is None:
             return "earliest", earliest_ns
@@ -152,6 +166,12 @@ class RoundFacts:
         if created_ns and (not earliest_ns or created_ns <= earliest_ns + self._residual_ns()):
             return origin, created_ns
         return "earliest", earliest_ns
+
+    def late_ns(self) -> int:
+        """How long the version was there before the first engine heard of it; 0: not so long that
+        it would not be its delivery."""
+        published_ns = 0 if self.ready is None else self.stored_ns or self.ready.created_ns
+        return late_ns(published_ns, min(self._times_ns(), default=0))
 
     def last_ns(self) -> int:
         """The latest time that a message tells; 0: none."""

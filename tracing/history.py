@@ -76,7 +76,7 @@ def build_waterfall(model: str, round_id: str, history: Iterable[Told]) -> Water
     builder = _Builder(facts, origin_ns)
     rows = builder.rows()
     engines = tuple(builder.engine(name, rows[name]) for name in facts.engines)
-    stored_s = builder.after(facts.stored_ns)
+    stored_s = builder.after(facts.stored_ns) if origin != "heard" else None
     path = find_path(engines, facts, builder.after, stored_s)
     engines = tuple(_marked(engine, path) for engine in engines)
     served = [e.end_s for e in engines if e.outcome == "complete" and e.end_s is not None]
@@ -95,6 +95,7 @@ def build_waterfall(model: str, round_id: str, history: Iterable[Told]) -> Water
         complete=bool(facts.closed),
         origin=origin,
         origin_ns=origin_ns,
+        late_s=facts.late_ns() / NS_PER_S,
         clock_residual_s=None if ready is None else _residual(ready.clock_residual_ns),
         stored_s=stored_s,
         wall_s=wall_s,
@@ -103,7 +104,7 @@ def build_waterfall(model: str, round_id: str, history: Iterable[Told]) -> Water
         gb_per_s=None if wall_s is None else gigabytes_per_second(moved_bytes, wall_s),
         engines=engines,
         critical_path=path.steps,
-        critical_told=tell_path(path, engines, origin),
+        critical_told=tell_path(path, engines, origin, facts.late_ns() / NS_PER_S),
     )
 
 

@@ -1,8 +1,9 @@
 """What happened in one round, stage by stage: the rows that trace, page, report and exports show.
 
 Does no I/O; `tracing.history` makes them of messages. Times are seconds after the *origin*: the
-creation of `CheckpointReady` if that is known, else the earliest time that any message tells. All
-are by the bus's clock, each off by its clock's residual at most; no time is negative.
+creation of `CheckpointReady` if that is known and somebody heard of it promptly, else the earliest
+time that any message tells. All are by the bus's clock, each off by its clock's residual at most;
+no time is negative.
 `Waterfall` is what `weightbus trace --json` prints.
 """
 
@@ -46,9 +47,11 @@ ROUND_MESSAGES: Final = (
 )
 """The messages that name their round. `CheckpointReady` names only a version."""
 
-Origin = Literal["checkpoint_ready", "stored", "earliest"]
+Origin = Literal["checkpoint_ready", "stored", "heard", "earliest"]
 """What time 0 is: the creation of `CheckpointReady`; when the bus stored it, if a trainer's clock
-says that it was made later than that; or the earliest time that a message tells."""
+says that it was made later than that; when the first engine told that it had heard of it, if all
+came late: a round of an engine that was started again lasts as long as its update, not since the
+publication; or the earliest time that a message tells, if nothing better is known."""
 
 Outcome = Literal["complete", "failed", "unfinished"]
 """`unfinished`: the engine has reported neither `UpdateComplete` nor `UpdateFailed`."""
@@ -182,10 +185,12 @@ class Waterfall(Struct, frozen=True, kw_only=True):
     origin: Origin
     origin_ns: int
     """Time 0, in nanoseconds since the Unix epoch."""
+    late_s: float
+    """How long before time 0 the version was there, if `origin` is `heard`; else 0."""
     clock_residual_s: float | None
     """By how much the trainer's time may be off the bus's clock; None: it is by the trainer's."""
     stored_s: float | None
-    """When the bus had stored `CheckpointReady`, after the origin; None: not known."""
+    """When the bus had stored `CheckpointReady`, after the origin; None: not known, or before."""
     wall_s: float | None
     """From the origin to the last engine serving; None: none serves the version."""
     span_s: float

@@ -29,12 +29,14 @@ OUTCOME_STYLES: Final = {"complete": "green", "failed": "bold red", "unfinished"
 SINCE: Final[Mapping[Origin, str]] = {
     "checkpoint_ready": "CheckpointReady",
     "stored": "CheckpointReady",
+    "heard": "hearing of it",
     "earliest": "the first message",
 }
 
 COUNTED_FROM: Final[Mapping[Origin, str]] = {
     "checkpoint_ready": "the creation of CheckpointReady",
     "stored": "when the bus had CheckpointReady (its trainer's clock is ahead)",
+    "heard": "when its first engine heard of it (it came after the version)",
     "earliest": "the earliest message (that of CheckpointReady is gone, or its clock is ahead)",
 }
 

@@ -17,6 +17,7 @@ from weightbus.schemas.base import Message
 from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
+from weightbus.tracing.facts import late_ns
 from weightbus.tracing.history import Heard
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
 from weightbus.tracing.waterfall import ROUND_MESSAGES, RoundMessage
@@ -49,12 +50,15 @@ class HistoryRow(Struct, frozen=True, kw_only=True):
     """When it became known, in seconds since the Unix epoch."""
     engines: int
     """That were heard to take part."""
+    names: tuple[str, ...]
+    """Theirs."""
     completed: int
     failed: int
     bytes: int
     """Moved into parameters, over all engines that completed."""
     wall_s: float | None
-    """From the creation of `CheckpointReady` to the last engine serving; None: none serves it."""
+    """From the creation of `CheckpointReady` to the last engine serving; from when the first heard
+    of it, if that came late; None: none serves it."""
     gb_per_s: float | None
     """`bytes` over `wall_s`, in 10^9 bytes per second."""
     routes: tuple[str, ...]
@@ -131,8 +135,10 @@ class _Kept:
     def _begin(self, time_ns: int) -> None:
         self.began_ns = _earliest(self.began_ns, time_ns)
 
-    def row(self, created_ns: int, *, in_flight: bool) -> HistoryRow:
+    def row(self, created_ns: int, stored_ns: int, *, in_flight: bool) -> HistoryRow:
         origin_ns = _earliest(self.began_ns, created_ns) or self.first_ns
+        if late_ns(stored_ns or created_ns, self.began_ns):
+            origin_ns = self.began_ns
         wall_s = (self.served_ns - origin_ns) / NS_PER_S if self.served_ns else None
         moved_bytes = sum(
             size_bytes for name, size_bytes in self.moved_bytes.items() if self.engines[name]
@@ -145,6 +151,7 @@ class _Kept:
             state=self._state(in_flight=in_flight),
             began_s=self.first_ns / NS_PER_S,
             engines=len(ends),
+            names=tuple(self.engines),
             completed=ends.count(True),
             failed=ends.count(False),
             bytes=moved_bytes,
@@ -161,7 +168,7 @@ class _Kept:
             return "running"
         if False in ends:
             return "failed"
-        return "complete" if self.closed or all(ends) else "left"
+        return "complete" if ends and (self.closed or all(ends)) else "left"
 
 
 class RoundLog:
@@ -173,6 +180,8 @@ class RoundLog:
         self._rounds: dict[tuple[str, str], _Kept] = {}
         self._announced: dict[tuple[str, int, int], Heard] = {}
         """By model, version and creation: a version may be published again."""
+        self._followed: set[tuple[str, int]] = set()
+        """Models and versions of which all is heard: from their first announcement on."""
         self._rounds_kept, self._bytes_kept = rounds_kept, messages_kept_bytes
         self.size_bytes = 0
         """Of the messages that are kept."""
@@ -183,21 +192,27 @@ class RoundLog:
         """Take a message in, which the bus stored at `received_ns`. `is_heard`: nothing that comes
         after it will be missed; else it was looked back, and other kinds were not."""
         if isinstance(message, CheckpointReady):
-            self._announce(message, received_ns, headers)
+            self._announce(message, received_ns, headers, is_heard=is_heard)
         elif isinstance(message, ROUND_MESSAGES):
             self._take(message, received_ns, is_heard=is_heard)
 
     def forget_messages(self) -> None:
         """Some were missed: whoever wants all of a round must read it back."""
+        self._followed.clear()
         for kept in self._rounds.values():
             self._let_go(kept)
 
     def rows(self, in_flight: Iterable[tuple[str, str]]) -> tuple[HistoryRow, ...]:
         """The history, the newest first; `in_flight`: model and id of the rounds that run."""
         running = set(in_flight)
-        created_ns = {(model, version): at_ns for model, version, at_ns in self._announced}
+        published_ns = {
+            (model, version): (created_ns, announced.received_ns)
+            for (model, version, created_ns), announced in self._announced.items()
+        }
         return tuple(
-            kept.row(created_ns.get((kept.model, kept.version), 0), in_flight=key in running)
+            kept.row(
+                *published_ns.get((kept.model, kept.version), (0, 0)), in_flight=key in running
+            )
             for key, kept in sorted(
                 self._rounds.items(), key=lambda item: (-item[1].first_ns, item[0])
             )
@@ -219,20 +234,27 @@ class RoundLog:
             last_ns=kept.last_ns,
         )
 
-    def _announce(self, ready: CheckpointReady, stored_ns: int, headers: Mapping[str, str]) -> None:
+    def _announce(
+        self, ready: CheckpointReady, stored_ns: int, headers: Mapping[str, str], *, is_heard: bool
+    ) -> None:
         slim = structs.replace(
             ready, placement=ready.placement[:1], files=ready.files[:1], metadata={}
         )
         key = (ready.model, ready.version, ready.created_ns)
+        if is_heard and not any(key[:2] == other[:2] for other in self._announced):
+            self._followed.add(key[:2])
         self._announced[key] = Heard(slim, dict(headers), stored_ns)
         while len(self._announced) > ANNOUNCED_KEPT:
-            del self._announced[next(iter(self._announced))]
+            oldest = next(iter(self._announced))
+            del self._announced[oldest]
+            self._followed.discard(oldest[:2])
 
     def _take(self, message: RoundMessage, received_ns: int, *, is_heard: bool) -> None:
         key = (message.model, message.round)
         kept = self._rounds.get(key)
         if kept is None:
-            kept = _Kept(*key, message.version, received_ns, received_ns, is_whole=is_heard)
+            is_whole = is_heard and (message.model, message.version) in self._followed
+            kept = _Kept(*key, message.version, received_ns, received_ns, is_whole=is_whole)
             self._rounds[key] = kept
             self._forget_oldest()
         encoded = msgpack.encode(message)
@@ -263,7 +285,9 @@ class RoundLog:
 
     def _forget_oldest(self) -> None:
         while len(self._rounds) > self._rounds_kept:
-            self._let_go(self._rounds.pop(next(iter(self._rounds))))
+            oldest = self._rounds.pop(next(iter(self._rounds)))
+            self._let_go(oldest)
+            self._followed.discard((oldest.model, oldest.version))
 
 
 def _earliest(*times_ns: int) -> int:

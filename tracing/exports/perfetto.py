@@ -2,8 +2,9 @@
 
 Does no I/O. The format: "Trace Event Format", Google, 2016. A process for the trainer, one for
 every engine, and one for the critical path; in an engine's, a thread for what the whole engine does
-and threads for the stages of every rank; an arrow from the publication to every update. Times are
-microseconds after the round's origin, whose time `otherData` has. Invariants: on one thread what
+and threads for the stages of every rank; an arrow from the publication to every update, unless it
+lies long before the round: nothing would be seen of the round beside it. Times are microseconds
+after the round's origin, whose time `otherData` has. Invariants: on one thread what
 begins within something ends within it, as viewers take it for granted (what overlaps otherwise
 goes to a thread of its own); every arrow has two ends, each on an event.
 """
@@ -62,7 +63,7 @@ def _events(waterfall: Waterfall) -> Iterator[Event]:
     for span in span_tree(waterfall):
         of_engine.setdefault(span.engine, []).append(span)
     yield from _path(waterfall.critical_path, waterfall.critical_told)
-    published = of_engine.get("", [])
+    published = [] if waterfall.late_s else of_engine.get("", [])
     if published:
         producer = waterfall.producer or "trainer"
         yield from _process(TRAINER_PID, f"trainer {producer}", published, waterfall.origin_ns)

@@ -90,8 +90,8 @@ class _Tree:
             engine="",
             span_id=waterfall.publish_span_id,
             parent_id="",
-            start_ns=waterfall.origin_ns,
-            end_ns=self._at(waterfall.stored_s or 0.0),
+            start_ns=self._at(-waterfall.late_s),
+            end_ns=self._at((waterfall.stored_s or 0.0) - waterfall.late_s),
             attributes=attributes,
         )
 

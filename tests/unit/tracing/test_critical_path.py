@@ -279,6 +279,42 @@ def test_path_is_that_of_a_late_joiner_when_it_serves_last() -> None:
     assert (waterfall.leader, waterfall.epoch, waterfall.complete) == ("c", 9, True)
 
 
+@pytest.mark.parametrize("stored_ms", [None, 1])
+def test_round_of_an_engine_that_came_late_counts_from_when_it_heard(
+    stored_ms: float | None,
+) -> None:
+    """Started again an hour after the version, it updates within 88 ms."""
+    hour = 3_600_000
+    waterfall = built(
+        ready(),
+        join("z", at_ms=hour + 3),
+        plan(route("z", taken="p2p"), at_ms=hour + 5, leader="z"),
+        stage("z", "negotiate", hour + 2, hour + 6),
+        stage("z", "fetch", hour + 6, hour + 90, rank=0, taken="p2p", moved_bytes=84_000_000),
+        complete("z", start_ms=hour + 2, end_ms=hour + 90, paused_s=0.0, taken="p2p"),
+        stored_ms=stored_ms,
+    )
+    assert (waterfall.origin, waterfall.origin_ns) == ("heard", T0_NS + (hour + 2) * MS)
+    assert waterfall.wall_s == waterfall.span_s == pytest.approx(0.088)
+    assert waterfall.stored_s is None
+    assert waterfall.late_s == pytest.approx(3600.002 - (stored_ms or 0) / 1e3)
+    assert path_of(waterfall) == [("negotiate", "z", None, 4, ""), ("fetch", "z", 0, 88, "")]
+    assert waterfall.critical_told.startswith(
+        "engine z served after 88.0 ms since it was heard of: fetch of rank 0 took 84.0 ms (95 %)"
+    )
+    assert waterfall.critical_told.endswith("it came 3,600 s after the version")
+
+
+def test_late_engine_is_not_told_to_have_waited_for_delivery_when_others_came_promptly() -> None:
+    waterfall = built(
+        ready(),
+        complete("a", end_ms=100),
+        complete("z", start_ms=9_000, end_ms=10_000, paused_s=0.0),
+    )
+    assert (waterfall.origin, waterfall.late_s) == ("checkpoint_ready", 0.0)
+    assert "it came 9.00 s (90 %) after the version" in waterfall.critical_told
+
+
 def test_path_ends_where_it_failed_when_no_engine_serves() -> None:
     torn = "TornRead: segment s has generation 9: it must be 8"
     waterfall = built(

@@ -225,3 +225,20 @@ def test_otlp_export_has_an_update_for_every_attempt() -> None:
         (span.start_time_unix_nano - T0_NS, span.end_time_unix_nano - T0_NS) for span in updates
     ]
     assert told == [(2 * MS, 40 * MS), (40 * MS, 80 * MS)]
+
+
+def test_exports_have_the_publication_in_its_place_when_the_engine_came_long_after_it() -> None:
+    late = [
+        ready(),
+        join("a", at_ms=60_003),
+        stage("a", "negotiate", 60_002, 60_010),
+        complete("a", start_ms=60_002, end_ms=60_100),
+    ]
+    waterfall = traced(late)
+    _, spans = parsed(otlp_json(waterfall))
+    assert_tree(spans)
+    (publication,) = (span for span in spans if span.name.startswith("publish"))
+    assert publication.start_time_unix_nano == T0_NS + MS
+    events = assert_importable(json.loads(perfetto(waterfall)))
+    assert min(event["ts"] for event in events if event["ph"] == "X") == 0
+    assert [event for event in events if event["ph"] == "s"] == []

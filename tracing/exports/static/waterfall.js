@@ -463,7 +463,7 @@ function heading(waterfall) {
 function facts(waterfall) {
   const fact = (term, value, small) => el("div", {}, el("dt", {}, term), el("dd", {}, value, el("small", {}, small)));
   const found = [];
-  const since = { checkpoint_ready: "CheckpointReady", stored: "its storing" }[waterfall.origin] ?? "the first message";
+  const since = { checkpoint_ready: "CheckpointReady", stored: "its storing", heard: "heard of" }[waterfall.origin] ?? "the first message";
   found.push(waterfall.wall_s === null
     ? fact("update", "\u2013", "no engine serves it yet")
     : fact("update", formatSeconds(waterfall.wall_s), `${since} \u2192 last engine`));
@@ -481,7 +481,8 @@ function facts(waterfall) {
 }
 
 function note(waterfall) {
-  const since = { checkpoint_ready: "the creation of CheckpointReady", stored: "when the bus stored CheckpointReady" }[waterfall.origin]
+  const since = { checkpoint_ready: "the creation of CheckpointReady", stored: "when the bus stored CheckpointReady",
+    heard: `when the first engine heard of the version, ${formatSeconds(waterfall.late_s)} after it was there` }[waterfall.origin]
     ?? "the earliest message: that of CheckpointReady is gone, or its clock is ahead";
   return `Times count from ${since}. GB = 10\u2079 bytes. "Of the link": what moved over it meanwhile, as a share of what was measured for it. ` +
     "On an engine's line: | joined and plan, \u25c6 first token.";

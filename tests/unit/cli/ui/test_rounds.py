@@ -44,6 +44,7 @@ def test_line_tells_of_a_round_in_short() -> None:
     assert (row.bytes, row.wall_s, row.routes) == (90_900_000, 0.131, ("local",))
     assert row.gb_per_s == pytest.approx(0.0909 / 0.131)
     assert row.first_token_s is None
+    assert row.names == ("a", "b")
     assert row.told == len(whole_round()) - 1, "CheckpointReady names no round"
 
 
@@ -68,10 +69,20 @@ def test_time_is_that_of_the_waterfall() -> None:
         ([join("a"), join("b"), failed("b")], True, "running"),
         ([join("a"), complete("a"), done("a")], True, "complete"),
         ([join("a"), done(failed={"a": "lost"})], False, "failed"),
+        ([stage("a", "fetch", 1, 2)], False, "left"),
     ],
 )
 def test_state_of_a_round(told: list[Message], in_flight: bool, state: str) -> None:
     assert row_of(*told, in_flight=in_flight).state == state
+
+
+def test_time_of_an_engine_that_came_late_is_that_of_its_waterfall() -> None:
+    late = [ready(), join("a", at_ms=60_003), complete("a", start_ms=60_002, end_ms=60_102)]
+    waterfall = build_waterfall(MODEL, "v7", [Heard(message, {}, T0_NS) for message in late])
+    row = row_of(*late)
+    assert waterfall is not None
+    assert (row.wall_s, row.gb_per_s) == (waterfall.wall_s, waterfall.gb_per_s)
+    assert row.wall_s == pytest.approx(0.1)
 
 
 def test_first_token_counts_from_the_same_start() -> None:
@@ -97,6 +108,34 @@ def test_round_that_was_looked_back_is_not_whole() -> None:
     assert not known.is_whole
     assert [heard.message for heard in known.messages] == [ready()]
     assert log.rows([])[0].completed == 1
+
+
+def test_round_that_began_before_we_listened_is_not_whole() -> None:
+    log = log_of(ready(), is_heard=False)
+    log_of(*whole_round()[1:], log=log)
+    assert not is_whole(log)
+    assert not is_whole(log_of(*whole_round()[1:])), "its version was announced before"
+    again = log_of(ready(at_ms=500), join("c"), log=log_of(ready(), is_heard=False))
+    assert not is_whole(again), "its version was published before"
+
+
+def test_round_that_was_forgotten_is_not_whole_when_more_of_it_comes() -> None:
+    log = RoundLog(rounds_kept=1)
+    log_of(ready(), join("a"), ready(8), join("a", 8), join("b"), log=log)
+    assert not is_whole(log)
+
+
+def test_round_that_began_when_something_was_missed_is_not_whole() -> None:
+    log = log_of(ready())
+    log.forget_messages()
+    log_of(stage("a", "fetch", 1, 2), log=log)
+    assert not is_whole(log)
+
+
+def is_whole(log: RoundLog) -> bool:
+    known = log.find(MODEL, "v7")
+    assert known is not None
+    return known.is_whole
 
 
 def test_rounds_are_not_whole_after_something_was_missed() -> None:
@@ -132,9 +171,10 @@ def test_oldest_rounds_are_forgotten_beyond_the_limit() -> None:
 
 
 def test_messages_of_the_oldest_rounds_are_let_go_first_beyond_the_limit() -> None:
-    one_round = log_of(*(stage("a", "fetch", at, at + 1) for at in range(50))).size_bytes
+    one_round = log_of(ready(), *(stage("a", "fetch", at, at + 1) for at in range(50))).size_bytes
     log = RoundLog(messages_kept_bytes=2 * one_round)
     for version in (1, 2, 3):
+        log_of(ready(version), log=log)
         for at in range(50):
             log.feed(stage("a", "fetch", at, at + 1, version=version), T0_NS, {}, is_heard=True)
         assert log.size_bytes <= 2 * one_round
@@ -144,7 +184,7 @@ def test_messages_of_the_oldest_rounds_are_let_go_first_beyond_the_limit() -> No
 
 def test_round_greater_than_the_limit_is_let_go_and_stays_in_the_history() -> None:
     log = RoundLog(messages_kept_bytes=1000)
-    log_of(*(stage("a", "fetch", at, at + 1) for at in range(50)), log=log)
+    log_of(ready(), *(stage("a", "fetch", at, at + 1) for at in range(50)), log=log)
     known = log.find(MODEL, "v7")
     assert known is not None
     assert not known.is_whole
