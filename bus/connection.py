@@ -208,11 +208,13 @@ class Bus:
         *message_types: type[M],
         model: str | None = None,
         since_ns: int = 0,
+        is_answered: bool = True,
         **tokens: str | int,
     ) -> AsyncIterator[Received[M]]:
         """What the streams hold of these types since a time, in the order in which it was stored.
 
-        Ends when it has caught up. What cannot be read is answered on `dead` and left out.
+        Ends when it has caught up. What cannot be read is left out, and answered on `dead` unless
+        that is not wanted: who only looks on writes nothing.
         """
         sources = {
             (
@@ -222,7 +224,7 @@ class Bus:
             for kind in message_types
         }
         async for stored in merged_scan(self.jetstream, sorted(sources), since_ns):
-            readable = self.readable(stored)
+            readable = self.readable(stored, is_answered=is_answered)
             if readable and (received := _of_types(readable, message_types)):
                 yield received
 

@@ -338,7 +338,8 @@ async def _announced_ns(bus: Bus, model: str, version: int) -> tuple[int | None,
     """When the first version from `version` on was announced or skipped; None: none was yet. And
     whether that is certain: older announcements may have been dropped, then it is 0."""
     told: list[tuple[int, int]] = []
-    async for received in bus.replay(CheckpointReady, CheckpointSkipped, model=model):
+    kinds = CheckpointReady, CheckpointSkipped
+    async for received in bus.replay(*kinds, model=model, is_answered=False):
         message = received.message
         assert isinstance(message, CheckpointReady | CheckpointSkipped)
         told.append((message.version, received.received_ns))

@@ -165,9 +165,13 @@ async def _read(bus: Bus, options: Options, round_id: str | None) -> Waterfall:
     chosen = await _choose(bus, options.model, round_id)
     history: list[Told] = [
         told
-        async for told in bus.replay(*ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns)
+        async for told in bus.replay(
+            *ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns, is_answered=False
+        )
     ]
-    history += [told async for told in bus.replay(CheckpointReady, model=chosen.model)]
+    history += [
+        told async for told in bus.replay(CheckpointReady, model=chosen.model, is_answered=False)
+    ]
     waterfall = await anyio.to_thread.run_sync(build_waterfall, chosen.model, chosen.round, history)
     if waterfall is None:  # it was forgotten between the two looks
         raise RoundUnknown(chosen.round, chosen.model, ())
@@ -181,7 +185,9 @@ async def _choose(bus: Bus, model: str | None, round_id: str | None) -> RoundSum
             raise RoundUnknown(None, model, ())
         model, round_id = latest[-1].model, latest[-1].round
     # Of all time: a round may have begun before the window in which it was found.
-    told = bus.replay(Join, RoundPlan, RoundComplete, model=model, round=round_id)
+    told = bus.replay(
+        Join, RoundPlan, RoundComplete, model=model, round=round_id, is_answered=False
+    )
     found = _of_one_model(await _summaries(told))
     if not found:
         raise RoundUnknown(round_id, model, _recent(await _latest_of(bus, model)))
@@ -206,7 +212,7 @@ async def _latest_of(bus: Bus, model: str | None) -> Sequence[RoundSummary]:
     """By their joins alone: the end of an older round may come after a newer one has begun."""
 
     async def rounds_since(since_ns: int) -> Sequence[RoundSummary]:
-        return await _summaries(bus.replay(Join, model=model, since_ns=since_ns))
+        return await _summaries(bus.replay(Join, model=model, since_ns=since_ns, is_answered=False))
 
     return await latest_rounds(rounds_since, time.time_ns())
 

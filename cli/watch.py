@@ -23,20 +23,14 @@ from weightbus.bus.monitor import CaughtUp, Missed, open_monitor
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received, Reconnected
 from weightbus.bus.settings import BusSettings
-from weightbus.cli.monitoring import close_broken_pipe, running_bus
+from weightbus.cli.monitoring import close_broken_pipe, looked_back, running_bus
 from weightbus.cli.until import until_stopped
 from weightbus.schemas.base import Message
-from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.schemas.progress import StageComplete
 from weightbus.tracing.fleet_view import FleetTables
 from weightbus.tracing.narration import narrate, narrate_gone, narrate_missed, time_of_day
-from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.watcher import WATCHED_MESSAGES, Fleet
 
 __all__ = ("Options", "command", "run_watch")
-
-HISTORY_S = 3600
-"""How far back the state at the start is read."""
 
 REDRAW_S = 0.25
 
@@ -139,18 +133,9 @@ class Watch:
         self._bus, self._model = bus, model
 
     async def look_back(self) -> None:
-        """Take in the newest versions, and the state that history tells of.
-
-        Stages that are over do not belong to it.
-        """
-        since_ns = self._bus.clock.now_ns() - HISTORY_S * NS_PER_S
-        kinds = [kind for kind in WATCHED_MESSAGES if kind not in (CheckpointReady, StageComplete)]
-        for history in (
-            self._bus.replay(CheckpointReady, model=self._model),
-            self._bus.replay(*kinds, model=self._model, since_ns=since_ns),
-        ):
-            async for received in history:
-                self.fleet.feed(received.message, received.received_ns)
+        """Take in the newest versions, and the state that history tells of."""
+        async for received in looked_back(self._bus, WATCHED_MESSAGES, self._model):
+            self.fleet.feed(received.message, received.received_ns)
 
     async def run(self, tell: Tell = lambda event, received_ns: None) -> None:
         """Take in and tell what happens from now on, until cancelled.

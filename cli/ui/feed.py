@@ -19,20 +19,17 @@ from weightbus.bus.monitor import CaughtUp, Missed, MonitorEvent, open_monitor
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
+from weightbus.cli.monitoring import looked_back
 from weightbus.cli.ui.board import Board
 from weightbus.cli.ui.rounds import KnownRound
 from weightbus.schemas.base import Message
 from weightbus.schemas.catalogue import MONITORED
-from weightbus.schemas.checkpoint import CheckpointReady
-from weightbus.schemas.progress import EngineState, StageComplete
+from weightbus.schemas.progress import EngineState
 from weightbus.tracing.history import Told, build_waterfall
 from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.waterfall import Waterfall
 
 __all__ = ("Feed",)
-
-HISTORY_S: Final = 3600
-"""How far back the state at the start is read."""
 
 OVERLAP_S: Final = 5
 """How much is read again when a connection is opened anew: repeats do no harm."""
@@ -111,8 +108,9 @@ class Feed:
             raise BusUnavailable(self.board.url, "lost, and tried for")
         until_ns = known.last_ns + LATE_S * NS_PER_S
         found: list[Told] = []
+        history = bus.replay(*MONITORED, model=model, since_ns=known.first_ns, is_answered=False)
         async with self._reading:
-            async for received in bus.replay(*MONITORED, model=model, since_ns=known.first_ns):
+            async for received in history:
                 if received.received_ns > until_ns:
                     break
                 if getattr(received.message, "round", None) == round_id:
@@ -142,11 +140,7 @@ class Feed:
     async def _look_back(self, bus: Bus) -> None:
         """At the start: the newest versions, and the rounds without their stages."""
         self._heard_ns = bus.clock.now_ns()
-        async for announced in bus.replay(CheckpointReady, model=self._model):
-            self._feed(announced, is_heard=False)
-        kinds = [kind for kind in MONITORED if kind not in (CheckpointReady, StageComplete)]
-        since_ns = self._heard_ns - HISTORY_S * NS_PER_S
-        async for told in bus.replay(*kinds, model=self._model, since_ns=since_ns):
+        async for told in looked_back(bus, MONITORED, self._model):
             self._feed(told, is_heard=False)
 
     def _take(self, event: MonitorEvent[Message]) -> None:

@@ -244,6 +244,17 @@ async def test_replay_begins_at_a_time_when_one_is_given(bus: Bus) -> None:
     assert [item async for item in bus.replay(Commit, since_ns=now)] == []
 
 
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_replay_answers_what_it_cannot_read_when_that_is_wanted(
+    is_answered: bool, bus: Bus, nats_server: NatsServer
+) -> None:
+    await publish_raw(bus.url, "weightbus.m.update.a", b"\xc1", {})
+    async with open_bus(nats_server.settings) as reader:  # its letters are sent when it is closed
+        assert [each async for each in reader.replay(UpdateComplete, is_answered=is_answered)] == []
+    letters = [letter async for letter in bus.replay(DeadLetter)]
+    assert len(letters) == is_answered
+
+
 async def test_replay_gives_all_when_history_is_longer_than_one_page(bus: Bus) -> None:
     count = 1200  # pages hold 512
     async with anyio.create_task_group() as tasks:

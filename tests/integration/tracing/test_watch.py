@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import anyio
 import msgspec
 import pytest
 
+from tests.integration.bus.raw import publish_raw
 from tests.integration.tracing.monitors import (
     COMMAND,
     DEADLINE_S,
@@ -31,10 +33,14 @@ from tests.unit.tracing.rounds import (
     plan,
     ready,
     skipped,
+    stage,
     state,
     whole_round,
 )
+from weightbus.bus.connection import open_bus
 from weightbus.schemas.base import Message
+from weightbus.schemas.catalogue import subject_of
+from weightbus.schemas.progress import DeadLetter
 from weightbus.tracing.fleet import FleetView
 
 MANY = 1000
@@ -88,6 +94,24 @@ def test_watch_once_prints_tables(nats_server: NatsServer) -> None:
     assert f"newest versions  {MODEL} 7" in done.stdout
     assert "serving" in done.stdout
     assert "TornRead" in done.stdout
+
+
+@pytest.mark.parametrize("command", [("watch", "--once"), ("trace",)])
+def test_who_looks_back_writes_nothing_when_something_cannot_be_read(
+    command: tuple[str, ...], nats_server: NatsServer
+) -> None:
+    put_on_bus(nats_server.settings, [*whole_round(), LATER])
+    for message in (join("b"), ready(), complete("a"), stage("a", "fetch", 1, 2, rank=0)):
+        anyio.run(publish_raw, nats_server.url, subject_of(message, "weightbus"), b"\xc1", {})
+    done = weightbus(*command, "--nats", nats_server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    async def letters() -> list[str]:
+        async with open_bus(nats_server.settings) as bus:
+            history = bus.replay(DeadLetter, is_answered=False)
+            return [letter.message.subject async for letter in history]
+
+    assert anyio.run(letters) == []
 
 
 def test_watch_once_shows_one_model_when_it_is_named(nats_server: NatsServer) -> None:
