@@ -100,8 +100,8 @@ function draw() {
 }
 
 const matches = (row) =>
-  !filter || [row.model, row.engine, row.subject, row.waiting, row.completed, row.failed].flat()
-    .some((text) => typeof text === "string" && text.toLowerCase().includes(filter));
+  !filter || [row.model, row.engine, row.subject, row.waiting, row.completed, row.failed, row.names]
+    .flat().some((text) => typeof text === "string" && text.toLowerCase().includes(filter));
 
 const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 const now = () => (Date.now() + clockMs) / 1000;
@@ -206,17 +206,25 @@ function showTable(rows, place, items, empty) {
   rows.show(items);
 }
 
+const counted = (items, all) =>
+  items.length === all.length ? `${all.length}` : `${items.length} of ${all.length}`;
+
+// Why none is shown: the filter hides them, or there is none.
+const none = (all, what, empty) => (all.length ? `${what} matches the filter.` : empty);
+
 function drawEngines() {
   const all = state.engines.order.map((key) => state.engines.rows[key]), items = all.filter(matches);
-  setText(at("engines-count"), items.length === all.length ? `${all.length}` : `${items.length} of ${all.length}`);
-  showTable(engineRows, at("engines"), items, filter ? "No engine matches the filter." : "No engine is there. Start one with weightbus engine, or weightbus consume beside yours.");
+  setText(at("engines-count"), counted(items, all));
+  showTable(engineRows, at("engines"), items, none(all, "No engine", "No engine is there. " +
+    "Start one with weightbus engine, or weightbus consume beside yours."));
 }
 
 function drawHistory() {
   const all = state.history.order.map((key) => state.history.rows[key]);
-  const items = all.filter((row) => row.state !== "running" && matches(row));
-  setText(at("history-count"), String(items.length));
-  showTable(historyRows, at("history"), items, "No round has ended in the last hour.");
+  const ended = all.filter((row) => row.state !== "running"), items = ended.filter(matches);
+  setText(at("history-count"), counted(items, ended));
+  showTable(historyRows, at("history"), items,
+    none(ended, "No round that ended", "No round has ended in the last hour."));
 }
 
 function flightRow(row) {
@@ -244,8 +252,9 @@ const formatAge = (since) => `${Math.max(0, now() - since).toFixed(0)} s`;
 
 function drawFlight() {
   const rows = state.rounds.filter(matches);
-  setText(at("flight-count"), String(rows.length));
-  replaceKept(at("flight"), rows.length ? rows.map(flightRow) : [el("p", { class: "empty" }, "Nothing is on its way.")]);
+  const empty = none(state.rounds, "No round in flight", "Nothing is on its way.");
+  setText(at("flight-count"), counted(rows, state.rounds));
+  replaceKept(at("flight"), rows.length ? rows.map(flightRow) : [el("p", { class: "empty" }, empty)]);
 }
 
 // Puts new nodes in, and the focus back on the node that stands for the same thing.
@@ -258,24 +267,27 @@ function replaceKept(place, nodes) {
 let problemsDrawn = "";
 
 function drawProblems() {
-  const problems = [
+  const all = [
     ...state.failures.map((each) => ({ at_ns: each.failed_ns, mark: "\u2715", kind: "bad", row: each, link: hash(each.model, each.round),
       title: `${each.engine} failed`, what: `${each.model} version ${each.version}${each.quarantined ? ", quarantined" : ""}`, reason: `${each.cause}: ${each.reason}` })),
     ...state.skipped.map((each) => ({ at_ns: each.skipped_ns, mark: "\u25b7", kind: "warn", row: each,
       title: `version ${each.version} skipped`, what: `${each.model}, by ${each.producer}`, reason: `${each.cause}: ${each.reason}` })),
     ...state.dead_letters.map((each) => ({ at_ns: each.reported_ns, mark: "\u2709", kind: "bad", row: each,
       title: "dead letter", what: each.subject, reason: each.reason })),
-  ].filter((each) => matches(each.row)).sort((one, other) => other.at_ns - one.at_ns);
-  const drawn = JSON.stringify([filter, problems.map((each) => [each.at_ns, each.title, each.what])]);
+  ];
+  const problems = all.filter((each) => matches(each.row))
+    .sort((one, other) => other.at_ns - one.at_ns);
+  const drawn = JSON.stringify([filter, all.length, problems.map((each) => [each.at_ns, each.title, each.what])]);
   if (drawn === problemsDrawn) return;
   problemsDrawn = drawn;
-  setText(at("problems-count"), String(problems.length));
+  setText(at("problems-count"), counted(problems, all));
+  const empty = none(all, "No failure or dead letter", "None that the bus remembers.");
   replaceKept(at("problems"), problems.length ? problems.map((each) => el(each.link ? "a" : "div",
     { class: "problem", href: each.link, "data-key": each.link ? `${each.at_ns} ${each.title}` : null },
     el("span", { class: "line" }, el("span", { class: `mark ${each.kind}`, "aria-hidden": "true" }, each.mark), el("b", {}, each.title),
       el("time", {}, clock(each.at_ns / 1e9))),
     el("p", {}, each.what), el("p", {}, each.reason)))
-    : [el("p", { class: "empty" }, "None that the bus remembers.")]);
+    : [el("p", { class: "empty" }, empty)]);
 }
 
 // --- one round

@@ -197,6 +197,17 @@ async def test_page_filters_by_model_and_engine(teller: Bus, shown: Visit) -> No
     await shown.sees("#engines-count", "1 of 3")
     assert await shown.page.locator("#history .row:visible").count() == 0
     assert await shown.page.locator("#problems .problem").count() == 0
+    await shown.sees("#history", "No round that ended matches the filter")
+    await shown.sees("#history-count", "0 of 1")
+    await shown.sees("#problems", "No failure or dead letter matches the filter")
+    await put(teller, join("zed", 3, model="other"))
+    await box.fill("nobody")
+    await shown.sees("#flight", "No round in flight matches the filter")
+    await box.fill("b")
+    await shown.sees("#history .row", "v7")
+    await box.fill("zed")
+    await shown.sees("#flight .flight-row", "to go: zed")
+    assert await shown.page.locator("#history .row:visible").count() == 0
 
 
 async def test_page_of_one_model_shows_no_other(
