@@ -7,6 +7,7 @@
 import { decode } from "@msgpack/msgpack";
 import { DeliverPolicy, jetstream, jetstreamManager } from "@nats-io/jetstream";
 import { connect, Match } from "@nats-io/transport-node";
+import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 
 /**
@@ -48,24 +49,67 @@ async function beginning(/** @type {string} */ stream) {
   return first ? first.seq : state.last_seq + 1;
 }
 
-/** The messages of a stream in their order, also those of the time when the connection was lost. */
-async function* messages(/** @type {string} */ stream, /** @type {string} */ subject, /** @type {object} */ from) {
-  const options = { filter_subjects: [subject], ...from };
-  const consumer = await jetstream(nc).consumers.get(stream, options);
-  for await (const m of await consumer.consume({ max_messages: 256, expires: 5000 })) {
-    const isJson = m.headers?.get("Content-Type", Match.IgnoreCase) === "application/json";
+/** Called when the connection is lost. */
+const onLost = /** @type {Set<() => void>} */ (new Set());
+(async () => {
+  for await (const { type } of nc.status()) if (type === "disconnect") onLost.forEach((look) => look());
+})();
+
+/** What the bus answers, once it does: it may be away, or back and not have made its streams yet. */
+async function patiently(/** @type {() => Promise<any>} */ ask) {
+  for (;;) {
     try {
-      const said = m.data.length ? /** @type {Message} */ (isJson ? m.json() : decode(m.data)) : undefined;
-      yield { said, subject: m.subject, stored: m.time.toISOString() };
-    } catch (error) {
-      console.error(`monitor.mjs: ${m.subject} cannot be read: ${error}`);
+      return await ask();
+    } catch {
+      await setTimeout(200); // in vain for a minute: `nc.closed()` ends us
     }
   }
 }
 
+/**
+ * The messages of a stream in their order, also those of the time when the connection was lost. If
+ * the bus came back without its data: `Missed`, then what the new stream holds, `again`.
+ */
+async function* messages(
+  /** @type {string} */ stream, /** @type {string} */ subject, /** @type {object} */ from, /** @type {object} */ again,
+) {
+  const open = async (/** @type {object} */ start) => {
+    const { created } = await jsm.streams.info(stream);
+    const consumer = await jetstream(nc).consumers.get(stream, { filter_subjects: [subject], ...start });
+    return { created, reading: await consumer.consume({ max_messages: 256, expires: 5000 }) };
+  };
+  for (let opened = await open(from); ; opened = await patiently(() => open(again))) {
+    const { created, reading } = opened;
+    let last = 0;
+    const look = async () => {
+      const now = await patiently(() => jsm.streams.info(stream));
+      const isSame = now.created === created && now.state.last_seq >= last;
+      if (!isSame) reading.stop();
+      return isSame;
+    };
+    let looked = look();
+    const lookAgain = () => void (looked = look());
+    onLost.add(lookAgain);
+    for await (const m of reading) {
+      if (!(await looked)) break; // its number is of the new stream
+      last = m.seq;
+      const isJson = m.headers?.get("Content-Type", Match.IgnoreCase) === "application/json";
+      const stored = m.time.toISOString();
+      try {
+        const said = m.data.length ? /** @type {Message} */ (isJson ? m.json() : decode(m.data)) : undefined;
+        yield { said, subject: m.subject, stored };
+      } catch (error) {
+        console.error(`monitor.mjs: ${m.subject} cannot be read: ${error}`);
+      }
+    }
+    onLost.delete(lookAgain);
+    console.log(JSON.stringify({ type: "Missed", stream: stream.replace(/^(KV_)?weightbus-/, ""), at_most: null }));
+  }
+}
+
 async function tell(/** @type {string} */ stream, /** @type {string} */ subject) {
-  const from = { deliver_policy: DeliverPolicy.StartSequence, opt_start_seq: await beginning(stream) };
-  for await (const { said, stored } of messages(stream, subject, from))
+  const at = (/** @type {number} */ seq) => ({ deliver_policy: DeliverPolicy.StartSequence, opt_start_seq: seq });
+  for await (const { said, stored } of messages(stream, subject, at(await beginning(stream)), at(1)))
     if (said && (said.version ?? fromVersion) >= fromVersion)
       console.log(JSON.stringify(/** @type {Event} */ ({ stored, ...said })));
 }
@@ -75,7 +119,7 @@ async function tellEngines() {
   const from = { deliver_policy: DeliverPolicy.LastPerSubject };
   const last = new Map();
   const stream = "KV_weightbus-presence";
-  for await (const { said, subject, stored } of messages(stream, `$KV.weightbus-presence.${model}.*`, from)) {
+  for await (const { said, subject, stored } of messages(stream, `$KV.weightbus-presence.${model}.*`, from, from)) {
     const [, , ofModel, engine] = subject.split(".");
     const state = said ?? { type: "EngineGone", model: ofModel, engine };
     const news = JSON.stringify({ ...state, updated_ns: undefined });

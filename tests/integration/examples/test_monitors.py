@@ -160,6 +160,27 @@ def test_node_tells_what_it_missed_when_the_bus_restarts(nats_server: NatsServer
         assert [monitor.event()["version"] for _ in range(2)] == [2, 3]
 
 
+def test_node_says_what_is_lost_and_goes_on_when_the_bus_returns_without_its_data(
+    nats_server: NatsServer,
+) -> None:
+    put_on_bus(nats_server.settings, [complete("a", version) for version in range(1, 6)])
+    with running(node("--since", "10m"), nats_server.url) as monitor:
+        assert [monitor.event()["version"] for _ in range(5)] == [1, 2, 3, 4, 5]
+        for first in (11, 21):
+            nats_server.kill()
+            shutil.rmtree(nats_server.data_dir)
+            nats_server.start()
+            said = [complete("a", version) for version in range(first, first + 8)]
+            put_on_bus(nats_server.settings, said)
+            got = [monitor.event() for _ in range(3 + len(said))]
+            missed = [event for event in got if event["type"] == "Missed"]
+            assert {event["stream"] for event in missed} == {"CHECKPOINTS", "PROGRESS", "presence"}
+            got.remove({"type": "Missed", "stream": "CHECKPOINTS", "at_most": None})
+            got.remove({"type": "Missed", "stream": "presence", "at_most": None})
+            assert got[0] == {"type": "Missed", "stream": "PROGRESS", "at_most": None}
+            assert [event["version"] for event in got[1:]] == list(range(first, first + 8))
+
+
 def test_node_goes_on_past_what_it_cannot_read(nats_server: NatsServer) -> None:
     headers = {"Content-Type": "application/json"}
     put_on_bus(nats_server.settings, [complete("a", 1)])
