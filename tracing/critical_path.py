@@ -1,7 +1,7 @@
 """What the last engine to serve spent its time on, step after step, and that in one sentence.
 
-Does no I/O. The path is that of one engine: the last to serve; if none serves, the last to fail; if
-none has failed either, the one that has told of itself last. Every step begins where the one before
+Does no I/O. The path is that of one engine: the last to serve, of those that told when; if none
+serves, the last to fail; if none has failed either, the one that has told of itself last. Every step begins where the one before
 ends. Where the engine waited for somebody or something, the step is a `wait` that names it, and the
 stage that was waited for, though another engine's, belongs to the path, too.
 
@@ -63,10 +63,11 @@ def find_path(
     return CriticalPath(last.engine, tuple(walk.steps), frozenset(walk.rows))
 
 
-def _lateness(engine: EngineWaterfall) -> tuple[int, float, str]:
-    """Those that serve before those that failed, and these before the others; then the latest."""
+def _lateness(engine: EngineWaterfall) -> tuple[int, bool, float, str]:
+    """Those that serve before those that failed, and these before the others; of these those that
+    told when it was, and not only their leader that it was; then the latest."""
     place = {"complete": 2, "failed": 1, "unfinished": 0}[engine.outcome]
-    return place, _told_until_s(engine), engine.engine
+    return place, engine.end_s is not None, _told_until_s(engine), engine.engine
 
 
 def _told_until_s(engine: EngineWaterfall) -> float:
@@ -93,6 +94,8 @@ class _Walk:
         self._rows = tuple(enumerate(engine.stages))
         self.negotiations = [pair for pair in self._rows if pair[1].stage == "negotiate"]
         """One for every attempt that came to a plan."""
+        self._window_s = 0.0, self._end_s
+        """From the plan of an attempt to the next attempt."""
         self.now_s = 0.0
         self.steps: list[PathStep] = []
         self.rows: set[RowId] = set()
@@ -152,10 +155,14 @@ class _Walk:
                 self._join(self.now_s, self._engine.planned_s, ())
             return
         index, row = self.negotiations[number]
+        before_s = self.now_s if number else 0.0
         self.wait(row.start_s, "another attempt")
-        self._join(row.start_s, end_s(row), [(self._engine.engine, index)])
+        self._join(row.start_s, end_s(row), [(self._engine.engine, index)], before_s)
 
-    def _join(self, start_s: float, end_s: float, rows: Sequence[RowId]) -> None:
+    def _join(
+        self, start_s: float, end_s: float, rows: Sequence[RowId], before_s: float = 0.0
+    ) -> None:
+        """`before_s`: when the attempt before ended; who joined for that one joins again."""
         facts, name = self._facts, self._engine.engine
         plan = facts.plans.get(name)
         planned_s = None if plan is None else self._after(plan.created_ns)
@@ -173,7 +180,7 @@ class _Walk:
         if ours_s is not None:
             self.go("negotiate", ours_s, rows=rows)
         others = [route.engine for route in plan.engines if route.engine != name]
-        joined = [(time_s, each) for each in others if (time_s := joined_s(each, 0.0)) is not None]
+        joined = [(at_s, each) for each in others if (at_s := joined_s(each, before_s)) is not None]
         if joined and max(joined)[0] > self.now_s:
             last_s, late = max(joined)
             self.wait(last_s, f"{late} to join")
@@ -194,6 +201,7 @@ class _Walk:
         laps = laps_of(rows)
         if not laps:
             return
+        self._window_s = begin_s, until_s
         self._begin(laps[0])
         pace = max(range(len(laps)), key=lambda place: (laps[place].busy_s, -place))
         for lap, following in pairwise(laps[: pace + 1]):
@@ -259,13 +267,16 @@ class _Walk:
         )
 
     def _slowest_fetch(self) -> tuple[RowId, StageRow, float] | None:
-        """Of all members of the broadcast, and when it had been done if it had waited for none."""
+        """Of all members of the broadcast in this attempt, and when it had been done if it had
+        waited for none."""
+        begin_s, until_s = self._window_s
         fetched = [
             (row.start_s + busy_s(row), (name, index), row)
             for name, engine in self._engines.items()
             if engine.epoch == self._engine.epoch
             for index, row in enumerate(engine.stages)
             if row.stage == "fetch" and row.route == "broadcast"
+            if row.start_s < until_s and end_s(row) > begin_s
         ]
         if not fetched:
             return None

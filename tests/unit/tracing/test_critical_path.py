@@ -360,6 +360,67 @@ def test_path_counts_every_attempt_when_an_engine_tries_again() -> None:
     ]
 
 
+def attempts_of_two(*, slow_first_ms: float = 20) -> Waterfall:
+    """Engines a and b lose a peer at 60 ms; b joins again last, at 140 ms. a is the last to serve;
+    b fetches last in the second attempt, and took `slow_first_ms` for it in the first."""
+    again = [
+        message
+        for engine, first_end_ms, fetched_ms in (("a", 20, 150), ("b", 10 + slow_first_ms, 160))
+        for message in (
+            stage(engine, "negotiate", 2, 10),
+            stage(engine, "fetch", 10, first_end_ms, rank=0, taken="broadcast", moved_bytes=9),
+            stage(engine, "broadcast", 30, 60, rank=0, taken="broadcast", error="PeerLost: c"),
+            stage(engine, "negotiate", 100, 142),
+            stage(engine, "fetch", 142, fetched_ms, rank=0, taken="broadcast", moved_bytes=9),
+            stage(engine, "broadcast", 142, 170, rank=0, taken="broadcast", moved_bytes=9,
+                  buckets_ms=[(160, 170)]),
+            stage(engine, "reload", 142, 180, rank=0, taken="broadcast", moved_bytes=9,
+                  buckets_ms=[(162, 180)]),
+        )
+    ]  # fmt: skip
+    routes = route("a", taken="broadcast"), route("b", taken="broadcast")
+    return built(
+        ready(),
+        join("a", at_ms=3), join("b", at_ms=3), plan(*routes, at_ms=8),
+        join("a", at_ms=101), join("b", at_ms=140), plan(*routes, epoch=2, at_ms=141),
+        *again,
+        complete("a", end_ms=182, paused_s=0.0, taken="broadcast"),
+        complete("b", end_ms=180, paused_s=0.0, taken="broadcast"),
+    )  # fmt: skip
+
+
+def test_path_waits_for_who_joined_last_for_the_attempt_and_not_for_the_one_before() -> None:
+    path = path_of(attempts_of_two())
+    assert ("wait", "a", None, 100, "another attempt") in path
+    assert ("wait", "a", None, 140, "b to join") in path
+
+
+def test_peers_of_an_attempt_are_told_by_what_they_fetched_in_it() -> None:
+    """In the first attempt b fetched as fast as a, or slowly; in the second it was done later."""
+    told = {
+        slow_ms: [
+            step
+            for step in path_of(attempts_of_two(slow_first_ms=slow_ms))
+            if step[4].startswith("its peers: ")
+        ]
+        for slow_ms in (20, 80)
+    }
+    assert told == {20: [], 80: [("wait", "a", 0, 60, "its peers: b rank 0")]}
+
+
+def test_path_is_that_of_an_engine_that_told_when_it_served_before_one_that_did_not() -> None:
+    """b serves only by its leader's word: when, nobody knows."""
+    waterfall = built(
+        ready(),
+        complete("a", end_ms=50),
+        stage("b", "negotiate", 2, 10),
+        stage("b", "reload", 10, 90, rank=0, taken="local", moved_bytes=1),
+        done("a", "b"),
+    )
+    assert waterfall.wall_s == pytest.approx(0.050)
+    assert path_of(waterfall)[-1][1:4] == ("a", None, 50)
+
+
 def test_path_ends_with_what_is_told_when_the_round_is_unfinished() -> None:
     waterfall = built(
         ready(), join("a", at_ms=4), plan(route("a"), at_ms=8), stage("a", "negotiate", 2, 10)
