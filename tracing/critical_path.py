@@ -1,9 +1,10 @@
 """What the last engine to serve spent its time on, step after step, and that in one sentence.
 
 Does no I/O. The path is that of one engine: the last to serve, of those that told when; if none
-serves, the last to fail; if none has failed either, the one that has told of itself last. Every step begins where the one before
-ends. Where the engine waited for somebody or something, the step is a `wait` that names it, and the
-stage that was waited for, though another engine's, belongs to the path, too.
+serves, the last to fail; if none has failed either, the one that has told of itself last. Every
+step begins where the one before ends. Where the engine waited for somebody or something, the step
+is a `wait` that names it, and the stage that was waited for, though another engine's, belongs to
+the path, too. An engine that tries again waits in each attempt for what is of that attempt.
 
 Stages that stream overlap, bucket by bucket. Of those, the one that was busy longest set the pace:
 it has the path from its first bucket to its last, the stages before it have it until then, those

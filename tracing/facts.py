@@ -2,7 +2,8 @@
 
 Does no I/O. A message that comes twice counts once. An engine that comes late writes a plan of its
 own, of a later epoch and with itself alone, into the same round: so a plan counts for the engines
-that it names, and of several the one of the last epoch; and so does a leader's closing word.
+that it names, and of several the one of the last epoch; and so does a leader's closing word. A
+version that is published again has a round of the same name again: of the two, the last counts.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class RoundFacts:
         self.tokens: dict[str, FirstToken] = {}
         self.closed: list[RoundComplete] = []
         announced: list[Told] = []
+        own: list[RoundMessage] = []
         for told in history:
             message = told.message
             if isinstance(message, CheckpointReady) and message.model == model:
@@ -71,7 +73,9 @@ class RoundFacts:
                 (message.model, message.round) == (model, round_id)
             ):
                 self.version = message.version
-                self._take(message)
+                own.append(message)
+        for message in _of_the_last_run(own, announced):
+            self._take(message)
         self._announce(announced)
 
     def _take(self, message: RoundMessage) -> None:
@@ -211,3 +215,45 @@ class RoundFacts:
         """The last of a leader that names an engine."""
         words = [word for word in self.closed if engine in (*word.completed, *word.failed)]
         return max(words, key=lambda word: (word.epoch, word.ended_ns), default=None)
+
+
+def _of_the_last_run(
+    messages: Sequence[RoundMessage], announced: Iterable[Told]
+) -> Sequence[RoundMessage]:
+    """Without what was over before the publication that was joined for last, where another one of
+    the same version is known: a trainer that crashed publishes the version again, in a round of the
+    same name, while the bus still remembers the first."""
+    joins = [message for message in messages if isinstance(message, Join) and message.checkpoint_ns]
+    last = max(joins, key=lambda join: (join.joined_ns, join.checkpoint_ns), default=None)
+    if last is None:
+        return messages
+    joined_for_ns = last.checkpoint_ns
+    ready = (told.message for told in announced)
+    others = {join.checkpoint_ns for join in joins}
+    others |= {
+        each.created_ns
+        for each in ready
+        if isinstance(each, CheckpointReady) and each.version == last.version
+    }
+    if others <= {joined_for_ns}:
+        return messages
+    # Should the clock of a foreign trainer be ahead, the first who joined was there before it.
+    began_ns = min(
+        joined_for_ns, *(join.joined_ns for join in joins if join.checkpoint_ns == joined_for_ns)
+    )
+    return [message for message in messages if _is_of(message, joined_for_ns, began_ns)]
+
+
+def _is_of(message: RoundMessage, joined_for_ns: int, began_ns: int) -> bool:
+    """Whether it tells of the publication that was joined for, or of something after `began_ns`."""
+    match message:
+        case Join() | RoundPlan() if message.checkpoint_ns:
+            return message.checkpoint_ns == joined_for_ns
+        case Join():
+            return message.joined_ns >= began_ns
+        case RoundPlan():
+            return message.created_ns >= began_ns
+        case RoundComplete():
+            return message.ended_ns >= began_ns
+        case _:
+            return message.end_ns >= began_ns

@@ -224,6 +224,34 @@ def test_waterfall_takes_the_span_of_the_publication_from_the_headers_of_its_mes
     assert waterfall.stored_s == pytest.approx(0.001)
 
 
+@pytest.mark.parametrize("told_before", [0, T0_NS])
+@pytest.mark.parametrize("seed", range(3))
+def test_round_of_a_version_that_was_published_again_is_that_of_the_last_time(
+    told_before: int, seed: int
+) -> None:
+    """A trainer crashed after v7, and makes v7 again an hour later; b is gone since."""
+    hour = 3_600_000
+
+    def run(at_ms: int, checkpoint_ns: int) -> list[Message]:
+        of = {"checkpoint_ns": checkpoint_ns}
+        return [
+            ready(at_ms=at_ms),
+            msgspec.structs.replace(join("a", at_ms=at_ms + 3), **of),
+            msgspec.structs.replace(plan(route("a"), at_ms=at_ms + 8), **of),
+            stage("a", "negotiate", at_ms + 2, at_ms + 10),
+            complete("a", start_ms=at_ms + 2, end_ms=at_ms + 60),
+        ]
+
+    again = run(hour, T0_NS + hour * MS)
+    first = [*run(0, told_before), join("b"), complete("b"), first_token("a", 60, 70), done("a")]
+    messages = [*first, *again]
+    random.Random(seed).shuffle(messages)
+    waterfall = built(*messages)
+    assert waterfall == built(*again), seed
+    assert waterfall.wall_s == pytest.approx(0.060)
+    assert not waterfall.complete, "the first run was closed, this one is not"
+
+
 def test_waterfall_takes_of_two_publications_that_which_was_joined_for() -> None:
     joined = msgspec.structs.replace(join("a", at_ms=40), checkpoint_ns=T0_NS + 20 * MS)
     waterfall = built(ready(at_ms=20), ready(), joined)
