@@ -1,8 +1,9 @@
 """Two rounds of one model beside each other: by engine and stage, and what made the difference.
 
 Does no I/O. The time of a stage of an engine is that from its first rank's start to its last rank's
-end, its rate what all ranks moved in that time. What made the difference is told by the critical
-paths: that of what they spent their time on which differs most in the direction of the whole.
+end, its rate what all ranks moved in that time; of an engine that tried again, in its last attempt.
+What made the difference is told by the critical paths: that of what they spent their time on which
+differs most in the direction of the whole.
 `Comparison` is what `weightbus trace --compare --json` prints.
 """
 
@@ -14,6 +15,7 @@ from typing import Final
 from msgspec import Struct
 
 from weightbus.tracing.critical_told import format_share
+from weightbus.tracing.laps import attempts_of, end_s
 from weightbus.tracing.text import (
     format_bytes,
     format_rate,
@@ -63,6 +65,9 @@ class EngineComparison(Struct, frozen=True, kw_only=True):
     first_outcome: str
     """Empty: it had no part in the round."""
     second_outcome: str
+    first_attempt: int
+    """Which one the stages are of, from 1 on: its last; 0: it had no part, or told of no stage."""
+    second_attempt: int
     stages: tuple[StageComparison, ...]
 
 
@@ -124,6 +129,8 @@ def _compare_engines(
         engine=name,
         first_outcome="" if first is None else first.outcome,
         second_outcome="" if second is None else second.outcome,
+        first_attempt=0 if first is None else len(attempts_of(first.stages)),
+        second_attempt=0 if second is None else len(attempts_of(second.stages)),
         stages=tuple(
             _compare_spells(stage, before.get(stage), after.get(stage))
             for stage in dict.fromkeys([*before, *after])
@@ -141,7 +148,7 @@ def _compare_spells(stage: str, first: _Spell | None, second: _Spell | None) -> 
 
 
 def _spells(engine: EngineWaterfall | None) -> dict[str, _Spell]:
-    """Stage -> what was done in it, in the order of the starts."""
+    """Stage -> what was done in it in the last attempt, in the order of the starts."""
     if engine is None:
         return {}
     spells: dict[str, _Spell] = {}
@@ -149,11 +156,11 @@ def _spells(engine: EngineWaterfall | None) -> dict[str, _Spell]:
         spells["update"] = _Spell(engine.end_s - engine.start_s, engine.bytes)
     if engine.paused_s:
         spells["paused"] = _Spell(engine.paused_s)
-    for stage in dict.fromkeys(row.stage for row in engine.stages):
-        rows = [row for row in engine.stages if row.stage == stage]
-        end_s = max(row.start_s + row.duration_s for row in rows)
-        start_s = min(row.start_s for row in rows)
-        spells[stage] = _Spell(end_s - start_s, sum(row.bytes for row in rows))
+    last = attempts_of(engine.stages)[-1:]
+    for stage in dict.fromkeys(row.stage for rows in last for row in rows):
+        rows = [row for rows in last for row in rows if row.stage == stage]
+        lasted_s = max(map(end_s, rows)) - min(row.start_s for row in rows)
+        spells[stage] = _Spell(lasted_s, sum(row.bytes for row in rows))
     if engine.first_token_s is not None and engine.end_s is not None:
         spells["first token"] = _Spell(max(0.0, engine.first_token_s - engine.end_s))
     return spells

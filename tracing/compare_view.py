@@ -96,6 +96,14 @@ def _heading(comparison: Comparison) -> Iterator[Text]:
 
 
 def _engine_line(engine: EngineComparison) -> Text:
-    told = [outcome or "not there" for outcome in (engine.first_outcome, engine.second_outcome)]
+    told = [
+        _outcome(engine.first_outcome, engine.first_attempt),
+        _outcome(engine.second_outcome, engine.second_attempt),
+    ]
     outcomes = told[0] if told[0] == told[1] else f"{told[0]}, then {told[1]}"
     return Text.assemble((engine.engine, "bold"), f"  {outcomes}")
+
+
+def _outcome(outcome: str, attempt: int) -> str:
+    """`complete`; `complete (attempt 2)` where there was more than one."""
+    return (outcome or "not there") + (f" (attempt {attempt})" if attempt > 1 else "")

@@ -1,4 +1,4 @@
-"""The stages that move bytes, as one engine ran through them in one attempt. Does no I/O.
+"""The attempts of one engine, and how it ran through the stages that move bytes. Does no I/O.
 
 Stages that stream overlap, bucket by bucket; a lap says when a stage first and last had something
 to do, and how long it was busy in between.
@@ -14,7 +14,7 @@ from msgspec import Struct
 from weightbus.schemas.base import Stage
 from weightbus.tracing.waterfall import BucketRow, StageRow
 
-__all__ = ("MOVING", "Lap", "busy_s", "end_s", "laps_of")
+__all__ = ("MOVING", "Lap", "attempts_of", "busy_s", "end_s", "laps_of")
 
 MOVING: Final[tuple[Stage, ...]] = ("fetch", "h2d", "broadcast", "reload")
 """In the order in which bytes go through them."""
@@ -54,6 +54,22 @@ def laps_of(rows: Sequence[PlacedRow]) -> list[Lap]:
         if of_stage:
             laps.append(_lap(stage, own or of_stage, laps[-1] if laps else None))
     return laps
+
+
+def attempts_of(rows: Iterable[StageRow]) -> list[list[StageRow]]:
+    """The rows of every attempt of one engine, which come in the order of their starts: those of
+    one update; where nobody traced, from one negotiation to the next."""
+    rows = list(rows)
+    stages = {row.span_id for row in rows}
+    attempts: dict[tuple[str, int], list[StageRow]] = {}
+    place = ("", 0)
+    for row in rows:
+        if not row.parent_span_id:
+            place = ("", place[1] + (row.stage == "negotiate"))
+        elif row.parent_span_id not in stages:
+            place = (row.parent_span_id, 0)
+        attempts.setdefault(place, []).append(row)
+    return list(attempts.values())
 
 
 def end_s(row: StageRow | BucketRow) -> float:

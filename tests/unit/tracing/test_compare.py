@@ -139,6 +139,31 @@ def test_comparison_keeps_engines_that_only_one_round_has() -> None:
     assert (seconds.second, seconds.difference, seconds.ratio) == (None, None, None)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_comparison_is_of_the_last_attempt_of_an_engine_that_tried_again(traced: bool) -> None:
+    """Its reload took 30 ms twice: not the 80 ms from the first one's start on."""
+    first = local_round(7, reload_ms=30, size_bytes=9_000_000)
+    rows = [
+        stage("a", "negotiate", 2, 10),
+        stage("a", "reload", 10, 40, rank=0, taken="local", moved_bytes=9_000_000, error="Torn: b"),
+        stage("a", "negotiate", 50, 60),
+        stage("a", "reload", 60, 90, rank=0, taken="local", moved_bytes=9_000_000),
+    ]
+    if traced:
+        rows = [
+            msgspec.structs.replace(row, span_id=f"{at:016x}", parent_span_id="ab"[at // 2] * 16)
+            for at, row in enumerate(rows)
+        ]
+    again = built([ready(), *rows, complete("a", end_ms=91, size_bytes=9_000_000)])
+    compared = compare_rounds(first, again)
+    (a,) = compared.engines
+    assert (a.first_attempt, a.second_attempt) == (1, 2)
+    seconds, moved_bytes, gb_per_s = numbers(a, "reload")
+    assert (seconds.second, moved_bytes.second) == (pytest.approx(0.030), 9_000_000)
+    assert gb_per_s.difference == pytest.approx(0)
+    assert "a  complete, then complete (attempt 2)" in rendered(compared, 100)
+
+
 def test_comparison_survives_json() -> None:
     compared = compare_rounds(local_round(7, reload_ms=80), local_round(8, reload_ms=120))
     assert msgspec.json.decode(msgspec.json.encode(compared), type=Comparison) == compared
