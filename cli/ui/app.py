@@ -8,6 +8,7 @@ from typing import Final
 
 import anyio.to_thread
 import msgspec
+from msgspec import structs
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -51,6 +52,8 @@ def build_app(feed: Feed, streams: EventStreams, host: str) -> ASGIApp:
         found = await _find(feed, request)
         if isinstance(found, Response):
             return found
+        if feed.board.is_running(found.model, found.round):
+            found = _without_buckets(found)
         return _answer(msgspec.json.encode(found), "application/json")
 
     async def export(request: Request) -> Response:
@@ -73,6 +76,20 @@ def build_app(feed: Feed, streams: EventStreams, host: str) -> ASGIApp:
         Route("/api/rounds/{model}/{round}/{kind}", export),
     ]
     return Guard(Starlette(routes=routes), host)
+
+
+def _without_buckets(waterfall: Waterfall) -> Waterfall:
+    """What a page is told again and again while the round runs: buckets are most of its size."""
+    return structs.replace(
+        waterfall,
+        engines=tuple(
+            structs.replace(
+                engine,
+                stages=tuple(structs.replace(stage, buckets=()) for stage in engine.stages),
+            )
+            for engine in waterfall.engines
+        ),
+    )
 
 
 def _file(package: str, name: str, media_type: str) -> Callable[[Request], Response]:

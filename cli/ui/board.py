@@ -147,6 +147,11 @@ class Board:
         """Model and name of all that are shown."""
         return tuple((row.model, row.engine) for row in self._engines)
 
+    def is_running(self, model: str, round_id: str) -> bool:
+        """Whether the pages are told that this round runs."""
+        running: tuple[FlightRow, ...] = self._parts["rounds"].value or ()
+        return any((row.model, row.round) == (model, round_id) for row in running)
+
     def feed(
         self,
         message: Message,

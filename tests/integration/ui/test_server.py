@@ -14,7 +14,18 @@ import pytest
 from tests.integration.tracing.monitors import weightbus
 from tests.integration.ui.pages import open_ui, put
 from tests.nats_server import NatsServer
-from tests.unit.tracing.rounds import MODEL, state, whole_round
+from tests.unit.tracing.rounds import (
+    MODEL,
+    complete,
+    done,
+    join,
+    plan,
+    ready,
+    route,
+    stage,
+    state,
+    whole_round,
+)
 from weightbus.bus.connection import Bus
 from weightbus.cli.ui.guard import HEADERS
 from weightbus.cli.ui.stream import STREAMS_MAX
@@ -74,6 +85,29 @@ async def test_waterfall_is_the_same_as_that_of_weightbus_trace(
     assert read == msgspec.json.decode(told.stdout, type=Waterfall)
 
 
+async def test_round_is_told_with_its_buckets_once_it_has_ended(teller: Bus, ui_url: str) -> None:
+    """While it runs it is asked for twice a second, and they are most of it."""
+    stream = await open_stream(ui_url)
+    fetch = stage(
+        "a", "fetch", 10, 40, rank=0, taken="local", moved_bytes=200,
+        buckets_ms=[(10, 25), (25, 40)],
+    )  # fmt: skip
+    async with httpx.AsyncClient(base_url=ui_url) as client:
+
+        async def buckets(path: str = "") -> int:
+            answer = await client.get(f"/api/rounds/{MODEL}/v7{path}")
+            told = msgspec.json.decode(answer.content, type=Waterfall)
+            return sum(len(row.buckets) for engine in told.engines for row in engine.stages)
+
+        await put(teller, ready(), join("a"), plan(route("a")), fetch)
+        await read_until(stream, b'"last_stage":"a/0 fetch"')
+        assert (await buckets(), await buckets("/json")) == (0, 2)
+        await put(teller, complete("a"), done("a"))
+        await read_until(stream, b'"rounds":[]')
+        assert await buckets() == 2
+    stream.close()
+
+
 async def test_pages_beyond_the_limit_are_refused_and_the_others_served(
     teller: Bus, ui_url: str
 ) -> None:
@@ -125,8 +159,8 @@ def test_command_fails_with_one_line_when_there_is_no_bus_or_the_port_is_taken(
     quick = {"WEIGHTBUS_CONNECT_TIMEOUT_S": "0.5"}
     gone = weightbus("ui", "--nats", nats_server.url, "--port", "0", **quick)
     assert gone.returncode == 1
-    for done in (taken, gone):
-        assert len(done.stderr.splitlines()) == 1, done.stderr
+    for ended in (taken, gone):
+        assert len(ended.stderr.splitlines()) == 1, ended.stderr
 
 
 async def test_command_ends_at_once_while_pages_are_open(nats_server: NatsServer) -> None:
