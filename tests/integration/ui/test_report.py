@@ -54,6 +54,31 @@ async def test_report_fits_a_narrow_page(browser: Browser, tmp_path: Path) -> No
         assert await shown.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.parametrize(
+    ("residuals_s", "said"),
+    [
+        ((0.002, 0.003, 0.001), "\u00b1 3.00 ms"),
+        ((0.002, None, 0.001), "some were not compared"),
+        ((None, 0.003, 0.001), "some were not compared"),
+    ],
+    ids=["all known", "not of an engine", "not of the trainer"],
+)
+async def test_report_tells_how_far_clocks_may_be_off_only_if_all_were_compared(
+    browser: Browser, tmp_path: Path, residuals_s: tuple[float | None, ...], said: str
+) -> None:
+    trainer, *of_engines = residuals_s
+    made = waterfall()
+    engines = tuple(
+        structs.replace(engine, clock_residual_s=residual_s)
+        for engine, residual_s in zip(made.engines, of_engines, strict=True)
+    )
+    file = tmp_path / "round.html"
+    told = structs.replace(made, engines=engines, clock_residual_s=trainer)
+    file.write_text(html_report(told), "utf-8")
+    async with visit(browser, file.as_uri()) as shown:
+        await shown.sees(".wf-facts div:has(dt:text('clocks'))", said)
+
+
 async def test_hostile_text_in_a_report_stays_text(browser: Browser, tmp_path: Path) -> None:
     engine = structs.replace(waterfall().engines[1], reason=HOSTILE)
     file = tmp_path / "round.html"

@@ -474,10 +474,17 @@ function facts(waterfall) {
   if (waterfall.gb_per_s !== null) found.push(fact("rate", `${formatRate(waterfall.gb_per_s)} GB/s`, "over the whole update"));
   const paused = Math.max(0, ...waterfall.engines.map((engine) => engine.paused_s));
   if (paused) found.push(fact("longest pause", formatSeconds(paused), "an engine served nothing"));
-  const residuals = [waterfall.clock_residual_s, ...waterfall.engines.map((engine) => engine.clock_residual_s)]
-    .filter((residual) => residual !== null && residual !== undefined);
-  if (residuals.length) found.push(fact("clocks", `\u00b1 ${formatSeconds(Math.max(...residuals))}`, "off the bus's at most"));
+  found.push(fact("clocks", ...clocks(waterfall)));
   return found;
+}
+
+// By how much the times may be off, or that nobody knows: as `waterfall_view` says it.
+function clocks(waterfall) {
+  const residuals = waterfall.engines.map((engine) => engine.clock_residual_s);
+  if (waterfall.origin === "checkpoint_ready") residuals.push(waterfall.clock_residual_s);
+  return residuals.length && residuals.every((residual) => residual !== null)
+    ? [`\u00b1 ${formatSeconds(Math.max(...residuals))}`, "off the bus's at most"]
+    : ["\u2013", "some were not compared with the bus's"];
 }
 
 function note(waterfall) {
