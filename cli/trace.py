@@ -30,7 +30,7 @@ from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.waterfall import ROUND_MESSAGES, RoundSummary, Waterfall
 from weightbus.tracing.waterfall_view import WaterfallView
 
-__all__ = ("command", "latest_rounds")
+__all__ = ("command", "latest_rounds", "read_history")
 
 ROUNDS_LISTED: Final = 5
 """How many rounds an error names."""
@@ -82,23 +82,25 @@ def command(
 ) -> None:
     """Show every stage of a round as a bar: of the newest one, or of ROUND.
 
-    Times count from the creation of CheckpointReady, by the clock of the bus; the total is the time
-    until the last engine served the version. Stages on the critical path, which is that engine's,
-    have a *. Needs no collector: the bus itself remembers the last rounds.
+    Times count from the creation of CheckpointReady, or from when the first engine heard of it if
+    that came late, by the clock of the bus; the total is the time until the last engine served the
+    version. Stages on the critical path, which is that engine's, have a *. Needs no collector: the
+    bus itself remembers the last rounds.
 
     --json prints model, version, round, epoch, leader, producer, trace_id, publish_span_id,
-    complete, origin, origin_ns, clock_residual_s, stored_s, wall_s, span_s, bytes, gb_per_s,
-    critical_told, and critical_path: a list of what, engine, rank, start_s, duration_s, waited_for;
-    and engines: a list of engine, host_id, outcome, verified, routes, plan_reasons, epoch, bytes,
-    start_s, joined_s, planned_s, end_s, first_token_start_s, first_token_s, paused_s, cause,
-    reason, quarantined, clock_residual_s, span_id, first_token_span_id, and stages: a list of
-    stage, rank, route, start_s, duration_s, bytes, gb_per_s, link, link_share, buckets, critical,
-    ok, error, span_id, parent_span_id. Buckets are start_s, duration_s, bytes.
+    complete, origin, origin_ns, late_s, clock_residual_s, stored_s, wall_s, span_s, bytes,
+    gb_per_s, critical_told, and critical_path: a list of what, engine, rank, start_s, duration_s,
+    waited_for; and engines: a list of engine, host_id, outcome, verified, routes, plan_reasons,
+    epoch, leader, bytes, start_s, joined_s, planned_s, end_s, first_token_start_s, first_token_s,
+    paused_s, cause, reason, quarantined, clock_residual_s, trace_id, span_id, first_token_span_id,
+    and stages: a list of stage, rank, route, start_s, duration_s, bytes, gb_per_s, link,
+    link_share, buckets, critical, ok, error, span_id, parent_span_id. Buckets are start_s,
+    duration_s, bytes.
 
     With --compare it prints model, first_round, second_round, first_version, second_version,
-    wall_s, bytes, gb_per_s, told, and engines: a list of engine, first_outcome, second_outcome, and
-    stages: a list of stage, seconds, bytes, gb_per_s. Every number is first, second, difference,
-    ratio.
+    wall_s, bytes, gb_per_s, told, and engines: a list of engine, first_outcome, second_outcome,
+    first_attempt, second_attempt, and stages: a list of stage, seconds, bytes, gb_per_s. Times,
+    bytes and rates are first, second, difference, ratio.
 
     Exit codes: 0 shown, 1 no such round or no bus, 2 used wrongly.
     """
@@ -163,19 +165,26 @@ async def _trace(options: Options) -> tuple[Waterfall, ...]:
 
 async def _read(bus: Bus, options: Options, round_id: str | None) -> Waterfall:
     chosen = await _choose(bus, options.model, round_id)
-    history: list[Told] = [
-        told
-        async for told in bus.replay(
-            *ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns, is_answered=False
-        )
-    ]
-    history += [
-        told async for told in bus.replay(CheckpointReady, model=chosen.model, is_answered=False)
-    ]
+    history = await read_history(bus, chosen)
     waterfall = await anyio.to_thread.run_sync(build_waterfall, chosen.model, chosen.round, history)
     if waterfall is None:  # it was forgotten between the two looks
         raise RoundUnknown(chosen.round, chosen.model, ())
     return waterfall
+
+
+async def read_history(bus: Bus, chosen: RoundSummary) -> Sequence[Told]:
+    """The messages of one round, and the announcements of its model: of what came after it, which
+    may be days of rounds, nothing is kept."""
+    told = bus.replay(
+        *ROUND_MESSAGES, model=chosen.model, since_ns=chosen.first_ns, is_answered=False
+    )
+    history: list[Told] = [
+        each
+        async for each in told
+        if isinstance(each.message, ROUND_MESSAGES) and each.message.round == chosen.round
+    ]
+    announced = bus.replay(CheckpointReady, model=chosen.model, is_answered=False)
+    return history + [each async for each in announced]
 
 
 async def _choose(bus: Bus, model: str | None, round_id: str | None) -> RoundSummary:

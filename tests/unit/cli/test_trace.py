@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from typing import cast
 
 import anyio
 import pytest
 from click.testing import CliRunner
 from msgspec import Struct
 
-from weightbus.cli.trace import command, latest_rounds
+from tests.unit.tracing.rounds import MODEL, complete, join, ready
+from weightbus.bus.connection import Bus
+from weightbus.cli.trace import command, latest_rounds, read_history
+from weightbus.schemas.base import Message
 from weightbus.tracing.compare import Comparison, EngineComparison, Sides, StageComparison
+from weightbus.tracing.history import Heard
 from weightbus.tracing.waterfall import (
     BucketRow,
     EngineWaterfall,
@@ -87,3 +92,28 @@ def test_trace_refuses_what_cannot_be_meant_together(arguments: list[str], said:
     result = CliRunner().invoke(command, ["--nats", "nats://127.0.0.1:1", *arguments])
     assert result.exit_code == 2
     assert said in result.output
+
+
+class RememberingBus:
+    """Replays what it remembers, of the kinds that it is asked for."""
+
+    def __init__(self, *messages: Message) -> None:
+        self._messages = messages
+
+    async def replay(
+        self, *kinds: type[Message], model: str, since_ns: int = 0, is_answered: bool
+    ) -> AsyncIterator[Heard]:
+        assert not is_answered, "who looks back works nothing off"
+        for message in self._messages:
+            if isinstance(message, kinds):
+                yield Heard(message)
+
+
+def test_of_the_rounds_after_the_one_that_was_asked_for_nothing_is_kept() -> None:
+    own = [join("a"), complete("a")]
+    later = [each for version in range(8, 20) for each in (join("a", version), ready(version))]
+    bus = cast(Bus, RememberingBus(ready(), *own, *later, complete("b")))
+    chosen = RoundSummary(model=MODEL, round="v7", version=7, first_ns=0)
+    kept = [told.message for told in anyio.run(read_history, bus, chosen)]
+    assert kept[:3] == [*own, complete("b")]
+    assert kept[3:] == [ready(), *(ready(version) for version in range(8, 20))]
