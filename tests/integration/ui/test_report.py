@@ -35,6 +35,9 @@ async def test_report_opens_from_disk_and_asks_nobody_for_anything(
         await shown.sees("h2", "minilm version 7")
         await shown.sees(".wf-told", waterfall().critical_told)
         await shown.sees(".wf-problems", "TornRead: segment s has generation 9")
+        head = await shown.page.locator(".wf-chart .rows-head [role=columnheader]").all()
+        columns = [await each.inner_text() for each in head]
+        assert columns[2:] == ["time", "bytes", "GB/s", "route, link"]
         rows = await shown.page.locator(".wf-chart .row").all_inner_texts()
         assert len(rows) == 1 + 2 + 8, "the critical path, two engines, eight stages"
         assert await shown.page.get_by_role("button", name="Only the update").count() == 0

@@ -219,7 +219,7 @@ export class WaterfallView {
       el("span", { role: "columnheader", class: "num" }, "time"),
       el("span", { role: "columnheader", class: "num wide" }, "bytes"),
       el("span", { role: "columnheader", class: "num wide" }, "GB/s"),
-      el("span", { role: "columnheader", class: "num wide" }, "of the link"));
+      el("span", { role: "columnheader", class: "num wide" }, "route, link"));
     this.rows = new Rows({
       label: "Waterfall", role: "treegrid", head,
       key: (item) => item.key,
@@ -491,7 +491,8 @@ function note(waterfall) {
   const since = { checkpoint_ready: "the creation of CheckpointReady", stored: "when the bus stored CheckpointReady",
     heard: `when the first engine heard of the version, ${formatSeconds(waterfall.late_s)} after it was there` }[waterfall.origin]
     ?? "the earliest message: that of CheckpointReady is gone, or its clock is ahead";
-  return `Times count from ${since}. GB = 10\u2079 bytes. "Of the link": what moved over it meanwhile, as a share of what was measured for it. ` +
+  return `Times count from ${since}. GB = 10\u2079 bytes. ` +
+    "Percent of a link: what moved over it meanwhile, of what was measured for it. " +
     "On an engine's line: | joined and plan, \u25c6 first token.";
 }
 
