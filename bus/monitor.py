@@ -106,6 +106,11 @@ class Monitor(Generic[M]):
         """Of engines, since messages had their turn."""
         self._failing_since_s: float | None = None
 
+    @property
+    def is_answered(self) -> bool:
+        """False: the server has not answered when it was last asked, and is asked again."""
+        return self._failing_since_s is None
+
     def __aiter__(self) -> AsyncIterator[MonitorEvent[M]]:
         return self
 

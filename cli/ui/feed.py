@@ -15,7 +15,7 @@ import anyio.abc
 from weightbus.bus.clock import BusClock
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.errors import BusError, BusUnavailable
-from weightbus.bus.monitor import CaughtUp, Missed, MonitorEvent, open_monitor
+from weightbus.bus.monitor import CaughtUp, Missed, Monitor, MonitorEvent, open_monitor
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received
 from weightbus.bus.settings import BusSettings
@@ -131,9 +131,9 @@ class Feed:
             async for event in monitor:
                 self._take(event)
                 if isinstance(event, CaughtUp):
-                    self._refresh(bus)
+                    self._refresh(bus, monitor)
                     started()
-                    tasks.start_soon(self._keep_fresh, bus)
+                    tasks.start_soon(self._keep_fresh, bus, monitor)
                     if is_back:
                         tasks.start_soon(self._sweep_engines, bus)
 
@@ -167,17 +167,19 @@ class Feed:
             if (model, engine) not in present:
                 self.board.feed_gone(model, engine)
 
-    async def _keep_fresh(self, bus: Bus) -> None:
+    async def _keep_fresh(self, bus: Bus, monitor: Monitor[Message]) -> None:
         while True:
             await anyio.sleep(REFRESH_S)
-            self._refresh(bus)
+            self._refresh(bus, monitor)
 
-    def _refresh(self, bus: Bus) -> None:
+    def _refresh(self, bus: Bus, monitor: Monitor[Message]) -> None:
         now_ns = self._clock.now_ns()
-        if bus.is_connected:
-            self.board.connect(bus.url, now_ns)
-        else:
+        if not bus.is_connected:
             self.board.lose(now_ns)
+        elif not monitor.is_answered:
+            self.board.lose(now_ns, "it does not answer")
+        else:
+            self.board.connect(bus.url, now_ns)
         self.board.refresh(now_ns)
 
 

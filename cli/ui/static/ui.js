@@ -103,7 +103,12 @@ const matches = (row) =>
   !filter || [row.model, row.engine, row.subject, row.waiting, row.completed, row.failed, row.names]
     .flat().some((text) => typeof text === "string" && text.toLowerCase().includes(filter));
 
-const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
+// In UTC, as in waterfalls; with the date unless it is today's.
+function clock(seconds) {
+  const [told, today] = [seconds, now()].map((each) => new Date(each * 1000).toISOString());
+  return told.slice(told.slice(0, 10) === today.slice(0, 10) ? 11 : 0, 19).replace("T", " ");
+}
+
 const now = () => (Date.now() + clockMs) / 1000;
 const version = (number) => (number < 0 ? "\u2013" : String(number));
 
@@ -123,10 +128,11 @@ function drawLink() {
   const [mark, word] = node.children;
   if (!server.connected) {
     setText(mark, "\u25b2");
-    setText(word, `page server lost, trying since ${clock(server.since / 1000)}`);
+    setText(word, `page server lost, trying since ${clock(server.since / 1000)} UTC`);
   } else if (link && !link.connected) {
     setText(mark, "\u25b2");
-    setText(word, `bus lost, trying since ${clock(link.since_s)}${link.reason ? `: ${link.reason}` : ""}`);
+    const why = link.reason ? `: ${link.reason}` : "";
+    setText(word, `bus lost, trying since ${clock(link.since_s)} UTC${why}`);
   } else {
     setText(mark, link ? "\u25cf" : "\u25cb");
     setText(word, link ? "live" : "connecting");
@@ -181,7 +187,9 @@ const engineRows = new Rows({
 
 const historyRows = new Rows({
   label: "History of rounds", rowPx: 34,
-  head: headOf([["", ""], ["began"], ["model"], ["version"], ["engines", "wide"], ["route", "wide"], ["time", "num"], ["bytes", "num wide"], ["GB/s", "num wide"], ["round", "wide"]]),
+  head: headOf([
+    ["", ""], ["began (UTC)"], ["model"], ["version"], ["engines", "wide"], ["route", "wide"],
+    ["time", "num"], ["bytes", "num wide"], ["GB/s", "num wide"], ["round", "wide"]]),
   key: (row) => `${row.model}/${row.round}`,
   onopen: (row) => go(row.model, row.round),
   fill: (node, row) => {
@@ -285,7 +293,7 @@ function drawProblems() {
   replaceKept(at("problems"), problems.length ? problems.map((each) => el(each.link ? "a" : "div",
     { class: "problem", href: each.link, "data-key": each.link ? `${each.at_ns} ${each.title}` : null },
     el("span", { class: "line" }, el("span", { class: `mark ${each.kind}`, "aria-hidden": "true" }, each.mark), el("b", {}, each.title),
-      el("time", {}, clock(each.at_ns / 1e9))),
+      el("time", {}, `${clock(each.at_ns / 1e9)} UTC`)),
     el("p", {}, each.what), el("p", {}, each.reason)))
     : [el("p", { class: "empty" }, empty)]);
 }

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from playwright.async_api import Browser
 
+from tests.integration.bus.processes import halt
 from tests.integration.ui.pages import Visit, open_teller, open_ui, put, visit
 from tests.nats_server import NatsServer
 from tests.unit.tracing.rounds import (
@@ -93,6 +97,32 @@ async def test_page_goes_on_by_itself_when_the_bus_restarts(
             await put(bus, *WHOLE)
         await shown.sees("#history .row", "v7")
         await shown.sees("#engines .row", "quarantined")
+
+
+async def test_page_says_so_when_the_bus_hangs(browser: Browser, nats_server: NatsServer) -> None:
+    quick = {"WEIGHTBUS_REQUEST_TIMEOUT_S": "1"}
+    async with open_ui(nats_server.url, **quick) as url, visit(browser, url) as shown:
+        await shown.sees("#link", "live")
+        halt(nats_server.pid)
+        try:
+            await shown.sees("#link", "UTC: it does not answer")
+        finally:
+            os.kill(nats_server.pid, signal.SIGCONT)
+        await shown.sees("#link", "live")
+
+
+async def test_times_are_told_as_in_the_waterfall_wherever_the_reader_is(
+    teller: Bus, browser: Browser, ui_url: str
+) -> None:
+    await put(teller, *WHOLE)
+    async with visit(browser, ui_url, timezone_id="Asia/Tokyo") as shown:
+        await shown.sees("#problems time", "2023-11-14 22:13:20 UTC")
+        await shown.sees("#history .rows-head", "began (UTC)")
+        today = await shown.page.evaluate("new Date().toISOString().slice(11, 13)")
+        began = await shown.page.locator("#history .row span").nth(1).inner_text()
+        assert (int(today) - int(began[-8:-6])) % 24 in (0, 1), f"{began} in UTC"
+        await shown.page.locator("#history .row").click()
+        await shown.sees(".wf-sub", "2023-11-14 22:13:20")
 
 
 async def test_page_is_used_by_keyboard_alone(teller: Bus, shown: Visit) -> None:
