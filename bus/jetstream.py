@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -54,6 +55,8 @@ _NOT_READY = frozenset((10004, 10008, 10009))
 BATCH_MESSAGES = 512
 BATCH_BYTES = 4 * 2**20
 _RETRY_WAIT_S = 0.1
+_LOOK_S = 1.0
+"""How long it is asked, after a publish was not answered, whether the streams are there."""
 _NS_PER_S = 10**9
 _DUPLICATE_WINDOW_S = 120
 _RESEND_FOR_S = 100.0
@@ -225,9 +228,10 @@ class JetStream:
             all_headers[_HEADER_EXPECTED] = str(expected_sequence)
         operation = f"publish to {subject}"
         in_doubt_since: float | None = None
+        has_timed_out = False
 
         async def send() -> PublishAck:
-            nonlocal in_doubt_since
+            nonlocal in_doubt_since, has_timed_out
             sent = anyio.current_time()
             if in_doubt_since is not None and sent >= in_doubt_since + self._resend_for_s:
                 raise BusTimeout(operation, self._resend_for_s)
@@ -239,6 +243,12 @@ class JetStream:
             except Interrupted:
                 in_doubt_since = in_doubt_since or sent
                 raise
+            except BusTimeout:
+                in_doubt_since = in_doubt_since or sent
+                if has_timed_out or not await self._has_streams():
+                    raise
+                has_timed_out = True
+                return await send()
             except WrongLastSequence:
                 ours = await self._find(subject, message_id) if in_doubt_since else None
                 if ours is None:
@@ -434,6 +444,15 @@ class JetStream:
                     raise BusUnavailable(self._link.url, reason) from None
                 await anyio.sleep(_RETRY_WAIT_S)
         raise BusTimeout(operation, self._reconnect_for_s + self._ready_within_s)
+
+    async def _has_streams(self) -> bool:
+        """Whether the streams are there, those made that are missing: of one that vanished from a
+        server that goes on nobody tells while somebody listens to its subject; it is silent."""
+        self._checked_connection = 0
+        with anyio.move_on_after(_LOOK_S), suppress(BusTimeout):
+            await self._check_streams()
+            return True
+        return False
 
     async def _check_streams(self) -> None:
         """Make the streams that are missing, once for each connection: the server may be another

@@ -92,3 +92,24 @@ async def test_stream_is_refused_by_name_when_it_lacks_what_the_bus_needs(
     with pytest.raises(StreamUnsuitable, match="KV_weightbus-presence has allow_"):
         async with open_bus(nats_server.settings):
             pass
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_stream_that_vanishes_is_made_again_when_somebody_listens(
+    count: int, nats_server: NatsServer
+) -> None:
+    """Then the server says nothing to who publishes, not even that nobody answers."""
+
+    def retired(version: int) -> CheckpointRetired:
+        return CheckpointRetired(model="m", version=version, producer="trainer")
+
+    settings = msgspec.structs.replace(nats_server.settings, request_timeout_s=0.5)
+    async with open_bus(settings) as bus, bus.subscribe(CheckpointRetired):
+        await bus.publish(retired(1))
+        async with raw_client(bus.url) as client:
+            await client.jetstream().delete_stream("weightbus-CHECKPOINTS")
+        async with anyio.create_task_group() as tasks:
+            for version in range(2, 2 + count):
+                tasks.start_soon(bus.publish, retired(version))
+        kept = [item.message.version async for item in bus.replay(CheckpointRetired)]
+    assert sorted(kept) == list(range(2, 2 + count))
