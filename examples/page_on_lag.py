@@ -5,7 +5,8 @@
 
 Every page is printed. The command gets the text as its last argument, the webhook as JSON
 `{"text": ...}`. One page for each incident: it ends when the engine serves again and has made good
-half of the lag that is allowed, or is gone.
+half of the lag that is allowed, or is gone. An engine that serves nothing lags behind what was the
+newest version when it was first seen so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import shlex
 import sys
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import anyio.to_thread
@@ -31,6 +32,10 @@ from weightbus.tracing.watcher import Fleet
 ATTEMPTS = 3
 ATTEMPT_S = 10.0
 """How long a command or a webhook may take."""
+PAUSE_S = 1.0
+"""After the first attempt; twice as long after the second."""
+AT_ONCE = 8
+"""Commands and requests."""
 
 
 class Incidents:
@@ -39,34 +44,47 @@ class Incidents:
     def __init__(self, versions: int) -> None:
         self._versions = versions
         self._open: dict[tuple[str, str], str] = {}
+        self._newest_when_idle: dict[tuple[str, str], int] = {}
+        """Of engines that serve nothing: the newest version when that was seen first."""
 
     def look(self, fleet: FleetView) -> list[str]:
         """What is to be told now."""
         told = []
         for engine in fleet.engines:
             key, name = (engine.model, engine.engine), f"{engine.model}/{engine.engine}"
-            kind = self._trouble(engine, self._open.get(key))
+            lag = self._lag(engine, fleet)
+            kind = self._trouble(engine, lag, self._open.get(key, ""))
             if kind and kind != self._open.get(key):
                 self._open[key] = kind
-                told.append(f"PAGE {name} is {self._details(kind, engine, fleet)}")
+                told.append(f"PAGE {name} is {self._details(kind, engine, lag, fleet)}")
             elif not kind and self._open.pop(key, None):
                 now = "gone" if engine.status == "gone" else f"back, on version {engine.version}"
                 told.append(f"OK {name} is {now}")
         return told
 
-    def _trouble(self, engine: EngineView, open_kind: str | None) -> str:
+    def _lag(self, engine: EngineView, fleet: FleetView) -> int:
+        key, newest = (engine.model, engine.engine), fleet.newest.get(engine.model, -1)
+        if engine.version < 0 <= newest and engine.status != "gone":
+            return newest - self._newest_when_idle.setdefault(key, newest)
+        self._newest_when_idle.pop(key, None)
+        return engine.lag or 0
+
+    def _trouble(self, engine: EngineView, lag: int, open_kind: str) -> str:
         """Empty: none."""
         if engine.status == "gone":
             return ""
         if engine.status == "quarantined":
             return "quarantined"
+        if engine.version < 0 and open_kind:
+            return open_kind
         allowed = self._versions // 2 if open_kind else self._versions
-        return "behind" if (engine.lag or 0) > allowed else ""
+        return "behind" if lag > allowed else ""
 
-    def _details(self, kind: str, engine: EngineView, fleet: FleetView) -> str:
+    def _details(self, kind: str, engine: EngineView, lag: int, fleet: FleetView) -> str:
         if kind == "behind":
+            serves = engine.version if engine.version >= 0 else "none"
             newest = fleet.newest[engine.model]
-            return f"{engine.lag} versions behind: it serves {engine.version}, newest is {newest}"
+            return f"{lag} versions behind: it serves {serves}, newest is {newest}"
         for failure in fleet.failures:
             if (failure.model, failure.engine) == (engine.model, engine.engine):
                 return f"quarantined: version {failure.version}: {failure.cause}: {failure.reason}"
@@ -78,21 +96,27 @@ class Pager:
 
     def __init__(self, command: str | None, webhook: str | None) -> None:
         self._command, self._webhook = command, webhook
+        self._at_once = anyio.CapacityLimiter(AT_ONCE)
 
-    async def page(self, text: str) -> None:
-        """Returns once it was told, or could not be: then that is on stderr."""
-        print(text, flush=True)
-        if self._command:
-            await self._try(text, self._run)
-        if self._webhook:
-            await self._try(text, self._post)
+    async def page(self, texts: Sequence[str]) -> None:
+        """Side by side. Returns once each was told, or could not be: then that is on stderr."""
+        async with anyio.create_task_group() as tasks:
+            for text in texts:
+                print(text, flush=True)
+                if self._command:
+                    tasks.start_soon(self._try, text, self._run)
+                if self._webhook:
+                    tasks.start_soon(self._try, text, self._post)
 
     async def _try(self, text: str, tell: Callable[[str], Awaitable[None]]) -> None:
         reason = ""
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await anyio.sleep(attempt * PAUSE_S)
             try:
-                with anyio.fail_after(ATTEMPT_S):
-                    await tell(text)
+                async with self._at_once:
+                    with anyio.fail_after(ATTEMPT_S):
+                        await tell(text)
             except (OSError, ValueError) as error:  # TimeoutError is an OSError
                 reason = str(error) or type(error).__name__
             else:
@@ -123,7 +147,7 @@ async def watch(bus: Bus, model: str | None, incidents: Incidents, pager: Pager)
     fleet = Fleet()
     kinds = (CheckpointReady, UpdateComplete, UpdateFailed)
     async with open_monitor(bus, *kinds, model=model) as monitor:
-        async for announced in bus.replay(CheckpointReady, model=model):
+        async for announced in bus.replay(CheckpointReady, model=model, is_answered=False):
             fleet.feed(announced.message, announced.received_ns)
         is_whole = False
         async for event in monitor:
@@ -139,8 +163,7 @@ async def watch(bus: Bus, model: str | None, incidents: Incidents, pager: Pager)
                 case Missed() | Reconnected():
                     continue
             if is_whole:
-                for text in incidents.look(fleet.view(bus.clock.now_ns())):
-                    await pager.page(text)
+                await pager.page(incidents.look(fleet.view(bus.clock.now_ns())))
 
 
 async def main() -> None:

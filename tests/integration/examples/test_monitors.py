@@ -15,7 +15,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -302,20 +302,70 @@ def test_page_that_cannot_be_told_is_said_and_the_next_one_is_tried(
     with running(command, nats_server.url) as pager:
         assert [pager.line()[:4] for _ in range(3)] == ["watc", "PAGE", "PAGE"]
         assert pager.process.stderr is not None
-        for engine in "ab":
-            said = pager.process.stderr.readline()
-            assert said.startswith(f"not told: PAGE {MODEL}/{engine} is 5 versions behind")
-            assert said.endswith("false ended with 1\n")
+        said = sorted(pager.process.stderr.readline() for _ in "ab")
+        for engine, line in zip("ab", said, strict=True):
+            assert line.startswith(f"not told: PAGE {MODEL}/{engine} is 5 versions behind")
+            assert line.endswith("false ended with 1\n")
         pager.process.send_signal(signal.SIGINT)
 
 
+def test_engine_that_serves_nothing_is_paged_and_its_first_version_ends_that(
+    nats_server: NatsServer,
+) -> None:
+    states = [state("a", "updating", -1, 7), state("c", version=1)]
+    put_on_bus(nats_server.settings, [ready(7), *states])
+    with running(python("page_on_lag.py", "--versions", "2"), nats_server.url) as pager:
+        assert pager.line().startswith("watching ")
+        assert pager.line().startswith(f"PAGE {MODEL}/c is 6 versions behind"), "it has seen all"
+        put_on_bus(nats_server.settings, [state("b"), ready(8), ready(9), ready(10)])
+        put_on_bus(nats_server.settings, [state("a", "updating", -1, 10, at_ms=400)])
+        assert [pager.line() for _ in range(2)] == [
+            f"PAGE {MODEL}/a is 3 versions behind: it serves none, newest is 10",
+            f"PAGE {MODEL}/b is 3 versions behind: it serves 7, newest is 10",
+        ]
+        put_on_bus(nats_server.settings, [state("b", "updating", -1, 10, at_ms=450)])
+        put_on_bus(nats_server.settings, [complete("a", 10, end_ms=500)])
+        assert pager.line() == f"OK {MODEL}/a is back, on version 10"
+        put_on_bus(nats_server.settings, [complete("b", 10, end_ms=600)])
+        assert pager.line() == f"OK {MODEL}/b is back, on version 10"
+
+
+def test_pages_of_several_engines_do_not_wait_for_each_other(nats_server: NatsServer) -> None:
+    put_on_bus(nats_server.settings, [ready(12), state("a"), state("b")])
+    with webhook(threading.Barrier(2, timeout=DEADLINE_S)) as (url, posted):
+        command = python("page_on_lag.py", "--versions", "2", "--webhook", url)
+        with running(command, nats_server.url) as pager:
+            told = [pager.line() for _ in range(3)][1:]
+            posts = [posted.get(timeout=DEADLINE_S) for _ in range(2)]
+    assert sorted(post["text"] for post in posts) == told
+
+
+def test_pager_pauses_before_it_tries_again(nats_server: NatsServer, tmp_path: Path) -> None:
+    times = tmp_path / "times"
+    script = f"import time; print(time.monotonic(), file=open({str(times)!r}, 'a')); exit(1)"
+    words = shlex.join([sys.executable, "-c", script])
+    put_on_bus(nats_server.settings, [ready(12), state("a")])
+    with running(
+        python("page_on_lag.py", "--versions", "2", "--command", words), nats_server.url
+    ) as pager:
+        assert pager.process.stderr is not None
+        assert pager.process.stderr.readline().startswith("not told: ")
+    began = [float(line) for line in times.read_text().splitlines()]
+    assert len(began) == 3
+    assert began[2] - began[0] >= 3
+
+
 @contextmanager
-def webhook() -> Iterator[tuple[str, queue.Queue[dict[str, str]]]]:
-    """Its URL, and what was posted there."""
+def webhook(
+    barrier: threading.Barrier | None = None,
+) -> Iterator[tuple[str, queue.Queue[dict[str, str]]]]:
+    """Its URL, and what was posted there; a post is answered when `barrier` lets it pass."""
     posted: queue.Queue[dict[str, str]] = queue.Queue()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            if barrier is not None:
+                barrier.wait()
             posted.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(204)
             self.end_headers()
@@ -323,7 +373,7 @@ def webhook() -> Iterator[tuple[str, queue.Queue[dict[str, str]]]]:
         def log_message(self, *_: object) -> None:
             """Nothing on stderr."""
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
