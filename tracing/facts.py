@@ -150,6 +150,12 @@ class RoundFacts:
         traced = (*self._all_stages(), *self.updates.values(), *self.tokens.values(), *self.closed)
         return next((message.trace_id for message in traced if message.trace_id), "")
 
+    def trace_id_of(self, engine: str) -> str:
+        """The last that one engine's messages name: where the publication was not traced, each may
+        have a trace of its own."""
+        told = (self.tokens.get(engine), self.updates.get(engine), *self.stages_of(engine)[::-1])
+        return next((each.trace_id for each in told if each is not None and each.trace_id), "")
+
     def origin(self) -> tuple[Origin, int]:
         """What time 0 is, and when that was.
 

@@ -121,6 +121,8 @@ class EngineWaterfall(Struct, frozen=True, kw_only=True):
     """Why the plan chose these routes."""
     epoch: int
     """Of the last plan that names it; 0 if there is none."""
+    leader: str
+    """Engine id of who made that plan: itself, if it came late; empty if there is none."""
     bytes: int
     start_s: float | None
     """When its consumer received `CheckpointReady`, after the origin; None: not reported."""
@@ -142,6 +144,9 @@ class EngineWaterfall(Struct, frozen=True, kw_only=True):
     quarantined: bool
     clock_residual_s: float | None
     """By how much its times may be off the bus's clock; None: they are by its host's."""
+    trace_id: str
+    """Of the trace of its update, the last one if it tried again: that of the publication, if that
+    was traced; empty if nobody traced."""
     span_id: str
     """Of the span of its update, the last one if it tried again; empty if nobody traced."""
     first_token_span_id: str

@@ -15,7 +15,7 @@ import msgspec
 
 from weightbus import __version__
 from weightbus.tracing.attributes import ENGINE, AttributeValue
-from weightbus.tracing.exports.spans import TreeSpan, span_tree, trace_id_of
+from weightbus.tracing.exports.spans import TreeSpan, span_tree
 from weightbus.tracing.waterfall import Waterfall
 
 __all__ = ("otlp_json",)
@@ -35,7 +35,6 @@ TRAINER_SERVICE: Final = "weightbus-publish"
 
 def otlp_json(waterfall: Waterfall) -> str:
     """One JSON object on one line: a resource for the trainer, and one for every engine."""
-    trace_id = trace_id_of(waterfall)
     of_engine: dict[str, list[TreeSpan]] = {}
     for span in span_tree(waterfall):
         of_engine.setdefault(span.engine, []).append(span)
@@ -46,7 +45,7 @@ def otlp_json(waterfall: Waterfall) -> str:
                 "scopeSpans": [
                     {
                         "scope": {"name": "weightbus", "version": __version__},
-                        "spans": [_span(span, trace_id) for span in spans],
+                        "spans": [_span(span) for span in spans],
                     }
                 ],
             }
@@ -62,10 +61,10 @@ def _resource(engine: str, waterfall: Waterfall) -> list[dict[str, Any]]:
     return _attributes({"service.name": waterfall.producer or TRAINER_SERVICE})
 
 
-def _span(span: TreeSpan, trace_id: str) -> dict[str, Any]:
+def _span(span: TreeSpan) -> dict[str, Any]:
     remote = span.kind == "CONSUMER" and bool(span.parent_id)
     told: dict[str, Any] = {
-        "traceId": trace_id,
+        "traceId": span.trace_id,
         "spanId": span.span_id,
         "flags": SAMPLED | HAS_IS_REMOTE | (IS_REMOTE if remote else 0),
         "name": span.name,

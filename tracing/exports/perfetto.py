@@ -175,6 +175,8 @@ def _title(span: TreeSpan, stage: str) -> str:
 def _args(span: TreeSpan) -> dict[str, AttributeValue]:
     """Its attributes, its rate in 10^9 bytes per second, and what makes it findable elsewhere."""
     told: dict[str, AttributeValue] = {**span.attributes, "span_id": span.span_id}
+    if span.kind == "CONSUMER":
+        told["trace_id"] = span.trace_id
     moved = span.attributes.get(BYTES)
     rate = None
     if isinstance(moved, int):

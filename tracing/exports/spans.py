@@ -5,9 +5,9 @@ that what a collector has and what is exported here is one trace. Of the publica
 known which came after the creation of `CheckpointReady`, until the bus had it: the trainer's own
 span begins before, with the copy of the weights. What has no twin on the bus
 (`join`, `plan`, buckets) has ids derived from its parent's: a collector knows it by others. So has
-all of a round that nobody traced. Invariants: one tree if the publication was traced, else one for
-every update; no orphan, no negative duration; children lie inside their parents, only an update
-lies outside of the publication that it follows.
+all of a round that nobody traced. Invariants: one tree if the publication was traced, and one more
+for every update that is of another trace; no orphan, no negative duration; children lie inside
+their parents, only an update lies outside of the publication that it follows.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class TreeSpan(Struct, frozen=True, kw_only=True):
     kind: Kind
     engine: str
     """Empty: the trainer's."""
+    trace_id: str
     span_id: str
     parent_id: str
     """Empty: a root."""
@@ -88,6 +89,7 @@ class _Tree:
             name=names.messaging_span_name("publish", self._destination.template),
             kind="PRODUCER",
             engine="",
+            trace_id=trace_id_of(waterfall),
             span_id=waterfall.publish_span_id,
             parent_id="",
             start_ns=self._at(-waterfall.late_s),
@@ -141,7 +143,7 @@ class _Tree:
             attributes[names.CLOCK_RESIDUAL] = round(engine.clock_residual_s * NS_PER_S)
         return self._span(
             names.messaging_span_name("update", self._destination.template), engine, span_id,
-            self._waterfall.publish_span_id, start_s, end_s, attributes, kind="CONSUMER",
+            self._publish_id(engine), start_s, end_s, attributes, kind="CONSUMER",
             error=f"{engine.cause}: {engine.reason}".strip(": ") if failed else "",
         )  # fmt: skip
 
@@ -186,7 +188,7 @@ class _Tree:
         joined_s = engine.joined_s
         if joined_s is None or not start_s <= joined_s <= end_s:
             return
-        leads = engine.engine == self._waterfall.leader
+        leads = engine.engine == engine.leader
         told: dict[str, AttributeValue] = {names.LEADER: leads, names.EPOCH: engine.epoch}
         yield self._span(
             "join", engine, self._derived(parent_id, "join"), parent_id, start_s, joined_s,
@@ -225,6 +227,7 @@ class _Tree:
             name=name,
             kind=kind,
             engine=engine.engine,
+            trace_id=self._trace_id(engine),
             span_id=span_id,
             parent_id=parent_id,
             start_ns=self._at(start_s),
@@ -232,6 +235,14 @@ class _Tree:
             attributes=attributes,
             error=error,
         )
+
+    def _trace_id(self, engine: EngineWaterfall) -> str:
+        return engine.trace_id or trace_id_of(self._waterfall)
+
+    def _publish_id(self, engine: EngineWaterfall) -> str:
+        """The parent of an update; none in another trace than its own."""
+        same = self._trace_id(engine) == trace_id_of(self._waterfall)
+        return self._waterfall.publish_span_id if same else ""
 
     def _at(self, time_s: float) -> int:
         return self._waterfall.origin_ns + round(time_s * NS_PER_S)

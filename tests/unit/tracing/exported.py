@@ -104,13 +104,14 @@ def parsed(text: str) -> tuple[TracesData, list[Span]]:
 def assert_tree(spans: list[Span], *, roots: int = 1) -> None:
     by_id = {span.span_id: span for span in spans}
     assert len(by_id) == len(spans), "ids are unique"
-    assert len({span.trace_id for span in spans}) == 1
+    assert len({span.trace_id for span in spans}) <= roots
     assert sum(not span.parent_span_id for span in spans) == roots
     for span in spans:
         assert span.end_time_unix_nano >= span.start_time_unix_nano, span
         if not span.parent_span_id:
             continue
         parent = by_id[span.parent_span_id]
+        assert parent.trace_id == span.trace_id
         assert parent.start_time_unix_nano <= span.start_time_unix_nano, span
         if span.kind == Span.SPAN_KIND_INTERNAL:
             assert span.end_time_unix_nano <= parent.end_time_unix_nano, (span, parent)

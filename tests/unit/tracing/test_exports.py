@@ -29,8 +29,10 @@ from tests.unit.tracing.rounds import (
 from tests.unit.tracing.test_critical_path import broadcast_round
 from weightbus.schemas.base import Message
 from weightbus.schemas.rounds import Links
+from weightbus.tracing.attributes import EPOCH, LEADER
 from weightbus.tracing.exports.otlp_json import otlp_json
 from weightbus.tracing.exports.perfetto import perfetto
+from weightbus.tracing.exports.spans import span_tree
 from weightbus.tracing.history import Heard, build_waterfall
 from weightbus.tracing.waterfall import Waterfall
 
@@ -190,6 +192,49 @@ def test_otlp_export_has_a_tree_for_every_update_when_the_publication_was_not_tr
     waterfall = build_waterfall(MODEL, "v7", history)
     assert waterfall is not None
     assert_tree(parsed(otlp_json(waterfall))[1], roots=2)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_exports_have_the_trace_that_every_update_is_of(published: bool) -> None:
+    """Engine b tells of another trace than a; if the publication was traced, a's is that of it."""
+    ids = {"a": TRACE_ID, "b": "b" * 32}
+    headers = {"traceparent": f"00-{TRACE_ID}-{PUBLISH_ID}-01"} if published else {}
+    negotiated = [
+        structs.replace(
+            stage(engine, "negotiate", 2, 10), trace_id=ids[engine],
+            span_id=f"{ord(engine):016d}", parent_span_id=f"{ord(engine):016x}",
+        )
+        for engine in ids
+    ]  # fmt: skip
+    waterfall = build_waterfall(
+        MODEL, "v7", [Heard(ready(), headers, T0_NS + MS), *map(Heard, negotiated)]
+    )
+    assert waterfall is not None
+    _, spans = parsed(otlp_json(waterfall))
+    assert_tree(spans, roots=2)
+    found = {(span.name.partition(" ")[0], span.trace_id.hex()) for span in spans}
+    publication = {("publish", TRACE_ID)} if published else set()
+    expected = {(name, trace) for name in ("update", "negotiate") for trace in ids.values()}
+    assert found == expected | publication
+    events = assert_importable(json.loads(perfetto(waterfall)))
+    assert {
+        event["args"]["trace_id"] for event in events if "trace_id" in event.get("args", {})
+    } == set(ids.values())
+
+
+def test_plan_of_an_engine_that_led_its_own_round_is_said_to_be_its_own() -> None:
+    """The plan of z, which came late, is of another leader than that of a and b."""
+    messages = [
+        ready(), join("a"), join("b"), plan(), stage("a", "negotiate", 2, 10),
+        stage("b", "negotiate", 2, 10), join("z", at_ms=900),
+        plan(route("z"), epoch=2, at_ms=905, leader="z"), stage("z", "negotiate", 890, 906),
+    ]  # fmt: skip
+    leads = {
+        span.engine: (span.attributes[LEADER], span.attributes[EPOCH])
+        for span in span_tree(traced(messages))
+        if span.name == "plan"
+    }
+    assert leads == {"a": (True, 1), "b": (False, 1), "z": (True, 2)}
 
 
 def test_otlp_export_is_one_tree_when_a_stage_is_below_another() -> None:
