@@ -262,7 +262,8 @@ function drawFlight() {
   const rows = state.rounds.filter(matches);
   const empty = none(state.rounds, "No round in flight", "Nothing is on its way.");
   setText(at("flight-count"), counted(rows, state.rounds));
-  replaceKept(at("flight"), rows.length ? rows.map(flightRow) : [el("p", { class: "empty" }, empty)]);
+  replaceKept(at("flight"),
+    rows.length ? rows.map(flightRow) : [el("p", { class: "empty" }, empty)]);
 }
 
 // Puts new nodes in, and the focus back on the node that stands for the same thing.
@@ -285,7 +286,8 @@ function drawProblems() {
   ];
   const problems = all.filter((each) => matches(each.row))
     .sort((one, other) => other.at_ns - one.at_ns);
-  const drawn = JSON.stringify([filter, all.length, problems.map((each) => [each.at_ns, each.title, each.what])]);
+  const drawn = JSON.stringify([filter, all.length,
+    problems.map((each) => [each.at_ns, each.title, each.what])]);
   if (drawn === problemsDrawn) return;
   problemsDrawn = drawn;
   setText(at("problems-count"), counted(problems, all));

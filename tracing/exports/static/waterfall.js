@@ -463,7 +463,9 @@ function heading(waterfall) {
 function facts(waterfall) {
   const fact = (term, value, small) => el("div", {}, el("dt", {}, term), el("dd", {}, value, el("small", {}, small)));
   const found = [];
-  const since = { checkpoint_ready: "CheckpointReady", stored: "its storing", heard: "heard of" }[waterfall.origin] ?? "the first message";
+  const since = {
+    checkpoint_ready: "CheckpointReady", stored: "its storing", heard: "heard of",
+  }[waterfall.origin] ?? "the first message";
   found.push(waterfall.wall_s === null
     ? fact("update", "\u2013", "no engine serves it yet")
     : fact("update", formatSeconds(waterfall.wall_s), `${since} \u2192 last engine`));
@@ -488,8 +490,12 @@ function clocks(waterfall) {
 }
 
 function note(waterfall) {
-  const since = { checkpoint_ready: "the creation of CheckpointReady", stored: "when the bus stored CheckpointReady",
-    heard: `when the first engine heard of the version, ${formatSeconds(waterfall.late_s)} after it was there` }[waterfall.origin]
+  const late = formatSeconds(waterfall.late_s);
+  const since = {
+    checkpoint_ready: "the creation of CheckpointReady",
+    stored: "when the bus stored CheckpointReady",
+    heard: `when the first engine heard of the version, ${late} after it was there`,
+  }[waterfall.origin]
     ?? "the earliest message: that of CheckpointReady is gone, or its clock is ahead";
   return `Times count from ${since}. GB = 10\u2079 bytes. ` +
     "Percent of a link: what moved over it meanwhile, of what was measured for it. " +
