@@ -18,10 +18,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing into $(VENV), about two minutes the first time'
 	$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing into $(VENV), about two minutes the first time'
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 

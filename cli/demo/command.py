@@ -18,6 +18,7 @@ from rich.text import Text
 
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.settings import BusSettings
+from weightbus.cli.demo.beside import looking_on
 from weightbus.cli.demo.endpoint import why_no_endpoint
 from weightbus.cli.demo.fleet import DemoFailed, open_fleet
 from weightbus.cli.demo.report import make_directory, write_report
@@ -110,7 +111,8 @@ async def _follow(
         open_fleet(directory, bus.url, bus.prefix) as fleet,
         anyio.create_task_group() as group,
     ):
-        say(f"bus at {bus.url}; try `weightbus watch --nats {bus.url}` beside it")
+        for line in looking_on(sys.argv[0], bus.url):
+            say(line)
         story = Story(bus, fleet, say)
         await group.start(story.listen)
         await script.tell(story, fleet, say)

@@ -27,6 +27,8 @@ D = EngineSpec(engine="d", model="minilm", kind=MINILM, host="host-d")
 B_LOCAL = EngineSpec(engine="b", model="minilm", kind=MINILM)
 MOE = EngineSpec(engine="moe", model="decoder", kind=TorchKind("decoder", DECODER_CONFIG), ranks=2)
 
+STARTING = "starting the trainer and the first engines takes half a minute"
+
 
 class Script(Struct, frozen=True):
     """One demo."""
@@ -67,6 +69,7 @@ def choose_vllm_script(say: Say, *, elsewhere: bool) -> Script:
 
 async def _tell(story: Story, fleet: Fleet, say: Say) -> None:
     """Four versions by three routes; one engine comes late, one is killed and comes back."""
+    say(STARTING)
     await fleet.start_trainer()
     await story.start((A, B, C, MOE))
     say("a shares the trainer's host and reads its memory; b and c are elsewhere, and pull by p2p:")
@@ -91,6 +94,7 @@ async def _tell(story: Story, fleet: Fleet, say: Say) -> None:
 
 async def _tell_local(story: Story, fleet: Fleet, say: Say) -> None:
     """The same on one host, where the libraries of the other routes are missing."""
+    say(STARTING)
     await fleet.start_trainer()
     await story.start((A, B_LOCAL, MOE))
     await _step(story, 1, (A, B_LOCAL), decoder=True)
