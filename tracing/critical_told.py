@@ -10,13 +10,18 @@ from weightbus.tracing.facts import PROMPT_NS
 from weightbus.tracing.text import NS_PER_S, format_rate, format_seconds
 from weightbus.tracing.waterfall import EngineWaterfall, Origin, PathStep, StageRow
 
-__all__ = ("format_share", "tell_path")
+__all__ = ("FASTER", "FASTER_SHARE", "format_share", "tell_path")
 
 PARTS: Final = 3
 """How many steps are told of: those that took longest."""
 
 NAMED_SHARE: Final = 0.05
 """What took less than this of the whole is not told of, unless it is the longest."""
+
+FASTER_SHARE: Final = 1.005
+"""Of a link: from here on more than 100 % is told, which is said not to be a mistake."""
+
+FASTER: Final = "above 100 %: faster than measured by weightbus doctor"
 
 _ENDS: Final = {
     "complete": "served after",
@@ -98,4 +103,6 @@ def _tell_rate(rows: Sequence[StageRow]) -> str:
     share = (
         "" if row.link_share is None else f", {format_share(row.link_share)} of the {row.link} link"
     )
+    if row.link_share is not None and row.link_share > FASTER_SHARE:
+        share += f" ({FASTER})"
     return f" at {format_rate(row.gb_per_s)} GB/s{share}"

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from weightbus.schemas.base import Stage
 from weightbus.tracing.columns import Column, Columns, fit_columns
-from weightbus.tracing.critical_told import format_share
+from weightbus.tracing.critical_told import FASTER, FASTER_SHARE, format_share
 from weightbus.tracing.text import format_bytes, format_rate, format_seconds, printable
 from weightbus.tracing.waterfall import EngineWaterfall, Origin, StageRow, Waterfall
 
@@ -186,10 +186,13 @@ def _critical(waterfall: Waterfall) -> Iterator[Text]:
 
 
 def _legend(waterfall: Waterfall, ok: str, failed: str) -> Text:
+    shares = [row.link_share or 0.0 for engine in waterfall.engines for row in engine.stages]
+    faster = f" ({FASTER})" if max(shares, default=0.0) > FASTER_SHARE else ""
     return Text(
         f"{ok} a stage, {failed} a failed one, {CRITICAL} on the critical path; "
         f"start is counted from {COUNTED_FROM[waterfall.origin]}; {_clocks(waterfall)}; "
-        "rank all: the whole engine; link: how much of its measured rate was used; GB = 10^9 bytes",
+        f"rank all: the whole engine; link: how much of its measured rate was used{faster}; "
+        "GB = 10^9 bytes",
         style="dim",
     )
 

@@ -136,6 +136,28 @@ def test_path_waits_for_who_joined_last_and_for_the_plan_of_the_leader() -> None
     assert "it waited 144 ms (76 %) for c to join" in waterfall.critical_told
 
 
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [
+        (100_000_000, "3030 % of the memory link (above 100 %: faster than measured by weightbus"),
+        (3_030_000_000, "100 % of the memory link"),
+        (6_060_000_000, "50 % of the memory link"),
+    ],
+)
+def test_share_above_that_of_the_whole_link_is_said_to_be_faster_than_measured(
+    measured: int, told: str
+) -> None:
+    waterfall = built(
+        ready(),
+        join("a", links=Links(memory=measured)),
+        plan(route("a")),
+        stage("a", "reload", 10, 40, rank=0, taken="local", moved_bytes=90_900_000),
+        complete("a", end_ms=40, paused_s=0.0),
+    )
+    assert f", {told}" in waterfall.critical_told
+    assert ("above 100 %" in waterfall.critical_told) == ("above" in told)
+
+
 def test_the_leader_itself_negotiates_until_it_has_planned() -> None:
     waterfall = built(
         ready(),

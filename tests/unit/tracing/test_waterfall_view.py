@@ -114,3 +114,26 @@ def test_waterfall_shows_shares_of_links_first_tokens_and_what_clocks_may_be_off
     assert " 61 % disk " in text
     assert "first token after 150 ms" in text
     assert "clocks are off by 0.41 ms at most" in text
+
+
+@pytest.mark.parametrize(("measured", "is_faster"), [(2_000_000_000, False), (200_000_000, True)])
+def test_waterfall_explains_a_share_that_is_above_the_whole_link(
+    measured: int, is_faster: bool
+) -> None:
+    text = rendered(
+        [
+            ready(),
+            join("a", links=Links(disk=measured)),
+            stage("a", "fetch", 10, 60, rank=0, taken="local", moved_bytes=61_000_000),
+        ],
+        400,
+    )
+    legend = text.rstrip().splitlines()[-1]
+    assert ("(above 100 %: faster than measured by weightbus doctor)" in legend) == is_faster
+
+
+def test_waterfall_says_from_when_a_round_of_engines_that_came_late_counts() -> None:
+    text = rendered([ready(), complete("a", start_ms=60_002, end_ms=60_102)], 400)
+    assert "in 100 ms from hearing of it to the last engine serving" in text
+    assert "counted from when its first engine heard of it (it came after the version)" in text
+    assert "it came 60.0 s after the version" in text
