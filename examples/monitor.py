@@ -10,7 +10,7 @@ import anyio
 from weightbus.bus.connection import open_bus
 from weightbus.bus.monitor import EngineGone, Missed, Received, open_monitor
 from weightbus.bus.settings import BusSettings
-from weightbus.schemas import EngineState, FirstToken, UpdateComplete, UpdateFailed
+from weightbus.schemas import EngineState, FirstToken, UpdateComplete, UpdateFailed, WeightBusError
 
 
 async def main() -> None:
@@ -40,4 +40,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    try:
+        anyio.run(main)
+    except (KeyboardInterrupt, WeightBusError) as end:
+        sys.exit(str(end) or "interrupted")

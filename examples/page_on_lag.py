@@ -25,7 +25,13 @@ import anyio.to_thread
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.monitor import CaughtUp, EngineGone, Missed, Received, Reconnected, open_monitor
 from weightbus.bus.settings import BusSettings
-from weightbus.schemas import CheckpointReady, EngineState, UpdateComplete, UpdateFailed
+from weightbus.schemas import (
+    CheckpointReady,
+    EngineState,
+    UpdateComplete,
+    UpdateFailed,
+    WeightBusError,
+)
 from weightbus.tracing.fleet import EngineView, FleetView
 from weightbus.tracing.watcher import Fleet
 
@@ -183,4 +189,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    try:
+        anyio.run(main)
+    except (KeyboardInterrupt, WeightBusError) as end:
+        sys.exit(str(end) or "interrupted")

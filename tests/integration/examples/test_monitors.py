@@ -72,8 +72,9 @@ class Running:
 
 
 @contextmanager
-def running(command: list[str], url: str | None) -> Iterator[Running]:
-    variables = {key: text for key, text in os.environ.items() if not key.startswith("WEIGHTBUS_")}
+def running(command: list[str], url: str | None, **more: str) -> Iterator[Running]:
+    kept = {key: text for key, text in os.environ.items() if not key.startswith("WEIGHTBUS_")}
+    variables = kept | more
     if url is not None:
         variables["WEIGHTBUS_NATS_URL"] = url
     process = subprocess.Popen(
@@ -229,13 +230,51 @@ def test_python_tells_updates_first_tokens_failures_and_engines(nats_server: Nat
         assert monitor.line() == "a is gone"
 
 
-def test_program_of_the_guide_runs_as_it_stands(nats_server: NatsServer) -> None:
+def guide_program(url: str) -> list[str]:
+    """The program of the guide as it stands, but for the bus and the model, and a first line."""
     guide = (EXAMPLES.parent / "docs" / "monitors.md").read_text()
-    (program,) = re.findall(r"```python\n(import anyio\n.*?)```", guide, re.DOTALL)
-    program = program.replace("nats://127.0.0.1:4222", nats_server.url).replace("qwen3-rl", MODEL)
+    (program,) = re.findall(r"```python\n(import sys\n.*?)```", guide, re.DOTALL)
+    program = program.replace("nats://127.0.0.1:4222", url).replace("qwen3-rl", MODEL)
     program = program.replace("async for event in", "print('open')\n        async for event in")
+    return [sys.executable, "-u", "-c", program]
+
+
+NO_BUS = "nats://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [python("monitor.py"), python("page_on_lag.py", "--versions", "2"), guide_program(NO_BUS)],
+    ids=["monitor.py", "page_on_lag.py", "guide"],
+)
+def test_python_ends_in_one_line_when_there_is_no_bus(command: list[str]) -> None:
+    with running(command, NO_BUS) as program:
+        assert program.process.wait(DEADLINE_S) == 1
+        assert program.error() == f"bus {NO_BUS} is not available: Connection refused\n"
+
+
+def test_python_ends_in_one_line_when_it_is_interrupted_or_the_bus_is_lost(
+    nats_server: NatsServer,
+) -> None:
     put_on_bus(nats_server.settings, [state("a")])
-    with running([sys.executable, "-u", "-c", program], nats_server.url) as monitor:
+    pager = python("page_on_lag.py", "--versions", "2")
+    for command in (python("monitor.py"), pager, guide_program(nats_server.url)):
+        with running(command, nats_server.url) as program:
+            program.line()
+            program.process.send_signal(signal.SIGINT)
+            assert program.process.wait(DEADLINE_S) == 1
+            assert program.error() == "interrupted\n"
+    with running(python("monitor.py"), nats_server.url, WEIGHTBUS_RECONNECT_FOR_S="1") as program:
+        program.line()
+        nats_server.kill()
+        assert program.process.wait(DEADLINE_S) == 1
+        said = program.error()
+    assert (said.count("\n"), "lost for 1 s" in said) == (1, True), said
+
+
+def test_program_of_the_guide_runs_as_it_stands(nats_server: NatsServer) -> None:
+    put_on_bus(nats_server.settings, [state("a")])
+    with running(guide_program(nats_server.url), nats_server.url) as monitor:
         assert monitor.line() == "open"
         put_on_bus(nats_server.settings, [ready(7), complete("a")])
         assert monitor.line() == "a serves 7, verified"
