@@ -14,7 +14,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from weightbus.tracing.critical_told import format_share
+from weightbus.tracing.critical_told import FASTER, FASTER_SHARE, format_share
 from weightbus.tracing.laps import attempts_of, end_s
 from weightbus.tracing.text import (
     format_bytes,
@@ -262,5 +262,8 @@ def _rate(waterfall: Waterfall, stage: str) -> str:
     row = max(rows, key=lambda row: row.bytes, default=None)
     if row is None:
         return ""
-    share = "" if row.link_share is None else f" ({format_share(row.link_share)} of its link)"
-    return f"{format_rate(row.gb_per_s)}{share}"
+    rate = format_rate(row.gb_per_s)
+    if row.link_share is None:
+        return rate
+    faster = f", {FASTER}" if row.link_share > FASTER_SHARE else ""
+    return f"{rate} ({format_share(row.link_share)} of its link{faster})"

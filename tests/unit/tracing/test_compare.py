@@ -22,6 +22,7 @@ from tests.unit.tracing.rounds import (
 )
 from tests.unit.tracing.test_critical_path import broadcast_round
 from weightbus.schemas.base import Message
+from weightbus.schemas.rounds import Links
 from weightbus.tracing.compare import Comparison, EngineComparison, Sides, compare_rounds
 from weightbus.tracing.compare_view import CompareView
 from weightbus.tracing.history import build_waterfall
@@ -163,6 +164,23 @@ def test_comparison_is_of_the_last_attempt_of_an_engine_that_tried_again(traced:
     assert moved_bytes.second == 9_000_000
     assert gb_per_s.difference == pytest.approx(0)
     assert "a  complete, then complete (attempt 2)" in rendered(compared, 100)
+
+
+def test_comparison_explains_a_share_that_is_above_the_whole_link() -> None:
+    def measured(memory: int) -> str:
+        rounds = [
+            built([
+                ready(), join("a", links=Links(memory=memory)), plan(route("a")),
+                stage("a", "reload", 10, end_ms, rank=0, taken="local", moved_bytes=60_000_000),
+                complete("a", end_ms=end_ms, paused_s=0.0),
+            ])
+            for end_ms in (40, 70)
+        ]  # fmt: skip
+        return compare_rounds(*rounds).told
+
+    faster = "above 100 %: faster than measured by weightbus doctor"
+    assert f"against 2.00 (200 % of its link, {faster})" in measured(1_000_000_000)
+    assert "against 2.00 (50 % of its link)" in measured(4_000_000_000)
 
 
 def test_comparison_survives_json() -> None:
