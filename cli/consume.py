@@ -29,13 +29,14 @@ from weightbus.cli.engines import (
 )
 from weightbus.cli.links import LINKS_FILE, read_links
 from weightbus.cli.options import p2p_options
+from weightbus.cli.outage import tell_outages
 from weightbus.cli.sizes import read_size
 from weightbus.cli.until import open_stop
 from weightbus.consumers.config import ConsumerConfig
 from weightbus.consumers.planning.staging import MIB, StagingLimits
 from weightbus.consumers.service import open_consumer
 from weightbus.consumers.transfer.compose import open_routes
-from weightbus.schemas.base import RouteName
+from weightbus.schemas.base import RouteName, Token
 from weightbus.schemas.placement import HostId
 from weightbus.schemas.progress import UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import CommitPolicy
@@ -80,6 +81,15 @@ def _host_id(context: click.Context, parameter: click.Parameter, value: str | No
         ) from None
 
 
+def _token(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        return msgspec.convert(value, Token)
+    except msgspec.ValidationError:
+        raise click.BadParameter(
+            f"{value!r} is not 1 to 64 of the characters A-Z a-z 0-9 _ -"
+        ) from None
+
+
 def _staging(context: click.Context, parameter: click.Parameter, value: str) -> int:
     size, least = read_size(context, parameter, value), StagingLimits().min_bucket_bytes
     if 0 < size < least:
@@ -88,8 +98,10 @@ def _staging(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 @click.command()
-@click.option("--model", required=True, help="Model whose versions to follow.")
-@click.option("--engine-id", required=True, help="Id of the engine, unique for the model.")
+@click.option("--model", required=True, callback=_token, help="Model whose versions to follow.")
+@click.option(
+    "--engine-id", required=True, callback=_token, help="Id of the engine, unique for the model."
+)
 @click.option(
     "--nats", "nats_url", help="NATS URL; else WEIGHTBUS_NATS_URL, else a bus of its own."
 )
@@ -255,6 +267,7 @@ async def run_consumer(options: Options) -> None:
                 f"{bus.url}; its sockets are in {directory}"
             )
             await tasks.start(_tell, bus, config)
+            tasks.start_soon(tell_outages, bus, lambda lost: click.echo(lost or "bus is back"))
             await stop.wait()
 
 

@@ -10,20 +10,24 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import click
 import msgspec
 from msgspec import Struct
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
+from weightbus.bus.background import open_background
 from weightbus.bus.connection import Bus, open_bus
 from weightbus.bus.monitor import CaughtUp, Missed, open_monitor
 from weightbus.bus.presence import EngineGone
 from weightbus.bus.received import Received, Reconnected
 from weightbus.bus.settings import BusSettings
 from weightbus.cli.monitoring import close_broken_pipe, looked_back, running_bus
+from weightbus.cli.outage import Outage, tell_outages
 from weightbus.cli.until import until_stopped
 from weightbus.schemas.base import Message
 from weightbus.tracing.fleet_view import FleetTables
@@ -100,23 +104,34 @@ async def _show(options: Options) -> None:
     async with open_bus(options.bus) as bus:
         if options.as_json or not sys.stdout.isatty():
             line_of = json_line if options.as_json else text_line
-            await Watch(bus, options.model).run(
-                lambda event, received_ns: click.echo(line_of(event, received_ns))
-            )
+            async with open_background() as tasks:
+                tasks.start_soon(tell_outages, bus, partial(_tell_lost, as_json=options.as_json))
+                await Watch(bus, options.model).run(
+                    lambda event, received_ns: click.echo(line_of(event, received_ns))
+                )
         else:
             watch = Watch(bus, options.model)
             async with _redrawn(watch.fleet, bus):
                 await watch.run()
 
 
+def _tell_lost(lost: str, *, as_json: bool) -> None:
+    """Beside the events where those are JSON; that it is back is an event."""
+    if lost:
+        click.echo(lost, err=as_json)
+
+
 @asynccontextmanager
 async def _redrawn(fleet: Fleet, bus: Bus) -> AsyncIterator[None]:
     """The fleet's tables on the terminal, drawn again and again."""
+    outage = Outage(bus)
     with Live(auto_refresh=False) as live:
 
         async def redraw() -> None:
             while True:
-                live.update(FleetTables(fleet.view(bus.clock.now_ns())), refresh=True)
+                lost = [Text(line, style="bold red")] if (line := outage.look()) else []
+                tables = FleetTables(fleet.view(bus.clock.now_ns()))
+                live.update(Group(*lost, tables), refresh=True)
                 await anyio.sleep(REDRAW_S)
 
         async with anyio.create_task_group() as tasks:

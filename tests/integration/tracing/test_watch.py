@@ -197,6 +197,44 @@ def test_watch_goes_on_and_tells_what_it_missed_when_the_bus_restarts(
     assert told >= {"CheckpointReady", "Join", "RoundPlan", "UpdateComplete"}
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_watch_says_that_the_bus_is_lost_while_it_is_and_then_that_it_is_back(
+    nats_server: NatsServer, options: tuple[str, ...]
+) -> None:
+    put_on_bus(nats_server.settings, [state("a")])
+    with watching(nats_server, *options) as process:
+        next_line(process)
+        nats_server.kill()
+        said = process.stderr if options else process.stdout
+        assert said is not None
+        assert said.readline().startswith("bus lost, trying since ")
+        nats_server.start()
+        back = next_line(process)
+    assert ('"Reconnected"' in back) if options else ("lost and is back" in back)
+
+
+def test_watch_shows_on_its_terminal_that_the_bus_is_lost(nats_server: NatsServer) -> None:
+    put_on_bus(nats_server.settings, [state("a")])
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "watch", "--nats", nats_server.url]
+    process = subprocess.Popen(command, env=environment(TERM="xterm"), stdout=theirs)
+    os.close(theirs)
+    try:
+        seen = b""
+        while b"serving" not in seen and (chunk := _read(ours)):
+            seen += chunk
+        assert b"bus lost" not in seen
+        nats_server.kill()
+        seen = b""
+        while b"bus lost, trying since " not in seen and (chunk := _read(ours)):
+            seen += chunk
+        assert b"bus lost, trying since " in seen
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+        os.close(ours)
+
+
 def test_watch_tells_everything_when_its_reader_stood_still(nats_server: NatsServer) -> None:
     """A pipe holds a few hundred lines: after them the command stands still, too."""
     few = {"WEIGHTBUS_MAX_UNREAD_MESSAGES": "8"}

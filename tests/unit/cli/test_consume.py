@@ -56,6 +56,8 @@ def test_address_is_the_one_towards_nats_when_none_is_given(
     ("arguments", "reason"),
     [
         (("--p2p-protocol", "foo"), "'foo' is not one of"),
+        (("--engine-id", "a.b"), "'--engine-id': 'a.b' is not 1 to 64 of the characters"),
+        (("--model", "a b"), "'--model': 'a b' is not 1 to 64 of the characters"),
         (("--host-id", ""), "'' is not 1 to 128 of the characters"),
         (("--host-id", "a b"), "'a b' is not 1 to 128 of the characters"),
         (("--address", "nonsense..host"), "'nonsense..host' must be an address of this host"),
