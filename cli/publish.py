@@ -107,7 +107,7 @@ async def run_publish(
         from weightbus.producers.files import publish_files
     except ModuleNotFoundError as error:
         raise click.ClickException(
-            f"publishing needs the package {error.name}: pip install weightbus[torch]"
+            f"publishing needs the package {error.name}: pip install 'weightbus[torch]'"
         ) from error
     with open_telemetry(SERVICE, otlp=otlp) as telemetry:
         async with open_bus(settings) as bus:

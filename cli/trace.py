@@ -131,6 +131,8 @@ def _check_usage(
     output: Path | None,
 ) -> None:
     """What cannot be meant together."""
+    if compare and (option := next((each for each in compare if each.startswith("--")), "")):
+        raise click.UsageError(f"--compare needs ROUND1 and ROUND2: one is missing before {option}")
     if compare and round_id is not None:
         raise click.UsageError("--compare names both rounds; ROUND is one too many")
     if format_name is not None and (compare or as_json):

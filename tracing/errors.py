@@ -35,7 +35,7 @@ class ExporterMissing(TracingError):
         self.protocol, self.endpoint = protocol, endpoint
         super().__init__(
             f"spans cannot be sent to {endpoint}: no OTLP exporter for {protocol} is installed; "
-            "pip install weightbus[otlp]"
+            "pip install 'weightbus[otlp]'"
         )
 
 
@@ -54,7 +54,7 @@ class PrometheusMissing(TracingError):
         self.url = url
         super().__init__(
             f"metrics cannot be read at {url}: no exporter for Prometheus is installed; "
-            "pip install weightbus[prometheus]"
+            "pip install 'weightbus[prometheus]'"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import webbrowser
@@ -44,12 +45,9 @@ class Options(Struct, frozen=True, kw_only=True):
 class AddressUnusable(WeightBusError):
     """The page cannot be served there."""
 
-    def __init__(self, host: str, port: int, reason: str) -> None:
-        self.host, self.port, self.reason = host, port, reason
-        super().__init__(
-            f"the page cannot be served at {host} port {port}: {reason}; give another --port, or 0 "
-            "for a free one"
-        )
+    def __init__(self, host: str, port: int, reason: str, remedy: str) -> None:
+        self.host, self.port, self.reason, self.remedy = host, port, reason, remedy
+        super().__init__(f"the page cannot be served at {host} port {port}: {reason}; {remedy}")
 
 
 @click.command("ui")
@@ -132,7 +130,11 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise AddressUnusable(host, port, reason) from None
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            remedy = "--host must be an address of this machine"
+        else:
+            remedy = "give another --port, or 0 for a free one"
+        raise AddressUnusable(host, port, reason, remedy) from None
 
 
 def _url(host: str, port: int) -> str:

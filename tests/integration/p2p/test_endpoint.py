@@ -163,7 +163,7 @@ def test_open_names_the_missing_wheel(tmp_path: Path) -> None:
     said = run_with_fake(raises, tmp_path)
 
     assert "the package mooncake is not installed" in said
-    assert "weightbus[p2p-cpu]" in said
+    assert "'weightbus[p2p-cpu]' where" in said
 
 
 def test_options_decide_whether_an_unusable_endpoint_is_an_error(

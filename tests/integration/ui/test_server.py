@@ -155,6 +155,10 @@ def test_command_fails_with_one_line_when_there_is_no_bus_or_the_port_is_taken(
     taken = weightbus("ui", "--nats", nats_server.url, "--port", port)
     assert taken.returncode == 1
     assert f"cannot be served at 127.0.0.1 port {port}" in taken.stderr
+    assert "give another --port" in taken.stderr
+    elsewhere = weightbus("ui", "--nats", nats_server.url, "--host", "192.0.2.1")
+    assert elsewhere.returncode == 1
+    assert elsewhere.stderr.endswith("--host must be an address of this machine\n")
     nats_server.stop()
     quick = {"WEIGHTBUS_CONNECT_TIMEOUT_S": "0.5"}
     gone = weightbus("ui", "--nats", nats_server.url, "--port", "0", **quick)

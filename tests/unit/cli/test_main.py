@@ -49,6 +49,11 @@ def test_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) ->
     assert "No such command 'fly'" in capsys.readouterr().err
 
 
+def test_command_that_is_nearly_one_is_told_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["wacth"]) == 2
+    assert "No such command 'wacth'. Did you mean 'watch'?" in capsys.readouterr().err
+
+
 def test_command_that_ends_well_exits_with_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, ["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Weight bus messages"

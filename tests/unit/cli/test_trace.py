@@ -35,6 +35,13 @@ def test_trace_asks_for_a_bus_when_none_is_named() -> None:
     assert "WEIGHTBUS_NATS_URL" in result.output
 
 
+def test_option_is_not_taken_for_the_second_round() -> None:
+    words = ["--compare", "v1", "--nats", "nats://127.0.0.1:1"]
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 2
+    assert "--compare needs ROUND1 and ROUND2: one is missing before --nats" in result.output
+
+
 @pytest.mark.parametrize(
     "struct",
     [

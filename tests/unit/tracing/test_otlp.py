@@ -184,7 +184,7 @@ try:
 except ExporterMissing as error:
     print(error)
 """
-    assert "pip install weightbus[otlp]" in _run(program)
+    assert "pip install 'weightbus[otlp]'" in _run(program)
 
 
 def test_telemetry_imports_neither_sdk_nor_exporter_when_nothing_is_exported() -> None:

@@ -241,7 +241,7 @@ except PrometheusMissing as error:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert "http://localhost:9464/metrics" in done.stdout
-    assert "pip install weightbus[prometheus]" in done.stdout
+    assert "pip install 'weightbus[prometheus]'" in done.stdout
 
 
 def test_names_are_those_that_prometheus_sees() -> None:
