@@ -72,7 +72,8 @@ class LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if close := get_close_matches(args[0], COMMANDS, n=1):
-                error.message += f" Did you mean '{close[0]}'?"
+                told = f"{error.message} Did you mean '{close[0]}'?"
+                raise click.UsageError(told, ctx) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
