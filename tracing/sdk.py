@@ -34,6 +34,7 @@ from weightbus.tracing.attributes import CAUSE
 from weightbus.tracing.errors import PrometheusMissing, PrometheusUnavailable
 from weightbus.tracing.hush import hushed
 from weightbus.tracing.ids import new_span_id, new_trace_id
+from weightbus.tracing.lost import cause_told, lost_told
 from weightbus.tracing.metric_names import SIGNAL, TELEMETRY_LOST, TELEMETRY_METER
 from weightbus.tracing.otlp import (
     ExportLosses,
@@ -109,8 +110,8 @@ class OwnReader(PeriodicExportingMetricReader):
     """Sends the figures of the process that made it. A fork of it has them, too, and the SDK goes
     on there: each worker of a `DataLoader` would send them again, as they were when it began."""
 
-    def __init__(self, exporter: MetricExporter) -> None:
-        self._process = os.getpid()
+    def __init__(self, exporter: MetricExporter, endpoint: str) -> None:
+        self.endpoint, self._process = endpoint, os.getpid()
         self.counted = CountingExporter(exporter)
         super().__init__(self.counted)
 
@@ -186,8 +187,9 @@ class OwnMeters:
         counted = self._sending.counted
         lost = counted.refused + is_sending
         if lost:
-            why = f"; last error: {counted.last_error}" if counted.last_error else ""
-            _logger.warning("%d exports of metrics of %s were lost%s", lost, self._service, why)
+            told = lost_told(lost, "export of metrics", "exports of metrics", self._service)
+            why = cause_told(self._sending.endpoint, counted.last_error)
+            _logger.warning("%s; %s", told, why)
 
 
 def open_meters(
@@ -206,14 +208,14 @@ def open_meters(
         ExporterMissing: they are to be sent, but the extra `otlp` is not installed.
         PrometheusMissing: they are to be read, but the extra `prometheus` is not installed.
     """
-    exporter = None
+    exporter, url = None, ""
     if otlp is not None and otlp.metrics_endpoint and reader is None:
-        exporter = open_metric_exporter(otlp)
+        exporter, url = open_metric_exporter(otlp), otlp.metrics_endpoint
     endpoint = None
     if otlp is not None and otlp.prometheus is not None:
         endpoint = _endpoint(otlp.prometheus)
     if exporter is not None:
-        reader = OwnReader(exporter)  # last: it begins a thread
+        reader = OwnReader(exporter, url)  # last: it begins a thread
     if reader is None and endpoint is None:
         return None
     return OwnMeters(service, resource, reader, endpoint)

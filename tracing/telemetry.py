@@ -35,6 +35,7 @@ from weightbus.tracing import attributes as names
 from weightbus.tracing.attributes import AttributeValue, Destination
 from weightbus.tracing.context import SpanRef
 from weightbus.tracing.ids import in_trace, new_span_id, new_trace_id
+from weightbus.tracing.lost import cause_told, lost_told
 from weightbus.tracing.otlp import (
     ExportLosses,
     OtlpSettings,
@@ -362,23 +363,22 @@ def open_telemetry(
     finally:
         end_s = time.monotonic() + shutdown_s
         if shipper is not None:  # first: the last metrics tell what was lost of it
-            _close_shipper(shipper, service, shutdown_s * (1 if meters is None else SPANS_SHARE))
+            spans_s = shutdown_s * (1 if meters is None else SPANS_SHARE)
+            _close_shipper(shipper, service, "" if otlp is None else otlp.endpoint, spans_s)
         if meters is not None:
             meters.close(max(0.0, end_s - time.monotonic()))
 
 
-def _close_shipper(shipper: SpanShipper, service: str, shutdown_s: float) -> None:
+def _close_shipper(shipper: SpanShipper, service: str, endpoint: str, shutdown_s: float) -> None:
     losses = shipper.close(shutdown_s)
     if losses.total:
         _logger.warning(
-            "%d spans of %s were lost: %d refused by the collector, %d unsent at the end, "
-            "%d without room%s",
-            losses.total,
-            service,
+            "%s: %d not taken by a collector, %d unsent at the end, %d without room; %s",
+            lost_told(losses.total, "span", "spans", service),
             losses.refused,
             losses.unsent,
             losses.queue_full,
-            "" if shipper.last_error is None else f"; last error: {shipper.last_error!r}",
+            cause_told(endpoint, str(shipper.last_error or "")),
         )
 
 

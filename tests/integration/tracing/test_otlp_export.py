@@ -142,8 +142,10 @@ def test_update_goes_on_and_losses_are_counted_when_the_collector_refuses(
 def test_update_goes_on_and_losses_are_counted_when_no_collector_is_there(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run_one_update(f"http://127.0.0.1:{free_port()}")
+    url = f"http://127.0.0.1:{free_port()}"
+    run_one_update(url)
     assert "2 spans of consumer were lost" in caplog.text
+    assert f"{url}/v1/traces" in caplog.text
 
 
 def test_shutdown_is_bounded_and_losses_are_counted_when_the_collector_hangs(

@@ -44,4 +44,4 @@ def test_shutdown_is_bounded_when_no_grpc_collector_is_there(
         telemetry.span("publish"),
     ):
         pass
-    assert "1 spans of trainer were lost" in caplog.text
+    assert "1 span of trainer was lost" in caplog.text
