@@ -262,8 +262,9 @@ async def run_consumer(options: Options) -> None:
         async with open_consumer(
             config, bus=bus, engine=engine, routes=routes, telemetry=telemetry
         ):
+            ranks = "1 rank" if engine.ranks == 1 else f"{engine.ranks} ranks"
             click.echo(
-                f"engine {config.engine} ({engine.ranks} ranks) follows {config.model} on "
+                f"engine {config.engine} ({ranks}) follows {config.model} on "
                 f"{bus.url}; its sockets are in {directory}"
             )
             await tasks.start(_tell, bus, config)

@@ -90,7 +90,8 @@ class Incidents:
         if kind == "behind":
             serves = engine.version if engine.version >= 0 else "none"
             newest = fleet.newest[engine.model]
-            return f"{lag} versions behind: it serves {serves}, newest is {newest}"
+            versions = "version" if lag == 1 else "versions"
+            return f"{lag} {versions} behind: it serves {serves}, newest is {newest}"
         for failure in fleet.failures:
             if (failure.model, failure.engine) == (engine.model, engine.engine):
                 return f"quarantined: version {failure.version}: {failure.cause}: {failure.reason}"
