@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from weightbus.bus.clock import ClockReading
-from weightbus.consumers.streamed import Streamed
+from weightbus.consumers.streamed import BUCKETS_SAID, BUCKETS_TRACED, Streamed
 from weightbus.consumers.update import Outcome, Prepared
 from weightbus.schemas.base import BucketTimings, Message, RouteName, Stage
 from weightbus.schemas.catalogue import message_id_of
@@ -312,7 +312,7 @@ class Journal:
                         start_ns,
                         end_ns,
                         bytes=timing.bytes,
-                        buckets=streamed.said(),
+                        buckets=streamed.merged(BUCKETS_SAID),
                         rank=applied.rank,
                         route=outcome.route,
                         scope=scope,
@@ -376,5 +376,5 @@ class Journal:
 
     def _end(self, work: Work) -> None:
         for stage, scope, rank, streamed in work.untold:
-            self._telemetry.record_buckets(stage, scope, rank, streamed.told())
+            self._telemetry.record_buckets(stage, scope, rank, streamed.merged(BUCKETS_TRACED))
         work.span.end(max(work.closed_ns, work.last_ns))

@@ -1,4 +1,4 @@
-"""The buckets of a stage that streamed: all of them, and the few that a message holds.
+"""The buckets of a stage that streamed: as many as a message holds, and the few that have spans.
 
 Does no I/O. Invariant: on the bus's clock every bucket lies within its stage.
 """
@@ -10,10 +10,13 @@ from typing import Final
 
 from weightbus.schemas.base import BucketTiming, BucketTimings
 
-__all__ = ("BUCKETS_SAID", "Streamed")
+__all__ = ("BUCKETS_SAID", "BUCKETS_TRACED", "Streamed")
 
 BUCKETS_SAID: Final = 256
-"""Of one stage, in messages: 6.4 KB, so that history holds many updates. Spans tell them all."""
+"""Of one stage, in messages: 6.4 KB, so that history holds many updates."""
+
+BUCKETS_TRACED: Final = 32
+"""Of one stage, as spans: each takes the exporting thread some 60 us, and the collector as much."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,9 @@ class Streamed:
     """Of the stage, as its end: bus time."""
     end_ns: int
 
-    def told(self) -> BucketTimings:
-        """All, on the bus's clock."""
-        return self._moved(self.buckets)
-
-    def said(self) -> BucketTimings:
-        """`BUCKETS_SAID` at most, on the bus's clock: of many, neighbours are as one."""
-        many = -(-len(self.buckets) // BUCKETS_SAID)
+    def merged(self, most: int) -> BucketTimings:
+        """`most` at most, on the bus's clock: of many, neighbours are as one."""
+        many = -(-len(self.buckets) // most)
         if many <= 1:
             return self._moved(self.buckets)
         firsts = range(0, len(self.buckets), many)

@@ -1,4 +1,4 @@
-"""A monitor in 30 lines: prints every update, its first token, and why one failed."""
+"""Prints every update, its first token, and why one failed."""
 
 from __future__ import annotations
 

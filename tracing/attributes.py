@@ -161,7 +161,7 @@ SPANS: Final = (
     ),
     SpanInfo(
         "bucket", "bucket", "fetch, h2d, broadcast or reload", "INTERNAL",
-        "One bucket of a stage that streams.",
+        "One bucket of a stage that streams, or neighbours, so that there are 32 at most.",
     ),
     SpanInfo(
         "commit", "commit", "update", "INTERNAL", "The engine is let serve the proven version."
@@ -214,7 +214,7 @@ ATTRIBUTES: Final = (
         BYTES, "int", ("publish", *_STAGES, "bucket"),
         "Bytes published, or moved by this stage or bucket of this rank.",
     ),
-    Attribute(BUCKET, "int", ("bucket",), "The bucket's number within its stage, from 0."),
+    Attribute(BUCKET, "int", ("bucket",), "Its number among the stage's bucket spans, from 0."),
     Attribute(LEADER, "boolean", ("plan",), "Whether this consumer made the plan."),
     Attribute(EPOCH, "int", ("plan",), "The plan's epoch in its round; a later one replaces it."),
     Attribute(

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.unit.consumers.fakes import ready_of
 from weightbus.bus.clock import ClockReading, HostClock
 from weightbus.consumers.journal import Journal, Work
-from weightbus.consumers.streamed import BUCKETS_SAID
+from weightbus.consumers.streamed import BUCKETS_SAID, BUCKETS_TRACED
 from weightbus.consumers.update import Outcome
 from weightbus.schemas.base import BucketTiming
 from weightbus.schemas.checkpoint import CheckpointReady
@@ -253,6 +253,12 @@ def test_first_token_lies_within_the_update_when_it_comes_after_the_end(
     assert again is None, "there is one first token"
 
 
+def _bytes_of(span: ReadableSpan) -> int:
+    told = (span.attributes or {})["weightbus.bytes"]
+    assert isinstance(told, int)
+    return told
+
+
 def test_stages_are_told_when_the_engine_serves_again_and_many_buckets_as_few(
     world: World, exporter: InMemorySpanExporter
 ) -> None:
@@ -269,7 +275,9 @@ def test_stages_are_told_when_the_engine_serves_again_and_many_buckets_as_few(
     assert (said[0].start_ns - BUS_NS, said[-1].end_ns - BUS_NS) == (30, 130)
     assert [b.start_ns for b in said] == sorted(b.start_ns for b in said)
     world.journal.close(7)
-    assert len(spans_of(exporter)["bucket"]) == count
+    traced = spans_of(exporter)["bucket"]
+    assert len(traced) == -(-count // 25) <= BUCKETS_TRACED
+    assert sum(_bytes_of(span) for span in traced) == 4 * count
 
 
 def test_stages_keep_their_round_when_their_plan_came_to_nothing_after_them(
