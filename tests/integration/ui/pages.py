@@ -26,6 +26,7 @@ __all__ = ("DEADLINE_MS", "Visit", "open_browser", "open_teller", "open_ui", "pu
 
 DEADLINE_MS = 60_000
 """The machine may be busy with other tests."""
+POLL_S = 0.02
 
 
 @asynccontextmanager
@@ -96,6 +97,13 @@ class Visit:
         """Returns once something that is shown there has this text."""
         found = self.page.locator(selector, has_text=text).filter(visible=True).first
         await found.wait_for(timeout=DEADLINE_MS)
+
+    async def holds(self, expression: str) -> None:
+        """Returns once the expression is true there. Not by playwright's own waiting: that
+        evaluates text within the page, which the page's policy forbids."""
+        with anyio.fail_after(DEADLINE_MS / 1000):
+            while not await self.page.evaluate(expression):  # noqa: ASYNC110 - of a browser
+                await anyio.sleep(POLL_S)
 
     async def text(self, selector: str) -> str:
         return await self.page.locator(selector).first.inner_text()

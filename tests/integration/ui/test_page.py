@@ -142,7 +142,7 @@ async def test_page_is_used_by_keyboard_alone(teller: Bus, shown: Visit) -> None
     assert await page.evaluate("document.activeElement.dataset.key") == f"{MODEL}/v7"
     await keys.press("Enter")
     await shown.sees(".wf-chart .row", "reload")
-    await page.wait_for_function("document.activeElement.tagName == 'H2'")
+    await shown.holds("document.activeElement.tagName == 'H2'")
     while "critical stage" not in await focused(shown):
         await keys.press("Tab")
     await keys.press("Enter")
@@ -158,7 +158,7 @@ async def test_page_is_used_by_keyboard_alone(teller: Bus, shown: Visit) -> None
     await keys.press("End")
     await shown.sees(".wf-detail", "failed: TornRead")
     await keys.press("Escape")
-    await page.wait_for_function(f"document.activeElement.dataset.key == '{MODEL}/v7'")
+    await shown.holds(f"document.activeElement.dataset.key == '{MODEL}/v7'")
     await keys.press("/")
     await keys.type("no such engine")
     await shown.sees("#engines", "No engine matches")
@@ -222,7 +222,7 @@ async def test_page_filters_by_model_and_engine(teller: Bus, shown: Visit) -> No
     await shown.sees("#engines .row", "zed")
     box = shown.page.get_by_label("Filter by model or engine")
     await box.fill("OTHER")
-    await shown.page.wait_for_function("document.querySelectorAll('#engines .row').length == 1")
+    await shown.holds("document.querySelectorAll('#engines .row').length == 1")
     await shown.sees("#engines .row", "zed")
     await shown.sees("#engines-count", "1 of 3")
     assert await shown.page.locator("#history .row:visible").count() == 0

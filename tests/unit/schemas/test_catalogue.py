@@ -60,6 +60,7 @@ from weightbus.schemas import (
         ("StageComplete", "weightbus.qwen3-rl.stage.a.0"),
         ("UpdateComplete", "weightbus.qwen3-rl.update.a"),
         ("UpdateFailed", "weightbus.qwen3-rl.update.b"),
+        ("FirstToken", "weightbus.qwen3-rl.update.a.first_token"),
         ("DeadLetter", "weightbus.qwen3-rl.dead"),
     ],
 )
@@ -69,7 +70,7 @@ def test_subject_follows_from_the_message(name: str, subject: str) -> None:
 
 
 def test_every_entry_has_a_subject_test_above() -> None:
-    assert len(CATALOGUE) == 16
+    assert len(CATALOGUE) == 17
 
 
 def test_stage_of_the_whole_engine_has_its_own_token() -> None:
@@ -85,6 +86,7 @@ def test_what_a_trainer_in_any_language_reads_is_json_and_the_rest_messagepack()
         "RoundComplete",
         "UpdateComplete",
         "UpdateFailed",
+        "FirstToken",
         "DeadLetter",
     }
     assert entry_of(RoundComplete).content_type == CONTENT_TYPE_JSON
