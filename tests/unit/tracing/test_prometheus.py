@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import prometheus_client
 import pytest
@@ -207,20 +208,24 @@ def test_every_scrape_is_whole_when_many_come_at_once() -> None:
 
 
 def test_fork_keeps_no_address_and_ends_nothing() -> None:
-    port = free_port()
-    with open_telemetry("trainer", otlp=settings_of(port)) as telemetry:
-        publisher(telemetry, "t").published()
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(write)
-            os.read(read, 1)  # it outlives the telemetry
-            os._exit(0)
-        os.close(read)
-        assert scrape(port)["weightbus_versions_published_total"]
-    with socket.create_server(("127.0.0.1", port)):
-        """The address is free, though the fork lives."""
-    os.close(write)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with open_telemetry("trainer", otlp=settings_of(0)) as telemetry:
+            publisher(telemetry, "t").published()
+            child = os.fork()
+            if child == 0:
+                ours.close()
+                theirs.send(b"x")
+                theirs.recv(1)  # it outlives the telemetry
+                os._exit(0)
+            theirs.close()
+            ours.settimeout(TIMEOUT_S)
+            assert ours.recv(1), "it runs, and so has forgotten what it inherited"
+            port = urlsplit(telemetry.metrics_url).port
+            assert port
+            assert scrape(port)["weightbus_versions_published_total"]
+        with socket.create_server(("127.0.0.1", port)):
+            """The address is free, though the fork lives."""
     assert os.waitpid(child, 0) == (child, 0)
 
 
