@@ -84,8 +84,9 @@ def command(
 
     Times count from the creation of CheckpointReady, or from when the first engine heard of it if
     that came late, by the clock of the bus; the total is the time until the last engine served the
-    version. Stages on the critical path, which is that engine's, have a *. Needs no collector: the
-    bus itself remembers the last rounds.
+    version. Stages on the critical path, which is that engine's, have a *. An engine that came when
+    the round was over, and gave up, has a line of its own and counts for nothing else. Needs no
+    collector: the bus itself remembers the last rounds.
 
     --json prints model, version, round, epoch, leader, producer, trace_id, publish_span_id,
     complete, origin, origin_ns, late_s, clock_residual_s, stored_s, wall_s, span_s, bytes,
@@ -95,7 +96,8 @@ def command(
     paused_s, cause, reason, quarantined, clock_residual_s, trace_id, span_id, first_token_span_id,
     and stages: a list of stage, rank, route, start_s, duration_s, bytes, gb_per_s, link,
     link_share, buckets, critical, ok, error, span_id, parent_span_id. Buckets are start_s,
-    duration_s, bytes.
+    duration_s, bytes. late is a list like engines, with attempts and told besides: of those who
+    came when the round was over, and gave up.
 
     With --compare it prints model, first_round, second_round, first_version, second_version,
     wall_s, bytes, gb_per_s, told, and engines: a list of engine, first_outcome, second_outcome,

@@ -1,4 +1,4 @@
-"""A critical path in one sentence, with numbers. Does no I/O."""
+"""A critical path in one sentence, and a late attempt in another, with numbers. Does no I/O."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 from weightbus.tracing.critical_path import CriticalPath
 from weightbus.tracing.facts import PROMPT_NS
 from weightbus.tracing.text import NS_PER_S, format_rate, format_seconds
-from weightbus.tracing.waterfall import EngineWaterfall, Origin, PathStep, StageRow
+from weightbus.tracing.waterfall import EngineWaterfall, LateEngine, Origin, PathStep, StageRow
 
-__all__ = ("FASTER", "FASTER_SHARE", "format_share", "tell_path")
+__all__ = ("FASTER", "FASTER_SHARE", "format_share", "tell_late", "tell_path")
 
 PARTS: Final = 3
 """How many steps are told of: those that took longest."""
@@ -68,6 +68,26 @@ def tell_path(
     last = f", the last of {alike}," if alike > 1 else ""
     end = f"{_ENDS[engine.outcome]} {format_seconds(total_s)}{_SINCE[origin]}"
     return f"engine {engine.engine}{last} {end}: {'; '.join(parts)}"
+
+
+_AFTER: Final[Mapping[Origin, str]] = {
+    "checkpoint_ready": "CheckpointReady",
+    "stored": "CheckpointReady",
+    "heard": "the first engine had heard of it",
+    "earliest": "the first message",
+}
+
+
+def tell_late(engine: LateEngine, origin: Origin) -> str:
+    """`came when the round was over, 300 s after CheckpointReady, and gave up after 3.00 ms:
+    VersionRetired: its publisher died (2 attempts)`."""
+    start_s, end_s = engine.start_s or 0.0, engine.end_s or 0.0
+    why = ": ".join(filter(None, (engine.cause, engine.reason)))
+    attempts = f" ({engine.attempts} attempts)" if engine.attempts > 1 else ""
+    return (
+        f"came when the round was over, {format_seconds(start_s)} after {_AFTER[origin]}, and gave "
+        f"up after {format_seconds(max(0.0, end_s - start_s))}: {why}{attempts}"
+    )
 
 
 def format_share(share: float | None) -> str:

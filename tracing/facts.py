@@ -2,8 +2,9 @@
 
 Does no I/O. A message that comes twice counts once. An engine that comes late writes a plan of its
 own, of a later epoch and with itself alone, into the same round: so a plan counts for the engines
-that it names, and of several the one of the last epoch; and so does a leader's closing word. A
-version that is published again has a round of the same name again: of the two, the last counts.
+that it names, and of several the one of the last epoch; and so does a leader's closing word. One
+that came when the round was over and gave up had no part in it, and is kept apart. A version that
+is published again has a round of the same name again: of the two, the last counts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.context import SpanRef
+from weightbus.tracing.late import part_late
 from weightbus.tracing.text import NS_PER_S
 from weightbus.tracing.waterfall import ROUND_MESSAGES, Origin, Outcome, RoundMessage
 
@@ -74,9 +76,24 @@ class RoundFacts:
             ):
                 self.version = message.version
                 own.append(message)
-        for message in _of_the_last_run(own, announced):
+        rest, late = part_late(_of_the_last_run(own, announced))
+        for message in rest:
             self._take(message)
         self._announce(announced)
+        self.late = {
+            engine: (attempts.count, self._apart(attempts.last, announced))
+            for engine, attempts in late.items()
+        }
+        """Engine id -> how often it came when the round was over, and what it told the last time;
+        nothing else here knows of that."""
+
+    def _apart(self, messages: Iterable[RoundMessage], announced: Sequence[Told]) -> RoundFacts:
+        facts = RoundFacts(self.model, self.round, ())
+        facts.version = self.version
+        for message in messages:
+            facts._take(message)
+        facts._announce(announced)
+        return facts
 
     def _take(self, message: RoundMessage) -> None:
         match message:

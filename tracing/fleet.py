@@ -93,6 +93,8 @@ class FailureView(Struct, frozen=True, kw_only=True):
     quarantined: bool
     failed_ns: int
     """When, in nanoseconds since the Unix epoch."""
+    late: bool = False
+    """It began when its round was over: the engine came too late to have a part in it."""
 
 
 class SkippedView(Struct, frozen=True, kw_only=True):

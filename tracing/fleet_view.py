@@ -73,8 +73,9 @@ class FleetTables:
             yield Text("")
         yield from map(_round_line, fleet.rounds)
         for failure in fleet.failures:
+            what, style = ("came late", "yellow") if failure.late else ("failed", "red")
             yield Text.assemble(
-                (f"{time_of_day(failure.failed_ns)} failed ", "red"),
+                (f"{time_of_day(failure.failed_ns)} {what} ", style),
                 f"{failure.model} {failure.engine} version {failure.version}: ",
                 printable(f"{failure.cause}: {failure.reason}"),
                 " (quarantined)" if failure.quarantined else "",

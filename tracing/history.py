@@ -15,7 +15,7 @@ from weightbus.schemas.checkpoint import CheckpointReady
 from weightbus.schemas.progress import StageComplete, UpdateComplete, UpdateFailed
 from weightbus.schemas.rounds import RankRoute
 from weightbus.tracing.critical_path import CriticalPath, find_path
-from weightbus.tracing.critical_told import tell_path
+from weightbus.tracing.critical_told import tell_late, tell_path
 from weightbus.tracing.facts import RoundFacts, Told
 from weightbus.tracing.link_share import LinkUser, share_links
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
@@ -23,6 +23,8 @@ from weightbus.tracing.waterfall import (
     ROUND_MESSAGES,
     BucketRow,
     EngineWaterfall,
+    LateEngine,
+    Origin,
     RoundSummary,
     StageRow,
     Waterfall,
@@ -105,7 +107,17 @@ def build_waterfall(model: str, round_id: str, history: Iterable[Told]) -> Water
         engines=engines,
         critical_path=path.steps,
         critical_told=tell_path(path, engines, origin, facts.late_ns() / NS_PER_S),
+        late=tuple(
+            _late_engine(name, count, _Builder(attempt, origin_ns), origin)
+            for name, (count, attempt) in sorted(facts.late.items())
+        ),
     )
+
+
+def _late_engine(name: str, attempts: int, builder: _Builder, origin: Origin) -> LateEngine:
+    known = structs.asdict(builder.engine(name, builder.rows()[name]))
+    engine = LateEngine(**known, attempts=attempts, told="")
+    return structs.replace(engine, told=tell_late(engine, origin))
 
 
 class _Builder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = (
     "BYTES_PER_GB",
     "NS_PER_S",
+    "counted",
     "format_bytes",
     "format_rate",
     "format_seconds",
@@ -25,6 +26,11 @@ def format_seconds(seconds: float) -> str:
     if abs(milliseconds) < 999.5:
         return f"{_three_digits(milliseconds)} ms"
     return f"{_three_digits(seconds)} s"
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 engine`, `2 engines`, `140,000 tensors`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -37,6 +37,7 @@ from weightbus.tracing.fleet import (
     SkippedView,
     WatchedStatus,
 )
+from weightbus.tracing.late import RoundEnd
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
 from weightbus.tracing.waterfall import RoundMessage
 
@@ -122,6 +123,7 @@ class Fleet:
         self._engines: dict[tuple[str, str], _Engine] = {}
         self._rounds: dict[tuple[str, str], _Round] = {}
         self._closed: dict[str, _Closed] = {}
+        self._ends: dict[tuple[str, str], RoundEnd] = {}
         self._failures: dict[tuple[str, str, str], FailureView] = {}
         self._dead_letters: dict[DeadLetterView, None] = {}
         self._skipped: dict[tuple[str, str, int], SkippedView] = {}
@@ -144,6 +146,8 @@ class Fleet:
         if said in self._told_digests:
             return False
         _keep(self._told_digests, said, None, REPEATS_KNOWN)
+        if isinstance(message, Join | RoundPlan | UpdateComplete | RoundComplete):
+            self._take_end(message)
         match message:
             case CheckpointReady():
                 return self._feed_ready(message)
@@ -259,7 +263,7 @@ class Fleet:
                 known.version = update.version
                 known.status = known.status if known.status == "gone" else "serving"
         else:
-            self._fail(_failure_view(update, received_ns))
+            self._fail(_failure_view(update, received_ns, is_late=self._is_late(update)))
             if is_latest:
                 known.version = update.served_version
                 if update.quarantined and known.status != "gone":
@@ -286,6 +290,18 @@ class Fleet:
         for engine, reason in done.failed.items():
             if (done.model, engine, done.round) not in self._failures:
                 self._fail(_given_up_view(done, engine, reason, received_ns))
+
+    def _is_late(self, failed: UpdateFailed) -> bool:
+        """Not so who failed in the round itself, and tries again."""
+        end = self._ends.get((failed.model, failed.round))
+        known = self._failures.get((failed.model, failed.engine, failed.round))
+        return end is not None and end.is_late(failed) and (known is None or known.late)
+
+    def _take_end(self, message: Join | RoundPlan | UpdateComplete | RoundComplete) -> None:
+        key = (message.model, message.round)
+        if key not in self._ends:
+            _keep(self._ends, key, RoundEnd(), ROUNDS_KEPT)
+        self._ends[key].take(message)
 
     def _engine(self, model: str, engine: str) -> _Engine:
         if (model, engine) not in self._engines:
@@ -363,7 +379,7 @@ def _round_view(model: str, round_id: str, known: _Round, age_s: float) -> Round
     )
 
 
-def _failure_view(update: UpdateFailed, received_ns: int) -> FailureView:
+def _failure_view(update: UpdateFailed, received_ns: int, *, is_late: bool) -> FailureView:
     return FailureView(
         model=update.model,
         engine=update.engine,
@@ -373,6 +389,7 @@ def _failure_view(update: UpdateFailed, received_ns: int) -> FailureView:
         reason=update.reason,
         quarantined=update.quarantined,
         failed_ns=update.end_ns or received_ns,
+        late=is_late,
     )
 
 

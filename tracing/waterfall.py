@@ -21,6 +21,7 @@ __all__ = (
     "ROUND_MESSAGES",
     "BucketRow",
     "EngineWaterfall",
+    "LateEngine",
     "LinkName",
     "Origin",
     "Outcome",
@@ -154,6 +155,16 @@ class EngineWaterfall(Struct, frozen=True, kw_only=True):
     """In the order of their starts."""
 
 
+class LateEngine(EngineWaterfall, frozen=True, kw_only=True):
+    """The last attempt of an engine that came when the round was over, and came to no plan: it had
+    no part in it. Who had one may have come again, as when it was started anew."""
+
+    attempts: int
+    """How many it made by then."""
+    told: str
+    """All that in one sentence."""
+
+
 class PathStep(Struct, frozen=True, kw_only=True):
     """One step of the critical path."""
 
@@ -212,6 +223,9 @@ class Waterfall(Struct, frozen=True, kw_only=True):
     it is told, if none serves."""
     critical_told: str
     """The critical path in one sentence; empty if there is nothing to tell."""
+    late: tuple[LateEngine, ...] = ()
+    """Who came when the round was over, and gave up, in the order of their names. Nothing else
+    that is told of the round counts them."""
 
 
 class RoundSummary(Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from rich.text import Text
 from weightbus.schemas.base import Stage
 from weightbus.tracing.columns import Column, Columns, fit_columns
 from weightbus.tracing.critical_told import FASTER, FASTER_SHARE, format_share
-from weightbus.tracing.text import format_bytes, format_rate, format_seconds, printable
+from weightbus.tracing.text import counted, format_bytes, format_rate, format_seconds, printable
 from weightbus.tracing.waterfall import EngineWaterfall, Origin, StageRow, Waterfall
 
 __all__ = ("WaterfallView",)
@@ -95,6 +95,9 @@ class WaterfallView:
                 yield columns.line(row).append(bar, f"bold {style}" if row.critical else style)
                 if row.error and row.error != told:
                     yield Text(f"     {printable(row.error)}", style="red")
+        for late in waterfall.late:
+            told = f"  late {printable(late.told)}"
+            yield Text.assemble((late.engine, "bold"), (told, "yellow"))
         yield Text("")
         yield _total(waterfall)
         yield from _critical(waterfall)
@@ -161,7 +164,8 @@ def _total(waterfall: Waterfall) -> Text:
         for outcome in OUTCOME_STYLES
     }
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
-    line = Text.assemble(("total ", "bold"), f"{len(waterfall.engines)} engines: {told}")
+    engines = counted(len(waterfall.engines), "engine")
+    line = Text.assemble(("total ", "bold"), f"{engines}: {told}")
     if waterfall.wall_s is not None:
         line.append(
             f"; {format_bytes(waterfall.bytes)} in {format_seconds(waterfall.wall_s)}"

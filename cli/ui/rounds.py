@@ -19,6 +19,7 @@ from weightbus.schemas.progress import FirstToken, StageComplete, UpdateComplete
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.facts import late_ns
 from weightbus.tracing.history import Heard
+from weightbus.tracing.late import RoundEnd
 from weightbus.tracing.text import NS_PER_S, gigabytes_per_second
 from weightbus.tracing.waterfall import ROUND_MESSAGES, RoundMessage
 
@@ -33,8 +34,8 @@ MESSAGES_KEPT_BYTES: Final = 64 * 2**20
 ANNOUNCED_KEPT: Final = 1024
 
 RoundState = Literal["running", "complete", "failed", "left"]
-"""`complete`: every engine serves the version. `failed`: one does not. `left`: nobody works on it,
-and what became of it was not told."""
+"""`complete`: every engine of the round serves the version. `failed`: one does not. `left`: nobody
+works on it, and what became of it was not told."""
 
 _read = msgpack.Decoder(RoundMessage)
 
@@ -52,6 +53,9 @@ class HistoryRow(Struct, frozen=True, kw_only=True):
     """That were heard to take part."""
     names: tuple[str, ...]
     """Theirs."""
+    late: tuple[str, ...]
+    """Engines that came when the round was over, and gave up: they had no part in it, or came
+    again."""
     completed: int
     failed: int
     bytes: int
@@ -97,6 +101,10 @@ class _Kept:
     """The earliest time that was told; 0: none."""
     engines: dict[str, bool | None] = field(default_factory=dict)
     """Engine -> does it serve the version; None: not reported."""
+    joined_ns: dict[str, int] = field(default_factory=dict)
+    """Of engines of which no more is known than that they joined."""
+    late: dict[str, None] = field(default_factory=dict)
+    end: RoundEnd = field(default_factory=RoundEnd)
     moved_bytes: dict[str, int] = field(default_factory=dict)
     routes: dict[str, None] = field(default_factory=dict)
     served_ns: int = 0
@@ -105,13 +113,14 @@ class _Kept:
 
     def take(self, message: RoundMessage) -> None:
         """What the line of history tells."""
+        self.end.take(message)
         match message:
             case Join():
-                self.engines.setdefault(message.engine, None)
-                self._begin(message.joined_ns)
+                self._join(message)
             case RoundPlan():
                 for planned in message.engines:
                     self.engines.setdefault(planned.engine, None)
+                    self.joined_ns.pop(planned.engine, None)
                 self._begin(message.created_ns)
             case StageComplete():
                 self._begin(message.start_ns)
@@ -122,8 +131,7 @@ class _Kept:
                 self.served_ns = max(self.served_ns, message.end_ns)
                 self._begin(message.start_ns)
             case UpdateFailed():
-                self.engines[message.engine] = False
-                self._begin(message.start_ns)
+                self._fail(message)
             case FirstToken():
                 self.token_ns = max(self.token_ns, message.end_ns)
             case RoundComplete():
@@ -131,6 +139,23 @@ class _Kept:
                 self.engines.update(dict.fromkeys(message.completed, True))
                 self.engines.update(dict.fromkeys(message.failed, False))
                 self._begin(message.started_ns)
+
+    def _join(self, join: Join) -> None:
+        if join.engine not in self.engines:
+            self.engines[join.engine] = None
+            self.joined_ns[join.engine] = join.joined_ns
+        self._begin(join.joined_ns)
+
+    def _fail(self, failed: UpdateFailed) -> None:
+        """An attempt that began when the round was over counts for nothing, with its join."""
+        joined_ns = self.joined_ns.pop(failed.engine, 0)
+        if not self.end.is_late(failed):
+            self.engines[failed.engine] = False
+            self._begin(failed.start_ns)
+            return
+        self.late[failed.engine] = None
+        if joined_ns >= failed.start_ns:
+            del self.engines[failed.engine]
 
     def _begin(self, time_ns: int) -> None:
         self.began_ns = _earliest(self.began_ns, time_ns)
@@ -152,6 +177,7 @@ class _Kept:
             began_s=self.first_ns / NS_PER_S,
             engines=len(ends),
             names=tuple(self.engines),
+            late=tuple(self.late),
             completed=ends.count(True),
             failed=ends.count(False),
             bytes=moved_bytes,

@@ -3,10 +3,11 @@
 Does no I/O. The format: "Trace Event Format", Google, 2016. A process for the trainer, one for
 every engine, and one for the critical path; in an engine's, a thread for what the whole engine does
 and threads for the stages of every rank; an arrow from the publication to every update, unless it
-lies long before the round: nothing would be seen of the round beside it. Times are microseconds
-after the round's origin, whose time `otherData` has. Invariants: on one thread what
-begins within something ends within it, as viewers take it for granted (what overlaps otherwise
-goes to a thread of its own); every arrow has two ends, each on an event.
+lies long before the round: nothing would be seen of the round beside it. For the same reason who
+came when the round was over is told in `otherData` only. Times are microseconds after the round's
+origin, whose time `otherData` has. Invariants: on one thread what begins within something ends
+within it, as viewers take it for granted (what overlaps otherwise goes to a thread of its own);
+every arrow has two ends, each on an event.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def perfetto(waterfall: Waterfall) -> str:
             "trace_id": trace_id_of(waterfall),
             "origin_ns": str(waterfall.origin_ns),
             "critical_path": waterfall.critical_told,
+            "late": {late.engine: late.told for late in waterfall.late},
         },
     }
     return msgspec.json.encode(trace).decode()
@@ -60,7 +62,7 @@ def perfetto(waterfall: Waterfall) -> str:
 
 def _events(waterfall: Waterfall) -> Iterator[Event]:
     of_engine: dict[str, list[TreeSpan]] = {}
-    for span in span_tree(waterfall):
+    for span in span_tree(waterfall, with_late=False):
         of_engine.setdefault(span.engine, []).append(span)
     yield from _path(waterfall.critical_path, waterfall.critical_told)
     published = [] if waterfall.late_s else of_engine.get("", [])

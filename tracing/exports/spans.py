@@ -55,9 +55,10 @@ class TreeSpan(Struct, frozen=True, kw_only=True):
     """`TornRead: segment ...`; empty: it did not fail."""
 
 
-def span_tree(waterfall: Waterfall) -> tuple[TreeSpan, ...]:
-    """All spans of a round, parents before their children."""
-    return tuple(_Tree(waterfall).spans())
+def span_tree(waterfall: Waterfall, *, with_late: bool = True) -> tuple[TreeSpan, ...]:
+    """All spans of a round, parents before their children; `with_late`: and those of the attempts
+    that began when it was over."""
+    return tuple(_Tree(waterfall).spans(with_late=with_late))
 
 
 class _Tree:
@@ -69,11 +70,13 @@ class _Tree:
         }
         self._destination = names.Destination.of_ready(PREFIX, waterfall.model, client="", url="")
 
-    def spans(self) -> Iterator[TreeSpan]:
+    def spans(self, *, with_late: bool) -> Iterator[TreeSpan]:
         if self._waterfall.publish_span_id:
             yield self._publication()
         for engine in self._waterfall.engines:
             yield from self._engine(engine)
+        for late in self._waterfall.late if with_late else ():
+            yield from self._engine(late, "late", late.attempts)
 
     def _publication(self) -> TreeSpan:
         waterfall = self._waterfall
@@ -97,8 +100,11 @@ class _Tree:
             attributes=attributes,
         )
 
-    def _engine(self, engine: EngineWaterfall) -> Iterator[TreeSpan]:
-        """An update span for every attempt, the stages of each below it."""
+    def _engine(
+        self, engine: EngineWaterfall, when: str = "", number: int = 1
+    ) -> Iterator[TreeSpan]:
+        """An update span for every attempt, the stages of each below it; the first is attempt
+        `number` of those that were made `when`."""
         own = {row.span_id for row in engine.stages}
         attempts: dict[str, list[StageRow]] = {}
         for row in engine.stages:
@@ -106,8 +112,10 @@ class _Tree:
             attempts.setdefault(parent or engine.span_id, []).append(row)
         last_id = next(reversed(attempts)) if attempts else engine.span_id
         first_id = next(iter(attempts), last_id)
-        for number, (span_id, rows) in enumerate((attempts or {last_id: []}).items(), start=1):
-            update_id = span_id or self._derived(self._waterfall.round, engine.engine, number)
+        numbered = enumerate((attempts or {last_id: []}).items(), start=number)
+        for number, (span_id, rows) in numbered:
+            who = f"{engine.engine} {when}".strip()
+            update_id = span_id or self._derived(self._waterfall.round, who, number)
             starts = [row.start_s for row in rows]
             ends = [_end_s(row) for row in rows]
             if span_id == first_id:

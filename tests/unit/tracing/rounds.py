@@ -28,7 +28,7 @@ from weightbus.tracing.history import Heard
 
 __all__ = (
     "MODEL", "MS", "T0_NS", "TRACE_ID", "complete", "done", "failed", "first_token", "heard",
-    "join", "plan", "ready", "skipped", "stage", "state", "whole_round",
+    "join", "plan", "ready", "refused", "skipped", "stage", "state", "whole_round",
 )  # fmt: skip
 
 MODEL = "minilm"
@@ -157,6 +157,18 @@ def failed(
         reason=reason, served_version=served_version, quarantined=quarantined,
         start_ns=T0_NS + 3 * MS, end_ns=T0_NS + end_ms * MS, trace_id=TRACE_ID,
     )  # fmt: skip
+
+
+def refused(engine: str, *, at_ms: int = 300_000) -> list[Message]:
+    """An engine that starts minutes later: version 7 is gone by then. It says so in its round."""
+    reason = "version 7 is retired: its publisher died"
+    update = UpdateFailed(
+        model=MODEL, version=7, round="v7", engine=engine, cause="VersionRetired", reason=reason,
+        stage="negotiate", start_ns=T0_NS + at_ms * MS, end_ns=T0_NS + (at_ms + 5) * MS,
+        trace_id=TRACE_ID,
+    )  # fmt: skip
+    error = f"VersionRetired: {reason}"
+    return [stage(engine, "negotiate", at_ms + 0.1, at_ms + 5.2, error=error), update]
 
 
 def done(

@@ -15,6 +15,7 @@ from tests.unit.tracing.rounds import (
     join,
     plan,
     ready,
+    refused,
     stage,
     whole_round,
 )
@@ -83,6 +84,20 @@ def test_time_of_an_engine_that_came_late_is_that_of_its_waterfall() -> None:
     assert waterfall is not None
     assert (row.wall_s, row.gb_per_s) == (waterfall.wall_s, waterfall.gb_per_s)
     assert row.wall_s == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("closing", [[done("a", "b")], []], ids=["closed", "not closed"])
+@pytest.mark.parametrize(
+    "late", [refused("c"), refused("a"), [join("c", at_ms=300_001), *refused("c")]]
+)
+def test_good_round_stays_good_when_an_engine_is_refused_later(
+    closing: list[Message], late: list[Message]
+) -> None:
+    good = [ready(), join("a"), join("b"), plan(), complete("a"), complete("b"), *closing]
+    row = row_of(*good, *late)
+    assert row.state == "complete"
+    assert row.late == (late[-1].engine,)  # type: ignore[attr-defined]
+    assert structs.replace(row, late=(), told=0) == structs.replace(row_of(*good), told=0)
 
 
 def test_first_token_counts_from_the_same_start() -> None:
