@@ -1,11 +1,13 @@
 """The tests of this folder run where there is a GPU, and are skipped elsewhere, with the reason.
 
 Their modules can be imported anywhere: what only a GPU machine has, such as Triton, they import
-inside a test or fixture. A test that needs several GPUs asks for them by the fixture `gpus`.
+inside a test or fixture. A test that needs several GPUs asks for them by the fixture `gpus`; one
+that measures what is free of a GPU asks for `whole_gpu`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +43,13 @@ def gpus() -> Callable[[int], None]:
             pytest.skip(reason)
 
     return need
+
+
+@pytest.fixture
+def whole_gpu() -> None:
+    """Skips the test where others run beside it: what they take of the GPU it would count too."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("measures what is free of a GPU: run it with no other test beside it, by -n 0")
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,7 @@ def test_no_two_ids_are_the_same() -> None:
     assert first != second
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_bytes_of_both_roots_reach_the_other_gpu(members: Members) -> None:
     opened = members.open((0, 1), "g-1", "plan 1")
     assert_formed(opened)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.models import layout_of, needs_of_qwen3_moe, qwen3_moe
@@ -97,6 +98,7 @@ def test_apply_registers_nothing_when_it_was_prepared(tmp_path: Path) -> None:
         worker.close()
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_large_tables_take_no_more_than_the_drivers_granularity() -> None:
     cuda, accelerator = open_cuda(), CudaAccelerator(torch.device(DEVICE))
     accelerator.uploaded(np.zeros(1, dtype=np.int64))
@@ -111,6 +113,7 @@ def test_large_tables_take_no_more_than_the_drivers_granularity() -> None:
     assert free_bytes(cuda) >= before
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_plan_of_a_large_model_takes_16_mib_at_most() -> None:
     """Qwen3-30B-A3B on two GPUs: 240,000 tiles. No parameter need be there to prepare it."""
     cuda, accelerator = open_cuda(), CudaAccelerator(torch.device(DEVICE))

@@ -334,6 +334,7 @@ async def test_publish_names_need_and_have_when_the_gpu_is_full(model: str, read
         await publisher.publish(tensors, 2)
 
 
+@pytest.mark.usefixtures("whole_gpu")
 async def test_gpu_memory_is_free_again_when_the_publisher_ends(model: str) -> None:
     tensors = {"w": torch.zeros(2**28, dtype=torch.uint8, device="cuda")}
     cuda = Devices().runtime()
@@ -345,6 +346,7 @@ async def test_gpu_memory_is_free_again_when_the_publisher_ends(model: str) -> N
     assert before - cuda.free_bytes(0) < 2**28
 
 
+@pytest.mark.usefixtures("whole_gpu")
 async def test_gpu_memory_is_free_and_the_version_retired_when_a_trainer_was_killed(
     gpu_server: NatsServer, model: str
 ) -> None:
