@@ -11,18 +11,41 @@ before; `scan`, `page` and `first_since` may be answered by a replica that lags 
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
-from msgspec import Struct
 
-from weightbus.bus.errors import BusTimeout, BusUnavailable, RequestRefused, StreamUnsuitable
+from weightbus.bus.errors import BusTimeout, BusUnavailable, RequestRefused
+from weightbus.bus.jetstream_api import (
+    HEADER_EXPECTED,
+    HEADER_MESSAGE_ID,
+    HEADER_STATUS,
+    HEADER_TTL,
+    MESSAGE_NOT_FOUND,
+    STATUS_END_OF_BATCH,
+    STATUS_NOT_FOUND,
+    STREAM_NOT_FOUND,
+    Information,
+    LeadersAnswer,
+    NotReady,
+    PublishAck,
+    StoredMessage,
+    StreamConfig,
+    StreamState,
+    WrongLastSequence,
+    check_stream,
+    covers,
+    decode_answer,
+    is_stored,
+    nanoseconds_of,
+    refused,
+    rfc3339_of,
+    stored_of,
+)
 from weightbus.bus.link import Incoming, Interrupted, Link, NoResponders
 
 __all__ = (
@@ -38,123 +61,15 @@ __all__ = (
     "WrongLastSequence",
 )
 
-HEADER_MESSAGE_ID: Final = "Nats-Msg-Id"
-HEADER_TTL: Final = "Nats-TTL"
-_HEADER_EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
-_HEADER_STATUS: Final = "Status"
-
-_STATUS_END_OF_BATCH = "204"
-_STATUS_NOT_FOUND = "404"
-
-_MESSAGE_NOT_FOUND = 10037
-_STREAM_NOT_FOUND = 10059
-_WRONG_LAST_SEQUENCE = frozenset((10071, 10164))
-_NOT_READY = frozenset((10004, 10008, 10009))
-"""JetStream is starting, or a cluster has no leader yet."""
-
 BATCH_MESSAGES = 512
 BATCH_BYTES = 4 * 2**20
 _RETRY_WAIT_S = 0.1
 _LOOK_S = 1.0
 """How long it is asked, after a publish was not answered, whether the streams are there."""
-_NS_PER_S = 10**9
-_DUPLICATE_WINDOW_S = 120
 _RESEND_FOR_S = 100.0
 """How long a message whose fate is not known is sent again: less than the server remembers it."""
 
 T = TypeVar("T")
-
-
-class StreamConfig(Struct, frozen=True, kw_only=True):
-    """A stream as the server's API knows it. Times in nanoseconds; -1: no limit."""
-
-    name: str
-    subjects: tuple[str, ...]
-    description: str = ""
-    storage: str = "file"
-    retention: str = "limits"
-    discard: str = "old"
-    max_msgs_per_subject: int = -1
-    max_bytes: int = -1
-    max_age: int = 0
-    duplicate_window: int = _DUPLICATE_WINDOW_S * _NS_PER_S
-    """How long a `Nats-Msg-Id` is remembered: longer than a message is sent again."""
-    allow_direct: bool = True
-    allow_rollup_hdrs: bool = True
-    allow_msg_ttl: bool = False
-    subject_delete_marker_ttl: int = 0
-
-
-class PublishAck(Struct, frozen=True, kw_only=True):
-    """The server has stored a message."""
-
-    stream: str
-    sequence: int = msgspec.field(name="seq")
-    duplicate: bool = False
-    """It had stored a message with this id before, and dropped this one."""
-
-
-class StoredMessage(Struct, frozen=True, kw_only=True):
-    """A message of a stream."""
-
-    subject: str
-    sequence: int
-    stored_ns: int
-    """When the server stored it, by the server's clock."""
-    headers: Mapping[str, str]
-    payload: bytes
-
-
-class StreamState(Struct, frozen=True, kw_only=True):
-    """What a stream holds."""
-
-    created: str
-    """When it was made: another stream of the same name has another."""
-    first_sequence: int
-    """Of the oldest message that is kept; one more than the last, if none is."""
-    last_sequence: int
-    """Of the last message that was stored, kept or not; 0: none ever was."""
-    first_ns: int
-    """When the oldest message was stored, by the server's clock; 0: none is kept."""
-
-
-class WrongLastSequence(Exception):
-    """The subject's last message is not the expected one. Only `Bus.publish` lets it out."""
-
-
-class _ApiError(Struct):
-    code: int
-    err_code: int = 0
-    description: str = ""
-
-
-class _Answer(Struct):
-    error: _ApiError | None = None
-
-
-class _LeadersMessage(Struct):
-    """As `STREAM.MSG.GET` answers; both byte strings in base64."""
-
-    subject: str
-    seq: int
-    time: str
-    hdrs: bytes = b""
-    data: bytes = b""
-
-
-class _LeadersAnswer(Struct):
-    message: _LeadersMessage
-
-
-class _Information(Struct):
-    """As `STREAM.INFO` answers."""
-
-    ts: str
-    """When, by the clock of the stream's leader."""
-
-
-class _NotReady(Exception):
-    pass
 
 
 class JetStream:
@@ -225,7 +140,7 @@ class JetStream:
         if ttl_s is not None:
             all_headers[HEADER_TTL] = str(ttl_s)
         if expected_sequence is not None:
-            all_headers[_HEADER_EXPECTED] = str(expected_sequence)
+            all_headers[HEADER_EXPECTED] = str(expected_sequence)
         operation = f"publish to {subject}"
         in_doubt_since: float | None = None
         has_timed_out = False
@@ -239,7 +154,7 @@ class JetStream:
                 answer = await self._link.request(
                     subject, payload, all_headers, operation=operation
                 )
-                return _decode(answer, PublishAck, operation)
+                return decode_answer(answer, PublishAck, operation)
             except Interrupted:
                 in_doubt_since = in_doubt_since or sent
                 raise
@@ -263,7 +178,7 @@ class JetStream:
         The server compares the expected sequence before the id: a compare and set that is sent
         again is not called a duplicate, but refused because of its own first copy.
         """
-        stream = next(s.name for s in self._streams if _covers(s.subjects, subject))
+        stream = next(s.name for s in self._streams if covers(s.subjects, subject))
         last = await self._get(stream, {"last_by_subj": subject}, f"publish to {subject}")
         if last is None or last.headers.get(HEADER_MESSAGE_ID) != message_id:
             return None
@@ -302,18 +217,11 @@ class JetStream:
             f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(request), operation=operation
         )
         try:
-            found = _decode(answer, _LeadersAnswer, operation).message
+            return decode_answer(answer, LeadersAnswer, operation).stored()
         except RequestRefused as error:
-            if error.code != _MESSAGE_NOT_FOUND:
+            if error.code != MESSAGE_NOT_FOUND:
                 raise
             return None
-        return StoredMessage(
-            subject=found.subject,
-            sequence=found.seq,
-            stored_ns=nanoseconds_of(found.time),
-            headers=_headers_of(found.hdrs),
-            payload=found.data,
-        )
 
     async def scan(
         self, stream: str, subject: str, *, since_ns: int = 0
@@ -344,8 +252,8 @@ class JetStream:
         operation = f"request {call}"
         answer = await self._link.request(f"$JS.API.{call}", b"{}", operation=operation)
         try:
-            return nanoseconds_of(_decode(answer, _Information, operation).ts)
-        except _NotReady as error:
+            return nanoseconds_of(decode_answer(answer, Information, operation).ts)
+        except NotReady as error:
             raise NoResponders(operation) from error
 
     async def page(
@@ -412,18 +320,18 @@ class JetStream:
             return await self._link.request_many(
                 f"$JS.API.DIRECT.GET.{stream}",
                 request,
-                is_last=lambda answer: not _is_stored(answer),
+                is_last=lambda answer: not is_stored(answer),
                 operation=operation,
             )
 
         *messages, end = await self._when_ready(send, operation)
-        status = end.headers.get(_HEADER_STATUS)
-        if status == _STATUS_NOT_FOUND:
+        status = end.headers.get(HEADER_STATUS)
+        if status == STATUS_NOT_FOUND:
             return [], 0
-        if status != _STATUS_END_OF_BATCH:
-            raise _refused(operation, end)
+        if status != STATUS_END_OF_BATCH:
+            raise refused(operation, end)
         pending = int(end.headers.get("Nats-Num-Pending", 0)) if messages else 0
-        return [_stored(message) for message in messages], pending
+        return [stored_of(message) for message in messages], pending
 
     async def _when_ready(self, send: Callable[[], Awaitable[T]], operation: str) -> T:
         """What `send` returns, once JetStream and the streams are there; sends again if need be."""
@@ -435,7 +343,7 @@ class JetStream:
                 return await send()
             except Interrupted:
                 ready_by = None
-            except (NoResponders, _NotReady):
+            except (NoResponders, NotReady):
                 self._checked_connection = 0
                 now = anyio.current_time()
                 ready_by = ready_by or now + self._ready_within_s
@@ -467,114 +375,15 @@ class JetStream:
                 try:
                     found = await self._api(f"STREAM.INFO.{wanted.name}", {})
                 except RequestRefused as error:
-                    if error.code != _STREAM_NOT_FOUND:
+                    if error.code != STREAM_NOT_FOUND:
                         raise
                     request = msgspec.to_builtins(wanted)
                     found = await self._api(f"STREAM.CREATE.{wanted.name}", request)
-                _check_stream(wanted, found["config"])
+                check_stream(wanted, found["config"])
             self._checked_connection = connection
 
     async def _api(self, call: str, request: dict[str, Any]) -> dict[str, Any]:
         operation = f"request {call}"
         payload = msgspec.json.encode(request)
         answer = await self._link.request(f"$JS.API.{call}", payload, operation=operation)
-        return _decode(answer, dict[str, Any], operation)
-
-
-def _decode(answer: Incoming, kind: type[T], operation: str) -> T:
-    """The server's JSON answer.
-
-    Raises:
-        WrongLastSequence, RequestRefused
-    """
-    try:
-        error = msgspec.json.decode(answer.payload, type=_Answer).error
-        if error is None:
-            return msgspec.json.decode(answer.payload, type=kind)
-    except msgspec.DecodeError as fault:
-        raise RequestRefused(operation, 0, f"the answer cannot be read: {fault}") from None
-    if error.err_code in _WRONG_LAST_SEQUENCE:
-        raise WrongLastSequence(error.description)
-    if error.err_code in _NOT_READY:
-        raise _NotReady(error.description)
-    raise RequestRefused(operation, error.err_code or error.code, error.description)
-
-
-def _refused(operation: str, answer: Incoming) -> RequestRefused:
-    code = answer.headers.get(_HEADER_STATUS, "0")
-    return RequestRefused(operation, int(code), answer.headers.get("Description", ""))
-
-
-def _is_stored(answer: Incoming) -> bool:
-    """A stored message, and not a word of the server's own. Whoever stored it may have given it any
-    headers; these two are the server's."""
-    return "Nats-Sequence" in answer.headers and "Nats-Stream" in answer.headers
-
-
-def _stored(answer: Incoming) -> StoredMessage:
-    headers = answer.headers
-    return StoredMessage(
-        subject=headers["Nats-Subject"],
-        sequence=int(headers["Nats-Sequence"]),
-        stored_ns=nanoseconds_of(headers["Nats-Time-Stamp"]),
-        headers=headers,
-        payload=answer.payload,
-    )
-
-
-def _headers_of(block: bytes) -> dict[str, str]:
-    """A header block as it is stored: a line of its own, then `name: value` lines."""
-    headers: dict[str, str] = {}
-    for line in block.decode(errors="replace").split("\r\n")[1:]:
-        name, colon, value = line.partition(":")
-        if colon:
-            headers.setdefault(name.strip(), value.strip())
-    return headers
-
-
-def _covers(patterns: tuple[str, ...], subject: str) -> bool:
-    """Whether a subject is among those of a stream."""
-    tokens = subject.split(".")
-    for pattern in patterns:
-        wanted = pattern.split(".")
-        is_open = wanted[-1] == ">"
-        if is_open:
-            wanted.pop()
-        fits = len(tokens) > len(wanted) if is_open else len(tokens) == len(wanted)
-        if fits and all(one in ("*", token) for one, token in zip(wanted, tokens, strict=False)):
-            return True
-    return False
-
-
-def _check_stream(wanted: StreamConfig, found: Mapping[str, Any]) -> None:
-    """Sizes, ages and replicas are the operator's; what the bus is built on must be as we made it.
-
-    Raises:
-        StreamUnsuitable
-    """
-    missing = [s for s in wanted.subjects if s not in found.get("subjects", ())]
-    if missing:
-        raise StreamUnsuitable(wanted.name, "subjects", found.get("subjects"), missing)
-    if found.get("max_msgs_per_subject") != wanted.max_msgs_per_subject:
-        value, needed = found.get("max_msgs_per_subject"), wanted.max_msgs_per_subject
-        raise StreamUnsuitable(wanted.name, "max_msgs_per_subject", value, needed)
-    if found.get("duplicate_window", 0) < wanted.duplicate_window:
-        value, needed = found.get("duplicate_window"), wanted.duplicate_window
-        raise StreamUnsuitable(wanted.name, "duplicate_window", value, needed)
-    for feature in ("allow_direct", "allow_rollup_hdrs", "allow_msg_ttl"):
-        if getattr(wanted, feature) and not found.get(feature, False):
-            raise StreamUnsuitable(wanted.name, feature, False, True)
-
-
-def rfc3339_of(time_ns: int) -> str:
-    seconds, fraction_ns = divmod(time_ns, _NS_PER_S)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction_ns:09d}Z"
-
-
-def nanoseconds_of(rfc3339: str) -> int:
-    """Go writes up to nine digits of the second, without trailing zeros."""
-    match = re.fullmatch(r"(.{19})(?:\.(\d{1,9}))?Z", rfc3339)
-    if match is None:
-        raise RequestRefused("read", 0, f"the server's time stamp is {rfc3339!r}")
-    seconds = int(datetime.fromisoformat(match[1] + "+00:00").timestamp())
-    return seconds * _NS_PER_S + int((match[2] or "0").ljust(9, "0"))
+        return decode_answer(answer, dict[str, Any], operation)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightbus.bus.jetstream import nanoseconds_of, rfc3339_of
+from weightbus.bus.jetstream_api import nanoseconds_of, rfc3339_of
 
 
 @pytest.mark.parametrize(
