@@ -22,6 +22,7 @@ from weightbus.cli.ui.stream import EventStreams
 from weightbus.schemas.catalogue import check_token
 from weightbus.schemas.errors import MessageInvalid
 from weightbus.tracing.exports.formats import FORMATS, Format
+from weightbus.tracing.exports.html import SCRIPTS
 from weightbus.tracing.waterfall import Waterfall
 
 __all__ = ("EXPORTS", "build_app")
@@ -32,7 +33,7 @@ FILES: Final = {
     "/ui.js": ("weightbus.cli.ui", "ui.js", "text/javascript"),
     "/icon.svg": ("weightbus.cli.ui", "icon.svg", "image/svg+xml"),
     "/waterfall.css": ("weightbus.tracing.exports", "waterfall.css", "text/css"),
-    "/waterfall.js": ("weightbus.tracing.exports", "waterfall.js", "text/javascript"),
+    **{f"/{name}": ("weightbus.tracing.exports", name, "text/javascript") for name in SCRIPTS},
 }
 """Path -> package, file of its folder `static`, media type."""
 

@@ -1,6 +1,6 @@
 """A waterfall as one HTML file that needs nothing else: no network, no server, no other file.
 
-Does no I/O but to read its own parts. The same script and style draw the page of `weightbus ui`.
+Does no I/O but to read its own parts. The same scripts and style draw the page of `weightbus ui`.
 What came from the bus is data: it stands in the file as JSON without a character that ends a
 script, and is only ever shown as text. A policy in the file lets nothing run but that script and
 lets it load nothing.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 from functools import cache
 from importlib.resources import files
 from typing import Final
@@ -19,7 +20,12 @@ import msgspec
 
 from weightbus.tracing.waterfall import Waterfall
 
-__all__ = ("html_report",)
+__all__ = ("SCRIPTS", "html_report")
+
+SCRIPTS: Final = ("elements.js", "rows.js", "told.js", "waterfall.js")
+"""Files of the folder `static`, each importing only from those before it; no two name the same."""
+
+_IMPORT: Final = re.compile(r"^import .*;\n", re.MULTILINE)
 
 _START: Final = 'showReport(document.getElementById("report"), readReport());'
 
@@ -49,7 +55,7 @@ _PAGE: Final = """<!doctype html>
 
 def html_report(waterfall: Waterfall) -> str:
     """The whole file. Opens from disk in any browser of the last years."""
-    style, script = _part("waterfall.css"), f"{_part('waterfall.js')}\n{_START}\n"
+    style, script = _part("waterfall.css"), f"{_script()}\n{_START}\n"
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; "
@@ -64,6 +70,12 @@ def html_report(waterfall: Waterfall) -> str:
         script=script,
         data=msgspec.json.encode(waterfall).decode().translate(_DANGEROUS),
     )
+
+
+@cache
+def _script() -> str:
+    """All scripts as one: what one exports, the next ones have."""
+    return "\n".join(_IMPORT.sub("", _part(name)) for name in SCRIPTS)
 
 
 @cache

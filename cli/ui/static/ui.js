@@ -2,7 +2,9 @@
 // One stream of server-sent events: a snapshot, then changes. The server is asked for a waterfall
 // when a round is looked at, and again when more was told of it. All text goes in as text nodes.
 
-import { Rows, WaterfallView, el, formatBytes, formatRate, formatSeconds } from "./waterfall.js";
+import { el, formatBytes, formatRate, formatSeconds } from "./elements.js";
+import { Rows } from "./rows.js";
+import { WaterfallView } from "./waterfall.js";
 
 const SILENT_MS = 25000; // the server says something every 10 s
 const RETRY_MS = 2000; // after it refused

@@ -29,11 +29,12 @@ from tests.unit.tracing.rounds import (
 from weightbus.bus.connection import Bus
 from weightbus.cli.ui.guard import HEADERS
 from weightbus.cli.ui.stream import STREAMS_MAX
+from weightbus.tracing.exports.html import SCRIPTS
 from weightbus.tracing.waterfall import Waterfall
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
 
-PATHS = ("/", "/ui.js", "/ui.css", "/waterfall.js", "/waterfall.css", "/icon.svg")
+PATHS = ("/", "/ui.js", "/ui.css", "/waterfall.css", "/icon.svg", *(f"/{name}" for name in SCRIPTS))
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])

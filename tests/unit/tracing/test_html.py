@@ -7,12 +7,13 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import msgspec
 from msgspec import structs
 
 from tests.unit.tracing.rounds import MODEL, whole_round
-from weightbus.tracing.exports.html import html_report
+from weightbus.tracing.exports.html import SCRIPTS, html_report
 from weightbus.tracing.history import Heard, build_waterfall
 from weightbus.tracing.waterfall import Waterfall
 
@@ -58,6 +59,22 @@ def test_report_names_nothing_outside_itself() -> None:
     assert not re.findall(r"""(?:src|href|action)\s*=\s*["']""", page.partition("<script")[0])
     assert not re.findall(r"https?://|@import|url\(", page)
     assert not re.findall(r"^import\b", page, re.MULTILINE)
+
+
+def test_scripts_can_be_one_script() -> None:
+    """Each imports, in lines of their own, from those before it; no two have a name in common."""
+    named: dict[str, str] = {}
+    for place, script in enumerate(SCRIPTS):
+        text = files("weightbus.tracing.exports").joinpath("static", script).read_text("utf-8")
+        assert len(text.splitlines()) <= 500, script
+        imports = re.findall(r"^import\b.*", text, re.MULTILINE)
+        sources = re.findall(r"""^import \{ .* \} from "\./(.*)";$""", text, re.MULTILINE)
+        assert len(imports) == len(sources), script
+        assert set(sources) <= set(SCRIPTS[:place]), script
+        for name in re.findall(
+            r"^(?:export )?(?:const|let|class|function) (\w+)", text, re.MULTILINE
+        ):
+            assert named.setdefault(name, script) == script, name
 
 
 def test_policy_lets_only_its_own_script_and_style_run() -> None:
