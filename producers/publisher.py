@@ -19,7 +19,7 @@ from msgspec import structs
 
 from weightbus.bus.connection import Bus
 from weightbus.bus.endpoint import Endpoint, open_endpoint_if_any
-from weightbus.bus.errors import BusTimeout, CudaFailed
+from weightbus.bus.errors import CudaFailed
 from weightbus.bus.host import host_id
 from weightbus.producers.announcing import Announcer
 from weightbus.producers.clearing import clean_up_after_the_dead
@@ -28,15 +28,14 @@ from weightbus.producers.digests import put_sums
 from weightbus.producers.errors import (
     DeviceMemoryFull,
     GivenUp,
-    NotServed,
-    PublisherClosed,
     RankInvalid,
     VersionNotNew,
 )
 from weightbus.producers.files import Files, publish_files
 from weightbus.producers.group import RankGroup
+from weightbus.producers.lifetime import Lifetime
 from weightbus.producers.measuring import BlockedClock, Measures
-from weightbus.producers.memory import HostMemory, Owner, keep
+from weightbus.producers.memory import HostMemory, Owner
 from weightbus.producers.options import PublisherOptions, WhenBusy, check_options
 from weightbus.producers.sealer import Piece, Sealer, StoredLayout
 from weightbus.producers.serving import wait_until_served
@@ -56,14 +55,6 @@ _logger = logging.getLogger(__name__)
 
 GIVE_UP_WAIT_S = 1.0
 """Of `give_up`, for what is being published to end by itself."""
-
-CLOSE_GRACE_S = 10.0
-"""For the bus to answer, at the end, beside the wait for readers; and before that for a publication
-that is cancelled to end."""
-
-
-FREE_TIMEOUT_S = 10.0
-"""For the system and the driver to free the slots."""
 
 
 @asynccontextmanager
@@ -112,14 +103,14 @@ async def open_publisher(
             await publisher._group.open()
         try:
             yield publisher
-            await publisher._linger()
+            await publisher._lifetime.linger()
         except BaseException:
             try:
-                await publisher._close()
+                await publisher._lifetime.close()
             except WeightBusError as error:  # of two errors the first
                 _logger.warning("the publisher of %s did not end well: %s", model, error)
             raise
-        await publisher._close()
+        await publisher._lifetime.close()
 
 
 class Publisher:
@@ -149,9 +140,7 @@ class Publisher:
         self._group = RankGroup(announcer, rank, world_size, options.seal_timeout_s)
         self._teller = SkipTeller(announcer, rank, self._group if world_size > 1 else None)
         self._measures = Measures(announcer, self._slots, telemetry, rank)
-        self._one_at_a_time = anyio.Lock()
-        self._running: anyio.CancelScope | None = None
-        self._closed = False
+        self._lifetime = Lifetime(announcer, self._slots, self._measures, options)
         self._tried = -1
 
     async def newest_version(self) -> int:
@@ -171,7 +160,7 @@ class Publisher:
             NotServed: after `timeout_s` it is not so.
             PublisherClosed, BusUnavailable, BusTimeout, RequestRefused
         """
-        self._check_open()
+        self._lifetime.check_open()
         return await wait_until_served(
             self._bus, self._model, version, engines=engines, timeout_s=timeout_s
         )
@@ -237,7 +226,7 @@ class Publisher:
     ) -> CheckpointReady:
         """As `publish`, for a trainer in another thread than this one."""
         clock = BlockedClock(handover)
-        async with self._until_the_end():
+        async with self._lifetime.turn():
             with (
                 self._announcer.span(self._telemetry, version) as span,
                 self._measures.measure(clock, span),
@@ -265,7 +254,7 @@ class Publisher:
         """
         if self._rank != 0:
             raise RankInvalid(self._rank, "files are published by rank 0 alone")
-        async with self._until_the_end():
+        async with self._lifetime.turn():
             with (
                 self._announcer.span(self._telemetry, version) as span,
                 self._measures.count(version),
@@ -295,8 +284,8 @@ class Publisher:
         with anyio.CancelScope(shield=True), suppress(GivenUp):
             async with AsyncExitStack() as stack:
                 with anyio.move_on_after(GIVE_UP_WAIT_S):  # what runs may take much longer
-                    await stack.enter_async_context(self._one_at_a_time)
-                self._check_open()
+                    await stack.enter_async_context(self._lifetime.one_at_a_time)
+                self._lifetime.check_open()
                 if version <= self._tried:
                     return
                 with self._measures.count(version):
@@ -365,7 +354,7 @@ class Publisher:
             parts = await self._group.gather(said)
             span.link(*self._group.spans.values())
             pieces = await self._sealer.fetch(mine, parts)
-            self._check_open()
+            self._lifetime.check_open()
             return await self._sealer.seal(pieces, draft, span.ref.headers())
         except BaseException as error:
             await self._group.give_up(said, error)
@@ -394,11 +383,11 @@ class Publisher:
         """Into a free slot. Cancelled or failed, the slot stays odd: nobody can read it."""
         try:
             writer, slot = await self._free(part, version, newest, writer)
-            self._check_open()
+            self._lifetime.check_open()
             digests = await anyio.to_thread.run_sync(
                 writer.write, part, slot, handover, anyio.from_thread.check_cancelled
             )
-            self._check_open()
+            self._lifetime.check_open()
             slot.version = version
             return Piece(part.layout, self._slots.placement(slot), digests)
         finally:
@@ -416,86 +405,3 @@ class Publisher:
                 if not self._writers.falls_back(error):
                     raise
                 writer = await self._choose(part)
-
-    @asynccontextmanager
-    async def _until_the_end(self) -> AsyncIterator[None]:
-        """One at a time; what still runs when the publisher ends is cancelled.
-
-        Raises:
-            PublisherClosed: it was, or comes after the end.
-        """
-        async with self._one_at_a_time:
-            self._check_open()
-            try:
-                with anyio.CancelScope() as self._running:
-                    yield
-                if self._running.cancelled_caught:
-                    raise PublisherClosed(self._model)
-            finally:
-                self._running = None
-                if self._slots.has_ended:  # which left out what was written
-                    await self._free_slots()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise PublisherClosed(self._model)
-
-    async def _linger(self) -> None:
-        """Let what is published in the background be announced, and engines come to the newest."""
-        with anyio.move_on_after(self._options.linger_s + CLOSE_GRACE_S) as background:
-            async with self._one_at_a_time:
-                pass
-        if background.cancelled_caught:
-            return
-        timeout_s = self._options.linger_s
-        with anyio.move_on_after(timeout_s + CLOSE_GRACE_S if timeout_s > 0 else 0):
-            newest = await self._announcer.newest()
-            try:
-                await wait_until_served(
-                    self._bus, self._model, newest, engines=0, timeout_s=timeout_s
-                )
-            except NotServed as error:
-                _logger.warning("at the end of its publisher: %s", error)
-
-    async def _close(self) -> None:
-        self._closed = True
-        await self._end_running()
-        timeout_s = self._options.close_wait_s + CLOSE_GRACE_S
-        try:
-            with anyio.fail_after(timeout_s, shield=True):
-                if self._slots.written:
-                    await self._announcer.newest()
-                    await self._slots.retire_all(self._options.close_wait_s)
-        except TimeoutError:
-            raise BusTimeout(f"retiring the versions of {self._model}", timeout_s) from None
-        finally:
-            await self._free_slots()
-
-    async def _end_running(self) -> None:
-        """Cancel what is published. A device can hold it up: then its slot is left to it."""
-        if self._running is not None:
-            self._running.cancel()
-        with anyio.move_on_after(CLOSE_GRACE_S, shield=True) as waiting:
-            async with self._one_at_a_time:
-                return
-        if waiting.cancelled_caught:
-            _logger.warning(
-                "a publication of %s has not ended within %g s: its slot is removed when it has",
-                self._model,
-                CLOSE_GRACE_S,
-            )
-
-    async def _free_slots(self) -> None:
-        """In a thread: the driver may not answer, and then its blocks stay with this process."""
-        remove = self._slots.end()
-        with anyio.move_on_after(FREE_TIMEOUT_S, shield=True) as waiting:
-            try:
-                await anyio.to_thread.run_sync(remove, abandon_on_cancel=True)
-            except RuntimeError:  # no new thread: the interpreter exits
-                remove()
-        self._measures.freed()
-        if waiting.cancelled_caught:
-            keep(remove)
-            _logger.warning(
-                "slots of %s were not freed within %g s: they stay", self._model, FREE_TIMEOUT_S
-            )

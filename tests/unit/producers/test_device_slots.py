@@ -23,7 +23,7 @@ from weightbus.bus.digest import combine, digest_hex, digest_tensor
 from weightbus.bus.endpoint import P2pOptions
 from weightbus.bus.errors import CudaFailed, CudaTimeout, CudaUnavailable, SettingInvalid
 from weightbus.bus.host import host_id
-from weightbus.producers import publisher as publisher_module
+from weightbus.producers import lifetime
 from weightbus.producers.errors import DeviceMemoryFull, SlotBusy, SlotsUnsuitable
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.writers import SlotsIn
@@ -569,7 +569,7 @@ class HeldCuda(FakeCuda):
 async def test_publisher_ends_when_the_driver_does_not_free_its_slots(
     fake: FakeBus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher_module, "FREE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(lifetime, "FREE_TIMEOUT_S", 0.1)
     cuda = HeldCuda()
     async with publishing(fake, FakeDevices(cuda), "device") as publisher:
         await publisher.publish(weights(1), 1)

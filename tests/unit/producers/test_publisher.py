@@ -17,7 +17,7 @@ from msgspec import structs
 from tests.unit.producers.fake_devices import FakeDevices
 from tests.unit.producers.fakes import FakeBus
 from weightbus.bus.errors import BusTimeout
-from weightbus.producers import publisher as module
+from weightbus.producers import lifetime
 from weightbus.producers.errors import PublisherClosed, SlotBusy, VersionNotNew
 from weightbus.producers.publisher import Publisher, PublisherOptions, open_publisher
 from weightbus.producers.shards import plan_part
@@ -179,7 +179,7 @@ def blocks() -> list[Path]:
 async def test_slot_stays_to_its_writer_and_nothing_is_said_when_the_publisher_ends_before_it(
     fake: FakeBus, monkeypatch: pytest.MonkeyPatch, slots: SlotsIn
 ) -> None:
-    monkeypatch.setattr(module, "CLOSE_GRACE_S", 0.1)
+    monkeypatch.setattr(lifetime, "CLOSE_GRACE_S", 0.1)
     writing, go_on, devices = threading.Event(), threading.Event(), FakeDevices()
     options = structs.replace(OPTIONS, slots=slots, linger_s=0.0)
     errors: list[BaseException] = []
