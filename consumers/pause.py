@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import anyio
 
+from weightbus.consumers.engines.beside import beside
 from weightbus.consumers.engines.engine import Engine, EngineReport
 from weightbus.consumers.errors import ConsumerError, WorkerLost
 from weightbus.schemas.worker import Inspected
@@ -51,16 +52,28 @@ class Pause:
         async with self._lock:
             if self._before is not None:
                 return
-            report = await self._engine.state(self._command_s)
-            before = await self._engine.inspect(None, self._deadline_s)
-            for rank, known in zip(before, self._instances, strict=True):
-                if rank.instance != known:
-                    raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
-            self._served = report
-            await self._engine.before_pause(self._deadline_s)
+            self._served, before = await self._look()
             self.start_ns = self._steady_ns()
             await self._engine.pause(self._deadline_s)
             self._before = before
+
+    async def _look(self) -> tuple[EngineReport, tuple[Inspected, ...]]:
+        """What the engine serves and holds, once it can be paused. All is asked at once: each
+        answer may take a step of the model."""
+        inspected: tuple[Inspected, ...] = ()
+
+        async def look_at_ranks() -> None:
+            nonlocal inspected
+            inspected = await self._engine.look(self._deadline_s)
+            for rank, known in zip(inspected, self._instances, strict=True):
+                if rank.instance != known:
+                    raise WorkerLost(rank.rank, "another process took its place since `Prepare`")
+
+        async with beside() as tasks:
+            tasks.start_soon(self._engine.before_pause, self._deadline_s)
+            tasks.start_soon(look_at_ranks)
+            report = await self._engine.state(self._command_s)
+        return report, inspected
 
     async def undo_unless_touched(self) -> bool:
         """Whether a live parameter may have been written; if none was, serve as before.

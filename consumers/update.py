@@ -167,7 +167,7 @@ class Updater:
                 await self._take_lease(ready)
                 manifest = await self._manifest(ready)
                 async with self._engine_turn:
-                    inspected = await self._engine.inspect(None, deadline_s)
+                    inspected = await self._engine.look(deadline_s)
                     binding = await self._bind(manifest, inspected, deadline_s)
                 for route in self._routes.values():
                     route.know_devices([rank.device for rank in binding.described])

@@ -263,7 +263,7 @@ class _Bench:
         for one in heard:
             self._see_that_it_went_well(one, digest)
         times = times_of(ready, heard)
-        say(f"version {ready.version} of {model}: {times.seconds:.4f} s")
+        say(f"version {ready.version} of {model}: {times.seconds:.4f} s ({_parts_of(times)})")
         routes = frozenset(route for one in heard for route in one.complete.routes)
         processed = "; ".join(filter(None, (_processed(one.complete) for one in heard)))
         return Update(
@@ -302,6 +302,12 @@ class _Bench:
             raise BenchFailed(f"{complete.engine}: {processed}")
         if not set(complete.routes) <= set(self.run.expected):
             raise BenchFailed(f"{complete.engine} took {', '.join(complete.routes)}")
+
+
+def _parts_of(times: Times) -> str:
+    """What adds up to an update, in milliseconds."""
+    parts = ("announce", "event_to_plan", "prepare", "pause", "transfer")
+    return ", ".join(f"{part} {getattr(times, f'{part}_s') * 1e3:.1f}" for part in parts) + " ms"
 
 
 def _processed(complete: UpdateComplete) -> str:

@@ -131,6 +131,11 @@ class Engine(ABC):
     async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
         """What every rank's parameters hold now, read back if `layout_digest` is given."""
 
+    async def look(self, deadline_s: float) -> tuple[Inspected, ...]:
+        """What every rank's parameters hold now, by the shortest way to know it. By default, as
+        `inspect` says."""
+        return await self.inspect(None, deadline_s)
+
     @abstractmethod
     async def resume(self, version: int, deadline_s: float) -> None:
         """Serve `version`: requests that waited run on it. Only after every rank's proof."""

@@ -21,7 +21,7 @@ from weightbus.consumers.engines.channel import WorkerChannel
 from weightbus.consumers.engines.directory import EngineDirectory
 from weightbus.consumers.engines.turns import TurnEngine
 from weightbus.consumers.errors import EngineUnavailable
-from weightbus.schemas.worker import Applied, Inspected
+from weightbus.schemas.worker import Applied, Attached, Inspected, Prepared
 
 __all__ = ("SERVED_FILE", "Held", "Served", "ServingEngine", "instances_of", "write_served")
 
@@ -85,7 +85,11 @@ class ServingEngine(TurnEngine):
         super().__init__(channel, str(place.path), roots, host_id)
         self._place = place
         self._paused = False
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, Inspected] = {}
+        """What every rank last said of itself, and what followed from its answers since."""
+        self._sure: set[int] = set()
+        """Ranks of which that still holds, as far as we know: nothing was begun that has not ended
+        well."""
         self._served = _read_served(place.path / SERVED_FILE)
         self._error = ""
 
@@ -99,6 +103,7 @@ class ServingEngine(TurnEngine):
             reason = "it is not paused: its weights must not change"
             raise EngineUnavailable(self._name, reason)
         for rank in ranks:
+            self._sure.discard(rank)
             if (held := self._held.get(rank)) is not None:
                 self._held[rank] = msgspec.structs.replace(held, touched=True)
 
@@ -124,16 +129,30 @@ class ServingEngine(TurnEngine):
                     if known is not None and known.instance != outcome.instance:
                         self._error = "its workers were started anew"
                         self._on_new_workers()
-                    self._held[rank] = Held(
-                        outcome.instance, outcome.version, outcome.touched, outcome.updates
+                    self._held[rank] = msgspec.structs.replace(
+                        outcome, cell_digests=b"", unreadable=()
                     )
+                    self._sure.add(rank)
                 case Applied() if known is not None:
-                    self._held[rank] = Held(
-                        known.instance, outcome.version, touched=False, updates=known.updates + 1
+                    self._held[rank] = msgspec.structs.replace(
+                        known,
+                        version=outcome.version,
+                        touched=False,
+                        updates=known.updates + 1,
+                        proven=outcome.proven or (),
                     )
+                    if outcome.proven is not None:
+                        self._sure.add(rank)
+                case Attached() | Prepared():
+                    pass
+                case _:  # it failed, or a new layout took the place of one that was known
+                    self._sure.discard(rank)
 
     def _on_new_workers(self) -> None:
         """The workers are other processes than before."""
 
     def _ranks_held(self) -> tuple[Held, ...]:
-        return tuple(self._held[rank] for rank in sorted(self._held))
+        return tuple(
+            Held(held.instance, held.version, held.touched, held.updates)
+            for _, held in sorted(self._held.items())
+        )

@@ -304,6 +304,7 @@ class ReloadWorker:
             direct_parameters=outcome.direct,
             processed_parameters=outcome.processed,
             reason=outcome.reason[:4096],
+            proven=self._proven(),
         )
 
     def _await_steps(self, deadline: Deadline) -> None:
@@ -401,11 +402,15 @@ class ReloadWorker:
             updates=self._updates,
             cell_digests=digests,
             unreadable=unreadable,
-            proven=tuple(
-                digest
-                for digest, known in self._known.items()
-                if known.attached and known.reloader.can_stream()
-            ),
+            proven=self._proven(),
+        )
+
+    def _proven(self) -> tuple[str, ...]:
+        """Layouts that can be streamed."""
+        return tuple(
+            digest
+            for digest, known in self._known.items()
+            if known.attached and known.reloader.can_stream()
         )
 
     def _known_layout(self, digest: str) -> _Known:

@@ -50,6 +50,7 @@ from weightbus.schemas.placement import CudaSegment, FileSegment, Segment, Share
 from weightbus.schemas.shared_memory import SHM_GENERATION_OFFSET, SHM_HEADER_BYTES
 
 __all__ = (
+    "KEPT_MAPPINGS",
     "OpenDevice",
     "OpenFile",
     "OpenMemory",
@@ -61,7 +62,7 @@ __all__ = (
 
 KEPT_OPENINGS: Final = 4
 """Handles of GPU memory that so many openings did not use are closed: a publisher takes two slots
-in turn, and an update opens twice, once to prepare. 0 would close all with every opening, before
+in turn, and an update may open twice, once to prepare. 0 would close all with every opening, before
 the update's lease ends."""
 
 KEPT_MAPPINGS: Final = 64

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
+import msgspec
 from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
@@ -45,11 +46,15 @@ from weightbus.consumers.engines.tokens import first_rise
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
+from weightbus.consumers.transfer.segments import KEPT_MAPPINGS
+from weightbus.schemas.placement import FileSegment, Segment
 from weightbus.schemas.worker import (
     Applied,
     Failed,
     Feed,
+    InPlace,
     Inspect,
+    Inspected,
     Prepared,
     WorkerMessage,
 )
@@ -74,6 +79,12 @@ TAKE_BACK_S: Final = 5.0
 
 PREPARE_S: Final = 0.1
 
+PLACES_KEPT: Final = 2
+"""A publisher takes two slots in turn."""
+
+MOST_PLACES: Final = KEPT_MAPPINGS // PLACES_KEPT
+"""Of more segments, a worker that reads others meanwhile may have let some go."""
+
 _CONNECT_POLL_S: Final = 0.01
 
 _NO_LAYOUT: Final = "0" * 64
@@ -81,6 +92,9 @@ _NO_LAYOUT: Final = "0" * 64
 
 
 _logger = logging.getLogger(__name__)
+
+Places = tuple[Segment, ...]
+"""Segments of whatever version."""
 
 
 class VllmSettings(Struct, frozen=True, kw_only=True):
@@ -132,6 +146,8 @@ class VllmEngine(ServingEngine):
         """How often each rank's weights had been discarded when it last said what it holds."""
         self._prepare_at = 0.0
         """On the event loop's clock: not before."""
+        self._taken: dict[int, tuple[Places, ...]] = {}
+        """By rank: where bytes lay that it took in place, the last first. It has them open."""
         self._probes = 0
 
     async def pause(self, deadline_s: float) -> None:
@@ -173,14 +189,25 @@ class VllmEngine(ServingEngine):
     async def prepare(
         self, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
     ) -> tuple[Prepared, ...]:
-        """While something is under way, asked no more often than every `PREPARE_S`: each time is a
-        call between two steps of the requests that run."""
-        end = anyio.current_time() + deadline_s
-        await anyio.sleep(max(0.0, min(self._prepare_at, end) - anyio.current_time()))
-        replies = await super().prepare(layout_digest, feeds, left_s(end))
-        if not all(reply.ready for reply in replies):
-            self._prepare_at = anyio.current_time() + PREPARE_S
-        return replies
+        """Each question is a call between two steps of the requests that run: ranks that took bytes
+        from the same places before are not asked, and while something is under way the others no
+        more often than every `PREPARE_S`."""
+        new = {rank: feed for rank, feed in feeds.items() if not self._has_open(rank, feed)}
+        replies = {rank: Prepared(request=0, rank=rank, ready=True) for rank in feeds}
+        if new:
+            end = anyio.current_time() + deadline_s
+            await anyio.sleep(max(0.0, min(self._prepare_at, end) - anyio.current_time()))
+            asked = await super().prepare(layout_digest, new, left_s(end))
+            if not all(reply.ready for reply in asked):
+                self._prepare_at = anyio.current_time() + PREPARE_S
+            replies |= {reply.rank: reply for reply in asked}
+        return tuple(replies[rank] for rank in feeds)
+
+    async def look(self, deadline_s: float) -> tuple[Inspected, ...]:
+        """Not asked for again while nothing can have become of it."""
+        if await self._is_sure():
+            return tuple(self._held[rank] for rank in range(self.ranks))
+        return await self.inspect(None, deadline_s)
 
     async def apply(
         self,
@@ -190,6 +217,18 @@ class VllmEngine(ServingEngine):
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         self._begin(feeds)
+        known = {rank: self._taken.pop(rank, ()) for rank in feeds}
+        applied = await self._apply(version, layout_digest, feeds, deadline_s)
+        for rank, feed in feeds.items():
+            if isinstance(feed, InPlace) and len(feed.sources) <= MOST_PLACES:
+                places = _places_of(feed)
+                others = (other for other in known[rank] if other != places)
+                self._taken[rank] = (places, *others)[:PLACES_KEPT]
+        return applied
+
+    async def _apply(
+        self, version: int, layout_digest: str, feeds: Mapping[int, Feed], deadline_s: float
+    ) -> tuple[Applied, ...]:
         if self._settings.pause != "keep" or self._settings.caches != "reset":
             return await super().apply(version, layout_digest, feeds, deadline_s)
         before = self._stale_caches
@@ -267,9 +306,7 @@ class VllmEngine(ServingEngine):
             if commands == self._commands:
                 self._paused = paused
             discards = self._control.discards(self._discards)
-            stale = discards != self._discards or self._probes >= PROBES_PER_TURN
-            stale = stale or not await self._are_connected()
-            if stale and not self._turns.locked():
+            if await self._is_stale() and not self._turns.locked():
                 await self.inspect(None, left_s(end))
                 self._discards = discards
         served, held = self._served, self._ranks_held()
@@ -319,6 +356,21 @@ class VllmEngine(ServingEngine):
                     return
                 await anyio.sleep(_CONNECT_POLL_S)
 
+    async def _is_sure(self) -> bool:
+        """Whether every rank holds what it is known to."""
+        return len(self._sure) == self.ranks and not await self._is_stale()
+
+    async def _is_stale(self) -> bool:
+        """Whether something may have become of the workers since they were asked last, or they were
+        looked for too often without a turn."""
+        if self._control.discards(self._discards) != self._discards:
+            return True
+        return self._probes >= PROBES_PER_TURN or not await self._are_connected()
+
+    def _has_open(self, rank: int, feed: Feed) -> bool:
+        """Whether a rank has everything open that it is to read."""
+        return isinstance(feed, InPlace) and _places_of(feed) in self._taken.get(rank, ())
+
     async def _are_connected(self) -> bool:
         """Whether a worker of every rank is there. Each sees that it was looked for when it has a
         turn."""
@@ -359,6 +411,7 @@ class VllmEngine(ServingEngine):
 
     def _on_new_workers(self) -> None:
         """They are told from the old also when vLLM has discarded what they held."""
+        self._taken.clear()
         now = self._control.discards(self._discards)
         if any(more > before for more, before in zip(now, self._discards, strict=False)):
             self._error = "its weights were discarded while it slept (level 2)"
@@ -442,6 +495,14 @@ async def _open_control(
     async with open_http_control(url, settings.api_key) as control:
         await control.wait_until_healthy(deadline_s)
         yield control
+
+
+def _places_of(feed: InPlace) -> Places:
+    """Versions that follow each other lie in the same places, in turn."""
+    return tuple(
+        source if isinstance(source, FileSegment) else msgspec.structs.replace(source, generation=0)
+        for source in feed.sources
+    )
 
 
 def _failed_with(kind: type[ConsumerError], outcome: object) -> bool:
