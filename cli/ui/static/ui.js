@@ -102,7 +102,7 @@ function draw() {
 }
 
 const matches = (row) =>
-  !filter || [row.model, row.engine, row.subject, row.waiting, row.completed, row.failed, row.names]
+  !filter || [row.model, row.engine, row.subject, row.waiting, row.completed, row.failed, row.names, row.late]
     .flat().some((text) => typeof text === "string" && text.toLowerCase().includes(filter));
 
 // In UTC, as in waterfalls; with the date unless it is today's.
@@ -163,6 +163,14 @@ function drawTiles() {
 }
 
 const cell = (text, kind = "", role = "gridcell") => el("span", { class: kind || null, role, title: text || null }, text);
+const TAIL_CHARS = 10; // of a round's id: what tells rounds of one version apart stands there
+
+// A text whose end is always shown: what has no room is left out before it.
+const tailed = (text, kind) => {
+  const at = Math.max(0, text.length - TAIL_CHARS);
+  return el("span", { class: `tailed ${kind}`, role: "gridcell", title: text },
+    el("span", {}, text.slice(0, at)), el("span", {}, text.slice(at)));
+};
 const headOf = (titles) => el("div", { class: "rows-head", role: "row" },
   ...titles.map(([title, kind]) => cell(title, kind, "columnheader")));
 
@@ -196,14 +204,15 @@ const historyRows = new Rows({
   onopen: (row) => go(row.model, row.round),
   fill: (node, row) => {
     const [mark, kind] = ENDS[row.state];
-    const engines = row.failed ? `${row.completed} of ${row.engines}, ${row.failed} failed` : `${row.completed} of ${row.engines}`;
-    node.setAttribute("aria-label", `${row.model} version ${row.version}, ${row.state}, ${engines} engines: open the waterfall`);
+    const engines = [`${row.completed} of ${row.engines}`,
+      row.failed && `${row.failed} failed`, row.late.length && `${row.late.length} late`].filter(Boolean).join(", ");
+    node.setAttribute("aria-label", `${row.model} version ${row.version}, round ${row.round}, ${row.state}, engines ${engines}; open the waterfall`);
     node.replaceChildren(
       el("span", { role: "gridcell", class: `mark ${kind}`, title: row.state }, mark), cell(clock(row.began_s)),
       el("span", { role: "rowheader" }, row.model), el("b", { role: "gridcell" }, String(row.version)),
       cell(engines, row.failed ? "wide bad" : "wide"), cell(row.routes.join(" + "), "wide"),
       cell(formatSeconds(row.wall_s), "num"), cell(row.bytes ? formatBytes(row.bytes) : "", "num wide"),
-      cell(formatRate(row.gb_per_s), "num wide"), cell(row.round, "wide dim"));
+      cell(formatRate(row.gb_per_s), "num wide"), tailed(row.round, "wide dim"));
   },
 });
 
@@ -279,8 +288,8 @@ let problemsDrawn = "";
 
 function drawProblems() {
   const all = [
-    ...state.failures.map((each) => ({ at_ns: each.failed_ns, mark: "\u2715", kind: "bad", row: each, link: hash(each.model, each.round),
-      title: `${each.engine} failed`, what: `${each.model} version ${each.version}${each.quarantined ? ", quarantined" : ""}`, reason: `${each.cause}: ${each.reason}` })),
+    ...state.failures.map((each) => ({ at_ns: each.failed_ns, mark: each.late ? "\u25b7" : "\u2715", kind: each.late ? "warn" : "bad", row: each,
+      link: hash(each.model, each.round), title: `${each.engine} ${each.late ? "came late" : "failed"}`, what: `${each.model} version ${each.version}${each.quarantined ? ", quarantined" : ""}`, reason: `${each.cause}: ${each.reason}` })),
     ...state.skipped.map((each) => ({ at_ns: each.skipped_ns, mark: "\u25b7", kind: "warn", row: each,
       title: `version ${each.version} skipped`, what: `${each.model}, by ${each.producer}`, reason: `${each.cause}: ${each.reason}` })),
     ...state.dead_letters.map((each) => ({ at_ns: each.reported_ns, mark: "\u2709", kind: "bad", row: each,

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+from msgspec import structs
 from playwright.async_api import Browser
 
 from tests.integration.bus.processes import halt
@@ -19,6 +20,7 @@ from tests.unit.tracing.rounds import (
     join,
     plan,
     ready,
+    refused,
     route,
     stage,
     state,
@@ -32,6 +34,12 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 HOSTILE = "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
 """As a reason that came from anyone on the bus."""
+
+TAIL_IS_SHOWN = """(cell) => {
+    const box = cell.getBoundingClientRect(), tail = cell.lastChild.getBoundingClientRect();
+    const isShown = tail.left >= box.left - 0.5 && tail.right <= box.right + 0.5;
+    return [cell.textContent, isShown];
+}"""
 
 WHOLE: list[Message] = [
     *whole_round(),
@@ -77,6 +85,37 @@ async def test_page_shows_what_the_bus_remembers_when_it_is_opened_later(
             answer = await shown.page.request.get(f"{url}{path}")
             assert answer.ok, f"{path}: {answer.status} {await answer.text()}"
             assert "attachment" in answer.headers["content-disposition"]
+
+
+async def test_good_round_stays_good_on_the_page_when_an_engine_is_refused_later(
+    teller: Bus, shown: Visit
+) -> None:
+    await put(teller, ready(), join("a"), plan(route("a")), complete("a"), done("a"))
+    await shown.sees("#history .row .mark.good", "\u2713")
+    await put(teller, *refused("c"))
+    await shown.sees("#problems .problem .warn", "\u25b7")
+    await shown.sees("#problems .problem", "c came late")
+    await shown.sees("#history .row", "1 of 1, 1 late")
+    assert await shown.page.locator("#history .bad, #problems .bad").count() == 0
+    await shown.page.locator("#history .row").click()
+    await shown.sees(".wf-state.good", "1 engine serving")
+    await shown.sees(".wf-late", "c came when the round was over, 300 s after CheckpointReady")
+
+
+async def test_long_names_of_rounds_are_told_apart_in_the_history(
+    teller: Bus, shown: Visit
+) -> None:
+    names = [f"v7-rollout-engine-of-the-second-hall-{number}-1" for number in ("3f9a1c", "77b0e2")]
+    for name in names:
+        alone = [join("a"), plan(route("a")), complete("a"), done("a")]
+        await put(teller, *(structs.replace(message, round=name) for message in alone))
+    for width in (1440, 1182, 900):
+        await shown.page.set_viewport_size({"width": width, "height": 900})
+        for name in names:
+            row = shown.page.locator("#history .row", has_text=name)
+            await row.wait_for()
+            cut = await row.locator(".tailed").evaluate(TAIL_IS_SHOWN)
+            assert cut == [name, True], width
 
 
 @pytest.mark.parametrize("patience_s", ["60", "0.5"], ids=["reconnects", "opens it anew"])

@@ -8,7 +8,9 @@ import { describe, facts, heading, name, note, outcome, problem, stepName } from
 
 const EXPANDED_ROWS_MAX = 300; // more than these begin folded
 const BUCKETS_DRAWN = 64;
-const TRACK_PX = 640; // about as wide as the bars have room: what a step's name must fit in
+const TRACK_PX = 640; // what bars have room for, until that is known
+const LABEL_PX = 76; // what a label of the axis needs, if it is the last, which stands beside its line
+const TICKS = 6; // at most about so many
 const BEYOND = 2.5; // first tokens so many times later than the update are first left out
 const STAGES = ["negotiate", "fetch", "h2d", "broadcast", "reload", "commit"];
 
@@ -38,6 +40,7 @@ export class WaterfallView {
     this.told.replaceChildren(el("b", {}, "\u25c6 Critical path"), waterfall.critical_told);
     this.told.hidden = !waterfall.critical_told;
     this.showProblems();
+    this.showLate();
     this.scale();
     this.showRows();
     this.note.textContent = note(waterfall);
@@ -48,6 +51,7 @@ export class WaterfallView {
     this.facts = el("dl", { class: "wf-facts" });
     this.told = el("p", { class: "wf-told" });
     this.problems = el("ul", { class: "wf-problems", "aria-label": "Failures" });
+    this.late = el("ul", { class: "wf-late", "aria-label": "Late engines" });
     this.tail = el("button", { type: "button", onclick: () => { this.whole = !this.isWhole; this.scale(); this.showRows(); } });
     this.fold = el("button", { type: "button", onclick: () => this.foldAll() });
     this.next = el("button", { type: "button", onclick: () => this.nextCritical() }, "Next critical stage");
@@ -55,6 +59,7 @@ export class WaterfallView {
     for (const stage of STAGES) legend.append(el("span", {}, el("i", { class: `c-${stage}` }), name(stage)));
     legend.append(el("span", {}, el("i", { class: "is-critical" }), "\u25c6 critical path"));
     this.axis = el("div", { class: "axis", role: "columnheader", "aria-label": "time" });
+    new ResizeObserver(() => this.resized()).observe(this.axis);
     const head = el("div", { class: "rows-head", role: "row" },
       el("span", { role: "columnheader" }, "engine, rank, stage"), this.axis,
       el("span", { role: "columnheader", class: "num" }, "time"),
@@ -72,7 +77,7 @@ export class WaterfallView {
     this.detail = el("div", { class: "wf-detail", "aria-live": "polite" },
       "Choose a row: \u2191 \u2193 move, \u2190 \u2192 fold, c goes to the next critical stage.");
     this.note = el("p", { class: "wf-note" });
-    this.root.replaceChildren(this.head, this.facts, this.told, this.problems,
+    this.root.replaceChildren(this.head, this.facts, this.told, this.problems, this.late,
       el("div", { class: "wf-tools" }, this.next, this.fold, this.tail, legend),
       el("div", { class: "wf-chart" }, this.rows.root, this.detail), this.note);
   }
@@ -82,6 +87,19 @@ export class WaterfallView {
     this.problems.hidden = !failed.length;
     this.problems.replaceChildren(...failed.map((engine) => el("li", {},
       el("span", { class: "bad" }, "\u2715 "), el("b", {}, engine.engine), ` ${problem(engine)}`)));
+  }
+
+  showLate() {
+    const late = this.waterfall.late ?? [];
+    this.late.hidden = !late.length;
+    this.late.replaceChildren(...late.map((engine) => el("li", {},
+      el("span", { class: "warn" }, "\u25b7 "), el("b", {}, engine.engine), ` ${engine.told}`)));
+  }
+
+  resized() {
+    if (!this.waterfall || !this.axis.clientWidth || this.axis.clientWidth === this.width) return;
+    this.scale();
+    this.showRows();
   }
 
   get isWhole() {
@@ -101,7 +119,8 @@ export class WaterfallView {
     this.end = (this.isWhole ? span_s : this.updated * 1.05) || 1;
     this.tail.hidden = !this.hasTail;
     this.tail.textContent = this.isWhole ? "Only the update" : `All of it (${formatSeconds(span_s)})`;
-    this.ticks = ticks(this.end);
+    this.width = this.axis.clientWidth || TRACK_PX;
+    this.ticks = ticks(this.end, Math.max(1, Math.min(TICKS, Math.floor(this.width / LABEL_PX))));
     this.axis.replaceChildren(...this.ticks.map((at) => {
       const label = el("span", { class: at > this.end * 0.96 ? "is-last" : null }, at === 0 ? "0" : formatSeconds(at));
       label.style.left = this.at(at);
@@ -187,7 +206,7 @@ export class WaterfallView {
     const whose = this.waterfall.critical_path.at(-1).engine;
     const steps = this.waterfall.critical_path.map((step) => {
       const text = step.engine && step.engine !== whose ? `${step.engine} ${name(step.what)}` : name(step.what);
-      const isThin = (step.duration_s / this.end) * TRACK_PX < 12 + text.length * 6;
+      const isThin = (step.duration_s / this.end) * this.width < 12 + text.length * 6;
       const node = el("span", { class: `step c-${step.what} is-${step.what}${isThin ? " is-thin" : ""}`,
         title: `${stepName(step)}: ${formatSeconds(step.duration_s)}` }, text);
       return this.put(node, step.start_s, step.duration_s);
@@ -264,11 +283,13 @@ function numbers(time, bytes, gigabytes, link) {
     el("span", { class: "num wide", role: "gridcell" }, link)];
 }
 
-function ticks(end) {
-  const rough = end / 6, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => each >= rough);
+// About `count` times, round ones, and 0; the end itself if no other has room.
+function ticks(end, count) {
+  const rough = end / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => each >= rough * 0.9999);
+  if (step > end * 1.0001) return [0, end];
   const found = [];
-  for (let count = 0; count * step <= end * 1.0001; count++) found.push(count * step);
+  for (let at = 0; at * step <= end * 1.0001; at++) found.push(at * step);
   return found;
 }
 
