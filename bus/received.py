@@ -54,7 +54,8 @@ class Missed:
     stream: str
     """Name in the catalogue: `CHECKPOINTS` or `PROGRESS`."""
     at_most: int | None
-    """How many messages, of all kinds and models, were dropped there; None: not known."""
+    """How many messages were dropped there, of all kinds and models: of those that were asked for
+    no more than that, and maybe none. None: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,8 @@ def command(model: str | None, nats_url: str | None, as_json: bool, once: bool) 
     Without a terminal it prints one line per event. With --json each event is one line: the message
     as `weightbus schema` describes it, and received_ns; an engine whose heartbeat ended is an
     EngineGone with model and engine. After an outage there is a Reconnected, and a Missed with
-    stream and at_most where the bus no longer keeps what happened (at_most null: who knows).
+    stream and at_most where the bus no longer keeps what happened: as many messages were dropped,
+    of all kinds and models (at_most null: who knows).
 
     --once --json prints one object: newest (model -> version), and the lists engines, rounds,
     failures, dead_letters and skipped.

@@ -17,6 +17,7 @@ from weightbus.schemas.progress import (
 from weightbus.schemas.rounds import Join, RoundComplete, RoundPlan
 from weightbus.tracing.text import (
     NS_PER_S,
+    counted,
     format_bytes,
     format_rate,
     format_seconds,
@@ -57,8 +58,12 @@ def narrate_gone(model: str, engine: str) -> str:
 
 def narrate_missed(stream: str, at_most: int | None) -> str:
     """What it says that a stream has dropped messages before they were read."""
-    many = "an unknown number of" if at_most is None else f"at most {at_most}"
-    return f"{many} messages of {stream} were missed: the bus no longer keeps them"
+    if at_most is None:
+        many, were = f"an unknown number of messages of {stream}", "were missed"
+    else:
+        many = f"at most {counted(at_most, 'message')} of {stream}"
+        were = f"{'was' if at_most == 1 else 'were'} missed, counted over all kinds and models"
+    return f"{many} {were}: the bus no longer keeps {'it' if at_most == 1 else 'them'}"
 
 
 def time_of_day(time_ns: int) -> str:
@@ -185,4 +190,4 @@ def _listed(ranks: tuple[int, ...]) -> str:
 
 
 def _ranks(count: int) -> str:
-    return f"{count} rank" if count == 1 else f"{count} ranks"
+    return counted(count, "rank")

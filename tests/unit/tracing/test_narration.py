@@ -93,10 +93,28 @@ def test_end_of_a_heartbeat_is_told() -> None:
     assert narrate_gone("minilm", "a") == "minilm: a is gone"
 
 
-@pytest.mark.parametrize(("at_most", "many"), [(7, "at most 7"), (None, "an unknown number of")])
-def test_loss_is_told_with_what_is_known_of_it(at_most: int | None, many: str) -> None:
-    expected = f"{many} messages of PROGRESS were missed: the bus no longer keeps them"
-    assert narrate_missed("PROGRESS", at_most) == expected
+@pytest.mark.parametrize(
+    ("at_most", "told"),
+    [
+        (
+            7,
+            "at most 7 messages of PROGRESS were missed, counted over all kinds and models: "
+            "the bus no longer keeps them",
+        ),
+        (
+            1,
+            "at most 1 message of PROGRESS was missed, counted over all kinds and models: "
+            "the bus no longer keeps it",
+        ),
+        (
+            None,
+            "an unknown number of messages of PROGRESS were missed: the bus no longer keeps them",
+        ),
+    ],
+)
+def test_loss_is_told_with_what_is_known_of_it(at_most: int | None, told: str) -> None:
+    """A monitor that asked for some kinds may have missed fewer than were dropped, or none."""
+    assert narrate_missed("PROGRESS", at_most) == told
 
 
 def test_message_is_told_by_its_name_when_monitors_do_not_look_at_it() -> None:
