@@ -43,6 +43,7 @@ from weightbus.schemas.rounds import CommitPolicy
 from weightbus.tracing.narration import narrate
 from weightbus.tracing.otlp import OtlpSettings
 from weightbus.tracing.telemetry import open_telemetry
+from weightbus.tracing.text import counted
 
 __all__ = ("command",)
 
@@ -262,7 +263,7 @@ async def run_consumer(options: Options) -> None:
         async with open_consumer(
             config, bus=bus, engine=engine, routes=routes, telemetry=telemetry
         ):
-            ranks = "1 rank" if engine.ranks == 1 else f"{engine.ranks} ranks"
+            ranks = counted(engine.ranks, "rank")
             click.echo(
                 f"engine {config.engine} ({ranks}) follows {config.model} on "
                 f"{bus.url}; its sockets are in {directory}"

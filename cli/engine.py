@@ -12,8 +12,9 @@ import msgspec
 from weightbus.cli.options import device_option
 from weightbus.consumers.engines.torch.server import run_engine
 from weightbus.consumers.engines.torch.spec import TorchEngineSpec
+from weightbus.tracing.text import counted
 
-__all__ = ("command",)
+__all__ = ("command", "ready_line")
 
 
 @click.command()
@@ -67,5 +68,10 @@ def command(
         spec = msgspec.convert(document, TorchEngineSpec)
     except msgspec.MsgspecError as error:
         raise click.BadParameter(f"not an engine: {error}") from None
-    announce = partial(click.echo, f"{architecture} engine with {tp} ranks is ready in {directory}")
+    announce = partial(click.echo, ready_line(architecture, tp, directory))
     anyio.run(run_engine, directory, spec, announce)
+
+
+def ready_line(architecture: str, tp: int, directory: Path) -> str:
+    """What is said once it can be spoken to."""
+    return f"{architecture} engine with {counted(tp, 'rank')} is ready in {directory}"

@@ -16,7 +16,7 @@ from weightbus.consumers.planning.cost import RouteCost
 from weightbus.consumers.planning.explain import Explanation, Fleet, PartExplained, explain
 from weightbus.consumers.planning.shapes import MODELS, Families, Family, families_of
 from weightbus.schemas.layout_codec import decode_layout
-from weightbus.tracing.text import format_bytes, format_seconds
+from weightbus.tracing.text import counted, format_bytes, format_seconds
 
 __all__ = ("command",)
 
@@ -156,11 +156,6 @@ def _who(parts: Sequence[PartExplained]) -> str:
     if len(parts) > len(hosts):
         return f"{where}: {ranks} each"
     return f"{where}: {ranks} {f'of {of} ' if of else ''}on each"
-
-
-def counted(count: int, thing: str) -> str:
-    """`1 rank`, `2,048 ranks`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _staged(cost: RouteCost) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from weightbus.cli.demo.story import Checked
+from weightbus.tracing.text import counted
 
 __all__ = ("EngineResult", "Result", "result_of", "verdict")
 
@@ -72,14 +73,15 @@ def result_of(
 
 def verdict(result: Result) -> str:
     """The last line for people."""
-    counted = f"{len(result.update_seconds)} updates, {len(result.trace_ids)} traces"
+    updates = counted(len(result.update_seconds), "update")
+    told_of = f"{updates}, {counted(len(result.trace_ids), 'trace')}"
     if not result.ok:
         never = [route for route in result.routes_promised if route not in result.routes_used]
         told = f"; never taken: {', '.join(never)}" if never and not result.routes_missing else ""
-        return f"NOT EVERYTHING WAS VERIFIED: {counted}{told}"
+        return f"NOT EVERYTHING WAS VERIFIED: {told_of}{told}"
     if result.routes_missing:
-        return f"everything was verified: {counted}, by local ALONE: {result.routes_missing}"
-    return f"everything was verified: {counted}, by {', '.join(result.routes_used)}"
+        return f"everything was verified: {told_of}, by local ALONE: {result.routes_missing}"
+    return f"everything was verified: {told_of}, by {', '.join(result.routes_used)}"
 
 
 def _routes(checked: Sequence[Checked]) -> tuple[str, ...]:

@@ -256,7 +256,7 @@ function flightRow(row) {
     bar.append(part);
   }
   const names = (engines) => engines.slice(0, 6).join(", ") + (engines.length > 6 ? ` and ${engines.length - 6} more` : "");
-  const told = [`${row.completed.length} of ${of} serve it`];
+  const told = [`${row.completed.length} of ${of} ${row.completed.length === 1 ? "serves" : "serve"} it`];
   if (row.failed.length) told.push(`failed: ${names(row.failed)}`);
   if (row.waiting.length) told.push(`to go: ${names(row.waiting)}`);
   return el("a", { class: "flight-row", href: hash(row.model, row.round), "data-key": `${row.model}/${row.round}` },

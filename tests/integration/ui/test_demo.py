@@ -77,7 +77,7 @@ async def test_page_shows_the_demo_and_the_waterfall_of_its_rounds(
                 tasks.start_soon(shown.sees, "#flight .flight-row", "minilm")
                 await anyio.to_thread.run_sync(until, process, "engine b is killed")
                 with suppress(PlaywrightError):  # a picture of a round in flight, if we are quick
-                    await shown.page.get_by_text("1 of 3 serve it").wait_for(timeout=FLIGHT_MS)
+                    await shown.page.get_by_text("1 of 3 serves it").wait_for(timeout=FLIGHT_MS)
                 await shown.shot(pictures, "fleet")
                 await anyio.to_thread.run_sync(until, process, "d holds version 4")
             for name in ("a", "b", "c", "d", "moe"):

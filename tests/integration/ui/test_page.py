@@ -58,7 +58,7 @@ async def test_page_shows_a_round_as_it_happens(teller: Bus, shown: Visit) -> No
     await shown.sees("#flight .flight-row", "last: a/0 fetch")
     await shown.sees("#flight .flight-row", "led by a")
     await put(teller, complete("a", 8, end_ms=600))
-    await shown.sees("#flight .flight-row", "1 of 2 serve it")
+    await shown.sees("#flight .flight-row", "1 of 2 serves it")
     await shown.page.locator("#flight .flight-row").click()
     await shown.sees(".wf-state", "1 of 2 engines done")
     await put(teller, complete("b", 8, end_ms=700), done("a", "b", version=8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weightbus.tracing.text import (
+    counted,
     format_bytes,
     format_rate,
     format_seconds,
@@ -41,3 +42,8 @@ def test_rate_is_none_when_nothing_moved_or_no_time_passed() -> None:
 def test_text_loses_its_control_characters_and_nothing_else() -> None:
     assert printable("grün → 100 %") == "grün → 100 %"
     assert printable("a\x1b[31mb\r\n\u202ec") == "a\\x1b[31mb\\r\\n\\u202ec"
+
+
+def test_things_are_counted_in_the_right_number() -> None:
+    told = [counted(count, "rank") for count in (0, 1, 2, 2048)]
+    assert told == ["0 ranks", "1 rank", "2 ranks", "2,048 ranks"]

@@ -137,3 +137,9 @@ def test_waterfall_says_from_when_a_round_of_engines_that_came_late_counts() -> 
     assert "in 100 ms from hearing of it to the last engine serving" in text
     assert "counted from when its first engine heard of it (it came after the version)" in text
     assert "it came 60.0 s after the version" in text
+
+
+@pytest.mark.parametrize(("engines", "told"), [("a", "1 engine: "), ("ab", "2 engines: ")])
+def test_waterfall_counts_its_engines_in_the_right_number(engines: str, told: str) -> None:
+    text = rendered([ready(), *(complete(engine) for engine in engines)], 200)
+    assert f"total {told}" in text

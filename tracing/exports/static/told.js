@@ -106,7 +106,7 @@ export function describe(item, waterfall) {
   if (stage.bytes) parts.push(formatBytes(stage.bytes));
   if (stage.gb_per_s !== null) parts.push(`${formatRate(stage.gb_per_s)} GB/s`);
   if (stage.link_share !== null) parts.push(`${percent(stage.link_share)} of the link ${stage.link}`);
-  if (stage.buckets.length) parts.push(`${stage.buckets.length} buckets`);
+  if (stage.buckets.length) parts.push(plural(stage.buckets.length, "bucket"));
   if (stage.critical) parts.push("on the critical path");
   if (!stage.ok) parts.push(`failed: ${stage.error}`);
   return [el("b", {}, `${engine.engine}${stage.rank === null ? "" : ` rank ${stage.rank}`} ${name(stage.stage)} `), parts.join(", ")];
