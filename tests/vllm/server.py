@@ -1,6 +1,7 @@
 """vLLM's own HTTP server, as users start it, and what its users ask it.
 
-Owns the server while `running_server` is open; see `processes.py`.
+Owns the server while `running_server` is open; see `processes.py`. It is asked as the benchmark
+asks its own, but by a connection for each request: it outlives a test and its event loop.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 import httpx
-import msgspec
 import pytest
 
+from benchmarks.vllm_h200.server import open_server
+from benchmarks.vllm_h200.setup import MODEL
 from tests.vllm.oracle import MAX_TOKENS, PROMPTS
 from tests.vllm.probe import PROBE
 from tests.vllm.processes import START_S, environment, group_is_gone, running_group
@@ -30,8 +32,6 @@ BACKEND: Final = ("--weight-transfer-config", '{"backend": "weightbus"}')
 ANSWER_S: Final = 120.0
 POLL_S: Final = 0.1
 HOST: Final = "127.0.0.1"
-MODEL: Final = "tiny"
-"""By what name requests ask for the model."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ class Server:
 
     async def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy output, as token ids."""
-        body = _completion(prompt, max_tokens)
-        answer = await self._post("/v1/completions", body)
-        (choice,) = answer["choices"]
-        assert choice["finish_reason"] == "length", choice
-        tokens: list[int] = choice["token_ids"]
+        async with open_server(self.url) as asked:
+            tokens = await asked.complete(prompt, max_tokens, ANSWER_S)
+        assert len(tokens) == max_tokens, tokens
         return tokens
 
     @asynccontextmanager
@@ -71,42 +69,28 @@ class Server:
         self, prompt: Sequence[int], max_tokens: int
     ) -> AsyncIterator[AsyncIterator[list[int]]]:
         """The same, in pieces, as they are generated."""
-        body = _completion(prompt, max_tokens) | {"stream": True}
-        async with (
-            self._client() as client,
-            client.stream("POST", "/v1/completions", json=body) as answer,
-        ):
-            assert answer.is_success
-            yield _pieces(answer.aiter_lines())
+        with anyio.fail_after(ANSWER_S):
+            async with open_server(self.url) as asked, asked.stream(prompt, max_tokens) as pieces:
+                yield pieces
 
     async def sums(self) -> list[dict[str, str]]:
         """What every rank holds; see `Probe`."""
-        found: list[dict[str, str]] = await self.call("probe_sums")
-        return found
+        return await self.call("probe_sums")
 
-    async def call(self, method: str, *arguments: str) -> Any:
+    async def call(self, method: str, *arguments: str) -> list[Any]:
         """A method of every worker; what each returned."""
-        answer = await self._post("/collective_rpc", {"method": method, "args": list(arguments)})
-        return answer["results"] if answer is not None else None
+        async with open_server(self.url) as asked:
+            return await asked.call(method, *arguments, deadline_s=ANSWER_S)
 
     async def version(self) -> str | None:
         """What the server says that it serves."""
-        async with self._client() as client:
-            answer = await client.get("/weight_info")
+        async with httpx.AsyncClient(timeout=ANSWER_S, trust_env=False) as client:
+            answer = await client.get(f"{self.url}/weight_info")
         version: str | None = answer.raise_for_status().json()["weight_version"]
         return version
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=ANSWER_S, trust_env=False)
-
     def is_gone(self) -> bool:
         return group_is_gone(self.group)
-
-    async def _post(self, path: str, body: Any) -> Any:
-        async with self._client() as client:
-            answer = await client.post(path, json=body)
-        assert answer.is_success, f"{path}: {answer.status_code} {answer.text[:2000]}"
-        return answer.json() if answer.content else None
 
 
 @contextmanager
@@ -131,29 +115,6 @@ def running_server(
                 pytest.fail(f"vLLM was not ready within {START_S:g} s")
             time.sleep(POLL_S)
         yield server
-
-
-def _completion(prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
-    return {
-        "model": MODEL,
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-
-
-async def _pieces(lines: AsyncIterator[str]) -> AsyncIterator[list[int]]:
-    """Tokens of a stream of server-sent events, which must end in order."""
-    async for line in lines:
-        told = line.removeprefix("data: ")
-        if told == "[DONE]":
-            return
-        if line:
-            (choice,) = msgspec.json.decode(told)["choices"]
-            yield choice["token_ids"]
-    raise AssertionError("the stream broke off")
 
 
 def _is_ready(url: str) -> bool:
