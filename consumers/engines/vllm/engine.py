@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
-import msgspec
 from msgspec import Struct
 
 from weightbus.bus.host import host_id as this_host_id
@@ -45,14 +44,12 @@ from weightbus.consumers.engines.served import (
 from weightbus.consumers.engines.tokens import first_rise
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
+from weightbus.consumers.engines.vllm.places import OpenPlaces
 from weightbus.consumers.errors import ConsumerError, EngineUnavailable
-from weightbus.consumers.transfer.segments import KEPT_MAPPINGS
-from weightbus.schemas.placement import FileSegment, Segment
 from weightbus.schemas.worker import (
     Applied,
     Failed,
     Feed,
-    InPlace,
     Inspect,
     Inspected,
     Prepared,
@@ -79,12 +76,6 @@ TAKE_BACK_S: Final = 5.0
 
 PREPARE_S: Final = 0.1
 
-PLACES_KEPT: Final = 2
-"""A publisher takes two slots in turn."""
-
-MOST_PLACES: Final = KEPT_MAPPINGS // PLACES_KEPT
-"""Of more segments, a worker that reads others meanwhile may have let some go."""
-
 _CONNECT_POLL_S: Final = 0.01
 
 _NO_LAYOUT: Final = "0" * 64
@@ -92,9 +83,6 @@ _NO_LAYOUT: Final = "0" * 64
 
 
 _logger = logging.getLogger(__name__)
-
-Places = tuple[Segment, ...]
-"""Segments of whatever version."""
 
 
 class VllmSettings(Struct, frozen=True, kw_only=True):
@@ -146,8 +134,7 @@ class VllmEngine(ServingEngine):
         """How often each rank's weights had been discarded when it last said what it holds."""
         self._prepare_at = 0.0
         """On the event loop's clock: not before."""
-        self._taken: dict[int, tuple[Places, ...]] = {}
-        """By rank: where bytes lay that it took in place, the last first. It has them open."""
+        self._open = OpenPlaces()
         self._probes = 0
 
     async def pause(self, deadline_s: float) -> None:
@@ -192,7 +179,7 @@ class VllmEngine(ServingEngine):
         """Each question is a call between two steps of the requests that run: ranks that took bytes
         from the same places before are not asked, and while something is under way the others no
         more often than every `PREPARE_S`."""
-        new = {rank: feed for rank, feed in feeds.items() if not self._has_open(rank, feed)}
+        new = {rank: feed for rank, feed in feeds.items() if not self._open.has(rank, feed)}
         replies = {rank: Prepared(request=0, rank=rank, ready=True) for rank in feeds}
         if new:
             end = anyio.current_time() + deadline_s
@@ -217,13 +204,9 @@ class VllmEngine(ServingEngine):
         deadline_s: float,
     ) -> tuple[Applied, ...]:
         self._begin(feeds)
-        known = {rank: self._taken.pop(rank, ()) for rank in feeds}
+        before = self._open.begin(feeds)
         applied = await self._apply(version, layout_digest, feeds, deadline_s)
-        for rank, feed in feeds.items():
-            if isinstance(feed, InPlace) and len(feed.sources) <= MOST_PLACES:
-                places = _places_of(feed)
-                others = (other for other in known[rank] if other != places)
-                self._taken[rank] = (places, *others)[:PLACES_KEPT]
+        self._open.end(feeds, before)
         return applied
 
     async def _apply(
@@ -367,10 +350,6 @@ class VllmEngine(ServingEngine):
             return True
         return self._probes >= PROBES_PER_TURN or not await self._are_connected()
 
-    def _has_open(self, rank: int, feed: Feed) -> bool:
-        """Whether a rank has everything open that it is to read."""
-        return isinstance(feed, InPlace) and _places_of(feed) in self._taken.get(rank, ())
-
     async def _are_connected(self) -> bool:
         """Whether a worker of every rank is there. Each sees that it was looked for when it has a
         turn."""
@@ -411,7 +390,7 @@ class VllmEngine(ServingEngine):
 
     def _on_new_workers(self) -> None:
         """They are told from the old also when vLLM has discarded what they held."""
-        self._taken.clear()
+        self._open.forget()
         now = self._control.discards(self._discards)
         if any(more > before for more, before in zip(now, self._discards, strict=False)):
             self._error = "its weights were discarded while it slept (level 2)"
@@ -495,14 +474,6 @@ async def _open_control(
     async with open_http_control(url, settings.api_key) as control:
         await control.wait_until_healthy(deadline_s)
         yield control
-
-
-def _places_of(feed: InPlace) -> Places:
-    """Versions that follow each other lie in the same places, in turn."""
-    return tuple(
-        source if isinstance(source, FileSegment) else msgspec.structs.replace(source, generation=0)
-        for source in feed.sources
-    )
 
 
 def _failed_with(kind: type[ConsumerError], outcome: object) -> bool:
