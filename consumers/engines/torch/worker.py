@@ -57,7 +57,8 @@ def main(arguments: WorkerArguments) -> int:
             arguments.parent,
         )
     except WeightBusError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        # One write, so that the lines of several ranks stay whole: unbuffered, `print` makes two.
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
     if arguments.spec.device != "cpu":
         end_now(0)

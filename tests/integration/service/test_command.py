@@ -108,7 +108,7 @@ def test_bus_of_its_own_is_told_of_and_one_mistake_is_said_once() -> None:
     environment = {name: os.environ[name] for name in os.environ if name != "WEIGHTBUS_NATS_URL"}
     done = subprocess.run(
         [sys.executable, "-m", *command, "--architecture", "decoder"],
-        env=environment,
+        env=environment | {"PYTHONUNBUFFERED": "1"},  # as in most containers
         capture_output=True,
         text=True,
         timeout=120,
