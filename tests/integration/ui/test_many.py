@@ -36,9 +36,11 @@ async def test_page_stays_small_while_200_engines_update(teller: Bus, shown: Vis
             tasks.start_soon(teller.presence.put, state(engine, "serving", 7))
     await shown.sees("#engines-count", "200")
     await shown.page.evaluate(WATCH)
+    is_seen = anyio.Event()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run_round, teller)
+        tasks.start_soon(run_round, teller, is_seen)
         await shown.sees("#flight .flight-row", "of 200 serve it")
+        is_seen.set()
         await shown.page.get_by_label("Filter by model or engine").fill("engine-19")
         await shown.sees("#engines-count", "10 of 200")
         await shown.page.get_by_label("Filter by model or engine").fill("")
@@ -96,8 +98,8 @@ STAGES: Final[Sequence[tuple[Stage, int | None, int, int]]] = (
 """Stage, rank, start and end in milliseconds."""
 
 
-async def run_round(teller: Bus) -> None:
-    """1,203 messages, as fast as the bus takes them."""
+async def run_round(teller: Bus, is_seen: anyio.Event | None = None) -> None:
+    """1,203 messages, as fast as the bus takes them; those of its end once it was seen."""
     await put(teller, ready(8))
     await say(teller, [join(name, 8) for name in ENGINES])
     await put(teller, plan(*map(route, ENGINES), version=8))
@@ -107,6 +109,8 @@ async def run_round(teller: Bus) -> None:
             for at, name in enumerate(ENGINES)
         ]
         await say(teller, said)
+    if is_seen is not None:
+        await is_seen.wait()
     await say(teller, [complete(name, 8, end_ms=300 + at) for at, name in enumerate(ENGINES)])
     await put(teller, done(*ENGINES, version=8))
 
