@@ -113,7 +113,7 @@ class ModelHost(ABC):
     def may_stay_uncovered(self, buffer: str, *, persistent: bool) -> bool:
         """Whether a buffer that `load_weights` does not write is known not to be of the checkpoint.
 
-        `persistent` says whether it would be in a `state_dict`. Parameters are never excused.
+        `persistent` says whether it would be in a `state_dict`. For parameters see `drops`.
         """
         del buffer
         return not persistent
@@ -126,6 +126,15 @@ class ModelHost(ABC):
         """
         del parameter
         return ""
+
+    def drops(self, parameter: str) -> bool:
+        """Whether the engine goes without a parameter once it has loaded its weights: one that
+        `load_weights` does not write at all has a value of the engine's own, and is not missed.
+
+        Asked for when `unwritten` has nothing against it.
+        """
+        del parameter
+        return False
 
     def padding_bytes(self, parameter: str) -> int:
         """How many bytes of a parameter no checkpoint has, since the engine has made it larger.

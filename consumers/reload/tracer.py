@@ -100,7 +100,7 @@ def trace_needs(host: ModelHost, layout: Layout) -> Trace:
             if seen and item.parameter and lacking_bytes == host.padding_bytes(item.name):
                 padded.append(item.name)
             else:
-                _check_unwritten(host, item, lacking_bytes)
+                _check_unwritten(host, item, lacking_bytes, whole=not seen)
                 excused.append(item.name)
         if seen:
             number = lowering.add_parameter(owner.spec, owner.window.offset, seen)
@@ -257,8 +257,13 @@ def _unwritten(owner: Owner, canvas: Canvas) -> Iterator[tuple[StateTensor, int]
             yield item, lacking_bytes
 
 
-def _check_unwritten(host: ModelHost, item: StateTensor, lacking_bytes: int) -> None:
+def _check_unwritten(
+    host: ModelHost, item: StateTensor, lacking_bytes: int, *, whole: bool
+) -> None:
     """
+    Args:
+        whole: nothing at all is written to it.
+
     Raises:
         CheckpointRefused, TraceRefused: it has to come of the checkpoint.
     """
@@ -266,7 +271,11 @@ def _check_unwritten(host: ModelHost, item: StateTensor, lacking_bytes: int) -> 
         raise CheckpointRefused(
             host.name, f"{item.name}: {lacking_bytes} of its bytes are in no tensor: {reason}"
         )
-    if item.parameter or not host.may_stay_uncovered(item.name, persistent=item.persistent):
+    if item.parameter:
+        is_excused = whole and host.drops(item.name)
+    else:
+        is_excused = host.may_stay_uncovered(item.name, persistent=item.persistent)
+    if not is_excused:
         raise TraceRefused(
             host.name, f"{item.name}: {lacking_bytes} of its bytes are not written by load_weights"
         )

@@ -22,6 +22,8 @@ __all__ = (
     "VOCABULARY",
     "Architecture",
     "tensors_of",
+    "tokenizer",
+    "tokenizer_config",
     "write_checkpoint",
 )
 
@@ -75,8 +77,8 @@ def write_checkpoint(folder: Path, architecture: Architecture, version: int) -> 
     folder.mkdir(parents=True)
     save_file(tensors_of(architecture, version), folder / FILE, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(architecture)))
-    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
-    (folder / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config()))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config()))
     return folder
 
 
@@ -171,7 +173,7 @@ def _config(architecture: Architecture) -> dict[str, Any]:
     return config
 
 
-def _tokenizer() -> dict[str, Any]:
+def tokenizer() -> dict[str, Any]:
     """One word per token: `t<id>`."""
     words = {word: number for number, word in enumerate(SPECIAL)}
     words |= {f"t{number}": number for number in range(len(SPECIAL), VOCABULARY)}
@@ -192,7 +194,7 @@ def _tokenizer() -> dict[str, Any]:
     }
 
 
-def _tokenizer_config() -> dict[str, Any]:
+def tokenizer_config() -> dict[str, Any]:
     pad, bos, eos, unknown = SPECIAL
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

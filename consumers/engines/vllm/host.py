@@ -7,7 +7,7 @@ own lifecycle. Runs on the worker's main thread. Written for vLLM 0.26 and 0.32.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -86,6 +86,8 @@ class VllmHost(ModelHost):
         self._reached = Reached()
         self._padding: dict[str, int] = {}
         self._tied: list[tuple[str, str]] = []
+        self._fed: frozenset[str] = frozenset()
+        """Parameters that the last layout which could be traced has bytes for."""
         self._is_discarded = False
         """What vLLM has loaded is gone."""
         self._is_to_compare = False
@@ -156,11 +158,16 @@ class VllmHost(ModelHost):
             download_dir=self._config.load_config.download_dir,
         )
 
+    def drops(self, parameter: str) -> bool:
+        """As scales of attention's caches, which stand there for checkpoints that have them."""
+        return parameter not in dict(self._model.named_parameters(remove_duplicate=False))
+
     def padding_bytes(self, parameter: str) -> int:
         return self._padding.get(parameter, 0)
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         self._check_ties(layout)
+        self._fed = frozenset(parameter.name for parameter in needs.parameters)
         is_asleep = are_weights_asleep()
         compares = not is_asleep and not self._is_discarded
         if (sinks := self._renewer.unknown(compares=compares)) is not None:
@@ -206,6 +213,7 @@ class VllmHost(ModelHost):
             layers = _with_attention(named, modules)
         with set_current_vllm_config(self._config), torch.device(self._device):
             processed = reload_layerwise(self._model, self._config.model_config, layers, weights)
+        self._check_fed(named, processed.empty)
         if processed.moved and self._keeps_graphs():
             raise ProofFailed(
                 processed.moved[0], "has new copies of its weights elsewhere: graphs keep the old"
@@ -215,6 +223,19 @@ class VllmHost(ModelHost):
             self._derived = {
                 names[number]: attribute for number, (_, attribute) in processed.derived.items()
             }
+
+    def _check_fed(self, named: Mapping[str, nn.Module], empty: Iterable[nn.Module]) -> None:
+        """vLLM warns of a module that is given nothing, and serves it as it was.
+
+        Raises:
+            ProofFailed: there was something for it.
+        """
+        hungry = {id(module) for module in empty}
+        for name, module in named.items():
+            if id(module) in hungry and any(
+                f"{name}.{parameter}" in self._fed for parameter in module._parameters
+            ):
+                raise ProofFailed(name, "was given nothing by vLLM's reload, and has old weights")
 
     def _keeps_graphs(self) -> bool:
         """Whether something was compiled or captured of the model."""

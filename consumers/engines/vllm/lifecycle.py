@@ -9,6 +9,7 @@ What vLLM leaves out is done beside it:
     are loaded again (on a CPU the update is then without effect, and nothing says so);
     what post-processing keeps in closures and kernel objects is bound anew, while a compiled graph
     keeps what it was traced with: such copies are renewed in their own memory;
+    what a model copies into its parameters past their loaders is lost, or kept (`bypassing.py`);
     a module whose weight is tied to another's (a head on a CPU, which packs it) is not processed
     again when only the other is loaded;
     when loading fails, modules stay on `meta`: they are put back.
@@ -34,6 +35,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from weightbus.consumers.engines.vllm.bypassing import bypasses_kept
 from weightbus.consumers.engines.vllm.captured import (
     Bound,
     bound_attributes,
@@ -62,6 +64,8 @@ class Processed:
     """Ids of the modules that were processed."""
     moved: list[str] = field(default_factory=list)
     """Copies that are elsewhere now: `module type.attribute`."""
+    empty: list[nn.Module] = field(default_factory=list)
+    """Modules with parameters of their own that were given nothing, and hold what they held."""
 
 
 class _Chosen(nn.Module):
@@ -99,10 +103,39 @@ def reload_layerwise(
         _watched(layers, state, processed),
     ):
         initialize_layerwise_reload(chosen)
-        model.load_weights(weights)
-        finalize_layerwise_reload(chosen, model_config)
+        with bypasses_kept(layers) as seeing:
+            with seeing:
+                model.load_weights(weights)
+            seeing.end()
+            processed.empty = _empty(layers)
+            finalize_layerwise_reload(chosen, model_config)
         _process_tied(layers, processed)
     return processed
+
+
+def _empty(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules to which nothing was loaded, neither to them nor to others that share with them."""
+    infos = [(layer, get_layerwise_info(layer)) for layer in layers]
+    waiting = [
+        (layer, info.kernel_tensors[0])
+        for layer, info in infos
+        if info.can_load() and info.load_numel <= 0 and info.kernel_tensors is not None
+    ]
+    own = {id(parameter) for _, parameters in waiting for parameter in parameters.values()}
+    shared = {
+        id(parameter)
+        for layer, info in infos
+        if info.load_numel > 0 or not info.can_load()
+        for parameter in (
+            info.kernel_tensors[0] if info.kernel_tensors is not None else layer._parameters
+        ).values()
+        if id(parameter) in own
+    }
+    return [
+        layer
+        for layer, parameters in waiting
+        if parameters and not any(id(parameter) in shared for parameter in parameters.values())
+    ]
 
 
 def _process_tied(layers: Sequence[nn.Module], processed: Processed) -> None:

@@ -26,6 +26,7 @@ class TellingHost(ModuleHost):
 
     why_unwritten = ""
     padding: Mapping[str, int] = {}
+    dropped: frozenset[str] = frozenset()
     refusal = ""
     keeps: Mapping[str, str] = {}
 
@@ -34,6 +35,9 @@ class TellingHost(ModuleHost):
 
     def padding_bytes(self, parameter: str) -> int:
         return self.padding.get(parameter, 0)
+
+    def drops(self, parameter: str) -> bool:
+        return parameter in self.dropped
 
     def check_needs(self, needs: Needs, layout: Layout) -> None:
         if self.refusal:
@@ -63,6 +67,26 @@ def test_layout_is_refused_when_the_host_knows_why_a_parameter_is_not_written(
     host.why_unwritten = "the other half is missing"
     with pytest.raises(CheckpointRefused, match=r"24 of its bytes .* the other half is missing"):
         trace_needs(host, layout)
+
+
+def test_parameter_is_not_missed_when_the_engine_drops_it_and_nothing_is_written_to_it(
+    halved: tuple[TellingHost, Layout],
+) -> None:
+    host, layout = halved
+    host.dropped = frozenset(("weight",))
+    with pytest.raises(TraceRefused, match="weight: 24 of its bytes are not written"):
+        trace_needs(host, layout)  # a part of it is
+
+    def load_other(model: Any, weights: Weights) -> None:
+        for _, weight in weights:
+            model.other.data.copy_(weight)
+
+    host = TellingHost(lambda: Bag(other=(2, 3), scale=(1,)), load_other)
+    with pytest.raises(TraceRefused, match="scale: 4 of its bytes are not written"):
+        trace_needs(host, layout)
+    host.dropped = frozenset(("scale",))
+    traced = trace_needs(host, layout)
+    assert [parameter.name for parameter in traced.needs.parameters] == ["other"]
 
 
 def test_layout_is_refused_when_the_host_does_not_like_what_was_traced() -> None:
