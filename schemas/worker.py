@@ -273,6 +273,8 @@ class Applied(WorkerMessage, frozen=True, kw_only=True):
     """Why the engine's own loader was taken, if it was."""
     proven: Annotated[tuple[ObjectDigest, ...], Meta(max_length=16)] | None = None
     """As in `Inspected`; None: it is not told."""
+    updates: Count | None = None
+    """As in `Inspected`; None: it is not told."""
 
 
 class Failed(WorkerMessage, frozen=True, kw_only=True):

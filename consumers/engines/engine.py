@@ -1,8 +1,8 @@
 """The contract of an engine: everything Weight bus asks of vLLM, SGLang or a model of your own.
 
 Does no I/O. One `Engine` stands for one inference engine with one worker per rank. The consumer
-service is its only caller and never calls two of its methods at once, except `state` and
-`first_token`.
+service is its only caller and never calls two of its methods at once, except `state`,
+`first_token`, and before a pause `before_pause` and `look`.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ class ServingEngine(TurnEngine):
         self._held: dict[int, Inspected] = {}
         """What every rank last said of itself, and what followed from its answers since."""
         self._sure: set[int] = set()
-        """Ranks of which that still holds, as far as we know: nothing was begun that has not ended
-        well."""
+        """Ranks of which that still holds: nothing is under way, and what was has ended well."""
         self._served = _read_served(place.path / SERVED_FILE)
         self._error = ""
 
@@ -138,10 +137,10 @@ class ServingEngine(TurnEngine):
                         known,
                         version=outcome.version,
                         touched=False,
-                        updates=known.updates + 1,
+                        updates=known.updates + 1 if outcome.updates is None else outcome.updates,
                         proven=outcome.proven or (),
                     )
-                    if outcome.proven is not None:
+                    if None not in (outcome.proven, outcome.updates):
                         self._sure.add(rank)
                 case Attached() | Prepared():
                     pass

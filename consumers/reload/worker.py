@@ -263,8 +263,6 @@ class ReloadWorker:
     def _prepare_feed(self, reloader: Reloader, feed: Feed, budget: Deadline) -> None:
         """What takes long of `_apply`, on the preparing thread: map and register what is read, and
         plan what is streamed."""
-        if not (isinstance(feed, Stream) and feed.device):
-            self._device_staging.rest()
         if isinstance(feed, Stream):
             with self._blocks(feed, budget) as blocks:
                 plan = reloader.prepare_stream(feed.bucket_bytes, len(blocks))
@@ -289,6 +287,8 @@ class ReloadWorker:
                 self._begin()
                 outcome, filled = reloader.apply(segments, deadline), ()
         self._touched, self._version = False, request.version
+        if not (isinstance(request.feed, Stream) and request.feed.device):
+            self._device_staging.rest()
         return Applied(
             request=request.request,
             rank=self.rank,
@@ -305,6 +305,7 @@ class ReloadWorker:
             processed_parameters=outcome.processed,
             reason=outcome.reason[:4096],
             proven=self._proven(),
+            updates=self._updates,
         )
 
     def _await_steps(self, deadline: Deadline) -> None:

@@ -51,6 +51,7 @@ from weightbus.schemas.shared_memory import SHM_GENERATION_OFFSET, SHM_HEADER_BY
 
 __all__ = (
     "KEPT_MAPPINGS",
+    "KEPT_OPENINGS",
     "OpenDevice",
     "OpenFile",
     "OpenMemory",

@@ -419,6 +419,7 @@ _WORKER: Final[tuple[Message, ...]] = (
         processed_parameters=0,
         reason="",
         proven=(_LAYOUT_DIGEST,),
+        updates=3,
     ),
     Failed(request=3, rank=0, error="TornRead", reason="segment 0", touched=True),
     Inspect(request=4, layout_digest=_LAYOUT_DIGEST, deadline_s=5.0),

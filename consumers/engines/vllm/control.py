@@ -325,6 +325,10 @@ class VllmControl(ABC):
             for rank, status in enumerate(self._statuses())
         )
 
+    def is_silent(self) -> bool:
+        """Whether a worker cannot say how it is. Reads files, and asks nobody."""
+        return None in self._statuses()
+
     def _is_session_open(self) -> bool:
         """
         Raises:

@@ -45,13 +45,15 @@ from weightbus.consumers.engines.tokens import first_rise
 from weightbus.consumers.engines.turns import Turn
 from weightbus.consumers.engines.vllm.control import PauseMode, VllmControl
 from weightbus.consumers.engines.vllm.places import OpenPlaces
-from weightbus.consumers.errors import ConsumerError, EngineUnavailable
+from weightbus.consumers.errors import ConsumerError, DeadlineExceeded, EngineUnavailable
 from weightbus.schemas.worker import (
     Applied,
+    Attach,
     Failed,
     Feed,
     Inspect,
     Inspected,
+    Prepare,
     Prepared,
     WorkerMessage,
 )
@@ -80,7 +82,6 @@ _CONNECT_POLL_S: Final = 0.01
 
 _NO_LAYOUT: Final = "0" * 64
 """Digest of a layout that nobody attaches."""
-
 
 _logger = logging.getLogger(__name__)
 
@@ -132,6 +133,8 @@ class VllmEngine(ServingEngine):
         """Why what was computed with other weights may still be found; None: it cannot."""
         self._discards: tuple[int, ...] = ()
         """How often each rank's weights had been discarded when it last said what it holds."""
+        self._asked_discards: tuple[int, ...] = ()
+        """And when it was last asked."""
         self._prepare_at = 0.0
         """On the event loop's clock: not before."""
         self._open = OpenPlaces()
@@ -184,11 +187,18 @@ class VllmEngine(ServingEngine):
         if new:
             end = anyio.current_time() + deadline_s
             await anyio.sleep(max(0.0, min(self._prepare_at, end) - anyio.current_time()))
+            self._open.ask(new)
             asked = await super().prepare(layout_digest, new, left_s(end))
+            self._open.answer({reply.rank: new[reply.rank] for reply in asked if reply.ready})
             if not all(reply.ready for reply in asked):
                 self._prepare_at = anyio.current_time() + PREPARE_S
             replies |= {reply.rank: reply for reply in asked}
         return tuple(replies[rank] for rank in feeds)
+
+    async def inspect(self, layout_digest: str | None, deadline_s: float) -> tuple[Inspected, ...]:
+        inspected = await super().inspect(layout_digest, deadline_s)
+        self._discards = self._asked_discards
+        return inspected
 
     async def look(self, deadline_s: float) -> tuple[Inspected, ...]:
         """Not asked for again while nothing can have become of it."""
@@ -288,10 +298,9 @@ class VllmEngine(ServingEngine):
             paused = await self._control.is_paused(deadline_s)
             if commands == self._commands:
                 self._paused = paused
-            discards = self._control.discards(self._discards)
-            if await self._is_stale() and not self._turns.locked():
+            is_known = self._control.is_silent() or await self._is_sure()
+            if not is_known and not self._turns.locked():
                 await self.inspect(None, left_s(end))
-                self._discards = discards
         served, held = self._served, self._ranks_held()
         if served is not None and instances_of(served.ranks) == instances_of(held):
             version, touched = served.version, served.ranks != held
@@ -317,12 +326,12 @@ class VllmEngine(ServingEngine):
         end = anyio.current_time() + deadline_s
         await self._connect(deadline_s)
         self._paused = await self._control.is_paused(left_s(end))
-        self._discards = self._control.discards()
         await self.inspect(None, left_s(end))
 
     async def _open_ranks(self, deadline_s: float) -> None:
         if not await self._are_connected():
             await self._connect(deadline_s)
+        self._asked_discards = self._control.discards(self._discards)
 
     async def _connect(self, deadline_s: float) -> None:
         """Whatever server is there now."""
@@ -346,7 +355,7 @@ class VllmEngine(ServingEngine):
     async def _is_stale(self) -> bool:
         """Whether something may have become of the workers since they were asked last, or they were
         looked for too often without a turn."""
-        if self._control.discards(self._discards) != self._discards:
+        if self._control.is_silent() or self._control.discards(self._discards) != self._discards:
             return True
         return self._probes >= PROBES_PER_TURN or not await self._are_connected()
 
@@ -376,15 +385,26 @@ class VllmEngine(ServingEngine):
         self, requests: Mapping[int, WorkerMessage], deadline_s: float, *, adopt: bool = False
     ) -> Outcomes:
         end = anyio.current_time() + deadline_s
+        if not all(isinstance(request, Attach | Prepare) for request in requests.values()):
+            self._sure -= requests.keys()
         outcomes = await super()._ask(requests, deadline_s, adopt=adopt)
         if any(_failed_with(DraftUnknown, outcome) for outcome in outcomes.values()):
             try:
-                await self._control.show_draft(left_s(end))
+                await self._show_draft(left_s(end))
             except ConsumerError as error:
                 return dict.fromkeys(requests, error)
             outcomes = await super()._ask(requests, left_s(end), adopt=adopt)
         self._learn(outcomes)
         return outcomes
+
+    async def _show_draft(self, deadline_s: float) -> None:
+        """Between two turns: it ends the session in which they are given."""
+        end = anyio.current_time() + deadline_s
+        with anyio.move_on_after(deadline_s):
+            async with self._turns:
+                await self._control.show_draft(left_s(end))
+                return
+        raise DeadlineExceeded("the turn before", deadline_s)
 
     # ---------------------------------------------------------------- sleep
 

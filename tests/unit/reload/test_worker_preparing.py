@@ -118,7 +118,9 @@ def test_memory_is_registered_once_and_before_apply_when_the_worker_is_on_a_gpu(
     cuda.assert_clean()
 
 
-def test_lanes_rest_when_a_feed_without_them_is_prepared(trainer: Trainer) -> None:
+def test_lanes_rest_when_a_feed_without_them_is_taken(trainer: Trainer) -> None:
+    """Whether it was prepared or not: what is open need not be."""
+
     class Lanes(DeviceStaging):
         rests = 0
 
@@ -128,10 +130,15 @@ def test_lanes_rest_when_a_feed_without_them_is_prepared(trainer: Trainer) -> No
     lanes = Lanes("cpu")
     client = Client(ReloadWorker(ModuleHost(Fused, load_fused), 0, 1, lanes=lanes), trainer)
     client.attach()
-    prepare(client, InPlace(sources=trainer.publish(make_tensors(1), 1)))
+    for version in (1, 2):
+        tensors = make_tensors(version)
+        sources = trainer.publish(tensors, version)
+        if version == 1:
+            prepare(client, InPlace(sources=sources))
+        client.verified(client.worker.handle(client.request(sources, version)), tensors, version)
     ask(client, structs.replace(NEVER_FILLED, device=True, readers=1))
     client.worker.close()
-    assert lanes.rests == 1
+    assert lanes.rests == 2
 
 
 def test_failure_is_told_and_apply_fails_with_it_when_it_lasts(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import msgspec
 import pytest
@@ -15,12 +16,12 @@ from tests.integration.engines.checkpoints import Checkpoints
 from tests.integration.engines.harness import LONG_S, Updates
 from tests.integration.engines.vllm.conftest import Start
 from tests.integration.engines.vllm.server import StandIn
-from tests.integration.engines.vllm.test_updates import opened
-from tests.integration.engines.vllm.workers import Executor
+from tests.integration.engines.vllm.test_updates import Gate, opened
+from tests.integration.engines.vllm.workers import Executor, StandInHost
 from tests.unit.transfer.blocks import Block, open_block
 from weightbus.bus.host import host_id
 from weightbus.consumers.engines.vllm.engine import VllmEngine
-from weightbus.consumers.errors import ApplyFailed, EngineUnavailable, WorkerLost
+from weightbus.consumers.errors import ApplyFailed, EngineUnavailable, PlanError, WorkerLost
 from weightbus.schemas.placement import Segment
 from weightbus.schemas.worker import InPlace, Inspected
 
@@ -198,3 +199,91 @@ async def test_slots_are_prepared_again_when_something_else_was_read_meanwhile(
         await update(engine, updates, 3, block.write(*checkpoints.segments(3)))
         assert turns(server) > before + 1
         assert server.executor.fingerprints() == checkpoints.fingerprints(3)
+
+
+async def test_cancelled_look_at_new_workers_leaves_nothing_taken_for_known(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """As when a newer version comes while an update is prepared."""
+    server, gate = start(), Gate()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await anyio.to_thread.run_sync(server.restart, Executor(checkpoints))
+        server.before[TURN] = gate
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.look, LONG_S)
+            await gate.wait()
+            tasks.cancel_scope.cancel()
+        del server.before[TURN]
+        gate.open()
+        assert await looked(engine) == await asked(engine)
+
+
+async def test_number_of_updates_is_told_not_guessed(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """One that was touched and failed counts, too: guessing it, the next transfer that wrote
+    nothing would find other contents than before it."""
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await engine.pause(LONG_S)
+        for host in server.executor.hosts:
+            fail_at_the_second(host)
+        with pytest.raises(ApplyFailed) as failed:
+            await updates.apply(2)
+        assert failed.value.touched
+        await updates.apply(2)
+        found = await looked(engine)
+        assert [rank.updates for rank in found] == [3, 3]
+        assert found == await asked(engine)
+        await engine.resume(2, LONG_S)
+
+
+def fail_at_the_second(host: StandInHost) -> None:
+    """Of its next waits for the device: weights may have been written then."""
+    waits = iter((host.synchronize, None))
+
+    def synchronize() -> None:
+        wait = next(waits, host.synchronize)
+        if wait is None:
+            vars(host).pop("synchronize")
+            raise PlanError("device", "gone", "must answer")
+        wait()
+
+    vars(host)["synchronize"] = synchronize
+
+
+async def test_ranks_are_asked_again_when_one_cannot_say_how_it_is(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """Its weights may have been discarded since."""
+    server = start()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        (directory / "worker-1.json").unlink()
+        before = turns(server)
+        assert await looked(engine) == await asked(engine)
+        assert turns(server) == before + 2
+
+
+async def test_two_that_look_for_a_drafter_do_so_one_after_the_other(
+    start: Start, directory: Path, checkpoints: Checkpoints
+) -> None:
+    """A heartbeat and an update, at a server that was started anew: each ends vLLM's session."""
+    server, gate = start(drafts=True), Gate()
+    async with opened(server, directory, checkpoints) as (engine, updates):
+        await updates.prepare()
+        await updates.update(1)
+        await anyio.to_thread.run_sync(server.restart, Executor(checkpoints, drafts=True))
+        server.late["POST /init_weight_transfer_engine"] = gate
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.state, LONG_S)
+            await gate.wait()
+            tasks.start_soon(engine.look, LONG_S)
+            await anyio.wait_all_tasks_blocked()
+            gate.open()
+        assert await looked(engine) == await asked(engine)
