@@ -118,11 +118,101 @@ def test_layer_that_is_filled_only_is_not_forgotten() -> None:
 
 
 def test_layer_that_is_written_again_when_it_was_complete_is_refused() -> None:
-    model = _recorded(torch.Tensor.copy_)
-    weights = _checkpoint(1)
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    model: Any = _Model(torch.Tensor.copy_)
+    for layer in (model.first, model.second):
+        del layer.bias
+    record_metadata_for_reloading(model)
+    weights = [(name, torch.ones(4, 3)) for name, _ in model.named_parameters()]
     with pytest.raises(ProofFailed, match=r"_Layer\.weight.*when it was complete"):
-        _reload(model, [*weights.items()] * 3)
+        _reload(model, weights * 2)
     assert not any(tensor.is_meta for tensor in model.parameters())
+
+
+def test_rest_of_what_is_written_in_part_is_as_it_was() -> None:
+    model: Any = _recorded(lambda parameter, weight: parameter[:2].copy_(weight[:2]))
+    for parameter in model.parameters():
+        parameter.fill_(float("-inf"))
+    weights = _checkpoint(1)
+    assert _reload(model, weights.items()).empty == []
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[:2], weights[name][:2])
+        assert torch.isneginf(parameter[2:]).all()
+
+
+class _Pair(_Model):
+    """Of which one is copied twice past its loader before the other comes by its own."""
+
+    def load_weights(self, weights: Weights) -> None:
+        parameters = dict(self.named_parameters())
+        for layer in ("first", "second"):
+            given = dict(weights)
+            for _ in range(2):
+                parameters[f"{layer}.weight"].copy_(given[f"{layer}.weight"])
+            _by_loader(parameters[f"{layer}.other"], given[f"{layer}.other"])
+
+
+def test_what_is_copied_twice_does_not_make_its_layer_complete() -> None:
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    model: Any = _Pair(torch.Tensor.copy_)
+    for layer in (model.first, model.second):
+        del layer.bias
+        layer.other = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
+    record_metadata_for_reloading(model)
+    random = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.randn(parameter.shape, generator=random)
+        for name, parameter in model.named_parameters()
+    }
+    _reload(model, weights)
+    assert all(torch.equal(held, weights[name]) for name, held in model.named_parameters())
+
+
+def test_layer_of_one_element_that_is_filled_only_is_not_left_on_meta() -> None:
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    model: Any = _Model(lambda parameter, weight: parameter.fill_(2.0))
+    for layer in (model.first, model.second):
+        del layer.weight, layer.bias
+        layer.scale = nn.Parameter(torch.zeros(1), requires_grad=False)
+    record_metadata_for_reloading(model)
+    _reload(model, [(name, torch.zeros(1)) for name, _ in model.named_parameters()])
+    assert [parameter.item() for parameter in model.parameters()] == [2.0, 2.0]
+
+
+def test_layer_that_vllm_loads_in_its_place_is_not_empty() -> None:
+    """A router's correction bias, which vLLM never takes away."""
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    model: Any = _Model(_by_loader)
+    for layer in (model.first, model.second):
+        del layer.weight, layer.bias
+        layer.e_score_correction_bias = nn.Parameter(torch.zeros(4), requires_grad=False)
+    record_metadata_for_reloading(model)
+    weights = {name: torch.ones(4) for name, _ in model.named_parameters()}
+    assert _reload(model, weights.items()).empty == []
+    assert all(torch.equal(parameter, torch.ones(4)) for parameter in model.parameters())
+
+
+def test_write_by_another_dtype_is_refused() -> None:
+    model = _recorded(lambda own, weight: own.view(torch.int32).copy_(weight.view(torch.int32)))
+    with pytest.raises(ProofFailed, match=r"is written as torch\.int32"):
+        _reload(model, _checkpoint(1).items())
+
+
+def test_write_to_a_layer_that_vllm_processes_by_itself_is_refused() -> None:
+    model: Any = _recorded(torch.Tensor.copy_)
+    model.first.process_weights_after_loading = lambda act_dtype: None
+    with pytest.raises(ProofFailed, match="vLLM loses it"):
+        _reload(model, _checkpoint(1).items())
+
+
+def test_writes_of_several_at_once_are_refused() -> None:
+    model = _recorded(lambda own, weight: torch._foreach_copy_([own], [weight]))
+    with pytest.raises(ProofFailed, match="_foreach_copy_"):
+        _reload(model, _checkpoint(1).items())
 
 
 def test_write_that_is_not_known_is_refused_and_nothing_is_left_on_meta() -> None:

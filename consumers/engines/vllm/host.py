@@ -159,8 +159,13 @@ class VllmHost(ModelHost):
         )
 
     def drops(self, parameter: str) -> bool:
-        """As scales of attention's caches, which stand there for checkpoints that have them."""
-        return parameter not in dict(self._model.named_parameters(remove_duplicate=False))
+        """Scales of attention's caches, which stand there for checkpoints that have them."""
+        path, _, name = parameter.rpartition(".")
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            return False
+        return processes_itself(module) and name not in module._parameters
 
     def padding_bytes(self, parameter: str) -> int:
         return self._padding.get(parameter, 0)
@@ -213,7 +218,8 @@ class VllmHost(ModelHost):
             layers = _with_attention(named, modules)
         with set_current_vllm_config(self._config), torch.device(self._device):
             processed = reload_layerwise(self._model, self._config.model_config, layers, weights)
-        self._check_fed(named, processed.empty)
+        chosen = {n: m for n, m in named.items() if modules is None or n in modules}
+        self._check_fed(chosen, processed.empty)
         if processed.moved and self._keeps_graphs():
             raise ProofFailed(
                 processed.moved[0], "has new copies of its weights elsewhere: graphs keep the old"
@@ -233,7 +239,7 @@ class VllmHost(ModelHost):
         hungry = {id(module) for module in empty}
         for name, module in named.items():
             if id(module) in hungry and any(
-                f"{name}.{parameter}" in self._fed for parameter in module._parameters
+                f"{name}.{parameter}".lstrip(".") in self._fed for parameter in module._parameters
             ):
                 raise ProofFailed(name, "was given nothing by vLLM's reload, and has old weights")
 

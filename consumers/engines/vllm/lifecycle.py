@@ -17,7 +17,7 @@ What vLLM leaves out is done beside it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -103,7 +103,7 @@ def reload_layerwise(
         _watched(layers, state, processed),
     ):
         initialize_layerwise_reload(chosen)
-        with bypasses_kept(layers) as seeing:
+        with bypasses_kept(layers, processes_itself) as seeing:
             with seeing:
                 model.load_weights(weights)
             seeing.end()
@@ -117,7 +117,7 @@ def _empty(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Modules to which nothing was loaded, neither to them nor to others that share with them."""
     infos = [(layer, get_layerwise_info(layer)) for layer in layers]
     waiting = [
-        (layer, info.kernel_tensors[0])
+        (layer, _taken_away(layer, info.kernel_tensors[0]))
         for layer, info in infos
         if info.can_load() and info.load_numel <= 0 and info.kernel_tensors is not None
     ]
@@ -136,6 +136,12 @@ def _empty(layers: Sequence[nn.Module]) -> list[nn.Module]:
         for layer, parameters in waiting
         if parameters and not any(id(parameter) in shared for parameter in parameters.values())
     ]
+
+
+def _taken_away(layer: nn.Module, served: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Of the parameters that a layer serves: those that were put on `meta` to be loaded. vLLM lets
+    some stay, which are then loaded where they are."""
+    return {name: own for name, own in served.items() if layer._parameters.get(name) is not own}
 
 
 def _process_tied(layers: Sequence[nn.Module], processed: Processed) -> None:
