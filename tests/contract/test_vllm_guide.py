@@ -34,6 +34,7 @@ OF_VLLM = frozenset(
         "--host",
         "--load-format",
         "--model",
+        "--quantization",
         "--weight-transfer-config",
         "--worker-extension-cls",
     }
