@@ -12,34 +12,21 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from tests.integration.fleet.reports import take_stdout
-from tests.unit.transfer.publishing import HOST, Trainer, cut_layout, open_trainer
+from tests.vllm.bringing import bring
 from tests.vllm.kinds import KINDS, tensors_of, write_checkpoint
 from tests.vllm.oracle import MAX_TOKENS, PROMPTS
 from tests.vllm.probe import PROBE
-from weightbus.consumers.planning.cells import plan_cells
 from weightbus.consumers.reload.worker import ReloadWorker
-from weightbus.schemas.worker import (
-    Applied,
-    Apply,
-    Attach,
-    Attached,
-    Describe,
-    Described,
-    InPlace,
-    WorkerReply,
-)
+from weightbus.schemas.worker import Applied
 
 __all__ = ("Found", "Update")
 
-R = TypeVar("R", Described, Attached, Applied)
-
-DEADLINE_S = 120.0
 CACHE_BYTES = 64 * 2**20
 
 
@@ -95,45 +82,10 @@ class Engine:
 
 
 def update(worker: ReloadWorker, name: str, version: int, directory: Path) -> Update:
-    """Bring a version as a consumer would."""
-    tensors = tensors_of(name, version)
-    with open_trainer(cut_layout(tensors, 2), "files", directory) as trainer:
-        digest = trainer.layout_digest
-        described = _expect(Described, worker.handle(_describe(trainer)))
-        attach = Attach(
-            request=2,
-            layout_digest=digest,
-            needs_digest=described.needs_digest,
-            cells=plan_cells(trainer.layout, [described.needs]).cells[0],
-            roots=trainer.roots,
-            host_id=HOST,
-            deadline_s=DEADLINE_S,
-        )
-        _expect(Attached, worker.handle(attach))
-        sources = trainer.publish(tensors, version)
-        apply = Apply(
-            request=3,
-            version=version,
-            layout_digest=digest,
-            feed=InPlace(sources=sources),
-            deadline_s=DEADLINE_S,
-        )
-        applied = _expect(Applied, worker.handle(apply))
+    """Bring a version."""
+    applied = bring(worker, tensors_of(name, version), version, directory)
+    assert isinstance(applied, Applied), applied
     return Update(applied.processed_parameters, applied.direct_parameters, applied.reason)
-
-
-def _describe(trainer: Trainer) -> Describe:
-    return Describe(
-        request=1,
-        layout_digest=trainer.layout_digest,
-        layout=trainer.layout_blob,
-        deadline_s=DEADLINE_S,
-    )
-
-
-def _expect(kind: type[R], reply: WorkerReply) -> R:
-    assert isinstance(reply, kind), reply
-    return reply
 
 
 def main(name: str, versions: int, *, is_updated: bool) -> None:
@@ -145,10 +97,9 @@ def main(name: str, versions: int, *, is_updated: bool) -> None:
         if is_updated:
             engine.find()  # what is made lazily, and kept, is made of the first version
             worker = engine.worker()
-            for version in range(1, versions + 1):
-                directory = Path(scratch, str(version))
-                directory.mkdir()
-                updates.append(update(worker, name, version, directory))
+            updates = [
+                update(worker, name, version, Path(scratch)) for version in range(1, versions + 1)
+            ]
         found = msgspec.structs.replace(engine.find(), updates=updates)
         print(msgspec.json.encode(found).decode(), file=replies)
         engine.llm.llm_engine.engine_core.shutdown()

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,15 @@ import torch
 from msgspec import Struct
 
 from tests.integration.fleet.reports import take_stdout
-from tests.unit.transfer.publishing import HOST, Trainer, cut_layout, open_trainer
+from tests.vllm.bringing import bring
 from tests.vllm.checkpoints import SPECULATIVE, Architecture, tensors_of
 from tests.vllm.probe import PROBE
-from weightbus.consumers.planning.cells import plan_cells
 from weightbus.consumers.reload.host import Weights
 from weightbus.consumers.reload.memory import state_tensors
 from weightbus.consumers.reload.worker import ReloadWorker
-from weightbus.schemas.worker import Applied, Apply, Attach, Describe, Described, Failed, InPlace
+from weightbus.schemas.worker import Failed
 
 __all__ = ("Order", "Report")
-
-DEADLINE_S = 60.0
 
 
 class Order(Struct, frozen=True, kw_only=True):
@@ -137,49 +133,10 @@ class Hosting:
         ]
 
     def _update(self, tensors: dict[str, torch.Tensor], version: int) -> Report:
-        with self._published(tensors) as trainer:
-            digest = trainer.layout_digest
-            described = self._worker.handle(
-                Describe(
-                    request=1,
-                    layout_digest=digest,
-                    layout=trainer.layout_blob,
-                    deadline_s=DEADLINE_S,
-                )
-            )
-            if isinstance(described, Failed):
-                return Report(error=f"{described.error}: {described.reason}")
-            assert isinstance(described, Described)
-            self._worker.handle(
-                Attach(
-                    request=2,
-                    layout_digest=digest,
-                    needs_digest=described.needs_digest,
-                    cells=plan_cells(trainer.layout, [described.needs]).cells[0],
-                    roots=trainer.roots,
-                    host_id=HOST,
-                    deadline_s=DEADLINE_S,
-                )
-            )
-            applied = self._worker.handle(
-                Apply(
-                    request=3,
-                    version=version,
-                    layout_digest=digest,
-                    feed=InPlace(sources=trainer.publish(tensors, version)),
-                    deadline_s=DEADLINE_S,
-                )
-            )
+        applied = bring(self._worker, tensors, version, self._directory)
         if isinstance(applied, Failed):
             return Report(error=f"{applied.error}: {applied.reason}")
-        assert isinstance(applied, Applied)
         return Report(processed=applied.processed_parameters, reason=applied.reason)
-
-    @contextmanager
-    def _published(self, tensors: dict[str, torch.Tensor]) -> Iterator[Trainer]:
-        directory = Path(tempfile.mkdtemp(dir=self._directory))
-        with open_trainer(cut_layout(tensors, 2), "files", directory) as trainer:
-            yield trainer
 
     def _serve(self) -> dict[str, Any]:
         from vllm import SamplingParams
